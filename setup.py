@@ -1,0 +1,43 @@
+"""Install cryptoresearch: every fact comes from settings.ini, which nbdev reads too."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], comment_prefixes=(";",))
+parser.read(HERE / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+
+def lines(key: str) -> list[str]:
+    return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
+
+
+# the papermill templates and the dashboards travel inside the package: they are notebooks, not modules
+NOTEBOOKS = {f"{cfg['lib_name']}.notebooks.{kind}": f"nbs/{kind}" for kind in ("research", "dashboards")}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=cfg["keywords"].split(),
+    python_requires=f">={cfg['min_python']}",
+    packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), *NOTEBOOKS],
+    package_dir=NOTEBOOKS,
+    package_data={name: ["*.ipynb"] for name in NOTEBOOKS} | {cfg["lib_name"]: ["py.typed"]},
+    install_requires=lines("requirements"),
+    extras_require={"dev": lines("dev_requirements"), "lab": lines("lab_requirements")},
+    entry_points={
+        "console_scripts": lines("console_scripts"),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
+    zip_safe=False,
+)

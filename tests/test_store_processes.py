@@ -1,0 +1,172 @@
+"""The store under several processes: what a notebook cannot show. Each worker is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
+from cryptoresearch.errors import DataNotFound, StoreBusy
+from cryptoresearch.settings import Settings
+
+WORKER = r'''
+import json, sys, time
+from cryptoresearch.data.store import connect, init_duckdb, write
+from cryptoresearch.settings import Settings
+role, number, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+s = Settings(_env_file=None, **json.loads(sys.argv[4]))
+INSERT = """INSERT INTO gaps SELECT 'W', ?, 'id', TIMESTAMP '2024-01-01', TIMESTAMP '2024-01-01', i, ?, NULL, NULL FROM range(50) r(i)"""
+con = connect(s, read_only=True) if role == "reader" else init_duckdb(s)
+con.execute("SELECT ?, ?", ["warm", 1]).fetchall()  # imports what binding parameters needs
+print("ready", flush=True)
+sys.stdin.readline()
+laps, end, k = [], time.monotonic() + seconds, 0
+while time.monotonic() < end:
+    t = time.monotonic()
+    if role == "reader":
+        n, commits = con.execute("SELECT count(*), count(DISTINCT last_missing_id) FROM gaps").fetchone()
+        assert n % 50 == 0, f"half a commit was read: {n}"
+    else:
+        write(con, lambda c: c.execute(INSERT, [str(number), k]))
+    laps.append(time.monotonic() - t)
+    k += 1
+    if role == "killed":
+        print(k, flush=True)
+    elif role != "flatout":
+        time.sleep(max(0.0, (0.25 if role == "writer" else 0.05) - laps[-1]))
+laps.sort()
+print(json.dumps({"role": role, "n": k, "p50": laps[len(laps) // 2], "p99": laps[int(len(laps) * 0.99)], "max": laps[-1]}), flush=True)
+'''
+
+
+def start(role: str, number: int, seconds: float, options: dict) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, role, str(number), str(seconds), json.dumps(options)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def run_all(jobs: list[tuple[str, int, float]], options: dict) -> list[dict]:
+    "Start the workers, let them go together, and return what each measured."
+    workers = [start(*job, options) for job in jobs]
+    for w in workers:
+        assert w.stdout.readline().strip() == "ready", w.communicate()[1]
+    for w in workers:
+        w.stdin.write("go\n")
+        w.stdin.flush()
+    done = []
+    for w in workers:
+        out, err = w.communicate(timeout=200)
+        assert w.returncode == 0, err
+        done.append(json.loads(out.splitlines()[-1]))
+    return done
+
+
+def options(tmp_path: Path, path: str | None = None) -> dict:
+    return {"duckdb_path": path or str(tmp_path / "catalog.sqlite"), "duckdb_data_path": str(tmp_path / "lake"), "duckdb_threads": 1, "duckdb_memory_limit": "500MB"}
+
+
+def count(opts: dict) -> dict[str, int]:
+    con = init_duckdb(Settings(_env_file=None, **opts))
+    return dict(con.execute("SELECT source, count(*) FROM gaps GROUP BY 1").fetchall())
+
+
+@pytest.mark.slow
+def test_one_writer_and_three_readers_for_30_seconds(tmp_path: Path, record_property) -> None:
+    opts = options(tmp_path)
+    init_duckdb(Settings(_env_file=None, **opts)).close()
+    done = run_all([("writer", 0, 30.0)] + [("reader", i, 30.0) for i in range(3)], opts)
+    record_property("laps", done)
+    print(*done, sep="\n")
+    assert count(opts) == {"0": done[0]["n"] * 50}
+    assert all(d["p99"] < 0.5 for d in done if d["role"] == "reader"), done
+    assert done[0]["n"] > 60, done  # 120 when nothing else runs
+
+
+@pytest.mark.parametrize("catalog", ["sqlite", "postgres"])
+def test_two_writers_that_collide_both_succeed(tmp_path: Path, catalog: str, request: pytest.FixtureRequest) -> None:
+    opts = options(tmp_path, request.getfixturevalue("postgres") if catalog == "postgres" else None)
+    init_duckdb(Settings(_env_file=None, **opts)).close()
+    done = run_all([("flatout", 0, 5.0), ("flatout", 1, 5.0)], opts)
+    print(*done, sep="\n")
+    assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}
+    assert min(d["n"] for d in done) > 3, done  # neither starves
+
+
+def test_two_processes_create_the_same_store(tmp_path: Path) -> None:
+    opts = options(tmp_path)
+    done = run_all([("writer", i, 0.5) for i in range(3)], opts)
+    assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}
+
+
+@pytest.mark.parametrize("after", [1, 3, 8])
+def test_a_killed_writer_leaves_whole_commits_only(tmp_path: Path, after: int) -> None:
+    opts = options(tmp_path)
+    worker = start("killed", 7, 60.0, opts)
+    assert worker.stdout.readline().strip() == "ready", worker.communicate()[1]
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    for _ in range(after):
+        worker.stdout.readline()
+    time.sleep(0.004 * after)  # somewhere inside a transaction
+    os.kill(worker.pid, signal.SIGKILL)
+    told = [after] + [int(line) for line in worker.stdout.read().split()]
+    worker.wait()
+    rows = count(opts)["7"]
+    assert rows % 50 == 0
+    assert rows >= max(told) * 50  # what was acknowledged is there
+
+
+def test_a_writer_that_waits_too_long_is_told(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, **options(tmp_path))
+    con, other = init_duckdb(settings), init_duckdb(settings)
+
+    def slow(c) -> None:
+        with pytest.raises(StoreBusy, match="Try again"):
+            write(other, lambda c: None, timeout_s=0.3)
+
+    write(con, slow)
+
+
+def test_a_moved_store_still_reads(tmp_path: Path) -> None:
+    home = tmp_path / "a"
+    con = init_duckdb(Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite")))
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 'big', 'id', NULL, NULL, i, NULL, NULL, NULL FROM range(5000) r(i)"))
+    con.close()
+    shutil.move(home, tmp_path / "b")
+    moved = connect(Settings(_env_file=None, duckdb_path=str(tmp_path / "b" / "catalog.sqlite")), read_only=True)
+    assert moved.execute("SELECT count(*), sum(first_missing_id) FROM gaps").fetchone() == (5000, 5000 * 4999 // 2)
+
+
+def test_a_duckdb_catalog_serves_one_process(tmp_path: Path) -> None:
+    opts = options(tmp_path, str(tmp_path / "one.duckdb"))
+    con = init_duckdb(Settings(_env_file=None, **opts))
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL"))
+    other = start("writer", 0, 1.0, opts)
+    _, err = other.communicate("go\n", timeout=60)
+    assert other.returncode != 0
+    assert "StoreBusy" in err
+    assert "PostgreSQL" in err
+
+
+def test_postgres_catalog_keeps_snapshots(tmp_path: Path, postgres: str) -> None:
+    settings = Settings(_env_file=None, **options(tmp_path, postgres))
+    con = init_duckdb(settings)
+    pinned = snapshot(con)
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL"))
+    assert connect(settings, snapshot=pinned).execute("SELECT count(*) FROM gaps").fetchone() == (0,)
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
+
+
+def test_no_store_is_made_by_reading(tmp_path: Path) -> None:
+    with pytest.raises(DataNotFound, match="cryptoresearch demo"):
+        connect(Settings(_env_file=None, **options(tmp_path)), read_only=True)
+    assert not (tmp_path / "catalog.sqlite").exists()

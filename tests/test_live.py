@@ -1,0 +1,501 @@
+"""Live collection as a user has it: real sockets on the loopback address, a real store, faults on purpose, kill -9."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import websocket
+from websockets.sync.server import ServerConnection, serve
+
+from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
+from cryptoresearch.live.collector import Collector
+from cryptoresearch.live.feed import FinnhubWebSocket, Trade
+from cryptoresearch.live.replay import ReplayServer
+from cryptoresearch.settings import Settings, shared_data
+
+TOKEN = "c0ffee+secret/key"
+T0 = 1_721_555_886_208
+BTC = "BINANCE:BTCUSDT"
+
+
+def frame(*items: dict[str, Any]) -> str:
+    return json.dumps({"type": "trade", "data": [{"p": 100.0, "s": BTC, "t": T0, "v": 0.5} | i for i in items]})
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, f"waited {timeout_s} s in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), finnhub_token=TOKEN, duckdb_threads=1)
+
+
+@contextlib.contextmanager
+def stub(script: Callable[[ServerConnection, int], object], **kw: Any) -> Iterator[tuple[str, list[list[str]]]]:
+    """A server whose n-th connection is played by `script(connection, n)` after the subscriptions came in."""
+    seen: list[list[str]] = []
+
+    def handle(c: ServerConnection) -> None:
+        symbols = [json.loads(c.recv(timeout=5))["symbol"]]
+        with contextlib.suppress(TimeoutError):
+            while True:
+                symbols.append(json.loads(c.recv(timeout=0.05))["symbol"])
+        seen.append(symbols)
+        with contextlib.suppress(Exception):
+            script(c, len(seen))
+
+    server = serve(handle, "127.0.0.1", 0, compression=None, close_timeout=0.2, **kw)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}", seen
+    finally:
+        server.shutdown()
+
+
+def hold(c: ServerConnection) -> None:
+    with contextlib.suppress(Exception):
+        c.recv(timeout=20)
+
+
+def listen(url: str, settings: Settings, **kw: Any) -> FinnhubWebSocket:
+    return FinnhubWebSocket(url=url, settings=settings, **{"collect": False, "retry_base_s": 0.02} | kw)
+
+
+# ------------------------------------------------------------------ what can come in
+
+
+def test_every_case_reaches_the_store_as_it_should(settings: Settings) -> None:
+    ahead = round((datetime.now(UTC) + timedelta(days=2)).timestamp() * 1000)
+    frames = [
+        frame({"c": None}),
+        frame({}),
+        frame({"c": ["1", "12"]}),
+        frame({"p": 100.5}, {"s": "BINANCE:ETHUSDT", "p": 7.0}),
+        frame({"p": 100.5}, {"p": 100.5}),  # two equal trades in one millisecond
+        frame({"v": 0}),
+        '{"type":"ping"}',
+        '{"msg":"Subscribing to too many symbols","type":"error"}',
+        '{"type":"news","data":[1]}',
+        "<html>",
+        frame({"t": T0 + 1000}, {"t": T0 - 1000}),  # out of order
+        frame({"t": ahead}),
+        frame({"s": "BINANCE:DOGEUSDT"}),
+        frame({"p": None}),
+        frame(*[{"t": T0 + 2000 + i // 7, "v": 1} for i in range(60_000)]),  # several megabytes
+    ]
+    assert len(frames[-1]) > 3_000_000
+
+    def script(c: ServerConnection, n: int) -> None:
+        for text in frames:
+            c.send(text)
+        hold(c)
+
+    with stub(script) as (url, seen), listen(url, settings, symbols=(BTC, "BINANCE:ETHUSDT"), collect=True) as feed:
+        wait_for(lambda: feed.stats.frames == len(frames), 20)
+        stats = feed.stats
+    assert seen == [[BTC, "BINANCE:ETHUSDT"]]
+    assert (stats.trades, stats.quotes, stats.pings, stats.server_errors, stats.malformed, stats.rejected) == (60_009, 1, 1, 1, 2, 3)
+    assert stats.state == "connected" and "too many symbols" in stats.last_problem
+    assert set(stats.silence_s) == {BTC, "BINANCE:ETHUSDT"}
+    con = init_duckdb(settings)
+    rows = con.execute("SELECT symbol, count(*), count(DISTINCT trade_id), sum(qty) FROM trades GROUP BY 1 ORDER BY 1").fetchall()
+    assert rows == [("BTCUSDT", 60_008, 60_008, 60_004.0), ("ETHUSDT", 1, 1, 0.5)]
+    assert con.execute("SELECT list(DISTINCT source), bool_and(side_reported IS NULL), bool_and(received_at IS NOT NULL) FROM trades").fetchone() == (["replay"], True, True)
+    reasons = [r[0] for r in con.execute("SELECT reason FROM quarantine ORDER BY line").fetchall()]
+    assert reasons == ["unknown type news", "not JSON (JSONDecodeError)", "dated in the future", "not subscribed", "p is not a number"]
+    order = [r[0] for r in con.execute("SELECT epoch_ms(ts) FROM trades WHERE symbol = 'BTCUSDT' ORDER BY trade_id LIMIT 8").fetchall()]
+    assert order == [T0] * 6 + [T0 + 1000, T0 - 1000]  # by arrival, not by time
+
+
+def test_a_frame_in_pieces_and_pings_of_the_protocol(settings: Settings) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        text = frame({})
+        for _ in range(5):
+            c.ping()
+            time.sleep(0.05)
+        c.send([text[:20], text[20:40], text[40:]])  # a fragmented message
+        hold(c)
+
+    with stub(script) as (url, _), listen(url, settings) as feed:
+        wait_for(lambda: feed.stats.frames == 1)
+        assert feed.stats.trades == 1
+
+
+# ------------------------------------------------------------------ connections that die
+
+
+@pytest.mark.parametrize("how", ["no code", "code", "garbage", "reset"])
+def test_reconnects_and_subscribes_again(settings: Settings, how: str) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        c.send(frame({"p": 100.0 + n}))
+        if n > 1:
+            return hold(c)
+        if how == "no code":
+            c.socket.shutdown(socket.SHUT_RDWR)
+        elif how == "code":
+            c.close(1012, "restart")
+        elif how == "garbage":
+            c.socket.sendall(b"\xff\xff\xff\xff not a frame")
+            time.sleep(0.2)
+        else:
+            c.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            time.sleep(0.05)
+            c.socket.close()
+
+    got: list[Trade] = []
+    with stub(script) as (url, seen), listen(url, settings, on_trades=got.extend, symbols=(BTC, "BINANCE:ETHUSDT")) as feed:
+        wait_for(lambda: feed.stats.trades == 2)
+    assert [t.price for t in got] == [101.0, 102.0]
+    assert seen == [[BTC, "BINANCE:ETHUSDT"]] * 2
+    assert feed.stats.reconnects == 1
+
+
+def test_one_socket_at_a_time(settings: Settings) -> None:
+    """Finnhub closes a second connection of one key, so the old one must be gone before the new one comes."""
+    open_now, most, guard = 0, 0, threading.Lock()
+
+    def script(c: ServerConnection, n: int) -> None:
+        nonlocal open_now, most
+        with guard:
+            open_now += 1
+            most = max(most, open_now)
+        if n < 4:
+            with contextlib.suppress(Exception):
+                c.recv(timeout=3)  # silent: the client's watchdog must close it
+        else:
+            c.send('{"type":"ping"}')
+        with guard:
+            open_now -= 1
+        if n >= 4:
+            hold(c)
+
+    with stub(script) as (url, seen), listen(url, settings, silence_s=0.2) as feed:
+        wait_for(lambda: feed.stats.pings == 1)
+    assert most == 1 and len(seen) == 4
+
+
+def test_silence_is_noticed_although_the_protocol_pings(settings: Settings) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        if n > 1:
+            c.send('{"type":"ping"}')
+            return hold(c)
+        with contextlib.suppress(Exception):
+            for _ in range(100):  # a proxy that answers for a stalled server
+                c.ping()
+                time.sleep(0.05)
+
+    with stub(script) as (url, _), listen(url, settings, silence_s=0.4) as feed:
+        wait_for(lambda: feed.stats.pings == 1)
+        assert feed.stats.last_problem == "nothing received for 0.4 s"
+
+
+def test_application_pings_keep_a_quiet_market_alive(settings: Settings) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        for _ in range(8):
+            c.send('{"type":"ping"}')
+            time.sleep(0.1)
+        hold(c)
+
+    with stub(script) as (url, seen), listen(url, settings, silence_s=0.5) as feed:
+        wait_for(lambda: feed.stats.pings == 8)
+        assert len(seen) == 1
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def count_handshakes(status: int, then: int | None = None, headers: dict[str, str] | None = None) -> tuple[Any, list[float]]:
+    calls: list[float] = []
+
+    def admit(c: ServerConnection, request: Any) -> Any:
+        calls.append(time.monotonic())
+        if then is not None and len(calls) > then:
+            return None
+        response = c.respond(HTTPStatus(status), "no\n")
+        for k, v in (headers or {}).items():
+            response.headers[k] = v
+        return response
+
+    return admit, calls
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_is_not_tried_again(settings: Settings, status: int) -> None:
+    admit, calls = count_handshakes(status)
+    with stub(lambda c, n: None, process_request=admit) as (url, _):
+        feed = listen(url, settings, token=TOKEN).start()
+        with pytest.raises(FeedError, match=rf"{status}.*FINNHUB_TOKEN"):
+            feed.join(5)
+        time.sleep(0.2)
+        assert len(calls) == 1
+        assert isinstance(feed.error, FeedError) and feed.stats.state == "failed"
+        with pytest.raises(FeedError):
+            feed.stop()
+
+
+@pytest.mark.parametrize("status", [429, 503, 524 - 20, 200])
+def test_other_refusals_are_tried_again(settings: Settings, status: int) -> None:
+    admit, calls = count_handshakes(status, then=2)
+    with stub(lambda c, n: (c.send(frame({})), hold(c)), process_request=admit) as (url, _), listen(url, settings) as feed:
+        wait_for(lambda: feed.stats.trades == 1)
+    assert len(calls) == 3
+
+
+def test_retry_after_is_kept(settings: Settings) -> None:
+    admit, calls = count_handshakes(429, then=1, headers={"Retry-After": "1"})
+    with stub(lambda c, n: (c.send(frame({})), hold(c)), process_request=admit) as (url, _), listen(url, settings) as feed:
+        wait_for(lambda: feed.stats.trades == 1)
+    assert calls[1] - calls[0] >= 1
+
+
+@contextlib.contextmanager
+def mute_listener() -> Iterator[tuple[str, list[socket.socket]]]:
+    """Accepts and never answers."""
+    held: list[socket.socket] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(server.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"ws://127.0.0.1:{server.getsockname()[1]}", held
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        for s in held:
+            s.close()
+
+
+def test_a_server_that_never_answers_is_left(settings: Settings) -> None:
+    with mute_listener() as (url, held), listen(url, settings, connect_timeout_s=0.2) as feed:
+        wait_for(lambda: len(held) >= 3)
+        assert feed.stats.connections == 0 and "Timeout" in feed.stats.last_problem
+
+
+@pytest.mark.parametrize("where", ["in the handshake", "between tries", "while reading"])
+def test_stop_is_quick(settings: Settings, where: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if where == "in the handshake":
+            url, held = stack.enter_context(mute_listener())
+            feed = listen(url, settings, connect_timeout_s=60).start()
+            wait_for(lambda: held)
+        elif where == "between tries":
+            feed = listen("ws://127.0.0.1:9", settings, retry_base_s=60, retry_cap_s=60).start()
+            wait_for(lambda: feed.stats.state == "waiting")
+        else:
+            url, _ = stack.enter_context(stub(lambda c, n: hold(c)))
+            feed = listen(url, settings).start()
+            wait_for(lambda: feed.stats.state == "connected")
+        began = time.monotonic()
+        feed.stop()
+        assert time.monotonic() - began < 2
+        assert feed._thread is not None and not feed._thread.is_alive()
+        assert feed.stats.state == "stopped"
+
+
+def test_an_error_in_the_callers_function_is_raised_by_stop(settings: Settings) -> None:
+    def fails(trades: list[Trade]) -> None:
+        raise ValueError("mine")
+
+    with stub(lambda c, n: (c.send(frame({})), hold(c))) as (url, _):
+        feed = listen(url, settings, on_trades=fails).start()
+        wait_for(lambda: feed.error)
+        with pytest.raises(FeedError, match="ValueError: mine"):
+            feed.stop()
+
+
+def test_can_be_started_again(settings: Settings) -> None:
+    with stub(lambda c, n: (c.send(frame({"p": 100.0 + n})), hold(c))) as (url, _):
+        feed = listen(url, settings, collect=True)
+        for _ in range(2):
+            assert feed.start() is feed and feed.start() is feed
+            wait_for(lambda: feed.stats.trades == 1)
+            feed.stop()
+    con = init_duckdb(settings)
+    assert con.execute("SELECT price, count(*) FROM trades GROUP BY 1 ORDER BY 1").fetchall() == [(101.0, 1), (102.0, 1)]
+    assert con.execute("SELECT count(*), bool_and(reason = 'stopped') FROM live_sessions").fetchone() == (2, True)
+
+
+# ------------------------------------------------------------------ the key
+
+
+def test_the_key_is_nowhere(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """Not in logs (the websocket library's trace included), errors, reprs or counters."""
+    caplog.set_level(logging.DEBUG)
+    asked: list[str] = []
+
+    def admit(c: ServerConnection, request: Any) -> Any:
+        asked.append(request.path)
+        return c.respond(HTTPStatus.UNAUTHORIZED, f"bad key {TOKEN}\n") if len(asked) > 1 else None
+
+    websocket.enableTrace(True, handler=logging.NullHandler())
+    try:
+        quiet = logging.getLogger("test.wire")
+        quiet.propagate = False
+        with stub(lambda c, n: c.send(json.dumps({"type": "error", "msg": f"not with {TOKEN}"})), process_request=admit, logger=quiet) as (url, _):
+            feed = listen(url, settings, token=TOKEN, collect=True).start()
+            with pytest.raises(FeedError) as caught:
+                feed.join(10)
+            with contextlib.suppress(FeedError):
+                feed.stop()
+    finally:
+        websocket.enableTrace(False)
+    assert asked[0] == "/?token=c0ffee%2Bsecret%2Fkey"  # it was sent
+    assert "GET /?token=***" in caplog.text  # the trace was on
+    shown = [caplog.text, str(caught.value), repr(caught.value), repr(feed), str(feed.stats), repr(feed.address), repr(feed.__dict__)]
+    for text in shown:
+        assert TOKEN not in text and "c0ffee" not in text
+
+
+def test_a_replay_never_gets_the_key(settings: Settings) -> None:
+    paths: list[str] = []
+    with stub(lambda c, n: hold(c), process_request=lambda c, r: paths.append(r.path)) as (url, _), listen(url, settings):
+        wait_for(lambda: paths)
+    assert paths == ["/"]
+
+
+# ------------------------------------------------------------------ replay into the store
+
+
+@pytest.fixture(scope="module")
+def real() -> pd.DataFrame:
+    try:
+        files = sorted(shared_data().glob("BTCUSDT-trades-*.csv"))
+    except DataNotFound as e:
+        pytest.skip(str(e))
+    names = ["trade_id", "price", "qty", "quote_qty", "ms", "buyer_maker", "best"]
+    df = pd.concat(pd.read_csv(f, names=names) for f in files).reset_index(drop=True)
+    return df.assign(symbol="BTCUSDT", ts=pd.to_datetime(df["ms"], unit="ms", utc=True))
+
+
+def test_replayed_real_trades_equal_the_originals(settings: Settings, real: pd.DataFrame) -> None:
+    with ReplayServer(real, speed=math.inf) as server, FinnhubWebSocket(url=server.url, settings=settings) as feed:
+        wait_for(lambda: server.done.is_set() and feed.stats.trades == server.sent, 30)
+    con = init_duckdb(settings)
+    stored = con.execute("SELECT * FROM trades ORDER BY trade_id").df()
+    assert len(stored) == len(real) == 19_904
+    assert stored["price"].tolist() == real["price"].tolist()
+    assert stored["qty"].tolist() == real["qty"].tolist()
+    assert (stored["ts"].astype("int64") // 1000).tolist() == real["ms"].tolist()
+    assert set(stored["source"]) == {"replay"} and set(stored["symbol"]) == {"BTCUSDT"}
+    assert stored["trade_id"].is_monotonic_increasing and stored["trade_id"].is_unique
+    assert con.execute("SELECT epoch_ms(start_ts), epoch_ms(end_ts) FROM coverage").fetchall() == [(real["ms"].iloc[0], real["ms"].iloc[-1])]
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
+    assert con.execute("SELECT reason, trades FROM live_sessions").fetchall() == [("stopped", 19_904)]
+
+
+def test_a_drop_leaves_a_gap_row(settings: Settings, real: pd.DataFrame) -> None:
+    server = ReplayServer(real, speed=math.inf, faults={100: lambda s: s.drop(lose_frames=50)})
+    with server, FinnhubWebSocket(url=server.url, settings=settings, retry_base_s=0.02) as feed:
+        wait_for(lambda: server.done.is_set() and feed.stats.trades == server.sent, 30)
+    assert server.lost > 0 and feed.stats.reconnects == 1
+    con = init_duckdb(settings)
+    ((kind, start, end),) = con.execute("SELECT kind, epoch_ms(start_ts), epoch_ms(end_ts) FROM gaps").fetchall()
+    heard = con.execute("SELECT epoch_ms(ts) FROM trades ORDER BY trade_id").df().iloc[:, 0]
+    missing = real[(real["ms"] > start) & (real["ms"] < end)]
+    assert kind == "live" and len(missing) == server.lost == len(real) - len(heard)
+    assert not ((heard > start) & (heard < end)).any()
+    assert con.execute("SELECT epoch_ms(end_ts) FROM coverage ORDER BY start_ts").fetchall() == [(start,), (real["ms"].iloc[-1],)]
+
+
+# ------------------------------------------------------------------ the collector dies
+
+
+CHILD = textwrap.dedent(
+    """
+    import sys, time
+    from datetime import UTC, datetime, timedelta
+    from cryptoresearch.live.collector import Collector
+    from cryptoresearch.live.feed import Trade
+    from cryptoresearch.settings import Settings
+    c = Collector(["BTCUSDT"], source="replay", settings=Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1), interval_s=0.02).start()
+    t0, n = datetime(2024, 1, 1, tzinfo=UTC), 0
+    while True:
+        c.add([Trade("BINANCE:BTCUSDT", 100.0 + (n + k) % 7, 1.0, t0 + timedelta(milliseconds=n + k)) for k in range(10)], datetime.now(UTC))
+        n += 10
+        print(n, flush=True)   # from here on these trades count as received
+        time.sleep(0.001)
+    """
+)
+
+
+def run_and_kill(path: str, after: int) -> int:
+    """Trades that a collector had received when it was killed with signal 9."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, path], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    received = 0
+    for line in child.stdout:
+        received = int(line)
+        if received >= after:
+            os.kill(child.pid, signal.SIGKILL)
+            break
+    rest = [int(line) for line in child.stdout if re.fullmatch(r"\d+\n", line)]
+    child.wait(10)
+    return max([received, *rest])
+
+
+def test_kill_9_loses_nothing_and_doubles_nothing(settings: Settings) -> None:
+    path = str(settings.path(settings.duckdb_path))
+    received = [run_and_kill(path, after) for after in (500, 2500)]
+    Collector(["BTCUSDT"], source="replay", settings=settings).start().stop()
+    con = init_duckdb(settings)
+    counts = "count(*), count(DISTINCT trade_id), count(DISTINCT ts)"
+    rows = con.execute(f"SELECT s.reason, s.trades, {counts} FROM live_sessions s JOIN trades ON file_id = session_id GROUP BY s.reason, s.trades, started_at ORDER BY started_at").fetchall()
+    assert [r[0] for r in rows] == ["recovered", "recovered"]
+    for want, (_, noted, n, ids, times) in zip(received, rows, strict=True):
+        assert want <= n <= want + 10  # the frame that was being announced may be there too
+        assert noted == n == ids == times
+    spans = con.execute("SELECT min(trade_id), max(trade_id) FROM trades GROUP BY file_id ORDER BY 1").fetchall()
+    assert spans[0][1] < spans[1][0]
+    assert con.execute("SELECT count(*) FROM coverage").fetchone() == (2,)
+    assert not list((Path(path).parent / "journal").glob("*.jsonl"))
+
+
+def test_a_second_collector_is_refused(settings: Settings) -> None:
+    one = Collector(["BTCUSDT"], source="replay", settings=settings).start()
+    try:
+        with pytest.raises(FeedError, match="another"):
+            Collector(["BTCUSDT"], source="replay", settings=settings).start()
+        Collector(["BTCUSDT"], source="finnhub", settings=settings).start().stop()
+    finally:
+        one.stop()
+
+
+def test_a_store_that_breaks_ends_the_feed_in_words(settings: Settings) -> None:
+    with stub(lambda c, n: ([c.send(frame({"t": T0 + i})) or time.sleep(0.01) for i in range(500)], hold(c))) as (url, _):
+        feed = listen(url, settings, collect=True).start()
+        wait_for(lambda: feed.collector is not None and feed.collector.commits >= 1)
+        assert feed.collector is not None
+        feed.collector._own.close()
+        wait_for(lambda: feed.error, 20)
+        with pytest.raises(CryptoResearchError, match="journal"):
+            feed.stop()
+    Collector([BTC], source="replay", settings=settings).start().stop()
+    con = init_duckdb(settings)
+    n, ids = con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() or (0, 0)
+    assert n == ids == feed.stats.trades

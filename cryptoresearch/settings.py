@@ -52,8 +52,8 @@ def _check_endpoint(value: str | None) -> str | None:
     return value.strip().rstrip("/")
 
 # %% ../nbs/00_settings.ipynb #0000000b
-class Settings(BaseSettings):
-    "Settings from arguments, the environment and `.env`; field names in upper case are the variables' names."
+class _Fields(BaseSettings):
+    "The names, types and defaults."
 
     model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
     # live feed
@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     log_level: str = "INFO"
     cryptoresearch_shared_data: str = "../shared/data"
 
+# %% ../nbs/00_settings.ipynb #0000000d
+class Settings(_Fields):
+    "Settings from arguments, the environment and `.env`; field names in upper case are the variables' names."
+
     _memory = field_validator("duckdb_memory_limit")(_check_size)
     _endpoint = field_validator("minio_endpoint")(_check_endpoint)
 
@@ -92,7 +96,7 @@ class Settings(BaseSettings):
             raise ValueError("is not one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
         return value.upper()
 
-    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", mode="before")
+    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", "duckdb_data_path", "duckdb_temp_dir", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -114,7 +118,7 @@ class Settings(BaseSettings):
         "A path of the settings, seen from the project's home."
         return (project_home() / Path(value).expanduser()).resolve()
 
-# %% ../nbs/00_settings.ipynb #0000000d
+# %% ../nbs/00_settings.ipynb #00000010
 _EXAMPLES = {
     "duckdb_memory_limit": "4GB",
     "duckdb_threads": "2 (0 means all cores)",
@@ -138,7 +142,7 @@ def _explain(error: ValidationError) -> str:
         lines.append(f"{field.upper()}: {text}{example}" if field else text)
     return "\n".join(lines)
 
-# %% ../nbs/00_settings.ipynb #00000012
+# %% ../nbs/00_settings.ipynb #00000015
 @lru_cache(maxsize=8)
 def _read(home: Path, env: tuple[tuple[str, str], ...]) -> Settings:
     return Settings(_env_file=home / ".env")
@@ -157,7 +161,7 @@ def get_settings(
     stamp = (("", str(dotenv.stat().st_mtime_ns)),) if dotenv.exists() else ()
     return _read(home, env + stamp)
 
-# %% ../nbs/00_settings.ipynb #00000017
+# %% ../nbs/00_settings.ipynb #0000001a
 def shared_data(
     settings: Settings | None = None,  # read from the environment when None
 ) -> Path:  # folder with real trades and candles
@@ -168,7 +172,7 @@ def shared_data(
         raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to where they lie")
     return folder
 
-# %% ../nbs/00_settings.ipynb #0000001a
+# %% ../nbs/00_settings.ipynb #0000001d
 _TOKEN = re.compile(r"((?:token|secret|password|access_key)=)[^\s&'\"]+", re.IGNORECASE)
 
 

@@ -144,7 +144,7 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     catalog = catalog_file(settings)
     beside = catalog.parent if catalog else settings.path("data")
     temp = settings.path(settings.duckdb_temp_dir) if settings.duckdb_temp_dir else beside / "tmp"
-    options: dict[str, str | bool | int | float | list[str]] = {"memory_limit": settings.duckdb_memory_limit, "temp_directory": str(temp), "preserve_insertion_order": True}
+    options: dict[str, str | bool | int | float | list[str]] = {"memory_limit": settings.duckdb_memory_limit, "temp_directory": str(temp), "preserve_insertion_order": True, "enable_progress_bar": False}
     if settings.duckdb_threads:
         options["threads"] = settings.duckdb_threads
     con = duckdb.connect(config=options)
@@ -401,4 +401,5 @@ def maintain(
     with _my_turn(_lock_path(con), 120.0):
         con.execute("CALL ducklake_flush_inlined_data('lake')")
         con.execute("CALL ducklake_merge_adjacent_files('lake')")
+        con.execute("CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")
     return store_size(con)

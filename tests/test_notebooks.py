@@ -1,0 +1,234 @@
+"""Each notebook runs, is clean, and is what its module was exported from."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+LIB = ROOT / "cryptoresearch"
+BIN = Path(sys.executable).parent
+
+# these run elsewhere: benchmarks by `make bench`; research and dashboards need a store, and tests of their own give them one
+NOT_RUN_HERE = ("benchmarks", "research", "dashboards")
+TIMEOUT_S = 900
+
+
+def notebooks(*folders: str) -> list[str]:
+    "Notebooks below `folders` (all when none is named), seen from the repository's root."
+    found = (path.relative_to(ROOT) for path in sorted(NBS.rglob("*.ipynb")))
+    kept = (path for path in found if not any(part.startswith((".", "_")) for part in path.parts))
+    return [path.as_posix() for path in kept if not folders or path.parts[1] in folders]
+
+
+ALL = notebooks()
+RUN = [path for path in ALL if Path(path).parts[1] not in NOT_RUN_HERE]
+TRAVEL = notebooks("research", "dashboards")  # they are part of the wheel
+
+
+def cells(path: str | Path) -> list[dict]:
+    "Cells of a notebook, with the source as one string."
+    found = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in found]
+
+
+def is_tagged(cell: dict) -> bool:
+    "True for the cell behind which papermill puts its parameters."
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+def default_exp(path: str) -> str | None:
+    "Module that a notebook exports to."
+    for cell in cells(path):
+        if cell["cell_type"] == "code" and (match := re.search(r"^#\|\s*default_exp\s+(\S+)", cell["source"], re.MULTILINE)):
+            return match[1]
+    return None
+
+
+def copy_project(to: Path) -> Path:
+    "What nbdev works on, in a folder of its own: no run of a notebook and no check of it may change the repository."
+
+    def ignore(folder: str, names: list[str]) -> set[str]:  # a kernel at work may have its sockets there
+        left_out = {"__pycache__", ".ipynb_checkpoints", ".last_checked"}
+        return {n for n in names if n in left_out or not ((Path(folder) / n).is_file() or (Path(folder) / n).is_dir())}
+
+    for name in ("nbs", "cryptoresearch", "scripts"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "constraints.txt", ".env.example", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def difference(left: Path, right: Path, pattern: str) -> list[str]:
+    "Files that differ between two folders or are in one of them only."
+    names = {p.relative_to(side).as_posix() for side in (left, right) for p in side.rglob(pattern) if "__pycache__" not in p.parts}
+    return sorted(n for n in names if not ((left / n).is_file() and (right / n).is_file() and (left / n).read_bytes() == (right / n).read_bytes()))
+
+
+def clean_environment() -> dict[str, str]:
+    "For a process that finds its project by its working folder; the notebook's own folder says where that is."
+    return {k: v for k, v in os.environ.items() if k != "CRYPTORESEARCH_HOME"} | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "agg"}
+
+
+# --- running
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    "Every notebook that was asked for, each in a process of its own, two at a time."
+    flags = "minio" if request.config.getoption("--quick") else "slow minio"
+    home = copy_project(tmp_path_factory.mktemp("project"))
+    asked = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", "") == "test_runs"]
+    with_s3 = {path for path in asked if any(re.search(r"^#\|\s*minio\b", cell["source"], re.MULTILINE) for cell in cells(path))}
+    s3_env = request.getfixturevalue("s3").env if with_s3 else {}
+
+    def run(path: str) -> tuple[int, str]:
+        env = clean_environment() | (s3_env if path in with_s3 else {})
+        command = [BIN / "nbdev_test", "--path", home / path, "--n_workers", "0", "--flags", flags]
+        try:
+            done = subprocess.run(command, cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return 1, f"not finished after {TIMEOUT_S} s"
+        return done.returncode, (done.stdout + done.stderr).replace(str(home), str(ROOT))
+
+    with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
+        futures = {path: pool.submit(run, path) for path in asked}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.mark.timeout(TIMEOUT_S * 2)
+@pytest.mark.parametrize("path", RUN)
+def test_runs(path: str, runs: dict[str, Future]) -> None:
+    "A notebook runs from top to bottom in a fresh process, without the user's settings; beside an S3 server where it has cells `#| minio`."
+    code, output = runs[path].result()
+    if code and "DataNotFound" in output and not Path(os.environ["CRYPTORESEARCH_SHARED_DATA"]).is_dir():
+        pytest.skip("needs the real market data, which are absent (CRYPTORESEARCH_SHARED_DATA)")
+    # nbdev names the notebook and the cell's number above the traceback
+    assert code == 0, f"{path} failed:\n{output[-6000:]}"
+
+
+# --- clean, exported, complete
+
+
+def test_notebooks_are_clean(tmp_path: Path) -> None:
+    "nbdev_clean changes nothing."
+    home = copy_project(tmp_path)
+    subprocess.run([BIN / "nbdev_clean"], cwd=home, env=clean_environment(), check=True, capture_output=True)
+    assert not (found := difference(NBS, home / "nbs", "*.ipynb")), f"run nbdev_clean, or `make hooks` once: {found}"
+
+
+def test_export_changes_nothing(tmp_path: Path) -> None:
+    "The package is what nbdev_export makes of the notebooks."
+    home = copy_project(tmp_path)
+    subprocess.run([BIN / "nbdev_export"], cwd=home, env=clean_environment(), check=True, capture_output=True)
+    assert not (found := difference(LIB, home / "cryptoresearch", "*.py")), f"edit the notebook, not the module, and run nbdev_export: {found}"
+
+
+def test_each_module_has_one_notebook() -> None:
+    "Two notebooks with one `default_exp` would overwrite each other; a renamed notebook leaves its old module."
+    sources: dict[str, list[str]] = {}
+    for path in ALL:
+        if module := default_exp(path):
+            sources.setdefault(module.replace(".", "/") + ".py", []).append(path)
+    assert not {m: p for m, p in sources.items() if len(p) > 1}, "several notebooks export to one module"
+    modules = {p.relative_to(LIB).as_posix() for p in LIB.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")}
+    assert modules == set(sources), f"no notebook exports {sorted(modules - set(sources))}; not exported: {sorted(set(sources) - modules)}"
+
+
+def test_nothing_is_skipped_silently() -> None:
+    "No notebook hides from the tests: skip_exec reports success without running, eval: false breaks what follows."
+    found = []
+    for path in ALL:
+        if re.search(r"skip_exec\s*:\s*true", (ROOT / path).read_text(encoding="utf-8"), re.IGNORECASE):
+            found.append(f"{path}: skip_exec")
+        found += [f"{path}: {c['source'][:60]!r}" for c in cells(path) if re.search(r"^#\|\s*eval:\s*false", c["source"], re.MULTILINE)]
+    found += [p.relative_to(ROOT).as_posix() for p in NBS.rglob(".notest")]
+    assert not found
+
+
+PRIVATE = re.compile(r"(?<![\w.])/(?:home|root|Users|tmp|var/folders)/[\w.]|\bsite-packages\b|at 0x[0-9a-f]{6,}")
+
+
+def test_outputs_are_fit_to_be_read() -> None:
+    "No committed output holds an error, a warning, a path of the machine or an address in memory."
+    found = []
+    for path in ALL:
+        for number, cell in enumerate(cells(path)):
+            for output in cell.get("outputs", []):
+                where = f"{path}, cell {number}"
+                if output["output_type"] == "error":
+                    found.append(f"{where}: error {output['ename']}")
+                elif output.get("name") == "stderr":
+                    found.append(f"{where}: {''.join(output['text'])[:80]!r} on standard error")
+                else:
+                    data = {k: v for k, v in output.get("data", {}).items() if k.startswith("text/")}
+                    text = json.dumps([output.get("text"), data])
+                    if match := PRIVATE.search(text):
+                        found.append(f"{where}: {text[max(0, match.start() - 20) : match.end() + 40]!r}")
+    assert not found, "\n".join(found)
+
+
+def test_readme_is_the_index_notebook() -> None:
+    "README.md has not drifted from nbs/index.ipynb."
+    done = subprocess.run([sys.executable, ROOT / "scripts/readme.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- papermill
+
+
+def parameters_cell(path: Path) -> int:
+    "Place of the one cell that is tagged `parameters`."
+    tagged = [i for i, cell in enumerate(cells(path)) if is_tagged(cell)]
+    assert len(tagged) == 1, f"{path.name}: papermill needs one cell tagged `parameters`, found {len(tagged)}"
+    return tagged[0]
+
+
+def with_parameter(notebook: Path, out: Path, name: str, value: object) -> object:
+    "What the notebook's code sees as `name` when papermill is given `value`: all cells up to the parameters, then a look at it."
+    import nbformat
+    import papermill
+
+    doc = nbformat.read(notebook, 4)
+    doc.cells = [*doc.cells[: parameters_cell(notebook) + 1], nbformat.v4.new_code_cell(f"import json as _json\n_json.dumps({name})")]
+    cut = out / f"cut-{notebook.name}"
+    nbformat.write(doc, cut)
+    done = papermill.execute_notebook(cut, out / f"out-{notebook.name}", {name: value}, kernel_name="python3", progress_bar=False, cwd=str(notebook.parent))
+    return json.loads(eval(done.cells[-1].outputs[0]["data"]["text/plain"]))
+
+
+def test_a_changed_parameter_arrives_after_cleaning(tmp_path: Path) -> None:
+    "nbdev_clean keeps the tag `parameters`; without it papermill would run the defaults and report success."
+    import nbformat
+
+    home = copy_project(tmp_path)
+    doc = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    doc.cells = [nbformat.v4.new_code_cell("horizon = 1", metadata={"tags": ["parameters"], "scrolled": True})]
+    path = home / "nbs" / "zz_parameters.ipynb"
+    nbformat.write(doc, path)
+    subprocess.run([BIN / "nbdev_clean", "--fname", path], cwd=home, env=clean_environment(), check=True, capture_output=True)
+    assert cells(path)[0]["metadata"] == {"tags": ["parameters"]}
+    assert with_parameter(path, tmp_path, "horizon", 7) == 7
+
+
+# each research notebook takes parameters; a dashboard may
+@pytest.mark.parametrize("path", [p for p in TRAVEL if Path(p).parts[1] == "research" or any(map(is_tagged, cells(p)))])
+def test_parameters_arrive(path: str, tmp_path: Path) -> None:
+    "A parameter of a notebook for papermill or Voila, changed from outside, is what its code sees."
+    import papermill
+
+    known = papermill.inspect_notebook(ROOT / path)
+    texts = [name for name, info in known.items() if re.fullmatch(r"(['\"]).*\1", info["default"].strip())]
+    assert texts, f"{path} has no parameter with a text as its default: {sorted(known)}"
+    assert with_parameter(ROOT / path, tmp_path, texts[0], "a value from outside") == "a value from outside"

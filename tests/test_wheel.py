@@ -1,0 +1,73 @@
+"""The wheel alone, in an empty environment without the development tools, imports and runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_notebooks import LIB, TRAVEL, clean_environment, copy_project
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+DEVELOPMENT = ("nbdev", "fastcore", "execnb", "pytest", "ruff", "mypy", "moto", "playwright", "hypothesis", "polars", "matplotlib", "jupyterlab")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The wheel, built from a copy: building leaves nothing in the repository."
+    home, out = copy_project(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, home]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Folder with the programs of an environment that holds the wheel and what it requires, nothing else."
+    import venv
+
+    import make_venv
+
+    folder = tmp_path_factory.mktemp("empty") / "venv"
+    venv.create(folder, with_pip=True, symlinks=sys.platform != "win32")
+    make_venv.install(folder, [str(wheel)], quiet=True, bytecode=False)
+    return make_venv.python_of(folder).parent
+
+
+def run(command: list[object], cwd: Path, code: int | None = 0) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    assert code is None or done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_no_development_tool_is_required(empty: Path, tmp_path: Path) -> None:
+    code = f"import importlib.util as u, json; print(json.dumps([m for m in {DEVELOPMENT!r} if u.find_spec(m)]))"
+    assert json.loads(run([empty / "python", "-c", code], tmp_path)) == []
+
+
+def test_every_module_imports(empty: Path, tmp_path: Path) -> None:
+    modules = [".".join(("cryptoresearch", *p.relative_to(LIB).with_suffix("").parts)).removesuffix(".__init__") for p in sorted(LIB.rglob("*.py"))]
+    code = f"import importlib, json; print(json.dumps([importlib.import_module(m).__file__ for m in {modules!r}]))"
+    files = json.loads(run([empty / "python", "-c", code], tmp_path).splitlines()[-1])
+    assert len(files) == len(modules) and all("site-packages" in f for f in files)
+
+
+def test_the_notebooks_travel_along(empty: Path, tmp_path: Path) -> None:
+    code = "import importlib.resources as r; print(*(f.name for k in ('research', 'dashboards') for f in (r.files('cryptoresearch')/'notebooks'/k).iterdir()))"
+    inside = run([empty / "python", "-c", code], tmp_path).split() if TRAVEL else []
+    assert {Path(p).name for p in TRAVEL} <= set(inside)
+
+
+def test_the_command_line_starts(empty: Path, tmp_path: Path) -> None:
+    text = run([empty / "cryptoresearch", "--help"], tmp_path)
+    assert all(command in text for command in ("demo", "doctor", "train", "runs", "reproduce", "api", "dashboards", "stream", "replay"))
+
+
+def test_doctor_reports(empty: Path, tmp_path: Path) -> None:
+    "In an empty folder some checks may fail, each with a remedy; none of them as a traceback."
+    text = run([empty / "cryptoresearch", "doctor"], tmp_path, code=None)
+    assert "Traceback" not in text and "ModuleNotFoundError" not in text
+    assert "duckdb" in text.lower()

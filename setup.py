@@ -29,7 +29,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     keywords=cfg["keywords"].split(),
-    python_requires=f">={cfg['min_python']}",
+    python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
     packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), *NOTEBOOKS],
     package_dir=NOTEBOOKS,
     package_data={name: ["*.ipynb"] for name in NOTEBOOKS} | {cfg["lib_name"]: ["py.typed"]},

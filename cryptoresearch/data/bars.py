@@ -296,7 +296,7 @@ def _frame(rows: pd.DataFrame, length: pd.Timedelta, symbol: str) -> pd.DataFram
     return _on_grid(rows[NUMBERS].astype("float64").set_axis(index), length, symbol)
 
 # %% ../../nbs/data/04_bars.ipynb #0000002d
-SOURCES = ("trades", "aggTrades", "simulated", "finnhub", "replay", "klines")  # the first that covers a bar wholly gives it
+SOURCES = ("trades", "aggTrades", "klines", "finnhub", "replay", "simulated")  # the first that covers a bar wholly gives it
 
 
 def _covered(con: duckdb.DuckDBPyConnection, symbol: str, source: str) -> list[tuple[int, int, int | None, int | None]]:

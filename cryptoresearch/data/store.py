@@ -144,7 +144,7 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     catalog = catalog_file(settings)
     beside = catalog.parent if catalog else settings.path("data")
     temp = settings.path(settings.duckdb_temp_dir) if settings.duckdb_temp_dir else beside / "tmp"
-    options: dict[str, str | bool | int | float | list[str]] = {"memory_limit": settings.duckdb_memory_limit, "temp_directory": str(temp), "preserve_insertion_order": True, "enable_progress_bar": False}
+    options: dict[str, str | bool | int | float | list[str]] = {"memory_limit": settings.duckdb_memory_limit, "temp_directory": str(temp), "preserve_insertion_order": True}
     if settings.duckdb_threads:
         options["threads"] = settings.duckdb_threads
     con = duckdb.connect(config=options)
@@ -152,6 +152,7 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     for name in needed:
         _load(con, name)
     con.execute("SET GLOBAL TimeZone = 'UTC'")
+    con.execute("SET enable_progress_bar = false")  # in a notebook it would be a widget in the committed output
     _s3_secret(con, settings)
     return con
 

@@ -1,0 +1,194 @@
+"""The API as others meet it: a real server, many readers, and a writer that commits meanwhile."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+import uvicorn
+
+from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.serving.api import create_app
+from cryptoresearch.settings import Settings
+
+COLUMNS = "symbol, source, kind, spec, ts, close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, buy_volume_tick, vwap, gap"
+
+
+def minutes(n: int, start: str = "2024-01-01") -> pd.DataFrame:
+    "A random walk as a frame of minute bars, with a hole of three bars in it."
+    rng = np.random.default_rng(7)
+    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.001, n)))
+    first = np.r_[100.0, close[:-1]]
+    table = pd.DataFrame(
+        {"ts": pd.date_range(start, periods=n, freq="1min", tz="UTC"), "open": first, "high": np.maximum(first, close), "low": np.minimum(first, close), "close": close, "volume": 1.0}
+    )
+    return bar_frame(table.drop(index=range(50, 53)), "1m", symbol="TESTUSD")
+
+
+def put(con, frame: pd.DataFrame, source: str = "simulated", spec: str = "1m") -> None:
+    "Commit a frame of bars."
+    rows = frame.reset_index()
+    rows["source"], rows["kind"], rows["spec"] = source, "time", spec
+    for name in ("ts", "close_ts"):
+        rows[name] = rows[name].dt.tz_localize(None)
+    con.register("new_rows", rows)
+    write(con, lambda c: c.execute(f"INSERT INTO bars ({COLUMNS}) SELECT {COLUMNS} FROM new_rows"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder: Path = tmp_path_factory.mktemp("api")
+    chosen = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=2)
+    with init_duckdb(chosen) as con:
+        put(con, minutes(600))
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def client(settings) -> Iterator[httpx.Client]:
+    "A client of a real server on a port of its own."
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        while not server.started:
+            time.sleep(0.05)
+        yield http
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_health_tells_versions_and_snapshot(client):
+    answer = client.get("/health")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "ok"
+    assert answer.json()["snapshot"] > 0
+    assert answer.json()["versions"]["duckdb"]
+
+
+def test_pages_of_bars_are_the_whole(client):
+    start, got = "2024-01-01T00:00:00Z", []
+    while start:
+        page = client.get("/bars", params={"symbol": "TESTUSD", "spec": "1m", "start": start, "end": "2024-01-01T10:00:00Z", "limit": 70}).json()
+        got, start = got + page["bars"], page["next_start"]
+    assert page["source"] == "simulated"
+    assert [bar["ts"] for bar in got] == [t.strftime("%Y-%m-%dT%H:%M:%SZ") for t in minutes(600).index]
+    assert [i for i, bar in enumerate(got) if bar["gap"]] == [50, 51, 52]
+    assert all(got[50][name] is None for name in ("open", "close", "volume"))
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "error", "words"),
+    [
+        ("/bars?symbol=NOPE", 404, "DataNotFound", "TESTUSD 1m"),
+        ("/bars?symbol=TESTUSD&spec=1m&limit=10001", 422, "ValidationError", "limit"),
+        ("/bars?symbol=TESTUSD&spec=1m&start=soon", 422, "ValidationError", "start"),
+        ("/bars?spec=1m", 422, "ValidationError", "symbol"),
+        ("/bars?symbol=TESTUSD&spec=1M", 422, "SchemaError", "bar length"),
+        ("/bars?symbol=TESTUSD&spec=1m&start=2024-01-02&end=2024-01-01", 422, "ConfigError", "before the end"),
+        ("/features?symbol=TESTUSD&spec=1m&names=rsi14", 404, "DataNotFound", "rsi_14"),
+        ("/runs/none", 404, "DataNotFound", "no run"),
+        ("/nowhere", 404, "HTTPError", "/nowhere"),
+    ],
+)
+def test_errors_are_typed_and_say_what_to_do(client, path, status, error, words):
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()["error"]) == (status, error)
+    assert words in answer.json()["message"]
+
+
+def test_nothing_can_be_written(client):
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert client.request(method, "/bars").status_code == 405
+
+
+def test_injection_is_only_a_strange_symbol(client):
+    answer = client.get("/bars", params={"symbol": "x'; DROP TABLE bars; --", "spec": "1m"})
+    assert answer.status_code == 404
+    assert len(client.get("/bars", params={"symbol": "TESTUSD", "spec": "1m", "limit": 5}).json()["bars"]) == 5
+
+
+def test_openapi_describes_every_parameter_and_field(client):
+    api = client.get("/openapi.json").json()
+    assert {"/health", "/symbols", "/bars", "/features", "/runs", "/runs/{run_id}", "/predictions"} <= set(api["paths"])
+    for path, methods in api["paths"].items():
+        assert methods["get"]["description"], path
+    assert api["components"]["schemas"]["Bar"]["properties"]["volume"]["description"]
+
+
+def test_pages_for_people_need_no_other_host(client):
+    for path in ("/", "/docs"):
+        page = client.get(path, follow_redirects=True)
+        assert page.status_code == 200
+        assert "https://" not in page.text
+        assert "//cdn" not in page.text
+
+
+def test_features_equal_those_of_a_notebook(client):
+    from cryptoresearch.features.pipeline import DataProcessing
+
+    page = client.get("/features", params={"symbol": "TESTUSD", "spec": "1m", "names": "rsi_14", "limit": 3}).json()
+    want = DataProcessing(features=["rsi_14"]).process_data(minutes(600)).tail(3)["rsi_14"]
+    np.testing.assert_allclose([row["values"]["rsi_14"] for row in page["rows"]], want, rtol=1e-9)
+    assert page["rows"][-1]["known_ts"] == "2024-01-01T10:00:00Z"
+
+
+def test_prediction_matures_when_its_bars_are_there(client, settings):
+    bars = minutes(600)
+    made = bars.index[[100, 599]]
+    with init_duckdb(settings) as con:
+        for ts in made:
+            row = ["r1", "TESTUSD", "1m", "return", 5, ts.tz_localize(None).to_pydatetime(), 0.002]
+            write(con, lambda c, row=row: c.execute("INSERT INTO predictions SELECT ?, ?, ?, ?, ?, t, t + INTERVAL 1 MINUTE, ?, 'replay', t FROM (SELECT ?::TIMESTAMP t)", [*row[:5], row[6], row[5]]))
+    first, last = client.get("/predictions", params={"run_id": "r1"}).json()["predictions"]
+    assert first["outcome"] == pytest.approx(bars["close"].iloc[105] / bars["open"].iloc[101] - 1)
+    assert (first["state"], last["state"], last["outcome"]) == ("matured", "waiting", None)
+    assert first["outcome_ts"] == "2024-01-01T01:46:00Z"
+
+
+def test_many_readers_while_a_writer_commits(client, settings):
+    "Six readers see each commit whole and soon, and none gets an error."
+    batches, size = 20, 30
+    stop = threading.Event()
+
+    def collect() -> None:
+        frame = minutes(600, "2024-03-01").assign(symbol="LIVE")
+        with init_duckdb(settings) as con:
+            for i in range(batches):
+                put(con, frame.iloc[i * size : (i + 1) * size], source="replay")
+                time.sleep(0.05)
+        stop.set()
+
+    def ask(_: int) -> list[int]:
+        seen = []
+        while not stop.is_set():
+            answer = client.get("/bars", params={"symbol": "LIVE", "spec": "1m", "limit": 1000})
+            assert answer.status_code in (200, 404), answer.text
+            if answer.status_code == 200:
+                seen.append(len(answer.json()["bars"]))
+        return seen
+
+    writer = threading.Thread(target=collect)
+    writer.start()
+    with ThreadPoolExecutor(6) as pool:
+        seen = list(pool.map(ask, range(6)))
+    writer.join()
+    assert all(counts == sorted(counts) for counts in seen)
+    assert {count % size for counts in seen for count in counts} == {0}
+    assert len({count for counts in seen for count in counts}) > 3
+    assert len(client.get("/bars", params={"symbol": "LIVE", "spec": "1m"}).json()["bars"]) == batches * size

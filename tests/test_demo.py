@@ -1,0 +1,53 @@
+"""The promise of the README: one command, the whole way, and seconds when it is repeated."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.demo import run_demo
+from cryptoresearch.models.runs import load_run
+from cryptoresearch.settings import Settings
+
+
+@pytest.mark.slow
+def test_the_whole_way_twice(tmp_path: Path) -> None:
+    settings = Settings(
+        _env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), archive_url="http://127.0.0.1:9",
+        minio_endpoint=None, duckdb_memory_limit="1GB", duckdb_threads=2,
+    )  # fmt: skip
+    first, second = Console(record=True, width=200), Console(record=True, width=200)
+    reports = run_demo(settings, first, trades_per_day=60_000)
+    began = time.monotonic()
+    again = run_demo(settings, second, trades_per_day=60_000)
+    took = time.monotonic() - began
+
+    told = first.export_text()
+    assert "SIMULATED" in told
+    assert "make dashboards" in told
+    assert [r.run_id for r in again] == [r.run_id for r in reports]
+    assert all(r.reused for r in again)
+    assert "made before" in second.export_text()
+    assert took < 60, f"the second demo took {took:.0f} s"
+
+    con = init_duckdb(settings)
+    rows = con.execute("SELECT count(*), count(DISTINCT ts), min(ts), max(close_ts), any_value(source) FROM predictions").fetchone()
+    assert rows is not None
+    n, distinct, start, end, source = rows
+    assert (n, source) == (distinct, "replay")
+    assert n >= 50, "a prediction for nearly each of the sixty minutes"
+    assert (end - start).total_seconds() <= 3600
+    run = load_run(reports[0].run_id, settings)
+    trained_until = re.sub(r"\+00:00$", "", str(run.info["trained_until"]))
+    assert str(start) >= trained_until.replace("T", " ")[:19], "the live hour was kept back from training"
+    for report in reports:
+        html = report.report.read_text(encoding="utf-8")
+        assert "SIMULATED" in html
+        assert not re.search(r"<(script|link)[^>]+(src|href)=.https?://", html), "the report works without internet"
+        assert json.loads((report.folder / "run.json").read_text())["simulated"] is True

@@ -1,0 +1,333 @@
+"""Runs as processes and files see them: trained twice, made again, tampered with, killed, and executed as a notebook with a report."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryptoresearch.data.bars import bar_frame, make_bars
+from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.store import connect, init_duckdb, write
+from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch
+from cryptoresearch.models import runs
+from cryptoresearch.models.runs import RunConfig, list_runs, load_run, reproduce, train_run
+from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
+from cryptoresearch.settings import Settings, shared_data
+
+SMALL = {"n_estimators": 40, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
+WALK = RunConfig("WALKUSDT", source="simulated", horizon=6, refit_every="20D", features=("returns", "calendar"), params=SMALL)
+
+
+def random_walk(hours: int = 1500, seed: int = 3) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(0.005 * rng.standard_normal(hours)))
+    opens = np.r_[100.0, close[:-1]]
+    high, low = np.maximum(opens, close) * 1.002, np.minimum(opens, close) * 0.998
+    times = pd.date_range("2024-01-01", periods=hours, freq="1h", tz="UTC")
+    return pd.DataFrame({"open_time": times, "open": opens, "high": high, "low": low, "close": close, "volume": rng.lognormal(size=hours)})
+
+
+def put_bars(con, candles: pd.DataFrame, symbol: str, source: str) -> None:
+    frame = bar_frame(candles, "1h", symbol=symbol).reset_index()
+    for name in ("ts", "close_ts"):
+        frame[name] = frame[name].dt.tz_localize(None)
+    frame["source"], frame["kind"], frame["spec"] = source, "time", "1h"
+
+    def insert(c):
+        columns = [r[0] for r in c.execute("DESCRIBE bars").fetchall()]
+        c.register("frame_to_store", frame[columns])
+        c.execute(f"INSERT INTO bars SELECT {', '.join(columns)} FROM frame_to_store")
+        c.unregister("frame_to_store")
+
+    write(con, insert)
+
+
+def make_store(folder: Path) -> Settings:
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=1)
+    con = init_duckdb(settings)
+    put_bars(con, random_walk(), "WALKUSDT", "simulated")
+    con.close()
+    return settings
+
+
+@pytest.fixture
+def store(tmp_path):
+    return make_store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A store with a trained run, never changed by a test."
+    settings = make_store(tmp_path_factory.mktemp("trained"))
+    with connect(settings) as con:
+        return settings, train_run(con, WALK, settings)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    "A copy of the trained run's folder, beside the same store, to tamper with."
+    settings, run = trained
+    mine = settings.model_copy(update={"runs_dir": str(tmp_path / "runs")})
+    shutil.copytree(run.folder, tmp_path / "runs" / run.id)
+    return mine, run, tmp_path / "runs" / run.id
+
+
+def rewrite(folder: Path, change) -> dict:
+    "Change run.json, and the checksums of files along with it."
+    info = json.loads((folder / "run.json").read_text())
+    change(info)
+    info["files"] = {name: runs._sha((folder / name).read_bytes()) for name in info["files"]}
+    (folder / "run.json").write_text(json.dumps(info))
+    return info
+
+
+def test_the_same_question_is_trained_once(trained):
+    settings, run = trained
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.iterdir()}
+    steps = []
+    with connect(settings) as con:
+        again = train_run(con, replace(WALK, params=dict(reversed(SMALL.items()))), settings, progress=lambda _, text: steps.append(text))
+        other = runs.find_run(con, replace(WALK, seed=1), settings)
+        trials = con.execute("SELECT count(*) FROM trials").fetchone()[0]
+    assert again.reused and again.id == run.id and not run.reused
+    assert not any("fold" in s for s in steps) and "trained before" in steps[-1]
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.iterdir()} == before
+    assert other[0] != run.id and not other[1]
+    assert trials == 1
+
+
+def test_a_run_on_simulated_noise_claims_nothing(trained):
+    settings, run = trained
+    assert run.info["simulated"] and "SIMULATED" in run.info["verdict"]
+    assert run.info["level"] in ("none", "unclear")
+    assert run.info["strategy"]["n_trials"] == 1
+    row = list_runs(settings).loc[run.id]
+    assert (row["symbol"], row["horizon"], row["simulated"]) == ("WALKUSDT", 6, True)
+    p = run.predictions
+    assert list(p.columns) == ["known_ts", "end_ts", "y", "prediction", "lower", "upper", "fold", "zero", "last"]
+    assert p["prediction"].notna().all() and p["y"].isna().sum() == 6  # only the last outcomes are open
+    for fold in run.info["folds"]:
+        assert pd.Timestamp(fold["train_end"]) < pd.Timestamp(fold["test_start"])
+
+
+def test_made_again_bit_for_bit_although_the_store_has_moved_on(store):
+    with connect(store) as con:
+        run = train_run(con, WALK, store)
+        write(con, lambda c: c.execute("UPDATE bars SET close = close * 1.01 WHERE ts = TIMESTAMP '2024-02-01 00:00'"))
+        new, there = runs.find_run(con, WALK, store)
+    assert new != run.id and not there  # other data, other run
+    checks = reproduce(run.id, store)  # from the pinned snapshot
+    assert checks["same"].all(), checks[~checks["same"]]
+    assert {"bars", "forecasts made again", "model.ubj made again", "scores made again"} <= set(checks.index)
+
+
+def test_a_rebuilt_store_with_the_same_bars_will_do_and_with_others_will_not(trained, tmp_path):
+    settings, run = trained
+    same = make_store(tmp_path / "same").model_copy(update={"runs_dir": settings.runs_dir})
+    checks = reproduce(run.id, same)
+    assert checks.drop("snapshot")["same"].all()
+    other = Settings(_env_file=None, duckdb_path=str(tmp_path / "other.sqlite"), runs_dir=settings.runs_dir)
+    candles = random_walk()
+    candles.loc[700, "volume"] += 1e-9
+    with init_duckdb(other) as con:
+        put_bars(con, candles, "WALKUSDT", "simulated")
+    with pytest.raises(RunMismatch, match=r"bars of run .* other values in .*volume"):
+        reproduce(run.id, other)
+
+
+def test_tampered_files_are_named(copied):
+    settings, run, folder = copied
+    for name in ("model.ubj", "model.json", "predictions.parquet"):
+        original = (folder / name).read_bytes()
+        (folder / name).write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(RunMismatch, match=name.replace(".", r"\.")):
+            load_run(run.id, settings)
+        with pytest.raises(RunMismatch, match=name.replace(".", r"\.")):
+            reproduce(run.id, settings)
+        (folder / name).write_bytes(original)
+    assert load_run(run.id[:-3], settings).id == run.id
+
+
+def test_tampering_along_with_the_checksums_is_found_by_training_again(copied):
+    settings, run, folder = copied
+    changed = run.predictions.copy()
+    changed.iloc[5, changed.columns.get_loc("prediction")] = np.nextafter(changed["prediction"].iloc[5], 1.0)
+    changed.to_parquet(folder / "predictions.parquet")
+    rewrite(folder, lambda info: None)
+    with pytest.raises(RunMismatch, match="column prediction at 2024-02-07 17:00"):
+        reproduce(run.id, settings)
+    shutil.copy(run.folder / "predictions.parquet", folder)
+    model = json.loads((folder / "model.json").read_text())
+    model["residual_quantiles"][0] *= 2
+    (folder / "model.json").write_text(json.dumps(model))
+    rewrite(folder, lambda info: None)
+    with pytest.raises(RunMismatch, match=r"model\.json made again"):
+        reproduce(run.id, settings)
+
+
+def test_a_changed_record_is_found(copied):
+    settings, run, folder = copied
+    rewrite(folder, lambda info: info["scores"]["model"].update(ic=0.5))
+    with pytest.raises(RunMismatch, match="scores made again"):
+        reproduce(run.id, settings)
+    rewrite(folder, lambda info: info["identity"]["config"].update(seed=7))
+    with pytest.raises(RunMismatch, match=r"run\.json"):
+        reproduce(run.id, settings)
+    (folder / "run.json").write_text("{")
+    with pytest.raises(RunMismatch, match="cannot be read"):
+        load_run(run.id, settings)
+    assert list_runs(settings).loc[run.id, "level"] == "unreadable"
+
+
+def test_other_libraries_are_named_with_the_difference(copied):
+    settings, run, folder = copied
+    changed = run.predictions.assign(prediction=run.predictions["prediction"] + 1e-12)
+    changed.to_parquet(folder / "predictions.parquet")
+    info = rewrite(folder, lambda info: info["identity"]["libraries"].update(xgboost="2.0.0"))
+    name = f"{run.id.rsplit('-', 1)[0]}-{runs._sha(runs.canonical(info['identity']))[:10]}"
+    folder.rename(folder.parent / name)
+    with pytest.raises(RunMismatch, match=r"column prediction .*xgboost 2\.0\.0 then"):
+        reproduce(name, settings)
+
+
+@pytest.mark.parametrize("moment", ["fold 1 of", "fitting the final model", "rename"])
+def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, moment):
+    script = textwrap.dedent(f"""
+        import os, pathlib, signal, sys
+        from cryptoresearch.data.store import connect
+        from cryptoresearch.models.runs import RunConfig, train_run
+        from cryptoresearch.settings import Settings
+        die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        if {moment!r} == "rename":
+            pathlib.Path.rename = die
+        s = Settings(_env_file=None, duckdb_path={store.duckdb_path!r}, runs_dir={store.runs_dir!r}, duckdb_threads=1)
+        config = RunConfig(**{asdict(WALK)!r})
+        train_run(connect(s), config, s, progress=lambda f, text: die() if {moment!r} in text else None)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list_runs(store).empty
+    with connect(store) as con:
+        run = train_run(con, WALK, store)
+        assert not run.reused
+        assert con.execute("SELECT count(*) FROM trials").fetchone()[0] == 1
+    assert list(list_runs(store).index) == [run.id]
+
+
+def test_leftovers_of_killed_runs_are_swept(store):
+    old, young = (Path(store.runs_dir) / name for name in (".tmp-old", ".tmp-young"))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
+    with connect(store) as con:
+        train_run(con, WALK, store)
+    assert not old.exists() and young.exists()
+
+
+def test_nothing_is_pickled(trained):
+    _, run = trained
+    assert {p.suffix for p in run.folder.iterdir()} <= {".json", ".ubj", ".parquet", ".ipynb", ".html"}
+    for path in run.folder.iterdir():
+        assert not path.read_bytes().startswith(b"\x80"), path.name  # a pickle's first byte
+    for name in ("run.json", "model.json"):
+        json.loads((run.folder / name).read_text())
+    for module in (runs, sys.modules["cryptoresearch.models.boosting"]):
+        assert "pickle" not in Path(module.__file__).read_text().replace("without pickle", "").replace("is a pickle", "").replace("no pickle", "")
+
+
+def test_a_name_is_not_a_path(trained):
+    settings, _ = trained
+    for name in ("../runs", "/etc", "", ".tmp-x", "a/b"):
+        with pytest.raises(DataNotFound):
+            load_run(name, settings)
+
+
+def test_the_template_is_clean_and_knows_every_field():
+    notebook = nbformat.read(notebook_path("research/train_gbr.ipynb"), as_version=4)
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    defaults: dict = {}
+    exec(tagged[0].source, defaults)
+    plain = {k: (list(v) if isinstance(v, tuple) else v) for k, v in asdict(RunConfig()).items()}
+    assert {f.name for f in fields(RunConfig)} <= set(defaults)
+    assert {k for k, v in plain.items() if defaults[k] != v} == {"start"}
+    assert not any(c.get("outputs") or c.get("execution_count") for c in notebook.cells)
+
+
+def test_a_misspelt_parameter_is_refused(store, tmp_path):
+    with pytest.raises(ConfigError, match="horizn"):
+        run_notebook("research/train_gbr.ipynb", {"horizn": 3}, tmp_path / "out", settings=store)
+
+
+def test_the_notebook_trains_with_the_parameters_it_was_given(store):
+    told = []
+    made = train_report(replace(WALK, horizon=3), store, progress=lambda f, text: told.append(text))
+    run = load_run(made.run_id, store)
+    assert run.config.horizon == 3 and made.run_id.startswith("walkusdt-1h-return3-") and not made.reused
+    assert "fold 1 of 2" in told
+    injected = [c for c in nbformat.read(made.notebook, as_version=4).cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert "horizon = 3" in injected[0].source and 'symbol = "WALKUSDT"' in injected[0].source
+    page = made.report.read_text()
+    body = page.replace(plotly_js(), "")
+    assert outside(page) == [] and "require.js" not in body and "MathJax" not in body
+    assert "SIMULATED" in body and run.id in body and body.count('class="figure"') >= 6
+    assert "import pandas" not in body and "Run it by hand" not in body  # no code, nothing meant for who runs it
+    assert sorted(p.name for p in made.folder.iterdir()) == ["model.json", "model.ubj", "predictions.parquet", "report.html", "run.json", "train_gbr.ipynb"]
+    assert [p.name for p in made.folder.parent.iterdir() if p.name.startswith(".tmp")] == []
+    children = Path("/proc/self/task").glob("*/children") if Path("/proc/self/task").is_dir() else ()
+    kernels = [pid for path in children for pid in path.read_text().split() if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert kernels == []  # the kernel is gone with its notebook
+    again = train_report(replace(WALK, horizon=3), store)
+    assert again.reused and again.report == made.report
+    look_at(made.report)
+
+
+def look_at(report: Path) -> None:
+    "Open the report in a browser without a network: every figure drawn, nothing fetched, nothing wider than a phone."
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        return
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        asked, wrong = [], []
+        page.on("request", lambda r: asked.append(r.url))
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.goto(report.as_uri())
+        page.wait_for_function("document.querySelectorAll('.figure .main-svg').length >= 2 * document.querySelectorAll('.figure').length", timeout=30_000)
+        assert [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == [] and wrong == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+
+
+def test_volatility_of_real_hours(tmp_path):
+    try:
+        candles = shared_data() / "BTCUSDT-1h-2017-08_2024-04.parquet"
+    except DataNotFound as e:
+        pytest.skip(str(e))
+    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        process_file(con, candles, symbol="BTCUSDT", interval="1h")
+        make_bars(con, "BTCUSDT", "1h")
+        config = RunConfig(target="volatility", start="2023-06-01", end="2024-03-01", test_start="2023-12-01", refit_every="45D", features=("volatility", "calendar"), params=SMALL)
+        run = train_run(con, config, settings)
+        assert con.execute("SELECT count(*) FROM trials").fetchone()[0] == 0  # nothing was traded
+    assert run.info["strategy"] is None and not run.info["simulated"] and len(run.info["identity"]["files"]) == 1
+    assert (run.predictions["prediction"] > 0).all() and run.predictions.index[0] == pd.Timestamp("2023-12-01", tz="UTC")
+    assert pd.Timestamp(run.info["trained_until"]) <= pd.Timestamp("2024-03-01", tz="UTC")
+    assert 0.2 < run.info["scores"]["model"]["ic"] < 1
+    assert reproduce(run.id, settings)["same"].all()

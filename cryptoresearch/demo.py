@@ -75,11 +75,11 @@ BAR_LENGTHS = ("1m", "5m", "1h")
 
 
 def demo_configs(
-    symbol: str,  # of the bars
+    data: DemoData,  # symbol and source
     live_from: pd.Timestamp,  # UTC; nothing from here on is used in training
 ) -> list[RunConfig]:  # volatility, return
     "The two runs of the demo."
-    common = dict(symbol=symbol, spec=SPEC, horizon=HORIZON, end=live_from.isoformat(), refit_every="6h", features=("default", "flow"))
+    common = dict(symbol=data.symbol, source=data.source, spec=SPEC, horizon=HORIZON, end=live_from.isoformat(), refit_every="6h", features=("default", "flow"))
     return [RunConfig(target=target, **common) for target in ("volatility", "return")]  # type: ignore[arg-type]
 
 # %% ../nbs/61_demo.ipynb #0000000e
@@ -148,7 +148,7 @@ def run_demo(
     _load_and_build(con, data, s, out)
     bars = read_bars(con, data.symbol, SPEC, source=data.source)
     live_from = bars.index[-1] - pd.Timedelta(minutes=LIVE_MINUTES - 1)
-    reports = _train(con, demo_configs(data.symbol, live_from), s, out)
+    reports = _train(con, demo_configs(data, live_from), s, out)
     _predict(con, data, reports[0].run_id, live_from, s, out)
     con.close()
     _farewell(out, data, reports, s)

@@ -177,8 +177,10 @@ def fill_lists(
     _offer(page.market, list(dict.fromkeys((f"{r.symbol} ({r.source})", (r.symbol, r.source)) for r in specs.itertuples())))
     symbol, source = page.market.value
     names = sorted(specs[(specs["symbol"] == symbol) & (specs["source"] == source)]["spec"], key=bar_length)
-    _offer(page.spec, [(name, name) for name in names], default=names.index("1h") if "1h" in names else 0)
-    _offer(page.run, [("none", ""), *_models(page.settings, symbol, page.spec.value)], default=1)
+    trained = [c.get("spec") for c in map(run_config, read_runs(page.settings)) if c.get("symbol") == symbol]
+    first = next((spec for spec in [*trained, "1h"] if spec in names), names[0])  # the bars that the latest model is about
+    _offer(page.spec, [(name, name) for name in names], default=names.index(first))
+    _offer(page.run, [("none", ""), *_models(page.settings, con, symbol, page.spec.value)], default=1)
 
 # %% ../../nbs/serving/54_dashboards.ipynb #00000011
 def run_config(
@@ -188,11 +190,13 @@ def run_config(
     return dict(run.get("config") or run)
 
 
-def _models(settings: Settings, symbol: str, spec: str) -> list[tuple[str, str]]:
-    "Label and id of the runs that were trained on this symbol and bar length."
+def _models(settings: Settings, con: duckdb.DuckDBPyConnection, symbol: str, spec: str) -> list[tuple[str, str]]:
+    "Label and id of the runs that were trained on this symbol and bar length; those that predict live come first."
+    live = {row[0] for row in con.execute("SELECT DISTINCT run_id FROM predictions WHERE symbol = ? AND spec = ?", [symbol, spec]).fetchall()}
     found = [(run["run_id"], run_config(run)) for run in read_runs(settings)]
     fits = [(run_id, c) for run_id, c in found if (c.get("symbol"), c.get("spec")) == (symbol, spec)]
-    return [(f"{c.get('target')}, {c.get('horizon')} bars · {run_id[:8]}", run_id) for run_id, c in fits]
+    fits.sort(key=lambda fit: fit[0] not in live)
+    return [(f"{c.get('target')}, {c.get('horizon')} bars · {run_id.rsplit('-', 1)[-1][:6]}", run_id) for run_id, c in fits]
 
 # %% ../../nbs/serving/54_dashboards.ipynb #00000013
 def draw(

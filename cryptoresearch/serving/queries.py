@@ -74,7 +74,7 @@ def pick_source(
     specs = read_specs(con)
     there = ", ".join(f"{r.symbol} {r.spec} ({r.source})" for r in specs.itertuples()) or "none at all"
     wanted = f"bars {symbol} {spec}" + (f" of source {source}" if source else "")
-    raise DataNotFound(problem(wanted, there, f"Build them: cryptoresearch bars {symbol} --spec {spec}"))
+    raise DataNotFound(problem(wanted, there, f"Build them: cryptoresearch bars {symbol} {spec}"))
 
 # %% ../../nbs/serving/50a_queries.ipynb #0000000d
 def _clauses(**parts: Any) -> tuple[str, list[Any]]:

@@ -153,6 +153,8 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
         _load(con, name)
     con.execute("SET GLOBAL TimeZone = 'UTC'")
     con.execute("SET enable_progress_bar = false")  # in a notebook it would be a widget in the committed output
+    for name, value in {"ducklake_retry_wait_ms": 5, "ducklake_retry_backoff": 1.1, "ducklake_max_retry_count": 40}.items():
+        con.execute(f"SET {name} = {value}")  # by default a writer that lost once waits so long that it loses again
     _s3_secret(con, settings)
     return con
 

@@ -19,7 +19,7 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 research && mkdir -p /work/data /work/runs /work/nbs && chown -R research:research /work
 COPY --from=build /opt/venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 CRYPTORESEARCH_HOME=/work
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive CRYPTORESEARCH_HOME=/work
 USER research
 WORKDIR /work
 VOLUME ["/work/data", "/work/runs"]

@@ -7,6 +7,7 @@ __all__ = ['app', 'console', 'doctor', 'ingest', 'bars', 'simulate', 'train', 'r
            'api', 'dashboards', 'demo', 'main']
 
 # %% ../nbs/60_cli.ipynb #00000003
+import os
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep; read once, when xgboost or scikit-learn is loaded
     setup_logging()
 
 # %% ../nbs/60_cli.ipynb #00000007
@@ -290,8 +292,11 @@ def dashboards(
 @app.command()
 def demo() -> None:
     "The whole way in a few minutes: data, bars, features, models, reports, live predictions."
+    import logging
+
     from cryptoresearch.demo import run_demo
 
+    logging.getLogger("cryptoresearch").setLevel(max(logging.WARNING, logging.getLogger("cryptoresearch").level))  # the steps tell enough
     run_demo(console=console)
 
 # %% ../nbs/60_cli.ipynb #00000014

@@ -39,7 +39,7 @@ _SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B|%)$", re.IGNORECASE)
 def _check_size(value: str) -> str:
     "A memory size as DuckDB reads it."
     if not _SIZE.match(value.strip()):
-        raise ValueError("is not a size such as 4GB, 512MB or 60%")
+        raise ValueError("is not a size such as 4GB or 512MB")
     return value.strip()
 
 
@@ -58,7 +58,7 @@ class _Fields(BaseSettings):
     model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
     # live feed
     finnhub_token: SecretStr | None = None
-    finnhub_url: str = "wss://ws.finnhub.io"
+    finnhub_url: str = Field("wss://ws.finnhub.io", repr=False)
     # MinIO or another S3 server
     minio_endpoint: str | None = None
     minio_access_key: SecretStr | None = None
@@ -75,7 +75,7 @@ class _Fields(BaseSettings):
     duckdb_temp_dir: str | None = None
     # everything else
     runs_dir: str = "runs"
-    archive_url: str = "https://data.binance.vision"
+    archive_url: str = Field("https://data.binance.vision", repr=False)
     api_host: str = "127.0.0.1"
     api_port: int = Field(8000, ge=0, le=65535)
     dashboard_port: int = Field(8866, ge=0, le=65535)

@@ -9,6 +9,7 @@ __all__ = ['Progress', 'KINDS', 'minio_client', 'ensure_buckets', 'upload', 'lis
 # %% ../../nbs/data/02_archive.ipynb #00000002
 import contextlib
 import hashlib
+import re
 import socket
 import tempfile
 import threading
@@ -204,10 +205,15 @@ def archive_name(
     return f"data/spot/daily/{kind}/{folder}/{symbol}-{part}-{day:%Y-%m-%d}.zip"
 
 # %% ../../nbs/data/02_archive.ipynb #00000019
+def _shown(url: str) -> str:
+    "An address without the name and password that it may carry."
+    return re.sub(r"//[^/@]+@", "//***@", url)
+
+
 def _unreachable(url: str, found: str, timeout_s: float) -> DataNotFound:
     "Error for an archive that does not answer as it should."
     return DataNotFound(
-        f"expected {url} within {timeout_s:g} s; found {found}. Without a way to the internet, set ARCHIVE_URL to a mirror, put files into a bucket or folder, or use the simulated exchange: simulate_trades(folder)")
+        f"expected {_shown(url)} within {timeout_s:g} s; found {found}. Without a way to the internet, set ARCHIVE_URL to a mirror, put files into a bucket or folder, or use the simulated exchange: simulate_trades(folder)")
 
 
 @contextlib.contextmanager
@@ -216,7 +222,7 @@ def _get(client: httpx.Client, url: str, timeout_s: float) -> Iterator[httpx.Res
     try:
         with client.stream("GET", url) as answer:
             if answer.status_code in (403, 404):
-                raise DataNotFound(f"expected {url}; found that it is not published (HTTP {answer.status_code}). A day appears on the following day (UTC); check the symbol and the date")
+                raise DataNotFound(f"expected {_shown(url)}; found that it is not published (HTTP {answer.status_code}). A day appears on the following day (UTC); check the symbol and the date")
             if answer.status_code != 200:
                 raise _unreachable(url, f"HTTP {answer.status_code}", timeout_s)
             yield answer
@@ -253,7 +259,7 @@ def _checksum(client: httpx.Client, url: str, timeout_s: float) -> str:
                 break
     words = text.decode("utf-8", "replace").split()
     if not words or len(words[0]) != 64 or set(words[0].lower()) - set("0123456789abcdef"):
-        raise SchemaError(f"expected a sha256 in {url}.CHECKSUM; found {text[:80]!r}. Is ARCHIVE_URL the archive's address, or a page in front of it?")
+        raise SchemaError(f"expected a sha256 in {_shown(url)}.CHECKSUM; found {text[:80]!r}. Is ARCHIVE_URL the archive's address, or a page in front of it?")
     return words[0].lower()
 
 
@@ -284,7 +290,7 @@ def _fetch(client: httpx.Client, url: str, target: Path, timeout_s: float, progr
                 if progress:
                     progress(done, total)
         if digest.hexdigest() != expected:
-            raise SchemaError(f"expected sha256 {expected} for {url}; found {digest.hexdigest()} in {done} bytes. Nothing was kept; fetch it again")
+            raise SchemaError(f"expected sha256 {expected} for {_shown(url)}; found {digest.hexdigest()} in {done} bytes. Nothing was kept; fetch it again")
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)

@@ -30,7 +30,10 @@ def bar_length(
     match = re.fullmatch(r"([1-9]\d{0,5})(s|sec|m|min|h|d)", spec) if isinstance(spec, str) else None
     if match is None:
         raise SchemaError(f"expected a bar length such as 15s, 1m, 7min, 1h or 1d; found {spec!r}. Weeks and months have no fixed grid: use 7d")
-    return pd.Timedelta(seconds=int(match[1]) * _UNITS_S[match[2]])
+    seconds = int(match[1]) * _UNITS_S[match[2]]
+    if seconds > 366 * 86_400:
+        raise SchemaError(f"expected a bar length of a year at most; found {spec!r}. Choose a shorter one")
+    return pd.Timedelta(seconds=seconds)
 
 
 def bar_spec(
@@ -214,7 +217,7 @@ def _holes(
     coverage: list[tuple[int, int, int | None, int | None]],  # as for _stretches, not empty
     gaps: list[tuple[int, int, str]],  # start and end in µs, kind
     length_us: int,  # bar length
-) -> tuple[pd.DataFrame, int, int]:  # holes as numbers of bars (first_bar, last_bar, end_us), first bar, last finished bar
+) -> tuple[pd.DataFrame, dict[str, int]]:  # holes as numbers of bars (first_bar, last_bar, end_us); bars: first, first whole, last finished
     "Bars that a hole meets, and the range of bars between the first covered time and the last."
     parts = _stretches(coverage)
     start, end = parts[0][0], parts[-1][1]
@@ -222,7 +225,7 @@ def _holes(
     missing = [(before, start, "start"), *((a, b, "between") for (_, a), (b, _) in pairwise(parts)), *gaps]
     holes = [(max(a // length_us, start // length_us), b // length_us if kind == "id" else -(-b // length_us) - 1, b) for a, b, kind in missing]
     frame = pd.DataFrame(holes, columns=["first_bar", "last_bar", "end_us"], dtype="int64")
-    return frame[frame["first_bar"] <= frame["last_bar"]], start // length_us, end // length_us - 1
+    return frame[frame["first_bar"] <= frame["last_bar"]], {"first": start // length_us, "whole": -(-start // length_us), "last": end // length_us - 1}
 
 # %% ../../nbs/data/04_bars.ipynb #00000024
 _GRID = """
@@ -242,7 +245,7 @@ SELECT make_timestamp(b * {length_us}) AS ts, make_timestamp((b + 1) * {length_u
  CASE WHEN gap THEN NULL WHEN v = 0 AND reported THEN 0 ELSE buy_volume END AS buy_volume,
  CASE WHEN gap THEN NULL WHEN v = 0 AND tick THEN 0 ELSE buy_volume_tick END AS buy_volume_tick,
  CASE WHEN gap THEN NULL WHEN v > 0 THEN greatest(low, least(high, quote_volume / v)) ELSE price END AS vwap, gap
-FROM marked, knows"""
+FROM marked, knows WHERE b >= {whole}"""
 
 # %% ../../nbs/data/04_bars.ipynb #00000026
 def _own_connection() -> duckdb.DuckDBPyConnection:
@@ -274,7 +277,7 @@ def trades_to_bars(
     start: Any = None,  # every trade from this time on is in `trades`; the first trade's time when None
     end: Any = None,  # … and up to this time; the last trade's time when None
     gaps: pd.DataFrame | None = None,  # start_ts, end_ts (UTC) of stretches in which trades are missing
-) -> pd.DataFrame:  # bar frame of the bars that finished by `end`; a bar that began before `start` is a gap bar
+) -> pd.DataFrame:  # bar frame of the bars that finished by `end`; the first is the first that began at or after `start`
     "Bars of trades in memory, equal to those that `make_bars` would store for them."
     if not len(trades) and (start is None or end is None):
         raise DataNotFound("expected trades, or the start and the end of the covered time; found neither. Wait for the first trade")
@@ -283,10 +286,10 @@ def trades_to_bars(
         con.register("t", _complete(trades))
         known = (_us(start if start is not None else trades["ts"].min()), _us(end if end is not None else trades["ts"].max()))
         missing = [] if gaps is None else [(_us(a), _us(b), "given") for a, b in zip(gaps["start_ts"], gaps["end_ts"], strict=True)]
-        holes, first, last = _holes([(*known, None, None)], missing, length_us)
+        holes, span = _holes([(*known, None, None)], missing, length_us)
         con.register("holes", holes)
         bars = _trade_bars(con, "FROM t", length_us)
-        rows = con.execute(_GRID.format(bars=bars, holes="holes", first=first, last=last, length_us=length_us) + " ORDER BY ts").df()
+        rows = con.execute(_GRID.format(bars=bars, holes="holes", length_us=length_us, **span) + " ORDER BY ts").df()
     return _frame(rows, bar_length(spec), symbol)
 
 
@@ -310,11 +313,13 @@ def _covered(con: duckdb.DuckDBPyConnection, symbol: str, source: str) -> list[t
 def _from_trades(con: duckdb.DuckDBPyConnection, symbol: str, source: str, length_us: int) -> None:
     "Temporary table `new_bars` from the stored trades of one source."
     gaps = con.execute("SELECT epoch_us(start_ts), epoch_us(end_ts), kind FROM gaps WHERE symbol = ? AND source = ?", [symbol, source]).fetchall()
-    holes, first, last = _holes(_covered(con, symbol, source), gaps, length_us)
+    holes, span = _holes(_covered(con, symbol, source), gaps, length_us)
     con.register("bar_holes", holes)
-    where = "SELECT ts, trade_id, price, qty, quote_qty, side_reported, side_tick, n_trades FROM trades WHERE symbol = ? AND source = ?"
+    where = "SELECT ts, trade_id, price, qty, quote_qty, side_reported, side_tick, n_trades FROM trades t WHERE symbol = ? AND source = ?"
+    if source == "replay":  # what was played several times counts once: the latest session has it
+        where += " AND NOT EXISTS (FROM coverage c WHERE c.symbol = t.symbol AND c.source = t.source AND c.file_id > t.file_id AND t.ts BETWEEN c.start_ts AND c.end_ts)"
     bars = _trade_bars(con, where, length_us, [symbol, source])
-    con.execute("CREATE OR REPLACE TEMP TABLE new_bars AS " + _GRID.format(bars=bars, holes="bar_holes", first=first, last=last, length_us=length_us), [symbol, source])
+    con.execute("CREATE OR REPLACE TEMP TABLE new_bars AS " + _GRID.format(bars=bars, holes="bar_holes", length_us=length_us, **span), [symbol, source])
     con.unregister("bar_holes")
 
 # %% ../../nbs/data/04_bars.ipynb #0000002f
@@ -331,7 +336,7 @@ WITH c AS (SELECT *, epoch_us(ts) // {length_us} AS b, max(volume) OVER (PARTITI
  g AS (SELECT b, count(*) = {need} AND count(open + high + low + close) = {need} AS whole,
    arg_min(open, ts) FILTER (still OR volume > 0) AS open, max(high) FILTER (still OR volume > 0) AS high, min(low) FILTER (still OR volume > 0) AS low, arg_max(close, ts) AS close,
    {volume} AS volume, {quote_volume} AS quote_volume, CASE WHEN count(trades) = count(*) THEN sum(trades) END AS trades, {buy_volume} AS buy_volume FROM c GROUP BY b),
- grid AS (SELECT range AS b FROM range((SELECT min(b) FROM c), (SELECT (epoch_us(max(ts)) + {candle_us}) // {length_us} FROM c)))
+ grid AS (SELECT range AS b FROM range((SELECT (epoch_us(min(ts)) + {length_us} - 1) // {length_us} FROM c), (SELECT (epoch_us(max(ts)) + {candle_us}) // {length_us} FROM c)))
 SELECT make_timestamp(b * {length_us}) AS ts, make_timestamp((b + 1) * {length_us}) AS close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, NULL::DOUBLE AS buy_volume_tick,
  CASE WHEN quote_volume IS NULL THEN NULL WHEN volume > 0 THEN greatest(low, least(high, quote_volume / volume)) ELSE close END AS vwap, NOT coalesce(whole, false) AS gap
 FROM grid LEFT JOIN (FROM g WHERE whole) USING (b)"""
@@ -417,6 +422,8 @@ def _choose(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str 
     "Stored bars, one for each time: whole ones first, then by the order of SOURCES."
     rank = "CASE source " + " ".join(f"WHEN '{s}' THEN {i}" for i, s in enumerate(SOURCES)) + f" ELSE {len(SOURCES)} END"
     where, params = "symbol = ? AND kind = 'time' AND spec = ?", [symbol, spec]
+    if source is None and con.execute(f"SELECT count(*) FROM bars WHERE {where} AND source NOT IN ('replay', 'simulated')", params).fetchall()[0][0]:
+        where += " AND source NOT IN ('replay', 'simulated')"  # what is played again or invented never fills a gap of a market
     for condition, value in (("source = ?", source), ("ts >= ?", start), ("ts < ?", end)):
         if value is not None:
             where, params = f"{where} AND {condition}", [*params, value if isinstance(value, str) else value.tz_localize(None).to_pydatetime()]

@@ -431,6 +431,9 @@ def _commit(
     "Make a written file part of the store, with everything that is known of it."
     if loaded := _loaded(con, job):
         return loaded
+    other = con.execute("SELECT DISTINCT kind FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind <> ?", [job.spec.symbol, job.source, job.spec.kind]).fetchall()
+    if other:
+        raise SchemaError(f"expected {other[0][0]} of {job.spec.symbol} in the source {job.source!r}, as before; found {job.spec.kind}, which would count its trades twice. Pass another source=")
     overlap = _overlapping(con, job, facts)
     if overlap - known:
         raise _Overlap(overlap)
@@ -671,16 +674,17 @@ def process_file(
 # %% ../../nbs/data/03_ingest.ipynb #0000002b
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
-    file_id: str,  # sha256 of a loaded file, or its first characters
+    file_id: str,  # sha256 of a loaded file, or its first six characters or more
 ) -> int:  # rows taken out of trades and candles
     "Take a file out of the store again, with its ledger row, gaps, coverage and quarantine; `DataNotFound` where there is none."
 
     def forget(con: DuckDBPyConnection) -> int:
-        rows = con.execute("SELECT file_id, rows FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
-        if len(rows) != 1:
+        rows = con.execute("SELECT file_id, rows, symbol, source FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
+        if len(rows) != 1 or len(file_id) < 6:
             raise DataNotFound(f"expected one loaded file whose sha256 begins with {file_id!r}; found {len(rows)}. See the table ingest_ledger")
         for table in ("trades", "candles", "gaps", "coverage", "quarantine", "ingest_ledger"):
             con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [rows[0][0]])
+        con.execute("DELETE FROM lake.main.bars WHERE symbol = ? AND source = ?", rows[0][2:])  # made from it; make_bars builds those of the other files again
         return int(rows[0][1])
 
     return write(con, forget)

@@ -93,7 +93,7 @@ def _quietly(con: DuckDBPyConnection, sql: str, secrets: list[str]) -> None:
         text = str(e).split("\nLINE", 1)[0]
         for secret in sorted((s for s in secrets if s), key=len, reverse=True):
             text = text.replace(secret, "***")
-        text = re.sub(r"(password=)\S+", r"\1***", re.sub(r"(//[^:/@\s]+:)[^@\s]+@", r"\1***@", text))
+        text = re.sub(r"(password\s*=\s*)('(?:\\.|''|[^'\\])*'|[^\s&\"]+)", r"\1***", re.sub(r"(//[^:/@\s]+:)[^/\s]+@", r"\1***@", text))
         raise type(e)(text) from None
 
 # %% ../../nbs/data/01_store.ipynb #00000011
@@ -153,8 +153,6 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
         _load(con, name)
     con.execute("SET GLOBAL TimeZone = 'UTC'")
     con.execute("SET enable_progress_bar = false")  # in a notebook it would be a widget in the committed output
-    for name, value in {"ducklake_retry_wait_ms": 5, "ducklake_retry_backoff": 1.1, "ducklake_max_retry_count": 40}.items():
-        con.execute(f"SET {name} = {value}")  # by default a writer that lost once waits so long that it loses again
     _s3_secret(con, settings)
     return con
 
@@ -344,11 +342,15 @@ def use_lake(con: DuckDBPyConnection) -> DuckDBPyConnection:  # the same connect
     return con
 
 
-def _current_schema(con: DuckDBPyConnection) -> None:
+def _not_newer(con: DuckDBPyConnection) -> int:
     have, newest = schema_version(con), max(MIGRATIONS)
     if have > newest:
         raise SchemaError(problem(f"a store of schema version {newest} or older", f"version {have}", "Run: pip install --upgrade cryptoresearch"))
-    if have < newest:
+    return have
+
+
+def _current_schema(con: DuckDBPyConnection) -> None:
+    if _not_newer(con) < max(MIGRATIONS):
         write(con, _migrate, MIGRATIONS)
 
 # %% ../../nbs/data/01_store.ipynb #0000002d
@@ -385,7 +387,9 @@ def connect(
     _attach(con, s, snapshot, True, is_new=False)
     if catalog and catalog_kind(s.duckdb_path) == "sqlite":
         _keep_wal(con, catalog)
-    return use_lake(con)
+    use_lake(con)
+    _not_newer(con)
+    return con
 
 # %% ../../nbs/data/01_store.ipynb #00000035
 def store_size(

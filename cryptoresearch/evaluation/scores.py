@@ -197,7 +197,8 @@ def score_table(
         if target == "volatility":
             scores |= {"qlike": qlike(f, y), "mse_log": mse_log(f, y)}
         test = diebold_mariano(loss(f, y), loss(rows[reference].to_numpy(), y), horizon)
-        table["model" if name == "prediction" else name] = scores | {"dm_stat": test.stat, "dm_p": test.p_value}
+        ours = diebold_mariano(loss(rows["prediction"].to_numpy(), y), loss(f, y), horizon)  # NaN for the model itself
+        table["model" if name == "prediction" else name] = scores | {"dm_stat": test.stat, "dm_p": test.p_value, "model_dm_stat": ours.stat, "model_dm_p": ours.p_value}
     return pd.DataFrame(table).T.astype({"n": int}).rename_axis("forecaster")
 
 # %% ../../nbs/evaluation/40_scores.ipynb #00000021

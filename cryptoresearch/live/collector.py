@@ -238,8 +238,8 @@ def _commit(
     sid, source = session.session_id, session.source
     if batch.trades:
         con.register("_arrived", _table(batch.trades))
-        new = f" WHERE trade_id NOT IN (SELECT trade_id FROM trades WHERE file_id = '{sid}')" if check else ""
-        con.execute(f"INSERT INTO trades SELECT * FROM _arrived{new}")
+        new = " WHERE trade_id NOT IN (SELECT trade_id FROM trades WHERE file_id = $1)" if check else ""
+        con.execute(f"INSERT INTO trades SELECT * FROM _arrived{new}", [sid] if check else [])
         con.unregister("_arrived")
     for (symbol, start), end in batch.coverage.items():
         con.execute("DELETE FROM coverage WHERE file_id = ? AND symbol = ? AND start_ts = make_timestamp(?)", [sid, symbol, start])
@@ -361,6 +361,9 @@ class Collector:
         next_id = max(now, (row[0] or 0) + 1 if row else 0)
         session_id = f"{self.source}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         self.session = Session(session_id, self.source, self.url, self.symbols, now, next_id)
+        if self.source != "replay":  # a replay may go back in time, a market does not
+            ends = self._own.execute("SELECT symbol, epoch_us(max(end_ts)) FROM coverage WHERE source = ? GROUP BY ALL", [self.source]).fetchall()
+            self.session.tracks = {s: _Track(before=end) for s, end in ends if s in self.symbols}
         self._hold(folder / f"{session_id}.session.lock")
         self.journal = Journal(folder, self.session)
         write(self._own, _session_row, self.session, None, None)
@@ -385,7 +388,7 @@ class Collector:
     ) -> None:
         "Put what is no trade into quarantine."
         if self.session.refused < self.session.max_quarantine:
-            self._event({"e": "refused", "d": items})
+            self._event({"e": "refused", "d": [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]})
 
     def _event(self, event: dict[str, Any]) -> None:
         with self._lock:

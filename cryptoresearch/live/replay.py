@@ -86,6 +86,12 @@ def _from_store(
         yield [f"{exchange}:{n}" for n in names], list(ms), list(price), list(qty)
 
 
+def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: str) -> list[int]:
+    "Times (ms) at which stored gaps end, latest first."
+    query = "SELECT DISTINCT epoch_ms(end_ts) FROM gaps WHERE list_contains(?, symbol) AND source = ? ORDER BY 1 DESC"
+    return [row[0] for row in cursor(con).execute(query, [list(symbols), source]).fetchall()]
+
+
 def _naive_utc(when: pd.Timestamp | str) -> Any:
     stamp = pd.Timestamp(when)
     return (stamp.tz_convert("UTC") if stamp.tzinfo else stamp.tz_localize("UTC")).tz_localize(None).to_pydatetime()
@@ -169,6 +175,7 @@ class ReplayServer:
         else:
             raise ConfigError(problem("the symbol to replay from the store", "none", "For example: symbol='BTCUSDT'"))
         self._frames = trade_frames(chunks, frame_ms)
+        self._gap_ends = [] if isinstance(trades, pd.DataFrame) else _gap_ends(trades, symbols, source or _choose_source(trades, symbols))
         self.speed, self.ping_s, self.max_symbols, self.faults = speed, ping_s, max_symbols, dict(faults or {})
         self.host, self.port = host, port
         self.done = threading.Event()  # every frame has been sent
@@ -291,12 +298,22 @@ class _Player:
                 server._lose -= 1
                 server.lost += len(items)
                 continue
+            if self._gap_before(t) and clock_set:
+                server.drop()  # what the store misses, a client of the replay misses too
             if self._rest() or not clock_set:
                 self.event0, self.wall0, clock_set = t, time.monotonic(), True
             if self._wait_until(t) or server._stop.is_set():
                 return
             self._send(items)
             server.played += 1
+
+    def _gap_before(self, t: int) -> bool:
+        "Whether a stored gap ended since the last frame."
+        ends, met = self.server._gap_ends, False
+        while ends and ends[-1] <= t:
+            ends.pop()
+            met = True
+        return met
 
     def _rest(self) -> bool:
         "Wait while nobody listens or silence is ordered; True when there was a rest."

@@ -279,6 +279,8 @@ def _time(value: datetime | None) -> pd.Timestamp | None:
     "A parameter as UTC; without a zone it is meant as UTC."
     if value is None:
         return None
+    if not 1900 <= value.year <= 2200:
+        raise ConfigError(f"expected a time between 1900 and 2200; found {value.isoformat()}. Correct start or end")
     return pd.Timestamp(value if value.tzinfo else value.replace(tzinfo=UTC)).tz_convert("UTC")
 
 # %% ../../nbs/serving/51_api.ipynb #00000015

@@ -57,7 +57,7 @@ def kernel_env(
     settings: Settings,  # what the notebook's code shall see
 ) -> dict[str, str]:  # environment variables, secrets in the clear: never to be logged or stored
     "Return the environment that gives a kernel these settings."
-    env = {"CRYPTORESEARCH_HOME": str(project_home())}
+    env = {"CRYPTORESEARCH_HOME": str(project_home()), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         value = value.get_secret_value() if isinstance(value, SecretStr) else value
@@ -72,9 +72,11 @@ class _ThisPython(AsyncKernelManager):
     "Starts ipykernel with this interpreter, whatever kernels are registered."
 
     extra_env: Mapping[str, str] = {}
+    sockets: str = ""  # private folder; without one they lie in the working directory, and kernels that start together take each other's
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(transport="ipc" if os.name == "posix" else "tcp", **kwargs)
+        where = {"transport": "ipc", "ip": f"{self.sockets}/k"} if os.name == "posix" else {"transport": "tcp"}
+        super().__init__(**where, **kwargs)
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -121,10 +123,11 @@ class _Engine(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, env: Mapping[str, str] | None = None, on_progress: Progress | None = None, **_: Any) -> None:
-        kind = type("_Manager", (_ThisPython,), {"extra_env": env or {}})  # made, and shut down in the end, by the client
-        client = _Client(nb_man, kernel_manager_class=kind, kernel_name="python3", timeout=None, startup_timeout=120)
-        client.on_progress = on_progress
-        client.execute()
+        with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+            kind = type("_Manager", (_ThisPython,), {"extra_env": env or {}, "sockets": sockets})  # made, and shut down in the end, by the client
+            client = _Client(nb_man, kernel_manager_class=kind, kernel_name="python3", timeout=None, startup_timeout=120)
+            client.on_progress = on_progress
+            client.execute()
 
 
 papermill_engines.register("cryptoresearch", _Engine)

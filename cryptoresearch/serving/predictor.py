@@ -62,7 +62,7 @@ class Predictor:
         window = self._window(new)
         known = self.run.predict(window)
         first = window.index[0] + (self.warmup - 1) * self.length  # the first bar with a whole window
-        out = known[known.index.isin(new.index) & (known.index >= first)]
+        out = known[known.index.isin(new.index) & (known.index >= first) & (known["known_ts"] >= pd.Timestamp(self.run.info["trained_until"]))]
         self._count(window.loc[new.index[0] :], out.index, first)
         self._bars = window.tail(self.warmup)
         return self._rows(out)
@@ -76,7 +76,7 @@ class Predictor:
     def _count(self, new: pd.DataFrame, predicted: pd.Index, first: pd.Timestamp) -> None:
         for ts, gap in zip(pd.DatetimeIndex(new.index), new["gap"], strict=True):
             if ts not in predicted:
-                self.skipped["gap" if gap else "warm-up" if ts < first else "features"] += 1
+                self.skipped["gap" if gap else "warm-up" if ts < first else "trained on" if ts + self.length < pd.Timestamp(self.run.info["trained_until"]) else "features"] += 1
 
     def _rows(self, known: pd.DataFrame) -> pd.DataFrame:
         c = self.run.config

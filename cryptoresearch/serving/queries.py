@@ -212,7 +212,7 @@ def _record(file: Path) -> dict[str, Any]:
     "What a run.json holds; a damaged one says so instead of hiding the others."
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return {"level": "unreadable", "verdict": f"run.json cannot be read ({type(error).__name__}). Delete the folder and train again"}
 
 

@@ -22,7 +22,7 @@ from .strategy import StrategyResult, deflated_sharpe, sharpe_ratio
 # %% ../../nbs/evaluation/42_report.ipynb #00000006
 FEWEST_OUTCOMES = 30  # outcomes that do not overlap
 ALPHA = 0.05  # level of the Diebold-Mariano test
-SUSPICIOUS_IC = 0.1  # |IC| of returns, bars shorter than a day
+SUSPICIOUS_IC = 0.1  # IC of returns, bars shorter than a day
 SUSPICIOUS_R2 = 0.9  # of volatility
 CLEAR_T = 2.0  # t of the IC
 LEAK_T = 3.0  # t of an IC that is too high; 30 outcomes without skill show |t| > 2 in one sample of ten

@@ -186,6 +186,7 @@ def runs() -> None:
     if found.empty:
         console.print("no runs yet. Run: cryptoresearch train")
         return
+    found = found.reset_index()
     _show(found[["run", "n", "ic", "r2_oos", "dm_p", "level"]])
     for run in found.itertuples():
         console.print(f"[bold]{run.run}[/] {run.verdict}", soft_wrap=True)
@@ -198,7 +199,8 @@ def reproduce(run: Annotated[str, typer.Argument(help="Name of a run, or its beg
 
     with _progress("reproducing") as progress:
         checks = again(run, progress=progress)
-    _show(checks.reset_index(), "the same, bit for bit")
+    short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)
+    _show(short, "the same, bit for bit")
 
 # %% ../nbs/60_cli.ipynb #00000010
 @app.command()

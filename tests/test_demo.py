@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,6 +49,11 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     run = load_run(reports[0].run_id, settings)
     trained_until = re.sub(r"\+00:00$", "", str(run.info["trained_until"]))
     assert str(start) >= trained_until.replace("T", " ")[:19], "the live hour was kept back from training"
+    env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
+    for args, shown in ((["runs"], reports[1].run_id), (["reproduce", reports[1].run_id], "the same, bit for bit"), (["doctor"], "2 in ")):
+        done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
     for report in reports:
         html = report.report.read_text(encoding="utf-8")
         assert "SIMULATED" in html

@@ -240,6 +240,16 @@ def _walk_forward(settings: Settings, run_id: str) -> pd.DataFrame:
     return rows.assign(state=np.where(rows["y"].notna(), "matured", without), kind="walk-forward")
 
 
+def _matured_since(con: duckdb.DuckDBPyConnection, settings: Settings, run_id: str, past: pd.DataFrame) -> pd.DataFrame:
+    "The last forecasts of a run had no outcome when it was trained; the store may have it by now."
+    waiting, config = past.index[past["state"] == "waiting"], read_run(settings, run_id).get("config") if len(past) else None
+    if len(waiting) and config:
+        label = {name: config.get(name) for name in ("symbol", "spec", "target", "horizon", "source")}
+        now = with_outcomes(con, past.loc[waiting, ["prediction"]].assign(**label))
+        past.loc[waiting, "y"], past.loc[waiting, "state"] = now["y"], now["state"]
+    return past
+
+
 def read_forecasts(
     con: duckdb.DuckDBPyConnection,  # of data.store
     settings: Settings,  # names the folder of runs
@@ -249,7 +259,7 @@ def read_forecasts(
 ) -> pd.DataFrame:  # index ts: prediction, y, state, kind (walk-forward or live), lower and upper where the run has them
     "Walk-forward and live predictions of a run in an interval, one a bar."
     past = _walk_forward(settings, run_id)
-    past = past[(past.index >= _as_utc(start)) & (past.index < _as_utc(end))]
+    past = _matured_since(con, settings, run_id, past[(past.index >= _as_utc(start)) & (past.index < _as_utc(end))].copy())
     live, _ = read_predictions(con, run_id=run_id, start=start, end=end, limit=1_000_000)
     parts = [part[[c for c in ("prediction", "y", "lower", "upper", "state", "kind") if c in part]] for part in (past, live.assign(kind="live")) if len(part)]
     rows = pd.concat(parts) if parts else past

@@ -82,7 +82,7 @@ def ingest(
     for uri in uris:
         console.print(str(process_file(con, uri, symbol=symbol, kind=kind, interval=interval)), soft_wrap=True)
 
-
+# %% ../nbs/60_cli.ipynb #0000000a
 @app.command()
 def bars(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
@@ -96,7 +96,7 @@ def bars(
     for one in spec:
         console.print(f"{symbol} {one}: {make_bars(con, symbol, one):,} bars")
 
-
+# %% ../nbs/60_cli.ipynb #0000000b
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where the files go.")],
@@ -112,7 +112,7 @@ def simulate(
     for path in simulate_trades(folder, symbol, start, days, trades_per_day, seed):
         console.print(str(path))
 
-# %% ../nbs/60_cli.ipynb #0000000b
+# %% ../nbs/60_cli.ipynb #0000000d
 def _progress(text: str) -> Any:
     "A bar while somebody looks, silence in batch: a context manager that gives a function of (fraction, text)."
     from contextlib import contextmanager
@@ -176,7 +176,7 @@ def _params(pairs: list[str]) -> dict[str, Any]:
             found[name.strip()] = value
     return found
 
-# %% ../nbs/60_cli.ipynb #0000000e
+# %% ../nbs/60_cli.ipynb #00000010
 @app.command()
 def runs() -> None:
     "List the runs, newest first."
@@ -202,7 +202,7 @@ def reproduce(run: Annotated[str, typer.Argument(help="Name of a run, or its beg
     short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)
     _show(short, "the same, bit for bit")
 
-# %% ../nbs/60_cli.ipynb #00000010
+# %% ../nbs/60_cli.ipynb #00000012
 @app.command()
 def stream(
     symbol: Annotated[list[str] | None, typer.Option(help="As Finnhub names it; may be given several times.")] = None,
@@ -224,7 +224,7 @@ def stream(
             feed.stop()
     console.print(f"{feed.stats.trades:,} trades received, {feed.stats.reconnects} reconnect(s)")
 
-
+# %% ../nbs/60_cli.ipynb #00000013
 @app.command()
 def replay(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
@@ -250,7 +250,7 @@ def replay(
         raise server.error
     console.print(f"{server.sent:,} trades sent")
 
-
+# %% ../nbs/60_cli.ipynb #00000014
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")],
@@ -267,7 +267,7 @@ def predict(
     made = predict_live(get_settings(), run, source=source, stop=stop, on_prediction=lambda rows: _show(rows[["ts", "close_ts", "prediction"]]))
     console.print(f"{made:,} predictions")
 
-# %% ../nbs/60_cli.ipynb #00000012
+# %% ../nbs/60_cli.ipynb #00000016
 @app.command()
 def api(
     host: Annotated[str | None, typer.Option(help="API_HOST by default: this machine only.")] = None,
@@ -278,7 +278,7 @@ def api(
 
     serve(host, port)
 
-
+# %% ../nbs/60_cli.ipynb #00000017
 @app.command()
 def dashboards(
     host: Annotated[str, typer.Option(help="This machine only by default.")] = "127.0.0.1",
@@ -290,7 +290,7 @@ def dashboards(
 
     raise typer.Exit(serve_dashboards(host=host, port=port, notebook=page))
 
-
+# %% ../nbs/60_cli.ipynb #00000018
 @app.command()
 def demo() -> None:
     "The whole way in a few minutes: data, bars, features, models, reports, live predictions."
@@ -301,7 +301,7 @@ def demo() -> None:
     logging.getLogger("cryptoresearch").setLevel(max(logging.WARNING, logging.getLogger("cryptoresearch").level))  # the steps tell enough
     run_demo(console=console)
 
-# %% ../nbs/60_cli.ipynb #00000014
+# %% ../nbs/60_cli.ipynb #0000001a
 def main() -> None:
     "Entry point of the console script."
     try:

@@ -1,11 +1,13 @@
 """Ingestion where a notebook cannot go: junk of any kind, several processes at once, a process that dies."""
 
+import contextlib
 import gzip
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from cryptoresearch.data import ingest
 from cryptoresearch.data.archive import minio_client
 from cryptoresearch.data.formats import LAYOUTS, BadRow, parse_piece, read_row
 from cryptoresearch.data.ingest import process_file
@@ -354,3 +357,26 @@ def test_a_killed_loader_leaves_whole_files_only(tmp_path: Path) -> None:
     assert loader.returncode == 0, err
     with new_store(tmp_path / "store") as con:
         assert one(con, "SELECT count(*), count(DISTINCT trade_id) FROM trades") == (sum(expected.values()),) * 2
+
+
+def test_two_hosts_load_the_same_file_at_the_same_moment(tmp_path: Path, postgres: str, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "PostgreSQL writers take no turns: both look, neither sees the other, and still only one may load it."
+    settings = Settings(_env_file=None, duckdb_path=postgres, duckdb_data_path=str(tmp_path / "lake"), duckdb_memory_limit="1GB", duckdb_threads=1)
+    cons, together, real = [init_duckdb(settings) for _ in range(2)], threading.Barrier(2), ingest._loaded
+
+    def look(con: duckdb.DuckDBPyConnection, job: Any) -> Any:
+        found = real(con, job)
+        if found is None and not together.broken:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(5)  # nobody goes on before both have looked
+        return found
+
+    monkeypatch.setattr(ingest, "_loaded", look)
+    file, results = shared / "BTCUSDT-trades-2024-08-08.csv", []
+    threads = [threading.Thread(target=lambda c=con: results.append(process_file(c, file))) for con in cons]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(r.already_loaded for r in results) == [False, True]
+    assert init_duckdb(settings).execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (9738, 9738)

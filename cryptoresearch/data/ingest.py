@@ -33,7 +33,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .. import __version__
 from .archive import local_copy
 from .formats import Block, FileSpec, inspect_file, interval_us, read_blocks
-from .store import write
+from .store import exclusive, write
 from ..errors import DataNotFound, SchemaError
 from ..settings import Settings
 
@@ -429,6 +429,7 @@ def _commit(
     known: frozenset[str],  # overlapping files that were taken into account
 ) -> IngestResult:
     "Make a written file part of the store, with everything that is known of it."
+    exclusive(con)  # two processes may load the same file at the same moment
     if loaded := _loaded(con, job):
         return loaded
     other = con.execute("SELECT DISTINCT kind FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind <> ?", [job.spec.symbol, job.source, job.spec.kind]).fetchall()

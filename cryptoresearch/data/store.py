@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'INLINE_ROWS', 'MIGRATIONS', 'extension_file', 'catalog_kind', 'catalog_file',
-           'schema_version', 'write', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size',
-           'maintain']
+           'schema_version', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect',
+           'store_size', 'maintain']
 
 # %% ../../nbs/data/01_store.ipynb #00000003
 import contextlib
@@ -314,6 +314,14 @@ def _transaction[T](con: DuckDBPyConnection, fn: Callable[..., T], args: tuple[A
         _turn.con = None
 
 # %% ../../nbs/data/01_store.ipynb #00000020
+def exclusive(
+    con: DuckDBPyConnection,  # inside a function that `write` runs
+) -> None:
+    "Let no two transactions that call this commit side by side."
+    if _lock_path(con) is None:
+        con.execute("UPDATE lake.main.store_version SET code_version = code_version")
+
+# %% ../../nbs/data/01_store.ipynb #00000022
 def init_duckdb(
     settings: Settings | None = None,  # from the environment and `.env` when None
 ) -> DuckDBPyConnection:  # the lake attached as `lake` and current
@@ -353,14 +361,14 @@ def _current_schema(con: DuckDBPyConnection) -> None:
     if _not_newer(con) < max(MIGRATIONS):
         write(con, _migrate, MIGRATIONS)
 
-# %% ../../nbs/data/01_store.ipynb #0000002d
+# %% ../../nbs/data/01_store.ipynb #0000002f
 def cursor(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> DuckDBPyConnection:  # for another thread, the lake current
     "A second connection to the same DuckDB instance."
     return use_lake(con.cursor())
 
-# %% ../../nbs/data/01_store.ipynb #00000030
+# %% ../../nbs/data/01_store.ipynb #00000032
 def snapshot(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> int:  # id of the newest snapshot that this connection sees
@@ -391,7 +399,7 @@ def connect(
     _not_newer(con)
     return con
 
-# %% ../../nbs/data/01_store.ipynb #00000035
+# %% ../../nbs/data/01_store.ipynb #00000037
 def store_size(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> dict[str, int]:  # tables, files, bytes of Parquet, snapshots

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["doctor", "ingest", "bars", "simulate", "train", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
+COMMANDS = ["doctor", "ingest", "forget", "bars", "simulate", "train", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
 
 
 def run(home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,9 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
         (["predict", "no-such-run"], "no-such-run"),
         (["stream", "--seconds", "1"], "FINNHUB_TOKEN"),
         (["replay", "BTCUSDT"], "cryptoresearch"),
+        (["replay", "BTCUSDT", "--port", "99999"], "65535"),
+        (["forget", "no-such-file"], "no-such-file"),
+        (["simulate", "files", "--start", "x"], "2024-01-01"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(tmp_path: Path, args: list[str], told: str) -> None:

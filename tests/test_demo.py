@@ -10,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
+from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.demo import run_demo
 from cryptoresearch.models.runs import load_run
+from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 
 
@@ -49,6 +52,12 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     run = load_run(reports[0].run_id, settings)
     trained_until = re.sub(r"\+00:00$", "", str(run.info["trained_until"]))
     assert str(start) >= trained_until.replace("T", " ")[:19], "the live hour was kept back from training"
+    # bars that come long after everything the store knows: nothing to predict yet, and no error
+    later = read_bars(con, "SIMUSDT", "1m").tail(5).set_axis(pd.date_range("2024-06-01", periods=5, freq="1min", tz="UTC", name="ts"))
+    lonely = Predictor(run, pd.DataFrame())
+    assert lonely.update(later.assign(close_ts=later.index + pd.Timedelta("1min"))).empty
+    assert lonely.skipped["warm-up"] == 5
+
     env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
     for args, shown in ((["runs"], reports[1].run_id), (["reproduce", reports[1].run_id], "the same, bit for bit"), (["doctor"], "2 in ")):
         done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=200)

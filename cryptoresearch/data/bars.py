@@ -394,7 +394,7 @@ def _sources(con: duckdb.DuckDBPyConnection, symbol: str, source: str | None) ->
     if not chosen:
         names = ", ".join(str(f[0]) for f in found)
         what = f"{symbol} from the sources {names}" if names else f"no trades or candles of {symbol}"
-        raise DataNotFound(f"expected trades or candles of {symbol}{f' from {source}' if source else ''} in the store; found {what}. Load some: process_file(con, uri)")
+        raise DataNotFound(f"expected trades or candles of {symbol}{f' from {source}' if source else ''} in the store; found {what}. Load some: cryptoresearch ingest FILE, or process_file(con, uri)")
     return chosen
 
 
@@ -414,7 +414,9 @@ def make_bars(
             _from_trades(con, symbol, name, length_us)
         total, built = total + _store(con, symbol, name, spec), built + 1
     if not built:
-        raise DataNotFound(f"expected trades of {symbol}, or candles that divide {spec}; found only candles of other lengths. Load trades or shorter candles: process_file(con, uri)")
+        raise DataNotFound(f"expected trades of {symbol}, or candles that divide {spec}; found only candles of other lengths. Load trades or shorter candles: cryptoresearch ingest FILE")
+    if not total:
+        raise DataNotFound(f"expected data that cover a whole interval of {spec}; found none among those of {symbol}. Load more of them, or choose shorter bars")
     return total
 
 # %% ../../nbs/data/04_bars.ipynb #00000035
@@ -434,7 +436,7 @@ def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked
     "Error that says which bars of the symbol there are."
     rows = con.execute("SELECT spec, source, min(ts), max(ts), count(*) FROM bars WHERE symbol = ? AND kind = 'time' GROUP BY ALL ORDER BY ALL", [symbol]).fetchall()
     found = "; ".join(f"{s} from {src}, {a:%Y-%m-%d %H:%M} to {b:%Y-%m-%d %H:%M} UTC ({n} bars)" for s, src, a, b, n in rows) or f"no bars of {symbol}"
-    return DataNotFound(f"expected {asked}; found {found}. Build them: make_bars(con, {symbol!r}, {spec!r})")
+    return DataNotFound(f"expected {asked}; found {found}. Build them: cryptoresearch bars {symbol} {spec}, or make_bars(con, {symbol!r}, {spec!r})")
 
 # %% ../../nbs/data/04_bars.ipynb #00000036
 def read_bars(

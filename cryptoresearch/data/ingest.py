@@ -606,6 +606,16 @@ def _write_rows(
     return facts, _write_staged(cur, job, blocks, known or frozenset(), facts)
 
 
+_STORED = "is already stored from another file"
+
+
+def _remedy(reason: str) -> str:
+    "What to do about a file that was refused for this reason, above all."
+    if _STORED in reason:
+        return "To replace that file by this one, take it out first: cryptoresearch forget SHA256 (the table ingest_ledger has them)"
+    return "Mend the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
+
+
 def _check_share(
     job: _Job,  # what is loaded
     facts: _Facts,  # what was found
@@ -621,7 +631,7 @@ def _check_share(
     reason, count = Counter(reason for _, _, reason in facts.bad).most_common(1)[0]
     line, raw, _ = next(row for row in facts.bad if row[2] == reason)
     where = f"{count:,} of them: {reason}, such as line {line}: {raw[:60]!r}"
-    raise SchemaError(f"expected at most {max_rejected:.2%} bad rows in {name}; found {len(facts.bad):,} of {total:,} ({where}). Mend the file, or pass max_rejected=")
+    raise SchemaError(f"expected at most {max_rejected:.2%} bad rows in {name}; found {len(facts.bad):,} of {total:,} ({where}). {_remedy(reason)}")
 
 # %% ../../nbs/data/03_ingest.ipynb #00000028
 def _load(

@@ -199,7 +199,10 @@ def simulate_trades(
     "Write simulated trades in the archive's layout, one CSV a day, and SIMULATED.txt beside them."
     m = replace(market or Market(), trades_per_day=trades_per_day, signal=signal)
     _check_market(m, days, price)
-    first = date.fromisoformat(start) if isinstance(start, str) else start
+    try:
+        first = date.fromisoformat(start) if isinstance(start, str) else start
+    except ValueError as e:
+        raise ConfigError(f"expected a day such as 2024-01-01; found {start!r}. Correct start") from e
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "SIMULATED.txt").write_text(_NOTE.format(symbol=symbol, start=first, seed=seed, price=price, market=m), encoding="utf-8")

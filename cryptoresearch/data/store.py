@@ -329,7 +329,10 @@ def init_duckdb(
     s = settings or get_settings()
     catalog = catalog_file(s)
     if catalog:
-        catalog.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            catalog.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(problem("a folder for the store that can be made", f"{catalog.parent} ({e.strerror})", "Correct DUCKDB_PATH")) from e
     con = _configured(s)
     lock = Path(f"{catalog}.lock") if catalog and catalog_kind(s.duckdb_path) == "sqlite" else None
     if catalog is None or not catalog.exists() or catalog.stat().st_size == 0:

@@ -88,7 +88,7 @@ class StrategyResult:
         "The measures of the strategy after and before costs, beside buying and holding."
         years, annual = len(self.returns) * self.bar_s / ANNUAL_SECONDS, float(np.sqrt(ANNUAL_SECONDS / self.bar_s))
         rows = {
-            name: {"total return": float(np.prod(1 + r.to_numpy())) - 1, "return per year": r.sum() / years, "volatility per year": r.std() * annual, "Sharpe ratio per year": sharpe_ratio(r) * annual, "largest drawdown": max_drawdown(r)}
+            name: {"total return": float(np.prod(1 + r.to_numpy())) - 1, "mean return per year": r.sum() / years, "volatility per year": r.std() * annual, "Sharpe ratio per year": sharpe_ratio(r) * annual, "largest drawdown": max_drawdown(r)}
             for name, r in {"net": self.returns, "gross": self.gross, "hold": self.hold}.items()
         }
         table = pd.DataFrame(rows)

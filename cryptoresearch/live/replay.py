@@ -93,7 +93,10 @@ def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: st
 
 
 def _naive_utc(when: pd.Timestamp | str) -> Any:
-    stamp = pd.Timestamp(when)
+    try:
+        stamp = pd.Timestamp(when)
+    except ValueError as e:
+        raise ConfigError(problem("a time such as 2024-08-09 or 2024-08-09T00:05", repr(when), "Correct start or end")) from e
     return (stamp.tz_convert("UTC") if stamp.tzinfo else stamp.tz_localize("UTC")).tz_localize(None).to_pydatetime()
 
 # %% ../../nbs/live/12_replay.ipynb #0000000b
@@ -197,7 +200,10 @@ class ReplayServer:
         quiet = logging.getLogger(f"{__name__}.wire")
         quiet.addFilter(_hide_query)
         quiet.setLevel(logging.WARNING)  # each client that comes and goes is not news
-        self._server = serve(self._attend, self.host, self.port, process_request=self._admit, compression=None, close_timeout=1, logger=quiet)
+        try:
+            self._server = serve(self._attend, self.host, self.port, process_request=self._admit, compression=None, close_timeout=1, logger=quiet)
+        except (OSError, OverflowError) as e:
+            raise ConfigError(problem(f"an address to listen at, not {self.host}:{self.port}", str(e), "Choose another port, or 0 for a free one")) from None
         for work in (self._server.serve_forever, self._play, self._ping):
             thread = threading.Thread(target=work, name=f"replay-{work.__name__}", daemon=True)
             thread.start()

@@ -228,7 +228,7 @@ def _run(
     except PapermillExecutionError as e:
         kind = getattr(errors, e.ename, CryptoResearchError)
         text = e.evalue if kind is not CryptoResearchError else f"the notebook failed: {e.ename}: {e.evalue}"
-        raise kind(f"{text}. The notebook up to the failing cell: {target}") from None
+        raise kind(text) from None
 
 # %% ../../nbs/serving/53_batch.ipynb #0000001b
 def run_notebook(

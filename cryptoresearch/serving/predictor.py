@@ -70,7 +70,7 @@ class Predictor:
     def _window(self, new: pd.DataFrame) -> pd.DataFrame:
         "New bars behind as much history as they need, on one grid."
         since = new.index[0] - (self.warmup - 1) * self.length
-        old = self._bars[self._bars.index >= since]
+        old = self._bars[self._bars.index >= since] if len(self._bars) else self._bars
         return bar_frame(pd.concat([old, new]) if len(old) else new, self.run.config.spec, self.run.config.symbol)
 
     def _count(self, new: pd.DataFrame, predicted: pd.Index, first: pd.Timestamp) -> None:

@@ -137,7 +137,7 @@ def _progress(text: str) -> Any:
 
     return shown()
 
-
+# %% ../nbs/60_cli.ipynb #0000000e-1
 @app.command()
 def train(
     symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
@@ -168,7 +168,7 @@ def train(
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
 
-
+# %% ../nbs/60_cli.ipynb #0000000e-2
 def _params(pairs: list[str]) -> dict[str, Any]:
     "name=value pairs; numbers and booleans as such."
     import json

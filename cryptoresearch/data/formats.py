@@ -512,7 +512,7 @@ def _layout_of(
         raise SchemaError(f"expected {kind} with {widths} columns in {name}; found lines such as {shown!r}. Is this the right file, and the right kind?")
     return layout, False
 
-
+# %% ../../nbs/data/03a_formats.ipynb #0000002e-1
 def inspect_file(
     path: Path,  # a local file
     uri: str | None = None,  # name to read symbol and kind from; the path's when None

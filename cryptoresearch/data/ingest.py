@@ -239,7 +239,7 @@ _DICTIONARIES = ["symbol", "source", "file_id", "price", "side_reported", "side_
 _DIFFERENCES = {"trade_id": "DELTA_BINARY_PACKED", "ts": "DELTA_BINARY_PACKED"}
 _ROW_GROUP = 120_000  # rows, about DuckDB's own
 
-
+# %% ../../nbs/data/03_ingest.ipynb #00000013-1
 def _row_groups(
     batches: Iterator[pa.RecordBatch],  # as _TRADE_SCHEMA
     job: _Job,  # what is loaded

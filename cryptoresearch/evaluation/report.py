@@ -74,7 +74,7 @@ class Judgement:
         label = {"none": "no skill", "unclear": "too little to judge"}.get(self.level, self.level)
         return f'<div class="verdict {color}"><b>Verdict: {html.escape(label)}</b>{html.escape(self.sentence)}</div>'
 
-
+# %% ../../nbs/evaluation/42_report.ipynb #0000000b-1
 def _forecast(
     row: Mapping[str, Any],  # the model's row of the score table
     target: str,  # 'return' or 'volatility'

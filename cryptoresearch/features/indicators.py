@@ -444,7 +444,7 @@ def _rogers_satchell_variance(open_: pd.Series, high: pd.Series, low: pd.Series,
     u, d, k = log_ratio(high, open_), log_ratio(low, open_), log_ratio(close, open_)
     return u * (u - k) + d * (d - k)
 
-
+# %% ../../nbs/features/20_indicators.ipynb #0000002c-1
 def rogers_satchell(
     open_: pd.Series,  # quote currency, n bars
     high: pd.Series,  # quote currency, n bars

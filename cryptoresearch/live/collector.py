@@ -462,7 +462,7 @@ class Collector:
         if self.error is not None:
             raise self.error
 
-
+# %% ../../nbs/live/11_collector.ipynb #00000018-1
 def plain_symbol(
     symbol: str,  # such as BINANCE:BTCUSDT
 ) -> str:  # such as BTCUSDT

@@ -576,7 +576,7 @@ class _Reader:
         if items and self.feed.collector is not None:
             self.feed.collector.refuse([(self.feed.address.hide(i.raw), i.reason) for i in items])
 
-
+# %% ../../nbs/live/10_feed.ipynb #0000002d-1
 def vars_of(
     trade: Trade,
 ) -> dict[str, Any]:  # as the feed wrote it

@@ -287,7 +287,7 @@ class _HideQuery(logging.Filter):
 
 _hide_query = _HideQuery()
 
-
+# %% ../../nbs/live/12_replay.ipynb #00000015-1
 class _Player:
     "The clock of a replay."
 

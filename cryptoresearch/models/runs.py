@@ -436,7 +436,7 @@ class Run:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in summary(self.info).items())
         return {"text/plain": text, "text/html": f'<table class="text">{rows}</table>', "application/vnd.cryptoresearch.run+json": {"id": self.id, "reused": self.reused}}
 
-
+# %% ../../nbs/models/34_runs.ipynb #00000022-1
 def summary(
     info: Mapping[str, Any],  # run.json
 ) -> dict[str, str]:  # one fact a key

@@ -108,7 +108,7 @@ class WalkForward:
         "Number of folds, which is the number of fits."
         return len(self.blocks(pd.DatetimeIndex(intervals.index)))
 
-
+# %% ../../nbs/models/31_splits.ipynb #0000000f-1
 def _utc(ts: str | pd.Timestamp) -> pd.Timestamp:
     "A UTC time stamp; without a zone it is taken as UTC."
     stamp = pd.Timestamp(ts)

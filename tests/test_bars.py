@@ -99,7 +99,7 @@ def put(con: duckdb.DuckDBPyConnection, trades: pd.DataFrame, file_id: str, sour
     rows = trades.assign(symbol=symbol, source=source, file_id=file_id, ts=trades["ts"].dt.tz_localize(None))
     con.execute("INSERT INTO trades BY NAME SELECT * FROM rows")
     facts = [symbol, source, rows["ts"].min(), rows["ts"].max(), file_id]
-    con.execute("INSERT INTO coverage VALUES (?, ?, ?, ?, ?)", facts)
+    con.execute("INSERT INTO coverage (symbol, source, start_ts, end_ts, file_id) VALUES (?, ?, ?, ?, ?)", facts)
     ids = [int(rows["trade_id"].min()), int(rows["trade_id"].max())]
     con.execute("INSERT INTO ingest_ledger (symbol, source, first_ts, last_ts, file_id, first_id, last_id) VALUES (?, ?, ?, ?, ?, ?, ?)", [*facts, *ids])
 

@@ -23,7 +23,7 @@ from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.settings import Settings
 role, number, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 s = Settings(_env_file=None, **json.loads(sys.argv[4]))
-INSERT = """INSERT INTO gaps SELECT 'W', ?, 'id', TIMESTAMP '2024-01-01', TIMESTAMP '2024-01-01', i, ?, NULL, NULL FROM range(50) r(i)"""
+INSERT = """INSERT INTO gaps SELECT 'W', ?, 'id', TIMESTAMP '2024-01-01', TIMESTAMP '2024-01-01', i, ?, NULL, NULL, NULL FROM range(50) r(i)"""
 con = connect(s, read_only=True) if role == "reader" else init_duckdb(s)
 con.execute("SELECT ?, ?", ["warm", 1]).fetchall()  # imports what binding parameters needs
 print("ready", flush=True)
@@ -139,7 +139,7 @@ def test_a_writer_that_waits_too_long_is_told(tmp_path: Path) -> None:
 def test_a_moved_store_still_reads(tmp_path: Path) -> None:
     home = tmp_path / "a"
     con = init_duckdb(Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite")))
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 'big', 'id', NULL, NULL, i, NULL, NULL, NULL FROM range(5000) r(i)"))
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 'big', 'id', NULL, NULL, i, NULL, NULL, NULL, NULL FROM range(5000) r(i)"))
     con.close()
     shutil.move(home, tmp_path / "b")
     moved = connect(Settings(_env_file=None, duckdb_path=str(tmp_path / "b" / "catalog.sqlite")), read_only=True)
@@ -149,7 +149,7 @@ def test_a_moved_store_still_reads(tmp_path: Path) -> None:
 def test_a_duckdb_catalog_serves_one_process(tmp_path: Path) -> None:
     opts = options(tmp_path, str(tmp_path / "one.duckdb"))
     con = init_duckdb(Settings(_env_file=None, **opts))
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL"))
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
     other = start("writer", 0, 1.0, opts)
     _, err = other.communicate("go\n", timeout=60)
     assert other.returncode != 0
@@ -161,7 +161,7 @@ def test_postgres_catalog_keeps_snapshots(tmp_path: Path, postgres: str) -> None
     settings = Settings(_env_file=None, **options(tmp_path, postgres))
     con = init_duckdb(settings)
     pinned = snapshot(con)
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL"))
+    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
     assert connect(settings, snapshot=pinned).execute("SELECT count(*) FROM gaps").fetchone() == (0,)
     assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
 

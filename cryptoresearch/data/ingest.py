@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Report', 'IngestResult', 'process_file', 'forget_file']
 
-# %% ../../nbs/data/03_ingest.ipynb #00000002
+# %% ../../nbs/data/03_ingest.ipynb #e06648fc
 import hashlib
 import html
 import os
@@ -37,7 +37,7 @@ from .store import exclusive, write
 from ..errors import DataNotFound, SchemaError
 from ..settings import Settings
 
-# %% ../../nbs/data/03_ingest.ipynb #00000006
+# %% ../../nbs/data/03_ingest.ipynb #1ef32ddc
 @dataclass(frozen=True, repr=False)
 class IngestResult:
     "What one file brought into the store."
@@ -65,7 +65,7 @@ class IngestResult:
         rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in text.items())
         return f"<table>{rows}</table>"
 
-# %% ../../nbs/data/03_ingest.ipynb #00000008
+# %% ../../nbs/data/03_ingest.ipynb #e842ce3f
 @dataclass
 class _Facts:
     "What is known of a file after reading it."
@@ -87,7 +87,7 @@ class _Facts:
         "All holes, m rows of four numbers."
         return np.concatenate([np.empty((0, 4), np.int64), *self.holes])
 
-# %% ../../nbs/data/03_ingest.ipynb #0000000a
+# %% ../../nbs/data/03_ingest.ipynb #f3ec9294
 @njit(cache=True, nogil=True)
 def _follow(  # type: ignore[no-untyped-def]
     ids,  # int64, n
@@ -117,7 +117,7 @@ def _follow(  # type: ignore[no-untyped-def]
         side[i], state[0], state[1], last_price[0] = state[2], ids[i], ts[i], price[i]
     return len(ids), holes
 
-# %% ../../nbs/data/03_ingest.ipynb #0000000e
+# %% ../../nbs/data/03_ingest.ipynb #63bd0014
 class _OutOfOrder(Exception):
     "The trades of a file are not in the order of their ids and times."
 
@@ -140,7 +140,7 @@ def _trade_batch(
     ts = c["ts"].view("datetime64[us]")
     return pa.record_batch([pa.array(a) for a in (c["trade_id"], ts, c["price"], c["qty"], c["quote_qty"])] + [reported, tick, pa.array(number)], schema=_TRADE_SCHEMA)
 
-# %% ../../nbs/data/03_ingest.ipynb #00000010
+# %% ../../nbs/data/03_ingest.ipynb #0f75fc0a
 def _ordered_batches(
     blocks: Iterator[Block],  # checked trades in the file's order
     facts: _Facts,  # filled
@@ -168,7 +168,7 @@ def _ordered_batches(
             facts.rows += len(block.line)
             yield _trade_batch(block, side)
 
-# %% ../../nbs/data/03_ingest.ipynb #00000012
+# %% ../../nbs/data/03_ingest.ipynb #62412a7f
 def _table_folder(
     con: DuckDBPyConnection,  # with the lake attached
     table: str,  # 'trades' or 'candles'
@@ -207,7 +207,7 @@ class _Job:
         "What all its rows have in common, in SQL."
         return f"{_quoted(self.spec.symbol)} AS symbol, {_quoted(self.source)} AS source"
 
-# %% ../../nbs/data/03_ingest.ipynb #00000013
+# %% ../../nbs/data/03_ingest.ipynb #63df84f9
 def _target(
     cur: DuckDBPyConnection,  # with the lake attached
     job: _Job,  # what is loaded
@@ -239,7 +239,7 @@ _DICTIONARIES = ["symbol", "source", "file_id", "price", "side_reported", "side_
 _DIFFERENCES = {"trade_id": "DELTA_BINARY_PACKED", "ts": "DELTA_BINARY_PACKED"}
 _ROW_GROUP = 120_000  # rows, about DuckDB's own
 
-# %% ../../nbs/data/03_ingest.ipynb #00000013-1
+# %% ../../nbs/data/03_ingest.ipynb #db25de36
 def _row_groups(
     batches: Iterator[pa.RecordBatch],  # as _TRADE_SCHEMA
     job: _Job,  # what is loaded
@@ -263,7 +263,7 @@ def _row_groups(
     if held:
         yield gathered()
 
-# %% ../../nbs/data/03_ingest.ipynb #00000014
+# %% ../../nbs/data/03_ingest.ipynb #c3a45d68
 def _write_ordered(
     cur: DuckDBPyConnection,  # of its own
     job: _Job,  # an ordered file of trades
@@ -285,7 +285,7 @@ def _write_ordered(
             cur.execute(f"COPY (FROM {_quoted(local)}) TO {_quoted(target)} (FORMAT parquet)")
     return target
 
-# %% ../../nbs/data/03_ingest.ipynb #00000016
+# %% ../../nbs/data/03_ingest.ipynb #3e33c199
 _CANDLE_COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume")
 _STAGE = {
     "trades": "line BIGINT, trade_id BIGINT, ts TIMESTAMP, price DOUBLE, qty DOUBLE, quote_qty DOUBLE, side_reported TINYINT, side_tick TINYINT, n_trades INTEGER",
@@ -316,7 +316,7 @@ def _stage(
         cur.execute("INSERT INTO stage FROM staged")
         cur.unregister("staged")
 
-# %% ../../nbs/data/03_ingest.ipynb #00000018
+# %% ../../nbs/data/03_ingest.ipynb #41d31152
 def _judge(
     cur: DuckDBPyConnection,  # with `stage`
     job: _Job,  # what is loaded
@@ -337,7 +337,7 @@ def _judge(
         WHEN {key} IN (SELECT {key} FROM lake.main.{job.table} WHERE {same}) THEN '{key} is already stored from another file'
         END AS reason FROM stage""")
 
-# %% ../../nbs/data/03_ingest.ipynb #00000019
+# %% ../../nbs/data/03_ingest.ipynb #67a04d54
 _IN_ORDER = {
     # the sign of the last price change that was not zero, in the order of ids
     "trades": """SELECT * EXCLUDE (change, side_tick), last_value(change IGNORE NULLS) OVER (ORDER BY trade_id ROWS UNBOUNDED PRECEDING) AS side_tick FROM (
@@ -372,7 +372,7 @@ def _write_staged(
         columns, order = f"{_quoted(job.spec.interval or '')} AS interval, ts, {close}, {', '.join(_CANDLE_COLUMNS)}, {{file_id}}", "ts"
     return _copy(cur, job, f"SELECT {job.constants()}, {columns} FROM in_order WHERE reason IS NULL ORDER BY {order}")
 
-# %% ../../nbs/data/03_ingest.ipynb #0000001b
+# %% ../../nbs/data/03_ingest.ipynb #6a34f0a7
 def _note_staged(
     cur: DuckDBPyConnection,  # with `judged` and `in_order`
     job: _Job,  # what is loaded
@@ -395,7 +395,7 @@ def _note_staged(
     if rows and rows[1] is not None:
         facts.rows, facts.first, facts.last = rows[0], (rows[1], rows[3]), (rows[2], rows[4])
 
-# %% ../../nbs/data/03_ingest.ipynb #0000001d
+# %% ../../nbs/data/03_ingest.ipynb #567f1edd
 class _Overlap(Exception):
     "The store holds rows with these ids from files that were not yet taken into account."
 
@@ -420,7 +420,7 @@ def _overlapping(
     ).fetchall()
     return frozenset(row[0] for row in rows)
 
-# %% ../../nbs/data/03_ingest.ipynb #0000001e
+# %% ../../nbs/data/03_ingest.ipynb #502679f6
 def _commit(
     con: DuckDBPyConnection,  # in the transaction
     job: _Job,  # what is loaded
@@ -442,7 +442,7 @@ def _commit(
     assert facts.first and facts.last  # noqa: S101  (checked before)
     moment, bounds, holes = datetime.now(UTC).replace(tzinfo=None), [_moment(facts.first[0]), _moment(facts.last[0])], facts.gaps()
     covered = [bounds[0], _moment(facts.last[0] + (interval_us(job.spec.interval) if job.spec.interval else 0))]
-    con.execute("INSERT INTO lake.main.coverage VALUES (?, ?, ?, ?, ?)", [job.spec.symbol, job.source, *covered, job.sha256])
+    con.execute("INSERT INTO lake.main.coverage (symbol, source, start_ts, end_ts, file_id, interval) VALUES (?, ?, ?, ?, ?, ?)", [job.spec.symbol, job.source, *covered, job.sha256, job.spec.interval])
     _insert_gaps(con, job, holes, moment)
     _insert_quarantine(con, job, facts)
     ids = [facts.first[1], facts.last[1]] if job.table == "trades" else [None, None]
@@ -451,7 +451,7 @@ def _commit(
     con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
     return _result(job.uri, dict(zip(_LEDGER.split(", "), row, strict=True)), already_loaded=False)
 
-# %% ../../nbs/data/03_ingest.ipynb #0000001f
+# %% ../../nbs/data/03_ingest.ipynb #b4f767f4
 def _moment(us: int) -> datetime:
     "Microseconds since 1970 as the naive UTC that the store keeps."
     return datetime.fromtimestamp(us // 1_000_000, UTC).replace(microsecond=us % 1_000_000, tzinfo=None)
@@ -466,8 +466,8 @@ def _insert_gaps(con: DuckDBPyConnection, job: _Job, holes: np.ndarray, moment: 
     ids = "first_id, last_id" if job.table == "trades" else "NULL, NULL"
     kind = "id" if job.table == "trades" else "time"
     con.execute(
-        f"INSERT INTO lake.main.gaps SELECT {job.constants()}, '{kind}', make_timestamp(start_us), make_timestamp(end_us), {ids}, ?, ? FROM new_gaps",
-        [job.sha256, moment],
+        f"INSERT INTO lake.main.gaps SELECT {job.constants()}, '{kind}', make_timestamp(start_us), make_timestamp(end_us), {ids}, ?, ?, ? FROM new_gaps",
+        [job.sha256, moment, job.spec.interval],
     )
     con.unregister("new_gaps")
 
@@ -481,7 +481,7 @@ def _insert_quarantine(con: DuckDBPyConnection, job: _Job, facts: _Facts) -> Non
     con.execute("INSERT INTO lake.main.quarantine SELECT ?, ?, line, raw, reason FROM refused", [job.sha256, job.uri])
     con.unregister("refused")
 
-# %% ../../nbs/data/03_ingest.ipynb #00000021
+# %% ../../nbs/data/03_ingest.ipynb #95a6b79b
 def _sha256(
     path: Path,  # a local file
 ) -> str:  # 64 hexadecimal digits
@@ -514,7 +514,7 @@ def _loaded(
         raise SchemaError(f"expected to load {'/'.join(want)}; found the same bytes loaded as {'/'.join(have)}. Run forget_file(con, {job.sha256[:12]!r}) first")
     return _result(job.uri, row, already_loaded=True)
 
-# %% ../../nbs/data/03_ingest.ipynb #00000023
+# %% ../../nbs/data/03_ingest.ipynb #f056badd
 def _ahead(
     blocks: Iterator[Block],  # lazily read
     depth: int = 4,  # blocks to hold ready
@@ -547,7 +547,7 @@ def _ahead(
     finally:
         stop.set()
 
-# %% ../../nbs/data/03_ingest.ipynb #00000025
+# %% ../../nbs/data/03_ingest.ipynb #e2e34255
 _PATIENCE_S = 1.5
 Report = Callable[[int, int], None]  # called with bytes read and bytes in all
 
@@ -584,7 +584,7 @@ def _progress(
         if bar is not None:
             bar.stop()
 
-# %% ../../nbs/data/03_ingest.ipynb #00000027
+# %% ../../nbs/data/03_ingest.ipynb #d10bf3fd
 def _write_rows(
     cur: DuckDBPyConnection,  # of its own
     job: _Job,  # what is loaded
@@ -633,7 +633,7 @@ def _check_share(
     where = f"{count:,} of them: {reason}, such as line {line}: {raw[:60]!r}"
     raise SchemaError(f"expected at most {max_rejected:.2%} bad rows in {name}; found {len(facts.bad):,} of {total:,} ({where}). {_remedy(reason)}")
 
-# %% ../../nbs/data/03_ingest.ipynb #00000028
+# %% ../../nbs/data/03_ingest.ipynb #853680f3
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
     job: _Job,  # what is loaded
@@ -659,7 +659,7 @@ def _load(
             if not done:
                 _discard(file)
 
-# %% ../../nbs/data/03_ingest.ipynb #00000029
+# %% ../../nbs/data/03_ingest.ipynb #c9c77179
 def process_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     uri: str | Path,  # local path or s3:// address of a .csv, .csv.gz, .zip or .parquet
@@ -682,7 +682,7 @@ def process_file(
         with _progress(path.name, progress) as report:
             return _load(con, job, max_rejected, report)
 
-# %% ../../nbs/data/03_ingest.ipynb #0000002b
+# %% ../../nbs/data/03_ingest.ipynb #3ef42c2f
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     file_id: str,  # sha256 of a loaded file, or its first six characters or more

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'Batch', 'Session', 'replay_journal', 'Journal', 'journal_folder', 'recover', 'Collector', 'plain_symbol']
 
-# %% ../../nbs/live/11_collector.ipynb #00000003
+# %% ../../nbs/live/11_collector.ipynb #2e29ece6
 import contextlib
 import json
 import logging
@@ -28,7 +28,7 @@ from ..errors import CryptoResearchError, FeedError, StoreBusy, problem
 from .feed import Trade
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/live/11_collector.ipynb #00000006
+# %% ../../nbs/live/11_collector.ipynb #dd7ffceb
 logger = logging.getLogger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TEXT, _TIME, _REAL = pa.string(), pa.timestamp("us"), pa.float64()
@@ -67,7 +67,7 @@ class _Track:
             return self.before
         return None
 
-# %% ../../nbs/live/11_collector.ipynb #0000000a
+# %% ../../nbs/live/11_collector.ipynb #7438ccae
 @dataclass
 class Batch:
     "Rows for one commit."
@@ -87,7 +87,7 @@ class Batch:
         self.gaps += later.gaps
         self.quarantine += later.quarantine
 
-# %% ../../nbs/live/11_collector.ipynb #0000000b
+# %% ../../nbs/live/11_collector.ipynb #ead7894e
 class Session:
     "One run of a collector: numbers arrivals, applies the tick rule, keeps coverage."
 
@@ -131,7 +131,7 @@ class Session:
         batch, self.batch = self.batch, Batch()
         return batch
 
-# %% ../../nbs/live/11_collector.ipynb #0000000d
+# %% ../../nbs/live/11_collector.ipynb #829e9be8
 _FIELDS = ("session_id", "source", "url", "symbols", "started_at", "next_id")
 
 
@@ -175,7 +175,7 @@ def _apply(
         case "refused":
             session.refuse(event["d"])
 
-# %% ../../nbs/live/11_collector.ipynb #0000000e
+# %% ../../nbs/live/11_collector.ipynb #b6a8a195
 class Journal:
     "The file that is written before anything is taken."
 
@@ -222,7 +222,7 @@ class Journal:
         self.begin(session)
         return old
 
-# %% ../../nbs/live/11_collector.ipynb #00000013
+# %% ../../nbs/live/11_collector.ipynb #86b1aa83
 def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(_TRADE_COLUMNS)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, _TRADE_COLUMNS, strict=True)], schema=_TRADE_COLUMNS)
@@ -243,16 +243,16 @@ def _commit(
         con.unregister("_arrived")
     for (symbol, start), end in batch.coverage.items():
         con.execute("DELETE FROM coverage WHERE file_id = ? AND symbol = ? AND start_ts = make_timestamp(?)", [sid, symbol, start])
-        con.execute("INSERT INTO coverage VALUES (?, ?, make_timestamp(?), make_timestamp(?), ?)", [symbol, source, start, end, sid])
+        con.execute("INSERT INTO coverage (symbol, source, start_ts, end_ts, file_id) VALUES (?, ?, make_timestamp(?), make_timestamp(?), ?)", [symbol, source, start, end, sid])
     for symbol, start, end, at in batch.gaps:
         con.execute("DELETE FROM gaps WHERE file_id = ? AND symbol = ? AND start_ts = make_timestamp(?)", [sid, symbol, start])
-        con.execute("INSERT INTO gaps VALUES (?, ?, 'live', make_timestamp(?), make_timestamp(?), NULL, NULL, ?, make_timestamp(?))", [symbol, source, start, end, sid, at])
+        con.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at) VALUES (?, ?, 'live', make_timestamp(?), make_timestamp(?), NULL, NULL, ?, make_timestamp(?))", [symbol, source, start, end, sid, at])
     for number, raw, reason in batch.quarantine:
         if check:
             con.execute("DELETE FROM quarantine WHERE file_id = ? AND line = ?", [sid, number])
         con.execute("INSERT INTO quarantine VALUES (?, ?, ?, ?, ?)", [sid, session.url, number, raw, reason])
 
-# %% ../../nbs/live/11_collector.ipynb #00000014
+# %% ../../nbs/live/11_collector.ipynb #53a8b163
 def _session_row(
     con: duckdb.DuckDBPyConnection,  # inside a transaction
     session: Session,  # begun or ended
@@ -265,7 +265,7 @@ def _session_row(
     values = [session.session_id, session.source, session.url, session.symbols, session.started_at, ended_at, reason, row[0] if row else 0]
     con.execute("INSERT INTO live_sessions VALUES (?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?)", values)
 
-# %% ../../nbs/live/11_collector.ipynb #00000016
+# %% ../../nbs/live/11_collector.ipynb #2ac701f3
 def journal_folder(
     con: duckdb.DuckDBPyConnection,  # the store
     settings: Settings,  # for a catalog that is no file
@@ -307,7 +307,7 @@ def _bring_in(con: duckdb.DuckDBPyConnection, path: Path) -> int:
     logger.info("%s: %d trades of a killed collector looked through", path.name, len(session.batch.trades))
     return 1
 
-# %% ../../nbs/live/11_collector.ipynb #00000018
+# %% ../../nbs/live/11_collector.ipynb #152c7918
 class Collector:
     "Batches live trades into the store in the background."
 
@@ -462,7 +462,7 @@ class Collector:
         if self.error is not None:
             raise self.error
 
-# %% ../../nbs/live/11_collector.ipynb #00000018-1
+# %% ../../nbs/live/11_collector.ipynb #05fd1c5f
 def plain_symbol(
     symbol: str,  # such as BINANCE:BTCUSDT
 ) -> str:  # such as BTCUSDT

@@ -6,7 +6,7 @@
 __all__ = ['ANNUAL_SECONDS', 'EULER_GAMMA', 'slices', 'StrategyResult', 'sharpe_ratio', 'max_drawdown', 'sign_strategy',
            'probabilistic_sharpe', 'expected_max_sharpe', 'deflated_sharpe']
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #00000002
+# %% ../../nbs/evaluation/41_strategy.ipynb #78f45bb8
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,32 +15,34 @@ from scipy import stats
 
 from ..errors import SchemaError
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #00000005
+# %% ../../nbs/evaluation/41_strategy.ipynb #e5e52497
 ANNUAL_SECONDS = 365 * 24 * 3600  # crypto trades every hour of the year
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #00000007
+# %% ../../nbs/evaluation/41_strategy.ipynb #e0e754c8
 def slices(
-    prediction: pd.Series,  # forecasts, index ts (bar opens, UTC), known at close_ts; NaN opens nothing
-    bars: pd.DataFrame,  # bars of the contract, covering the forecasts
+    wanted: pd.Series,  # positions, -1 (short) to 1 (long), index ts (bar opens, UTC), decided at close_ts; NaN opens nothing
+    bars: pd.DataFrame,  # bars of the contract, covering the decisions
     horizon: int,  # bars that a slice is held
-) -> pd.DataFrame:  # one row a bar from the first forecast's to the last slice's end: position (-1..1), market (open-to-open return), gap
-    "Position and market return of each bar, entered at the open after the forecast."
-    absent = prediction.index.difference(bars.index)
+    latency_bars: int = 1,  # bars from the decision's bar to the one at whose open it is traded
+) -> pd.DataFrame:  # one row a bar from the first decision's to the last slice's end: position (-1..1), market (open-to-open return), gap
+    "Position and market return of each bar, entered at the open after the decision."
+    absent = wanted.index.difference(bars.index)
     if len(absent):
         raise SchemaError(f"expected a bar for each forecast; found none for {len(absent)}, the first at {absent[0]}. Pass the bars that the forecasts were made of")
-    if prediction.empty or not prediction.index.is_unique or horizon < 1:
-        raise SchemaError(f"expected forecasts, one a bar, and a horizon of 1 or more; found {len(prediction)} and {horizon}. Take predictions of one run")
-    first, last = bars.index.searchsorted(prediction.index.min()), bars.index.searchsorted(prediction.index.max())
-    part = bars.iloc[first : last + horizon + 2]
-    wanted = prediction.astype(float).reindex(part.index)
-    sign = wanted.gt(0).astype(float) - wanted.lt(0)
+    if wanted.empty or not wanted.index.is_unique or horizon < 1 or latency_bars < 1:
+        raise SchemaError(f"expected forecasts, one a bar, a horizon and a latency of 1 or more; found {len(wanted)}, {horizon} and {latency_bars}. Take predictions of one run")
+    if wanted.abs().max() > 1:
+        raise SchemaError(f"expected positions between -1 and 1; found {wanted[wanted.abs() > 1].iloc[0]:g}. Scale them, or take their sign")
+    first, last = bars.index.searchsorted(wanted.index.min()), bars.index.searchsorted(wanted.index.max())
+    part = bars.iloc[first : last + horizon + latency_bars + 1]
+    size = wanted.astype(float).reindex(part.index).fillna(0.0)
     gap = part["gap"].to_numpy(dtype=bool) | part["open"].isna().to_numpy()
-    position = (sign.rolling(horizon, min_periods=1).sum().shift(1, fill_value=0.0) / horizon).where(~gap).ffill().fillna(0.0)
+    position = (size.rolling(horizon, min_periods=1).sum().shift(latency_bars, fill_value=0.0) / horizon).where(~gap).ffill().fillna(0.0)
     opens = part["open"].where(~gap)
     market = (opens.bfill().shift(-1) / opens - 1).where(~gap, 0.0)
     return pd.DataFrame({"position": position, "market": market, "gap": gap}, index=part.index).iloc[:-1]
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #0000000c
+# %% ../../nbs/evaluation/41_strategy.ipynb #f580ba82
 @dataclass(frozen=True, repr=False)
 class StrategyResult:
     "Returns of a strategy bar by bar, beside buying and holding; shows itself as a table."
@@ -53,6 +55,7 @@ class StrategyResult:
     horizon: int  # bars that a slice is held
     fee_bps: float  # cost per unit of turnover, basis points
     bar_s: float  # length of a bar, seconds
+    costs: pd.DataFrame | None = None  # what was paid, by kind, fractions of the capital per bar; None where only the fee was
 
     @property
     def break_even_bps(self) -> float:
@@ -97,6 +100,8 @@ class StrategyResult:
         table.loc["exposure", ["net", "hold"]] = [self.position.abs().mean(), 1.0]
         table.loc["break-even cost, bps", "net"] = self.break_even_bps
         table.loc["assumed cost, bps", "net"] = self.fee_bps
+        for name, paid in {} if self.costs is None else self.costs.items():
+            table.loc[f"{name} per year", "net"] = paid.sum() / years
         return table
 
     def __repr__(self) -> str:
@@ -105,7 +110,7 @@ class StrategyResult:
     def _repr_html_(self) -> str:
         return self.table().round(4).to_html(na_rep="")
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #0000000d
+# %% ../../nbs/evaluation/41_strategy.ipynb #71d32548
 def sharpe_ratio(
     returns: pd.Series | np.ndarray,  # per period, n
 ) -> float:  # per period, not annualised; NaN where the returns do not vary
@@ -129,14 +134,14 @@ def sign_strategy(
     fee_bps: float = 5.0,  # cost per unit of turnover, basis points of the traded value
 ) -> StrategyResult:  # bar by bar, from the first forecast's bar until the last slice is closed or the bars end
     "Trade the sign of each forecast in overlapping slices, entered at the next open, and pay for the turnover."
-    held = slices(prediction, bars, horizon)
+    held = slices(np.sign(prediction), bars, horizon)
     turnover = held["position"].diff().fillna(held["position"]).abs().rename("turnover")
     gross = (held["position"] * held["market"]).rename("gross")
     net = (gross - turnover * fee_bps / 1e4).rename("net")
     bar_s = float((bars["close_ts"] - bars.index).dt.total_seconds().median())
     return StrategyResult(net, gross, held["position"], turnover, held["market"].rename("hold"), horizon, fee_bps, bar_s)
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #00000018
+# %% ../../nbs/evaluation/41_strategy.ipynb #f66858fc
 EULER_GAMMA = 0.5772156649015329
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rule', 'positions', 'Costs', 'trade', 'capacity', 'random_signals']
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #529c4af7
+# %% ../../nbs/evaluation/41a_trading.ipynb #99dddc95
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..errors import SchemaError
 from .strategy import ANNUAL_SECONDS, StrategyResult, sharpe_ratio, slices
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #414c9584
+# %% ../../nbs/evaluation/41a_trading.ipynb #b2560fbd
 Rule = Literal["sign", "proportional", "interval"]
 
 
@@ -31,7 +31,7 @@ def positions(
         raise SchemaError(f"expected a rule of {', '.join(get_args(Rule))}, a scale above 0 and costs of 0 or more; found {rule!r}, {scale:g}, {cost_bps:g}. Correct them")
     f = forecasts["prediction"].astype(float)
     if rule == "sign":
-        return np.sign(f).rename("position")
+        return pd.Series(np.sign(f), f.index, name="position")
     if rule == "proportional":
         return (f / scale).clip(-1, 1).rename("position")
     if not {"lower", "upper"} <= set(forecasts):
@@ -39,7 +39,7 @@ def positions(
     bar = 2 * cost_bps / 1e4
     return ((forecasts["lower"] > bar).astype(float) - (forecasts["upper"] < -bar)).where(f.notna()).rename("position")
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #43a4dd39
+# %% ../../nbs/evaluation/41a_trading.ipynb #8fefa9f6
 @dataclass(frozen=True)
 class Costs:
     "What trading costs."
@@ -63,7 +63,7 @@ def _market_size(bars: pd.DataFrame, bar_s: float) -> tuple[pd.Series, pd.Series
     sigma = np.log(bars["close"]).diff().rolling(30 * per_day, min_periods=per_day).std() * np.sqrt(per_day)
     return volume.shift(1), sigma.shift(1)
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #83c4cfec
+# %% ../../nbs/evaluation/41a_trading.ipynb #21d2f899
 def trade(
     wanted: pd.Series,  # positions, -1 to 1, index ts, decided at the bar's close; NaN opens nothing
     bars: pd.DataFrame,  # bars of the contract, covering the decisions and what comes after
@@ -86,7 +86,7 @@ def trade(
     fee = c.fee_bps + c.half_spread_bps
     return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, held["position"], turnover, held["market"].rename("hold"), horizon, fee, bar_s, table)
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #a50f66b8
+# %% ../../nbs/evaluation/41a_trading.ipynb #1cb08b5c
 def capacity(
     wanted: pd.Series,  # positions as for `trade`
     bars: pd.DataFrame,  # bars of the contract
@@ -102,7 +102,7 @@ def capacity(
     before = float(result.returns.sum()) + impact
     return 0.0 if before <= 0 else float("inf") if impact == 0 else (before / impact) ** 2
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #06661d4c
+# %% ../../nbs/evaluation/41a_trading.ipynb #59957375
 def random_signals(
     result: StrategyResult,  # of trade or sign_strategy
     n: int = 500,  # random signals

@@ -45,9 +45,9 @@ def put_bars(con, candles: pd.DataFrame, symbol: str, source: str) -> None:
     frame["source"], frame["kind"], frame["spec"] = source, "time", "1h"
 
     def insert(c):
-        columns = [r[0] for r in c.execute("DESCRIBE bars").fetchall()]
+        columns = [r[0] for r in c.execute("DESCRIBE bars").fetchall() if r[0] in frame]
         c.register("frame_to_store", frame[columns])
-        c.execute(f"INSERT INTO bars SELECT {', '.join(columns)} FROM frame_to_store")
+        c.execute("INSERT INTO bars BY NAME FROM frame_to_store")
         c.unregister("frame_to_store")
 
     write(con, insert)

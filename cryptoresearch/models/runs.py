@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'LEAST_KNOWN', 'Progress', 'LABELS', 'RunConfig', 'canonical', 'frame_digest',
            'code_version', 'library_versions', 'own_features', 'RunData', 'read_data', 'identity', 'run_name',
-           'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test', 'walk_forward', 'record_trial',
+           'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test', 'fit_rows', 'walk_forward', 'record_trial',
            'trial_sharpes', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run', 'train_run', 'load_run',
            'list_runs', 'first_difference', 'reproduce']
 
-# %% ../../nbs/models/34_runs.ipynb #287390a6
+# %% ../../nbs/models/34_runs.ipynb #03cfea4a
 import ast
 import hashlib
 import html
@@ -50,7 +50,7 @@ from .labels import Target, fixed_horizon, sample_intervals
 from .splits import WalkForward
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/models/34_runs.ipynb #f6618f54
+# %% ../../nbs/models/34_runs.ipynb #feb71f09
 @dataclass(frozen=True)
 class RunConfig:
     "What to forecast, from what, how and since when; checked, never changed."
@@ -81,7 +81,7 @@ class RunConfig:
             set_(self, name, _utc_text(name, getattr(self, name)))
         _check_config(self)
 
-# %% ../../nbs/models/34_runs.ipynb #7bfd07c4
+# %% ../../nbs/models/34_runs.ipynb #23b510a3
 def _wrong(name: str, expected: str, found: object) -> ConfigError:
     return ConfigError(problem(f"{name} of a run to be {expected}", repr(found), f"Change {name}"))
 
@@ -105,7 +105,7 @@ def _length(name: str, value: Any, least: pd.Timedelta) -> None:
     if not ok:
         raise _wrong(name, f"a length of time such as 90D, at least {least}", value)
 
-# %% ../../nbs/models/34_runs.ipynb #65006ba4
+# %% ../../nbs/models/34_runs.ipynb #d1ff383a
 def _check_config(c: RunConfig) -> None:
     "Refuse what cannot be trained."
     if not isinstance(c.symbol, str) or not re.fullmatch(r"[A-Za-z0-9:._-]{1,40}", c.symbol):
@@ -142,7 +142,7 @@ def _check_order_and_model(c: RunConfig) -> None:
     if unknown := sorted(set(c.params) - set(allowed)):
         raise _wrong("params", f"among {', '.join(allowed)} (the seed is a field of its own)", unknown)
 
-# %% ../../nbs/models/34_runs.ipynb #80e5696a
+# %% ../../nbs/models/34_runs.ipynb #1ba28996
 def canonical(
     value: Any,  # of dicts, lists, texts, finite numbers, booleans, None
 ) -> str:  # JSON with sorted keys and no blanks
@@ -171,7 +171,7 @@ def frame_digest(
     parts = {"ts": _sha(_column_bytes(frame.index.to_series()))}
     return parts | {str(name): _sha(_column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
-# %% ../../nbs/models/34_runs.ipynb #8cf8bb82
+# %% ../../nbs/models/34_runs.ipynb #b0eb0343
 CODE = ("data/bars.py", "features/*.py", "models/*.py", "evaluation/*.py")
 LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops")
 
@@ -214,7 +214,7 @@ def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest of the sou
             found[f.name] = _sha(repr(fixed) + (inspect.getsource(fn) if own else fn.__qualname__))
     return found
 
-# %% ../../nbs/models/34_runs.ipynb #33c00681
+# %% ../../nbs/models/34_runs.ipynb #2c73e3b9
 @dataclass(frozen=True)
 class RunData:
     "The bars of a run and where they came from."
@@ -243,7 +243,7 @@ def read_data(
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))
     return RunData(bars, sources, pinned, tuple(sha for s, sha in files if s in sources), simulated)
 
-# %% ../../nbs/models/34_runs.ipynb #19f49813
+# %% ../../nbs/models/34_runs.ipynb #2ea83f39
 def identity(
     config: RunConfig,  # the question
     data: RunData,  # the data
@@ -267,7 +267,7 @@ def run_name(
     symbol = re.sub(r"[^a-z0-9]", "", config.symbol.lower())
     return f"{symbol}-{config.spec.lower()}-{config.target}{config.horizon}-{_sha(canonical(parts))[:10]}"
 
-# %% ../../nbs/models/34_runs.ipynb #5b96e7bb
+# %% ../../nbs/models/34_runs.ipynb #9951819d
 LEAST_KNOWN = 0.5  # share of the features
 
 
@@ -307,7 +307,7 @@ def prepare(
     intervals = sample_intervals(labels, bars, warmup)
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], tuple(raw.columns[~known]))
 
-# %% ../../nbs/models/34_runs.ipynb #6cd62528
+# %% ../../nbs/models/34_runs.ipynb #2107d9fc
 Progress = Callable[[float, str], None]  # fraction done (0 to 1), what is being done
 
 
@@ -323,7 +323,7 @@ def first_test(config: RunConfig, bars: pd.DataFrame) -> pd.Timestamp:  # UTC
     return bars.index[int(len(bars) * 0.6)]
 
 
-def _fit(config: RunConfig, samples: Samples, rows: np.ndarray) -> TailModel:
+def fit_rows(config: RunConfig, samples: Samples, rows: np.ndarray) -> TailModel:
     "Fit on the rows whose outcome is known."
     rows = rows[samples.labels["y"].notna().to_numpy()[rows]]
     return make_model(config).fit(samples.X.iloc[rows], samples.labels["y"].iloc[rows], intervals=samples.intervals.iloc[rows])
@@ -336,7 +336,7 @@ def _forecast(model: TailModel, samples: Samples, rows: np.ndarray, fold: int) -
     out = labels[["known_ts", "end_ts", "y"]].assign(prediction=model.predict(X), lower=lower, upper=upper, fold=fold)
     return out.join(samples.base.iloc[rows])
 
-# %% ../../nbs/models/34_runs.ipynb #d0545d32
+# %% ../../nbs/models/34_runs.ipynb #8bfcd50c
 def walk_forward(
     config: RunConfig,  # how to split and what to fit
     samples: Samples,  # of `prepare`
@@ -348,7 +348,7 @@ def walk_forward(
     split = WalkForward(test_start, config.refit_every, mode, config.train_window, config.embargo)
     total, parts, folds = split.get_n_splits(samples.intervals), [], []
     for k, (train, test) in enumerate(split.split(samples.intervals), start=1):
-        model = _fit(config, samples, train)
+        model = fit_rows(config, samples, train)
         parts.append(_forecast(model, samples, test, k))
         used = samples.intervals.iloc[train]
         stretch = {"train_start": used["start_ts"].min(), "train_end": used["end_ts"].max(), "test_start": samples.X.index[test[0]], "test_end": parts[-1]["known_ts"].iloc[-1]}
@@ -358,22 +358,23 @@ def walk_forward(
             progress(k / (total + 1), f"fold {k} of {total}")
     return pd.concat(parts).rename_axis("ts"), folds
 
-# %% ../../nbs/models/34_runs.ipynb #17520a4e
+# %% ../../nbs/models/34_runs.ipynb #92fd8c51
 def record_trial(
     con: duckdb.DuckDBPyConnection,  # the store
     run_id: str,  # whose
-    strategy: StrategyResult,  # out of sample, after costs
+    strategy: StrategyResult | None,  # out of sample, after costs; None for what is not traded, which leaves a row without returns
     trial: str = "walk-forward",  # name within the run
     simulated: bool = False,  # from the simulated exchange: kept apart
 ) -> None:  # a row in `trials`, once
     "Write a strategy's returns into the trial ledger, unless they are there."
-    m = strategy.moments()
+    m = {"n": 0, "sr": np.nan, "skew": np.nan, "kurtosis": np.nan} if strategy is None else strategy.moments()
     known = [None if not np.isfinite(m[k]) else float(m[k]) for k in ("sr", "skew", "kurtosis")]
-    row = [run_id, trial, _kind(simulated), datetime.now(UTC).replace(tzinfo=None), int(m["n"]), *known, strategy.returns.astype(float).tolist()]
+    kind, returns = ("volatility", []) if strategy is None else (_kind(simulated), strategy.returns.astype(float).tolist())
+    row = [run_id, trial, kind, datetime.now(UTC).replace(tzinfo=None), int(m["n"]), *known, returns]
 
     def insert(c: duckdb.DuckDBPyConnection) -> None:
         if not c.execute("SELECT 1 FROM trials WHERE run_id = ? AND trial = ? LIMIT 1", [run_id, trial]).fetchone():
-            c.execute("INSERT INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            c.execute("INSERT INTO trials (run_id, trial, target, created_at, n, sharpe, skew, kurtosis, returns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     write(con, insert)
 
@@ -392,7 +393,7 @@ def trial_sharpes(
     rows = con.execute("SELECT DISTINCT ON (n, sharpe, skew, kurtosis) run_id, sharpe FROM trials WHERE target = ? AND sharpe IS NOT NULL ORDER BY n, sharpe, skew, kurtosis, run_id", [_kind(simulated)]).fetchall()
     return [float(sharpe) * float(np.sqrt(bar_length(spec) / bar_length(run_id.split("-")[1]))) for run_id, sharpe in rows]
 
-# %% ../../nbs/models/34_runs.ipynb #3d234c6b
+# %% ../../nbs/models/34_runs.ipynb #5d4565ef
 @dataclass(frozen=True)
 class Run:
     "A trained run: its configuration, model, forecasts and record."
@@ -434,7 +435,7 @@ class Run:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in summary(self.info).items())
         return {"text/plain": text, "text/html": f'<table class="text">{rows}</table>', "application/vnd.cryptoresearch.run+json": {"id": self.id, "reused": self.reused}}
 
-# %% ../../nbs/models/34_runs.ipynb #0cec73ed
+# %% ../../nbs/models/34_runs.ipynb #8f5473ab
 def summary(
     info: Mapping[str, Any],  # run.json
 ) -> dict[str, str]:  # one fact a key
@@ -448,7 +449,7 @@ def summary(
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
     }
 
-# %% ../../nbs/models/34_runs.ipynb #1f481840
+# %% ../../nbs/models/34_runs.ipynb #0e717c6e
 def runs_folder(settings: Settings | None = None) -> Path:  # absolute
     "Folder that holds the runs."
     s = settings or get_settings()
@@ -490,7 +491,7 @@ def _store_run(folder: Path, info: dict[str, Any], model: TailModel, predictions
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/models/34_runs.ipynb #3fde961d
+# %% ../../nbs/models/34_runs.ipynb #de16db44
 def run_strategy(
     predictions: pd.DataFrame,  # of the run
     bars: pd.DataFrame,  # of the run
@@ -524,7 +525,7 @@ def _judged(config: RunConfig, data: RunData, predictions: pd.DataFrame, trials:
     table = {str(name): row for name, row in scores.to_dict("index").items()}
     return {"scores": table, "strategy": money, "verdict": said.sentence, "level": said.level}
 
-# %% ../../nbs/models/34_runs.ipynb #2e4fe4e7
+# %% ../../nbs/models/34_runs.ipynb #20e8d65a
 LABELS = {
     "return": "close of bar t+h / open of bar t+1 - 1, forecast at the close of bar t",
     "volatility": "root of the sum of squared log returns of bars t+1 to t+h, forecast at the close of bar t",
@@ -553,7 +554,7 @@ def _record(run_id: str, config: RunConfig, parts: dict[str, Any], data: RunData
         "trained_until": known.max().isoformat(),
     }
 
-# %% ../../nbs/models/34_runs.ipynb #1ac2a063
+# %% ../../nbs/models/34_runs.ipynb #c83f84bb
 def find_run(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # the question
@@ -585,13 +586,13 @@ def train_run(
     samples, test_start = prepare(data.bars, config), first_test(config, data.bars)
     predictions, folds = walk_forward(config, samples, test_start, progress)
     tell(len(folds) / (len(folds) + 1), "fitting the final model")
-    model = _fit(config, samples, np.arange(len(samples.X)))
+    model = fit_rows(config, samples, np.arange(len(samples.X)))
     info = _record(folder.name, config, parts, data, samples, test_start) | {"folds": folds, "final": {"rows": model.n_rows_, "trees": model.best_iteration_ + 1}}
     _store_run(folder, _finite(info | _assess(con, folder.name, config, data, predictions)), model, predictions)
     tell(1.0, "trained")
     return load_run(folder.name, settings)
 
-# %% ../../nbs/models/34_runs.ipynb #31101d1b
+# %% ../../nbs/models/34_runs.ipynb #a76a5ff8
 def _find_folder(run_id: str, settings: Settings | None) -> Path:
     "The folder of a run, by name or by the beginning of its name."
     root = runs_folder(settings)
@@ -627,7 +628,7 @@ def load_run(
     config = RunConfig(**info["config"])
     return Run(folder.name, folder, config, info, MODELS[config.model].load(folder), pd.read_parquet(folder / "predictions.parquet"))
 
-# %% ../../nbs/models/34_runs.ipynb #0b553a12
+# %% ../../nbs/models/34_runs.ipynb #27e6bd38
 def list_runs(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> pd.DataFrame:  # index run, newest first: created_at (UTC), symbol, spec, target, horizon, n, ic, r2_oos, dm_p, level, verdict, trained_until, simulated
@@ -649,7 +650,7 @@ def list_runs(
         table[name] = pd.to_datetime(table[name], utc=True)
     return table.sort_values("created_at", ascending=False, kind="stable")
 
-# %% ../../nbs/models/34_runs.ipynb #fc715f7e
+# %% ../../nbs/models/34_runs.ipynb #04b0b7dc
 class _Checks:
     "Comparisons of a run with its record, in order."
 
@@ -688,7 +689,7 @@ def first_difference(
         return f"column {name} at {then.index[k]:%Y-%m-%d %H:%M}: {x.iloc[k]!r} then, {y.iloc[k]!r} now"
     return ""
 
-# %% ../../nbs/models/34_runs.ipynb #c7667e1e
+# %% ../../nbs/models/34_runs.ipynb #52255a1c
 def _data_then(info: Mapping[str, Any], config: RunConfig, checks: _Checks, settings: Settings | None) -> RunData:
     "The run's bars, from its snapshot or from the store as it is."
     expected, found, data = info["identity"]["bars"], info["snapshot"], None
@@ -714,7 +715,7 @@ def _compare_files(folder: Path, info: Mapping[str, Any], checks: _Checks) -> No
         path = folder / name
         checks.must(name, sha[:16], _sha(path.read_bytes())[:16] if path.is_file() else "no such file")
 
-# %% ../../nbs/models/34_runs.ipynb #c4739137
+# %% ../../nbs/models/34_runs.ipynb #cc76a6d6
 def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.DataFrame, model: TailModel, checks: _Checks) -> None:
     "Compare forecasts, scores and the model's bytes with the stored ones."
     stored = pd.read_parquet(folder / "predictions.parquet")
@@ -749,7 +750,7 @@ def reproduce(
     samples, start = prepare(data.bars, config), first_test(config, data.bars)
     predictions, folds = walk_forward(config, samples, start, progress)
     checks.must("folds made again", info["folds"], folds)
-    _compare_rebuilt(folder, info, predictions, _fit(config, samples, np.arange(len(samples.X))), checks)
+    _compare_rebuilt(folder, info, predictions, fit_rows(config, samples, np.arange(len(samples.X))), checks)
     again = _finite(_record(folder.name, config, parts, data, samples, start) | _judged(config, data, predictions, (info["strategy"] or {}).get("trials", [])))
     for name in ("simulated", "trained_until", "features", "warmup", "strategy", "level", "verdict"):
         checks.must(f"{name} made again", info[name], again[name])

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['project_home', 'Settings', 'get_settings', 'shared_data', 'setup_logging']
 
-# %% ../nbs/00_settings.ipynb #00000003
+# %% ../nbs/00_settings.ipynb #edc9bf32
 import logging
 import os
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigError, DataNotFound
 
-# %% ../nbs/00_settings.ipynb #00000006
+# %% ../nbs/00_settings.ipynb #220bd8c2
 def project_home(
     start: Path | None = None,  # where to begin the search; the working folder when None
 ) -> Path:  # folder that relative paths of the settings are meant from
@@ -32,7 +32,7 @@ def project_home(
             return folder
     return here
 
-# %% ../nbs/00_settings.ipynb #0000000a
+# %% ../nbs/00_settings.ipynb #cfdb031f
 _SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B|%)$", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ def _check_endpoint(value: str | None) -> str | None:
         raise ValueError("is not host:port, such as 127.0.0.1:9000 or https://s3.example.org")
     return value.strip().rstrip("/")
 
-# %% ../nbs/00_settings.ipynb #0000000b
+# %% ../nbs/00_settings.ipynb #66c5e0b7
 class _Fields(BaseSettings):
     "The names, types and defaults."
 
@@ -63,8 +63,11 @@ class _Fields(BaseSettings):
     minio_endpoint: str | None = None
     minio_access_key: SecretStr | None = None
     minio_secret_key: SecretStr | None = None
+    minio_session_token: SecretStr | None = None  # of temporary keys
     minio_secure: bool = False
+    minio_ca_file: str | None = None  # PEM; the system's authorities when None
     minio_region: str = "us-east-1"
+    minio_url_style: Literal["path", "virtual"] = "path"
     minio_bucket_raw: str = Field("btc", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
     minio_bucket_lake: str = Field("lake", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
     # the store; `postgres:` catalogs may carry a password, so the path is not part of the repr
@@ -82,7 +85,7 @@ class _Fields(BaseSettings):
     log_level: str = "INFO"
     cryptoresearch_shared_data: str = "../shared/data"
 
-# %% ../nbs/00_settings.ipynb #0000000d
+# %% ../nbs/00_settings.ipynb #8269aeb6
 class Settings(_Fields):
     "Settings from arguments, the environment and `.env`; field names in upper case are the variables' names."
 
@@ -96,7 +99,7 @@ class Settings(_Fields):
             raise ValueError("is not one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
         return value.upper()
 
-    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", "duckdb_data_path", "duckdb_temp_dir", mode="before")
+    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", "minio_session_token", "minio_ca_file", "duckdb_data_path", "duckdb_temp_dir", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -106,6 +109,8 @@ class Settings(_Fields):
         if (self.minio_access_key is None) != (self.minio_secret_key is None):
             missing = "MINIO_ACCESS_KEY" if self.minio_access_key is None else "MINIO_SECRET_KEY"
             raise ValueError(f"{missing} is missing: the two keys come as a pair")
+        if self.minio_session_token is not None and self.minio_access_key is None:
+            raise ValueError("MINIO_ACCESS_KEY and MINIO_SECRET_KEY are missing: MINIO_SESSION_TOKEN belongs to a pair of temporary keys")
         return self
 
     def __init__(self, **values: Any) -> None:
@@ -118,12 +123,13 @@ class Settings(_Fields):
         "A path of the settings, seen from the project's home."
         return (project_home() / Path(value).expanduser()).resolve()
 
-# %% ../nbs/00_settings.ipynb #00000010
+# %% ../nbs/00_settings.ipynb #fbb28e23
 _EXAMPLES = {
     "duckdb_memory_limit": "4GB",
     "duckdb_threads": "2 (0 means all cores)",
     "minio_endpoint": "127.0.0.1:9000",
     "minio_secure": "true",
+    "minio_url_style": "path",
     "minio_bucket_raw": "btc",
     "minio_bucket_lake": "lake",
     "log_level": "INFO",
@@ -142,7 +148,7 @@ def _explain(error: ValidationError) -> str:
         lines.append(f"{field.upper()}: {text}{example}" if field else text)
     return "\n".join(lines)
 
-# %% ../nbs/00_settings.ipynb #00000015
+# %% ../nbs/00_settings.ipynb #577c1617
 @lru_cache(maxsize=8)
 def _read(home: Path, env: tuple[tuple[str, str], ...]) -> Settings:
     return Settings(_env_file=home / ".env")
@@ -161,7 +167,7 @@ def get_settings(
     stamp = (("", str(dotenv.stat().st_mtime_ns)),) if dotenv.exists() else ()
     return _read(home, env + stamp)
 
-# %% ../nbs/00_settings.ipynb #0000001a
+# %% ../nbs/00_settings.ipynb #5841c8b5
 def shared_data(
     settings: Settings | None = None,  # read from the environment when None
 ) -> Path:  # folder with real trades and candles
@@ -172,7 +178,7 @@ def shared_data(
         raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to where they lie")
     return folder
 
-# %% ../nbs/00_settings.ipynb #0000001d
+# %% ../nbs/00_settings.ipynb #41be9eb0
 _TOKEN = re.compile(r"((?:token|secret|password|access_key)=)[^\s&'\"]+", re.IGNORECASE)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["doctor", "ingest", "forget", "bars", "simulate", "train", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
+COMMANDS = ["doctor", "ingest", "forget", "bars", "simulate", "download", "data", "train", "tune", "audit", "compare", "promote", "registry", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
 
 
 def run(home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +44,13 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
         (["replay", "BTCUSDT", "--port", "99999"], "65535"),
         (["forget", "no-such-file"], "no-such-file"),
         (["simulate", "files", "--start", "x"], "2024-01-01"),
+        (["simulate", "files", "--kind", "quotes"], "quotes"),
+        (["download", "BTCUSDT", "--from", "2022-13", "--to", "2022-14"], "2022-13"),
+        (["compare", "no-such-run", "nor-this"], "no-such-run"),
+        (["promote", "no-such-run"], "no-such-run"),
+        (["audit", "--symbol", "NOSUCH"], "cryptoresearch"),
+        (["tune", "--model", "oracle"], "oracle"),
+        (["data", "verify"], "cryptoresearch"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence(tmp_path: Path, args: list[str], told: str) -> None:

@@ -237,7 +237,7 @@ def test_several_members_are_refused(con: duckdb.DuckDBPyConnection, tmp_path: P
 @pytest.mark.parametrize("on_s3", [False, True])
 def test_objects_in_and_out(s3: Any, tmp_path: Path, on_s3: bool) -> None:
     file = put(tmp_path / "BTCUSDT-trades-2024-01-01.csv", trades_text(3000))
-    late = put(tmp_path / "BTCUSDT-trades-2024-01-02.csv", trades_text(3000, first_id=4001)[::-1])  # the careful way writes there too
+    late = put(tmp_path / "BTCUSDT-trades-2024-01-02.csv", trades_text(3000, 1_704_153_600_000, first_id=4001)[::-1])  # the careful way writes there too
     where = {"duckdb_data_path": f"s3://{s3.bucket_lake}/{tmp_path.name}/"} if on_s3 else {}
     settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), **s3.settings, **where)
     client = minio_client(settings)
@@ -364,8 +364,8 @@ def test_two_hosts_load_the_same_file_at_the_same_moment(tmp_path: Path, postgre
     settings = Settings(_env_file=None, duckdb_path=postgres, duckdb_data_path=str(tmp_path / "lake"), duckdb_memory_limit="1GB", duckdb_threads=1)
     cons, together, real = [init_duckdb(settings) for _ in range(2)], threading.Barrier(2), ingest._loaded
 
-    def look(con: duckdb.DuckDBPyConnection, job: Any) -> Any:
-        found = real(con, job)
+    def look(con: duckdb.DuckDBPyConnection, job: Any, *rest: Any) -> Any:
+        found = real(con, job, *rest)
         if found is None and not together.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
                 together.wait(5)  # nobody goes on before both have looked

@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import duckdb
 import pytest
 
-from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
+from cryptoresearch.data.store import connect, in_turn, init_duckdb, snapshot, write
 from cryptoresearch.errors import DataNotFound, StoreBusy
 from cryptoresearch.settings import Settings
 
@@ -23,7 +25,7 @@ from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.settings import Settings
 role, number, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 s = Settings(_env_file=None, **json.loads(sys.argv[4]))
-INSERT = """INSERT INTO gaps SELECT 'W', ?, 'id', TIMESTAMP '2024-01-01', TIMESTAMP '2024-01-01', i, ?, NULL, NULL, NULL FROM range(50) r(i)"""
+INSERT = """INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'W', ?, 'id', TIMESTAMP '2024-01-01', TIMESTAMP '2024-01-01', i, ?, NULL, NULL, NULL FROM range(50) r(i)"""
 con = connect(s, read_only=True) if role == "reader" else init_duckdb(s)
 con.execute("SELECT ?, ?", ["warm", 1]).fetchall()  # imports what binding parameters needs
 print("ready", flush=True)
@@ -139,7 +141,7 @@ def test_a_writer_that_waits_too_long_is_told(tmp_path: Path) -> None:
 def test_a_moved_store_still_reads(tmp_path: Path) -> None:
     home = tmp_path / "a"
     con = init_duckdb(Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite")))
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 'big', 'id', NULL, NULL, i, NULL, NULL, NULL, NULL FROM range(5000) r(i)"))
+    write(con, lambda c: c.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'X', 'big', 'id', NULL, NULL, i, NULL, NULL, NULL, NULL FROM range(5000) r(i)"))
     con.close()
     shutil.move(home, tmp_path / "b")
     moved = connect(Settings(_env_file=None, duckdb_path=str(tmp_path / "b" / "catalog.sqlite")), read_only=True)
@@ -149,7 +151,7 @@ def test_a_moved_store_still_reads(tmp_path: Path) -> None:
 def test_a_duckdb_catalog_serves_one_process(tmp_path: Path) -> None:
     opts = options(tmp_path, str(tmp_path / "one.duckdb"))
     con = init_duckdb(Settings(_env_file=None, **opts))
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
+    write(con, lambda c: c.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
     other = start("writer", 0, 1.0, opts)
     _, err = other.communicate("go\n", timeout=60)
     assert other.returncode != 0
@@ -161,7 +163,7 @@ def test_postgres_catalog_keeps_snapshots(tmp_path: Path, postgres: str) -> None
     settings = Settings(_env_file=None, **options(tmp_path, postgres))
     con = init_duckdb(settings)
     pinned = snapshot(con)
-    write(con, lambda c: c.execute("INSERT INTO gaps SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
+    write(con, lambda c: c.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
     assert connect(settings, snapshot=pinned).execute("SELECT count(*) FROM gaps").fetchone() == (0,)
     assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
 
@@ -170,3 +172,70 @@ def test_no_store_is_made_by_reading(tmp_path: Path) -> None:
     with pytest.raises(DataNotFound, match="cryptoresearch demo"):
         connect(Settings(_env_file=None, **options(tmp_path)), read_only=True)
     assert not (tmp_path / "catalog.sqlite").exists()
+
+
+def test_rows_on_their_way_into_parquet_are_seen_once(tmp_path: Path) -> None:
+    "While inlined rows move out of the catalog, a reader with several threads sees each of them in one place, never in none."
+    s = Settings(_env_file=None, **(options(tmp_path) | {"duckdb_threads": 2}))
+    con, ended, counts = init_duckdb(s), threading.Event(), set()
+
+    def read() -> None:
+        with connect(s, read_only=True) as reader:
+            while not ended.is_set():
+                counts.add(reader.execute("SELECT (SELECT count(*) FROM coverage), count(*) >= 0 FROM gaps").fetchall()[0])
+
+    def replace(c) -> None:
+        c.execute("DELETE FROM coverage")
+        c.execute("INSERT INTO coverage (symbol, file_id) VALUES ('X', 'live')")
+
+    write(con, replace)
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for r in readers:
+        r.start()
+    for _ in range(60):
+        write(con, replace)
+        in_turn(con, "CALL ducklake_flush_inlined_data('lake', table_name => 'coverage')")
+    ended.set()
+    for r in readers:
+        r.join()
+    assert counts == {(1, True)}
+
+
+@pytest.fixture
+def https_file(tmp_path: Path):
+    "A server with a certificate of its own authority on 127.0.0.1: address of a Parquet file, and the authority's certificate."
+    import http.server
+    import ssl
+
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    made = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out ca.pem"
+    subprocess.run(["openssl", *made.split()], cwd=tmp_path, check=True, capture_output=True)
+    duckdb.execute(f"COPY (SELECT 42 AS answer) TO '{tmp_path}/x.parquet' (FORMAT parquet)")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args) -> None:
+            "Be silent."
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"https://127.0.0.1:{server.server_port}/x.parquet", tmp_path / "ca.pem"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_certificate_is_believed_with_its_authority_only(tmp_path: Path, https_file) -> None:
+    uri, authority = https_file
+    keys = {"minio_endpoint": "https://" + uri.split("/")[2], "minio_access_key": "k", "minio_secret_key": "s"}
+    believing = init_duckdb(Settings(_env_file=None, **options(tmp_path), **keys, minio_ca_file=str(authority)))
+    assert believing.execute(f"SELECT answer FROM '{uri}'").fetchall() == [(42,)]
+    doubting = init_duckdb(Settings(_env_file=None, **options(tmp_path), **keys))
+    with pytest.raises(duckdb.Error, match=r"(?i)ssl|certificate|connection"):
+        doubting.execute(f"SELECT answer FROM '{uri}'").fetchall()

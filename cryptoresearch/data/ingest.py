@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['Report', 'IngestResult', 'process_file', 'forget_file']
 
-# %% ../../nbs/data/03_ingest.ipynb #e06648fc
+# %% ../../nbs/data/03_ingest.ipynb #3f5c64ce
 import hashlib
 import html
 import os
+import secrets
 import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from math import log as ln
+from math import sqrt
 from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
@@ -32,12 +37,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from .. import __version__
 from .archive import local_copy
+from cryptoresearch.data.corrections import (
+    Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
+    stored_files, take_out,
+)  # fmt: skip
 from .formats import Block, FileSpec, inspect_file, interval_us, read_blocks
 from .store import exclusive, write
-from ..errors import DataNotFound, SchemaError
+from ..errors import DataNotFound, SchemaError, StoreBusy
 from ..settings import Settings
 
-# %% ../../nbs/data/03_ingest.ipynb #1ef32ddc
+# %% ../../nbs/data/03_ingest.ipynb #007bb4fb
 @dataclass(frozen=True, repr=False)
 class IngestResult:
     "What one file brought into the store."
@@ -45,130 +54,313 @@ class IngestResult:
     uri: str  # as it was given
     sha256: str  # of the file's bytes; the rows' file_id
     symbol: str
-    source: str  # 'trades', 'aggTrades', 'klines', 'simulated', ...
+    source: str  # 'trades', 'aggTrades', 'klines'; 'um.trades', … of futures; 'simulated', …
     kind: str  # 'trades', 'aggTrades' or 'klines'
     rows: int  # stored
     rejected: int  # in quarantine
-    first_ts: datetime  # of the stored rows, UTC
+    first_ts: datetime  # of the stored rows (of all rows where none had to be stored), UTC
     last_ts: datetime
     gaps: int  # missing stretches between them
     already_loaded: bool = False  # True: these bytes were in the store before, nothing was changed
+    market: str = "spot"  # 'spot' or 'um'
+    interval: str | None = None  # of candles
+    duplicates: int = 0  # rows that other files had brought already, not stored again
+    corrected: int = 0  # stored rows of other files that gave way to this file's
+    replaced: str | None = None  # file_id of the older version of this file that it replaced
 
     def __repr__(self) -> str:
         state = "already loaded" if self.already_loaded else f"{self.rows:,} rows"
         span = f"{self.first_ts:%Y-%m-%d %H:%M:%S} to {self.last_ts:%Y-%m-%d %H:%M:%S} UTC"
-        return f"IngestResult({self.symbol} {self.source}: {state}, {self.rejected:,} rejected, {self.gaps:,} gaps, {span})"
+        met = "".join(f", {n:,} {name}" for name, n in (("duplicates", self.duplicates), ("corrected", self.corrected)) if n) + (", replaces an older version" if self.replaced else "")
+        return f"IngestResult({self.symbol} {self.source}: {state}, {self.rejected:,} rejected{met}, {self.gaps:,} gaps, {span})"
 
     def _repr_html_(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self)} | {"uri": self.uri.rsplit("/", 1)[-1], "sha256": self.sha256[:12] + "…"}
-        text = {k: f"{v:,}" if type(v) is int else f"{v:%Y-%m-%d %H:%M:%S.%f}" if isinstance(v, datetime) else str(v) for k, v in shown.items()}
+        text = {k: f"{v:,}" if type(v) is int else f"{v:%Y-%m-%d %H:%M:%S.%f}" if isinstance(v, datetime) else str(v) for k, v in shown.items() if v is not None}
         rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in text.items())
         return f"<table>{rows}</table>"
 
-# %% ../../nbs/data/03_ingest.ipynb #e842ce3f
+# %% ../../nbs/data/03_ingest.ipynb #588ce721
+_BAD_SCHEMA = pa.schema([("line", pa.int64()), ("raw", pa.string()), ("reason", pa.string())])
+_BAD_AT_ONCE = 20_000  # rows
+_BAD_REMEMBERED = 1_000_000  # rows whose line and id are kept
+
+
+@dataclass
+class _Refused:
+    "The refused rows of a file, on disk."
+
+    path: Path  # Parquet, made with the first of them
+    id_at: int | None  # which column of a line is the trade id
+    count: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    example: dict[str, tuple[int, str]] = field(default_factory=dict)  # line and text of the first row, by reason
+    known: list[tuple[int, int]] = field(default_factory=list)  # line, id (-1 where it cannot be read)
+    held: list[tuple[int, str, str]] = field(default_factory=list)
+    writer: pq.ParquetWriter | None = None
+
+    def add(self, rows: list[tuple[int, str, str]]) -> None:
+        "Note rows: line, text, reason."
+        for line, raw, reason in rows:
+            self.reasons[reason] += 1
+            self.example.setdefault(reason, (line, raw))
+            if len(self.known) < _BAD_REMEMBERED:
+                self.known.append((line, _readable_id(raw, self.id_at)))
+        self.count += len(rows)
+        self.held += rows
+        if len(self.held) >= _BAD_AT_ONCE:
+            self._spill()
+
+    def _spill(self) -> None:
+        self.writer = self.writer or pq.ParquetWriter(self.path, _BAD_SCHEMA)
+        columns = zip(*self.held, strict=True)
+        self.writer.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, _BAD_SCHEMA, strict=True)], schema=_BAD_SCHEMA))
+        self.held = []
+
+    def close(self) -> None:
+        "Bring everything to disk."
+        if self.held:
+            self._spill()
+        if self.writer:
+            self.writer.close()
+
+# %% ../../nbs/data/03_ingest.ipynb #3e2ba76b
+def _readable_id(
+    raw: str,  # a refused line
+    id_at: int | None,  # column of the trade id
+) -> int:  # -1 where there is none
+    "Trade id of a refused row."
+    if id_at is None:
+        return -1
+    parts = raw.split(",", id_at + 1)
+    text = parts[id_at] if len(parts) > id_at + 1 else ""  # the last part of a broken line may be cut
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+
+# %% ../../nbs/data/03_ingest.ipynb #2ee108d6
+_MOST_HOLES = 1_000_000
+
+
 @dataclass
 class _Facts:
     "What is known of a file after reading it."
 
+    refused: _Refused
     rows: int = 0
-    bad: list[tuple[int, str, str]] = field(default_factory=list)  # line, text, reason
+    digest: int = 0  # of the rows
     units: set[str] = field(default_factory=set)
     first: tuple[int, int] | None = None  # ts in microseconds, trade id (0 for candles)
     last: tuple[int, int] | None = None
-    holes: list[np.ndarray] = field(default_factory=list)  # rows of start_ts, end_ts, first and last missing id
+    prices: tuple[float, float] = (0.0, 0.0)  # of the first and last row
+    holes: list[np.ndarray] = field(default_factory=list)  # as `_follow` fills them
+    hole_count: int = 0
 
-    def refuse(self, rows: list[tuple[int, str, str]]) -> None:
-        "Note bad rows; a file with more than a million of them is none of ours."
-        self.bad += rows
-        if len(self.bad) > 1_000_000:
-            raise SchemaError(f"expected a file of readable rows; found a million bad ones, such as line {rows[-1][0]}: {rows[-1][2]}. Look at the file")
+    def note_holes(self, holes: np.ndarray) -> None:
+        "Note holes; a file with more than a million of them is not one of all trades."
+        self.hole_count += len(holes)
+        if self.hole_count > _MOST_HOLES:
+            raise SchemaError(f"expected ids that run on; found more than {_MOST_HOLES:,} holes in them. This is no file of all trades: pass kind= if it is of another kind")
+        if len(holes):
+            self.holes.append(holes.copy())
 
-    def gaps(self) -> np.ndarray:
-        "All holes, m rows of four numbers."
-        return np.concatenate([np.empty((0, 4), np.int64), *self.holes])
+    def all_holes(self) -> np.ndarray:
+        "All holes, m rows of six numbers."
+        return np.concatenate([np.empty((0, 6), np.int64), *self.holes])
 
-# %% ../../nbs/data/03_ingest.ipynb #f3ec9294
+# %% ../../nbs/data/03_ingest.ipynb #7e32f470
+_ID, _TS, _SIGN, _LINE, _BEGUN, _FELL = range(6)  # places in the state
+
+
 @njit(cache=True, nogil=True)
 def _follow(  # type: ignore[no-untyped-def]
     ids,  # int64, n
     ts,  # int64 microseconds, n
     price,  # float64, n
-    state,  # int64: last id, last ts, sign; carried on
-    last_price,  # float64, one value; NaN at the file's start
+    line,  # int64, n
+    step,  # what the next id is expected to be ahead: 1, of candles their length
+    careful,  # bool: times may fall
+    state,  # int64, six values at the places above; carried on
+    last_price,  # float64, one value
     side,  # int8, n: the tick rule's sign, filled
     repeat,  # bool, n: the trade before had the same id, filled
-    hole,  # int64, n x 4: missing stretches, filled
-):  # trades followed (n, or where the order broke), and number of holes
+    hole,  # int64, n x 6: start and end (µs), first and last missing id, lines before and behind; filled
+):  # trades followed (n, or where the order broke), number of repeats, number of holes
     "Follow trades in order."
-    holes = 0
+    holes, repeats = 0, 0
     for i in range(len(ids)):
-        begun = not np.isnan(last_price[0])
-        repeat[i] = begun and ids[i] == state[0]
-        side[i] = state[2]
-        if repeat[i]:
-            continue
-        if begun and (ids[i] < state[0] or ts[i] < state[1]):
-            return i, holes
-        if begun and ids[i] > state[0] + 1:
-            hole[holes, 0], hole[holes, 1], hole[holes, 2], hole[holes, 3] = state[1], ts[i], state[0] + 1, ids[i] - 1
-            holes += 1
-        if begun and price[i] != last_price[0]:
-            state[2] = 1 if price[i] > last_price[0] else -1
-        side[i], state[0], state[1], last_price[0] = state[2], ids[i], ts[i], price[i]
-    return len(ids), holes
+        repeat[i] = False
+        if state[_BEGUN]:
+            if ids[i] == state[_ID]:
+                repeat[i], side[i] = True, state[_SIGN]
+                repeats += 1
+                continue
+            if ids[i] < state[_ID] or (ts[i] < state[_TS] and not careful):
+                return i, repeats, holes
+            if ids[i] > state[_ID] + step:
+                hole[holes, 0], hole[holes, 1] = min(state[_TS], ts[i]), max(state[_TS], ts[i])
+                hole[holes, 2], hole[holes, 3], hole[holes, 4], hole[holes, 5] = state[_ID] + step, ids[i] - 1, state[_LINE], line[i]
+                holes += 1
+            if price[i] != last_price[0]:
+                state[_SIGN] = 1 if price[i] > last_price[0] else -1
+            state[_FELL] |= ts[i] < state[_TS]
+        side[i], state[_BEGUN], last_price[0] = state[_SIGN], 1, price[i]
+        state[_ID], state[_TS], state[_LINE] = ids[i], ts[i], line[i]
+    return len(ids), repeats, holes
 
-# %% ../../nbs/data/03_ingest.ipynb #63bd0014
-class _OutOfOrder(Exception):
-    "The trades of a file are not in the order of their ids and times."
+# %% ../../nbs/data/03_ingest.ipynb #ad898798
+def _from_refused(
+    holes: np.ndarray,  # m x 6, as `_follow` fills them
+    known: np.ndarray,  # k x 2: line and id of refused rows, id -1 where it cannot be read
+) -> np.ndarray:  # bool, m
+    "Which holes come from refused rows."
+    lines, ids = np.unique(known[:, 0]), np.unique(known[known[:, 1] >= 0, 1])
+    nameless = np.unique(known[known[:, 1] < 0, 0])
+
+    def within(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.searchsorted(values, last, "right") - np.searchsorted(values, first, "left")
+
+    missing, own = holes[:, 3] - holes[:, 2] + 1, within(ids, holes[:, 2], holes[:, 3])
+    between, after, before = holes[:, 5] - holes[:, 4] - 1, holes[:, 5] - 1, holes[:, 4] + 1
+    only = (between > 0) & (within(lines, before, after) == between)
+    return (own == missing) | (only & (own + within(nameless, before, after) >= missing))
+
+# %% ../../nbs/data/03_ingest.ipynb #3b8e9346
+_SAME = pa.dictionary(pa.int8(), pa.string())
+_US = pa.timestamp("us")
+_CANDLE_COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume")
+_LAKE = {
+    "trades": pa.schema([
+        ("symbol", _SAME), ("source", _SAME), ("trade_id", pa.int64()), ("ts", _US), ("price", pa.float64()), ("qty", pa.float64()), ("quote_qty", pa.float64()),
+        ("side_reported", pa.int8()), ("side_tick", pa.int8()), ("n_trades", pa.int32()), ("received_at", _US), ("file_id", _SAME),
+    ]),
+    "candles": pa.schema([
+        ("symbol", _SAME), ("source", _SAME), ("interval", _SAME), ("ts", _US), ("close_ts", _US),
+        *((name, pa.int64() if name == "trades" else pa.float64()) for name in _CANDLE_COLUMNS), ("file_id", _SAME),
+    ]),
+}  # fmt: skip
 
 
-_TRADE_SCHEMA = pa.schema([
-    ("trade_id", pa.int64()), ("ts", pa.timestamp("us")), ("price", pa.float64()), ("qty", pa.float64()), ("quote_qty", pa.float64()),
-    ("side_reported", pa.int8()), ("side_tick", pa.int8()), ("n_trades", pa.int32()),
-])  # fmt: skip
-
-
-def _trade_batch(
+def _trade_columns(
     block: Block,  # checked trades
     side: np.ndarray,  # int8, n: the tick rule's sign, 0 where unknown
-) -> pa.RecordBatch:  # as _TRADE_SCHEMA
-    "Trades as Arrow, without copying what need not be."
+) -> dict[str, pa.Array]:
+    "Trades as Arrow."
     c, n = block.columns, len(block.line)
-    reported = pa.array((1 - 2 * c["buyer_maker"]).astype(np.int8)) if "buyer_maker" in c else pa.nulls(n, pa.int8())
-    number = (c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32)
-    tick = pa.array(side, mask=side == 0 if n and side[0] == 0 else None)
-    ts = c["ts"].view("datetime64[us]")
-    return pa.record_batch([pa.array(a) for a in (c["trade_id"], ts, c["price"], c["qty"], c["quote_qty"])] + [reported, tick, pa.array(number)], schema=_TRADE_SCHEMA)
+    out = {name: pa.array(c[name]) for name in ("trade_id", "price", "qty", "quote_qty")} | {"ts": pa.array(c["ts"].view("datetime64[us]"))}
+    out["side_reported"] = pa.array(_reported(c, n)) if "buyer_maker" in c else pa.nulls(n, pa.int8())
+    out["n_trades"] = pa.array((c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32))
+    return out | {"side_tick": pa.array(side, mask=side == 0 if n and side[0] == 0 else None), "received_at": pa.nulls(n, _US)}
 
-# %% ../../nbs/data/03_ingest.ipynb #0f75fc0a
-def _ordered_batches(
-    blocks: Iterator[Block],  # checked trades in the file's order
-    facts: _Facts,  # filled
-) -> Iterator[pa.RecordBatch]:
-    "Trades of an ordered file; `_OutOfOrder` where it is none."
-    state, last_price = np.zeros(3, np.int64), np.array([np.nan])
-    for block in blocks:
-        c, n = block.columns, len(block.line)
-        side: np.ndarray = np.empty(n, np.int8)
-        repeat, hole = np.empty(n, np.bool_), np.empty((n, 4), np.int64)
-        done, holes = _follow(c["trade_id"], c["ts"], c["price"], state, last_price, side, repeat, hole)
+
+def _reported(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int8
+    "The aggressor's side: −1 where the buyer was the maker; 0 where the file does not tell."
+    return (1 - 2 * c["buyer_maker"]).astype(np.int8) if "buyer_maker" in c else np.zeros(n, np.int8)
+
+
+def _candle_columns(
+    block: Block,  # checked candles
+    step_us: int,  # length
+) -> dict[str, pa.Array]:
+    "Candles as Arrow; what the file does not have is null."
+    c, n = block.columns, len(block.line)
+    out = {name: pa.array(c[name], _LAKE["candles"].field(name).type) if name in c else pa.nulls(n, _LAKE["candles"].field(name).type) for name in _CANDLE_COLUMNS}
+    return out | {"ts": pa.array(c["ts"].view("datetime64[us]")), "close_ts": pa.array((c["ts"] + step_us).view("datetime64[us]"))}
+
+# %% ../../nbs/data/03_ingest.ipynb #15669313
+@dataclass(frozen=True)
+class _Job:
+    "One file on its way into the store."
+
+    uri: str  # as given
+    path: Path  # a local copy
+    bytes: int
+    hashing: Future[str]  # sha256 of the file
+    source: str
+    spec: FileSpec
+    mark: str  # 64 characters that stand for the sha256 while it is not known
+
+    @property
+    def sha256(self) -> str:
+        "Checksum of the file, waited for."
+        return self.hashing.result()
+
+    @property
+    def series(self) -> Series:
+        "Whose rows they are."
+        return Series("candles" if self.spec.kind == "klines" else "trades", self.spec.symbol, self.source, self.spec.kind, self.spec.interval)
+
+    @property
+    def step_us(self) -> int:
+        "Length of a candle; 0 for trades."
+        return interval_us(self.spec.interval) if self.spec.interval else 0
+
+    @property
+    def name(self) -> str:
+        "The file's name, without where it lies."
+        return self.uri.rsplit("/", 1)[-1]
+
+# %% ../../nbs/data/03_ingest.ipynb #d30c9ab3
+class _OutOfOrder(Exception):
+    "The rows of a file are not in the order of their ids and times."
+
+
+@dataclass
+class _Stream:
+    "Rows of a file on their way, in order."
+
+    job: _Job
+    facts: _Facts  # filled
+    careful: bool = False  # rows come sorted; repeats are noted by line
+    repeats: list[np.ndarray] = field(default_factory=list)  # lines, where careful
+    state: np.ndarray = field(default_factory=lambda: np.zeros(6, np.int64))
+    last_price: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+    def _followed(self, block: Block) -> np.ndarray:
+        "The tick rule's sign of each row, after repeats are moved out; `_OutOfOrder` where the order breaks."
+        trades, c, n = self.job.series.table == "trades", block.columns, len(block.line)
+        side, repeat, hole = np.empty(n, np.int8), np.empty(n, np.bool_), np.empty((n, 6), np.int64)
+        ids, price = (c["trade_id"], c["price"]) if trades else (c["ts"], c["close"])
+        done, repeats, holes = _follow(ids, c["ts"], price, block.line, self.job.step_us or 1, self.careful, self.state, self.last_price, side, repeat, hole)
         if done < n:
             raise _OutOfOrder
-        if repeat.any():
-            block.keep(~repeat, lambda i: "trade_id is repeated")
-            side = side[~repeat]
-        facts.refuse(block.bad)
-        facts.units |= block.units
-        if holes:
-            facts.holes.append(hole[:holes].copy())
-        if len(block.line):
-            c = block.columns
-            facts.first = facts.first or (int(c["ts"][0]), int(c["trade_id"][0]))
-            facts.last = (int(c["ts"][-1]), int(c["trade_id"][-1]))
-            facts.rows += len(block.line)
-            yield _trade_batch(block, side)
+        self.facts.note_holes(hole[:holes])
+        if repeats:
+            if self.careful:
+                self.repeats.append(block.line[repeat])
+            noted = len(block.bad)
+            block.keep(~repeat, lambda i: _REPEATED.format(self.job.series.key))
+            block.bad = block.bad[:noted] if self.careful else block.bad
+            return np.asarray(side[~repeat])
+        return side
 
-# %% ../../nbs/data/03_ingest.ipynb #62412a7f
+    def _note(self, block: Block) -> None:
+        "Add a block to the facts."
+        c, facts, trades = block.columns, self.facts, self.job.series.table == "trades"
+        facts.refused.add(block.bad)
+        facts.units |= block.units
+        if len(block.line) == 0:
+            return
+        at = [(int(c["ts"][i]), int(c["trade_id"][i]) if trades else 0) for i in (0, -1)]
+        low, high = (at[0], at[1]) if not (self.careful and trades) else ((int(c["ts"].min()), at[0][1]), (int(c["ts"].max()), at[1][1]))
+        price = c["open"][0] if not trades else c["price"][0], c["close"][-1] if not trades else c["price"][-1]
+        facts.prices = (facts.prices[0] if facts.first else float(price[0])), float(price[1])
+        facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
+        facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
+        facts.rows += len(block.line)
+        names = ("trade_id", "ts", "price", "qty") if trades else ("ts", "open", "high", "low", "close", "volume")
+        facts.digest = (facts.digest + rows_digest([c[name] for name in names] + ([_reported(c, len(block.line))] if trades else []))) % 2**64
+
+    def columns(self, blocks: Iterator[Block]) -> Iterator[dict[str, pa.Array]]:
+        "Columns of the lake's table, but for those with one value."
+        for block in blocks:
+            side = self._followed(block)
+            self._note(block)
+            if len(block.line):
+                yield _trade_columns(block, side) if self.job.series.table == "trades" else _candle_columns(block, self.job.step_us)
+
+
+_REPEATED = "{} is repeated"
+
+# %% ../../nbs/data/03_ingest.ipynb #260cde31
 def _table_folder(
     con: DuckDBPyConnection,  # with the lake attached
     table: str,  # 'trades' or 'candles'
@@ -182,306 +374,295 @@ def _table_folder(
     return folder
 
 
-def _quoted(text: str) -> str:
-    "A string in SQL."
-    return "'" + text.replace("'", "''") + "'"
-
-
-@dataclass(frozen=True)
-class _Job:
-    "One file on its way into the store."
-
-    uri: str  # as given
-    path: Path  # a local copy
-    bytes: int
-    sha256: str
-    source: str
-    spec: FileSpec
-
-    @property
-    def table(self) -> str:
-        "The table its rows go to."
-        return "candles" if self.spec.kind == "klines" else "trades"
-
-    def constants(self) -> str:
-        "What all its rows have in common, in SQL."
-        return f"{_quoted(self.spec.symbol)} AS symbol, {_quoted(self.source)} AS source"
-
-# %% ../../nbs/data/03_ingest.ipynb #63df84f9
-def _target(
-    cur: DuckDBPyConnection,  # with the lake attached
-    job: _Job,  # what is loaded
-) -> str:
-    "A new name in the lake's folder."
-    return f"{_table_folder(cur, job.table)}{job.sha256[:16]}-{uuid.uuid4()}.parquet"
-
-
-def _copy(
-    cur: DuckDBPyConnection,  # of its own
-    job: _Job,  # what is loaded
-    select: str,  # SQL that gives the table's columns, but for file_id
-) -> str:  # the file
-    "Write rows as Parquet into the lake's folder, not yet part of the lake."
-    target = _target(cur, job)
-    cur.execute(f"COPY ({select.format(file_id=_quoted(job.sha256) + ' AS file_id')}) TO {_quoted(target)} (FORMAT parquet)")
-    return target
-
-
 def _discard(file: str) -> None:
     "Remove a written file that did not become part of the lake."
     if "://" not in file:
         Path(file).unlink(missing_ok=True)
 
 
-_SAME = pa.dictionary(pa.int8(), pa.string())
-_LAKE_SCHEMA = pa.schema([("symbol", _SAME), ("source", _SAME), *_TRADE_SCHEMA, ("received_at", pa.timestamp("us")), ("file_id", _SAME)])
-_DICTIONARIES = ["symbol", "source", "file_id", "price", "side_reported", "side_tick", "n_trades", "received_at"]
+def _copy(
+    cur: DuckDBPyConnection,  # of its own
+    job: _Job,
+    select: str,  # SQL that gives the table's columns
+) -> str:  # the file
+    "Write rows as Parquet under a new name into the lake's folder, not yet part of the lake."
+    target = f"{_table_folder(cur, job.series.table)}{uuid.uuid4()}.parquet"
+    try:
+        cur.execute(f"COPY ({select}) TO {quoted(target)} (FORMAT parquet)")
+    except BaseException:
+        _discard(target)
+        raise
+    return target
+
+# %% ../../nbs/data/03_ingest.ipynb #5c969767
+_DICTIONARIES = ["symbol", "source", "interval", "file_id", "price", "side_reported", "side_tick", "n_trades", "received_at"]
 _DIFFERENCES = {"trade_id": "DELTA_BINARY_PACKED", "ts": "DELTA_BINARY_PACKED"}
 _ROW_GROUP = 120_000  # rows, about DuckDB's own
 
-# %% ../../nbs/data/03_ingest.ipynb #db25de36
+
 def _row_groups(
-    batches: Iterator[pa.RecordBatch],  # as _TRADE_SCHEMA
-    job: _Job,  # what is loaded
-) -> Iterator[pa.Table]:  # as _LAKE_SCHEMA
-    "Batches with their constant columns, gathered to the size of a row group."
+    parts: Iterator[dict[str, pa.Array]],  # columns of some rows
+    job: _Job,
+) -> Iterator[pa.Table]:  # the lake's layout
+    "Rows with their constant columns, gathered to the size of a row group."
+    texts = {"symbol": job.spec.symbol, "source": job.source, "interval": job.spec.interval, "file_id": job.mark}
+    schema = _LAKE[job.series.table]
 
     def gathered() -> pa.Table:
-        n = sum(map(len, held))
-        same = {name: pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int8)), [text]) for name, text in texts.items()}
-        columns = {name: column for name, column in zip(_TRADE_SCHEMA.names, pa.Table.from_batches(held).columns, strict=True)}
-        columns |= same | {"received_at": pa.nulls(n, pa.timestamp("us"))}
-        return pa.table([columns[name] for name in _LAKE_SCHEMA.names], schema=_LAKE_SCHEMA)
+        n = sum(len(part["ts"]) for part in held)
+        same = {name: pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int8)), [text]) for name, text in texts.items() if name in schema.names}
+        return pa.table([same.get(name) or pa.chunked_array([part[name] for part in held]) for name in schema.names], schema=schema)
 
-    held: list[pa.RecordBatch] = []
-    texts = {"symbol": job.spec.symbol, "source": job.source, "file_id": job.sha256}
-    for batch in batches:
-        held.append(batch)
-        if sum(map(len, held)) >= _ROW_GROUP:
+    held: list[dict[str, pa.Array]] = []
+    for part in parts:
+        held.append(part)
+        if sum(len(p["ts"]) for p in held) >= _ROW_GROUP:
             yield gathered()
             held = []
     if held:
         yield gathered()
 
-# %% ../../nbs/data/03_ingest.ipynb #c3a45d68
-def _write_ordered(
+# %% ../../nbs/data/03_ingest.ipynb #0dac5370
+def _exchange_mark(
+    path: str,  # a local Parquet file
+    mark: str,  # what stands for the file_id in it
+    sha256: str,  # of the same length
+) -> None:
+    "Write the file_id where the mark stands."
+    meta = pq.read_metadata(path)
+    column = meta.schema.names.index("file_id")
+    with Path(path).open("r+b") as f:
+        size = f.seek(0, os.SEEK_END)
+        spans = [(c.dictionary_page_offset, c.total_compressed_size) for c in (meta.row_group(i).column(column) for i in range(meta.num_row_groups))]
+        for start, length in [*spans, (size - 8 - meta.serialized_size, meta.serialized_size)]:
+            f.seek(start)
+            text = f.read(length).replace(mark.encode(), sha256.encode())
+            f.seek(start)
+            f.write(text)
+
+# %% ../../nbs/data/03_ingest.ipynb #3dd834b1
+def _write_stream(
     cur: DuckDBPyConnection,  # of its own
-    job: _Job,  # an ordered file of trades
+    stream: _Stream,
     blocks: Iterator[Block],  # its rows
-    facts: _Facts,  # filled
-) -> str:  # the file
-    "Stream the trades of an ordered file into Parquet; `_OutOfOrder` where it is none."
-    target = _target(cur, job)
-    with tempfile.TemporaryDirectory() if "://" in target else nullcontext() as folder:
-        local = f"{folder}/trades.parquet" if folder else target
-        try:
-            with pq.ParquetWriter(local, _LAKE_SCHEMA, use_dictionary=_DICTIONARIES, column_encoding=_DIFFERENCES, compression="snappy") as writer:
-                for table in _row_groups(_ordered_batches(blocks, facts), job):
-                    writer.write_table(table, row_group_size=len(table))
-        except BaseException:
-            _discard(local)
-            raise
-        if folder:
-            cur.execute(f"COPY (FROM {_quoted(local)}) TO {_quoted(target)} (FORMAT parquet)")
-    return target
+    folder: Path,  # for a file that does not stay
+) -> str:  # the file, not yet part of the lake
+    "Stream rows into Parquet in the lake's folder, sorted by time where the ids are not; `_OutOfOrder` where the order breaks."
+    job, table = stream.job, stream.job.series.table
+    target = f"{_table_folder(cur, table)}{uuid.uuid4()}.parquet"
+    local = str(folder / "rows.parquet") if stream.careful or "://" in target else target
+    compression = {name: "NONE" if name == "file_id" else "SNAPPY" for name in _LAKE[table].names}
+    dictionaries = [name for name in _DICTIONARIES if name in _LAKE[table].names]
+    differences = {name: how for name, how in _DIFFERENCES.items() if name in _LAKE[table].names}
+    try:
+        with pq.ParquetWriter(local, _LAKE[table], use_dictionary=dictionaries, column_encoding=differences, compression=compression) as writer:
+            for rows in _row_groups(stream.columns(blocks), job):
+                writer.write_table(rows, row_group_size=len(rows))
+        _exchange_mark(local, job.mark, job.sha256)
+    except BaseException:
+        _discard(local)
+        raise
+    if local == target:
+        return target
+    order = " ORDER BY ts, trade_id" if stream.state[_FELL] else ""
+    return _copy(cur, job, f"FROM read_parquet({quoted(local)}){order}")
 
-# %% ../../nbs/data/03_ingest.ipynb #3e33c199
-_CANDLE_COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume")
-_STAGE = {
-    "trades": "line BIGINT, trade_id BIGINT, ts TIMESTAMP, price DOUBLE, qty DOUBLE, quote_qty DOUBLE, side_reported TINYINT, side_tick TINYINT, n_trades INTEGER",
-    "candles": "line BIGINT, ts TIMESTAMP, " + ", ".join(f"{name} {'BIGINT' if name == 'trades' else 'DOUBLE'}" for name in _CANDLE_COLUMNS),
-}
-
-
-def _candle_batch(block: Block) -> pa.RecordBatch:
-    "Candles as Arrow; what the file does not have is null."
-    c, n = block.columns, len(block.line)
-    names = ("ts", *_CANDLE_COLUMNS)
-    return pa.record_batch([pa.array(c[name].view("datetime64[us]") if name == "ts" else c[name]) if name in c else pa.nulls(n) for name in names], names=list(names))
-
-
+# %% ../../nbs/data/03_ingest.ipynb #638bd9eb
 def _stage(
     cur: DuckDBPyConnection,  # of its own: its temporary tables are nobody else's
-    job: _Job,  # what is loaded
-    blocks: Iterator[Block],  # its rows
+    blocks: Iterator[Block],  # the file's rows
     facts: _Facts,  # filled in part
-) -> None:
+) -> bool:  # False where there are none
     "Bring a file's rows into the temporary table `stage`."
-    cur.execute(f"CREATE OR REPLACE TEMP TABLE stage ({_STAGE[job.table]})")
+    made = False
+    cur.execute("DROP TABLE IF EXISTS temp.stage")
     for block in blocks:
-        facts.refuse(block.bad)
+        facts.refused.add(block.bad)
         facts.units |= block.units
-        batch = _candle_batch(block) if job.table == "candles" else _trade_batch(block, np.zeros(len(block.line), np.int8))
-        cur.register("staged", pa.Table.from_batches([batch]).add_column(0, "line", pa.array(block.line)))
-        cur.execute("INSERT INTO stage FROM staged")
-        cur.unregister("staged")
-
-# %% ../../nbs/data/03_ingest.ipynb #41d31152
-def _judge(
-    cur: DuckDBPyConnection,  # with `stage`
-    job: _Job,  # what is loaded
-    known: frozenset[str],  # file_ids whose rows overlap this file's
-) -> None:
-    "Make the temporary table `judged`: the stage with a reason per row."
-    key = "trade_id" if job.table == "trades" else "ts"
-    files = ", ".join(map(_quoted, sorted(known))) or "NULL"
-    same = f"symbol = {_quoted(job.spec.symbol)} AND source = {_quoted(job.source)} AND file_id IN ({files})"
-    off_grid = "false"
-    if job.spec.interval:
-        same += f" AND interval = {_quoted(job.spec.interval)}"
-        length = interval_us(job.spec.interval)
-        off_grid = f"epoch_us(ts) % {length} <> 0" if 86_400_000_000 % length == 0 else "false"
-    cur.execute(f"""CREATE OR REPLACE TEMP TABLE judged AS SELECT *, CASE
-        WHEN {off_grid} THEN 'ts is not the open of a {job.spec.interval} candle'
-        WHEN row_number() OVER (PARTITION BY {key} ORDER BY line) > 1 THEN '{key} is repeated'
-        WHEN {key} IN (SELECT {key} FROM lake.main.{job.table} WHERE {same}) THEN '{key} is already stored from another file'
-        END AS reason FROM stage""")
-
-# %% ../../nbs/data/03_ingest.ipynb #67a04d54
-_IN_ORDER = {
-    # the sign of the last price change that was not zero, in the order of ids
-    "trades": """SELECT * EXCLUDE (change, side_tick), last_value(change IGNORE NULLS) OVER (ORDER BY trade_id ROWS UNBOUNDED PRECEDING) AS side_tick FROM (
-        SELECT *, nullif(sign(price - lag(price) OVER (ORDER BY trade_id)), 0)::TINYINT AS change FROM judged WHERE reason IS NULL OR reason LIKE '%stored%')""",
-    "candles": "SELECT * FROM judged WHERE reason IS NULL OR reason LIKE '%stored%'",
-}
-_HOLES = {
-    "trades": """SELECT least(before, ts), greatest(before, ts), id_before + 1, trade_id - 1 FROM (
-        SELECT ts, trade_id, lag(ts) OVER (ORDER BY trade_id) AS before, lag(trade_id) OVER (ORDER BY trade_id) AS id_before FROM in_order)
-        WHERE trade_id > id_before + 1 ORDER BY trade_id""",
-    "candles": """SELECT before, ts, 0, 0 FROM (SELECT ts, lag(ts) OVER (ORDER BY ts) + INTERVAL '{us} microseconds' AS before FROM in_order)
-        WHERE ts > before ORDER BY ts""",
-}  # fmt: skip
+        if len(block.line):
+            cur.register("staged", pa.table({"line": block.line, **block.columns}))
+            cur.execute("INSERT INTO temp.stage FROM staged" if made else "CREATE TEMP TABLE stage AS FROM staged")
+            cur.unregister("staged")
+            made = True
+    return made
 
 
+def _sorted_blocks(
+    cur: DuckDBPyConnection,  # with the table `stage`
+    key: str,  # 'trade_id' or 'ts'
+) -> Iterator[Block]:  # without the rows' text
+    "The staged rows in the order of their key, those with one key in the file's order."
+    for batch in cur.execute(f"SELECT * FROM temp.stage ORDER BY {key}, line").to_arrow_reader(65_536):
+        columns = {name: c.to_numpy(zero_copy_only=False) for name, c in zip(batch.schema.names, batch.columns, strict=True)}
+        yield Block(columns, columns.pop("line"), lambda i: "")
+
+# %% ../../nbs/data/03_ingest.ipynb #708dead6
 def _write_staged(
     cur: DuckDBPyConnection,  # of its own
-    job: _Job,  # what is loaded
-    blocks: Callable[[], Iterator[Block]],  # its rows, from the start
-    known: frozenset[str],  # file_ids whose rows overlap this file's
+    job: _Job,
+    blocks: Callable[[], Iterator[Block]],  # the file's rows, from the start
     facts: _Facts,  # filled
-) -> str:  # the file
-    "Write the rows of any file through a temporary table, in order and without repetitions."
-    _stage(cur, job, blocks(), facts)
-    _judge(cur, job, known)
-    cur.execute(f"CREATE OR REPLACE TEMP TABLE in_order AS {_IN_ORDER[job.table]}")
-    _note_staged(cur, job, blocks, facts)
-    if job.table == "trades":
-        columns, order = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades, NULL::TIMESTAMP AS received_at, {file_id}", "ts, trade_id"
-    else:
-        close = f"ts + INTERVAL '{interval_us(job.spec.interval or '')} microseconds' AS close_ts"
-        columns, order = f"{_quoted(job.spec.interval or '')} AS interval, ts, {close}, {', '.join(_CANDLE_COLUMNS)}, {{file_id}}", "ts"
-    return _copy(cur, job, f"SELECT {job.constants()}, {columns} FROM in_order WHERE reason IS NULL ORDER BY {order}")
-
-# %% ../../nbs/data/03_ingest.ipynb #6a34f0a7
-def _note_staged(
-    cur: DuckDBPyConnection,  # with `judged` and `in_order`
-    job: _Job,  # what is loaded
-    blocks: Callable[[], Iterator[Block]],  # its rows, from the start
-    facts: _Facts,  # filled
-) -> None:
-    "The facts of a staged file."
-    refused = dict(cur.execute("SELECT line, reason FROM judged WHERE reason IS NOT NULL LIMIT 1000001").fetchall())
-    if refused:
-        lines = np.array(sorted(refused))
+    folder: Path,  # for a file that does not stay
+) -> str:  # the file, not yet part of the lake; '' where there is no row
+    "Write the rows of any file in order and without repetitions."
+    if not _stage(cur, blocks(), facts):
+        return ""
+    stream = _Stream(job, facts, careful=True)
+    file = _write_stream(cur, stream, _sorted_blocks(cur, job.series.key), folder)
+    cur.execute("DROP TABLE temp.stage")
+    if stream.repeats:
+        lines, reason = np.sort(np.concatenate(stream.repeats)), _REPEATED.format(job.series.key)
         for block in blocks():
-            facts.refuse([(n, block.text(int(i))[:1000], refused[n]) for i in np.flatnonzero(np.isin(block.line, lines)) for n in [int(block.line[i])]])
-    facts.bad.sort()
-    holes = cur.execute(f"SELECT epoch_us(#1), epoch_us(#2), #3, #4 FROM ({_HOLES[job.table].format(us=interval_us(job.spec.interval or '1s'))})").fetchnumpy()
-    facts.holes = [np.stack([np.asarray(v, dtype=np.int64) for v in holes.values()], axis=1)]
-    order = "trade_id" if job.table == "trades" else "0"
-    rows = cur.execute(
-        f"SELECT count(*) FILTER (reason IS NULL), epoch_us(min(ts)), epoch_us(max(ts)), min({order}), max({order}) FROM in_order"
-    ).fetchone()
-    if rows and rows[1] is not None:
-        facts.rows, facts.first, facts.last = rows[0], (rows[1], rows[3]), (rows[2], rows[4])
+            facts.refused.add([(int(block.line[i]), block.text(int(i))[:1000], reason) for i in np.flatnonzero(np.isin(block.line, lines))])
+    return file
 
-# %% ../../nbs/data/03_ingest.ipynb #567f1edd
-class _Overlap(Exception):
-    "The store holds rows with these ids from files that were not yet taken into account."
+# %% ../../nbs/data/03_ingest.ipynb #e1659e15
+def _placed(
+    block: Block,
+    job: _Job,
+) -> Block:  # the same block
+    "Move candles that do not begin on their grid to `bad`."
+    if job.step_us and 86_400_000_000 % job.step_us == 0:
+        block.keep(block.columns["ts"] % job.step_us == 0, lambda i: f"ts is not the open of a {job.spec.interval} candle")
+    return block
 
-    def __init__(self, files: frozenset[str]) -> None:
-        self.files = files
+# %% ../../nbs/data/03_ingest.ipynb #d67989ff
+_FACTOR, _A_DAY, _NEAR_DAYS = ln(2), 0.3, 30.0
 
 
-_LEDGER = "file_id, uri, sha256, bytes, kind, symbol, source, rows, rejected, first_ts, last_ts, first_id, last_id, gaps, ts_unit, code_version, ingested_at"
-
-
-def _overlapping(
-    con: DuckDBPyConnection,  # in the transaction
-    job: _Job,  # what is loaded
-    facts: _Facts,  # its bounds
-) -> frozenset[str]:  # file_ids
-    "Files of the same symbol and source whose ids (candles: times) overlap this file's."
-    assert facts.first and facts.last  # noqa: S101  (checked before)
-    columns, at = (("first_id", "last_id"), 1) if job.table == "trades" else (("epoch_us(first_ts)", "epoch_us(last_ts)"), 0)
-    rows = con.execute(
-        f"SELECT file_id FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind = ? AND rows > 0 AND {columns[1]} >= ? AND {columns[0]} <= ?",
-        [job.spec.symbol, job.source, job.spec.kind, facts.first[at], facts.last[at]],
+def _neighbours(
+    cur: DuckDBPyConnection,
+    job: _Job,
+) -> list[tuple[str, str, str | None, int, int]]:  # file_id, kind, interval, first and last ts (µs)
+    "Stored files of the same symbol and market; simulated and replayed ones only among themselves."
+    apart = "('simulated', 'replay')"
+    own = f"source = {quoted(job.source)}" if job.source in ("simulated", "replay") else f"source NOT IN {apart} AND coalesce(market, if(starts_with(source, 'um.'), 'um', 'spot')) = {quoted(job.spec.market)}"
+    return cur.execute(
+        f"SELECT file_id, kind, interval, epoch_us(first_ts), epoch_us(last_ts) FROM lake.main.ingest_ledger WHERE symbol = ? AND rows > 0 AND {own}", [job.spec.symbol]
     ).fetchall()
-    return frozenset(row[0] for row in rows)
 
-# %% ../../nbs/data/03_ingest.ipynb #502679f6
-def _commit(
-    con: DuckDBPyConnection,  # in the transaction
-    job: _Job,  # what is loaded
-    facts: _Facts,  # what was found
-    file: str,  # the Parquet file
-    known: frozenset[str],  # overlapping files that were taken into account
-) -> IngestResult:
-    "Make a written file part of the store, with everything that is known of it."
-    exclusive(con)  # two processes may load the same file at the same moment
-    if loaded := _loaded(con, job):
-        return loaded
-    other = con.execute("SELECT DISTINCT kind FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind <> ?", [job.spec.symbol, job.source, job.spec.kind]).fetchall()
-    if other:
-        raise SchemaError(f"expected {other[0][0]} of {job.spec.symbol} in the source {job.source!r}, as before; found {job.spec.kind}, which would count its trades twice. Pass another source=")
-    overlap = _overlapping(con, job, facts)
-    if overlap - known:
-        raise _Overlap(overlap)
-    con.execute(f"CALL ducklake_add_data_files('lake', '{job.table}', {_quoted(file)})")
+
+def _price_near(
+    cur: DuckDBPyConnection,
+    job: _Job,
+    near: tuple[str, str, str | None, int, int],  # a stored file
+    ts: int,  # µs
+    before: bool,  # the last price until `ts`, or the first one from it on
+) -> tuple[float, int] | None:  # price and its time
+    "A stored price next to a time."
+    file_id, kind, interval, first, last = near
+    at, day = min(max(ts, first), last), 86_400_000_000 + (interval_us(interval) if interval else 0)
+    table, price = ("candles", "close" if before else "open") if kind == "klines" else ("trades", "price")
+    bounds, pick = ((at - day, at), "arg_max") if before else ((at, at + day), "arg_min")
+    query = f"SELECT {pick}({price}, ts), epoch_us({pick}(ts, ts)) FROM lake.main.{table} WHERE symbol = ? AND file_id = ? AND ts BETWEEN make_timestamp(?) AND make_timestamp(?)"
+    row = cur.execute(query, [job.spec.symbol, file_id, *bounds]).fetchone()
+    return (row[0], row[1]) if row and row[0] is not None else None
+
+# %% ../../nbs/data/03_ingest.ipynb #2884c161
+def _check_symbol(
+    cur: DuckDBPyConnection,
+    job: _Job,
+    facts: _Facts,
+    stored: list[Older],  # files of the same series
+) -> None:
+    "`SchemaError` where the file can hardly be of its symbol."
     assert facts.first and facts.last  # noqa: S101  (checked before)
-    moment, bounds, holes = datetime.now(UTC).replace(tzinfo=None), [_moment(facts.first[0]), _moment(facts.last[0])], facts.gaps()
-    covered = [bounds[0], _moment(facts.last[0] + (interval_us(job.spec.interval) if job.spec.interval else 0))]
-    con.execute("INSERT INTO lake.main.coverage (symbol, source, start_ts, end_ts, file_id, interval) VALUES (?, ?, ?, ?, ?, ?)", [job.spec.symbol, job.source, *covered, job.sha256, job.spec.interval])
-    _insert_gaps(con, job, holes, moment)
-    _insert_quarantine(con, job, facts)
-    ids = [facts.first[1], facts.last[1]] if job.table == "trades" else [None, None]
-    unit = "mixed" if len(facts.units) > 1 else next(iter(facts.units), None)
-    row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, facts.rows, len(facts.bad), *bounds, *ids, len(holes), unit, __version__, moment]
-    con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
-    return _result(job.uri, dict(zip(_LEDGER.split(", "), row, strict=True)), already_loaded=False)
-
-# %% ../../nbs/data/03_ingest.ipynb #b4f767f4
-def _moment(us: int) -> datetime:
-    "Microseconds since 1970 as the naive UTC that the store keeps."
-    return datetime.fromtimestamp(us // 1_000_000, UTC).replace(microsecond=us % 1_000_000, tzinfo=None)
-
-
-def _insert_gaps(con: DuckDBPyConnection, job: _Job, holes: np.ndarray, moment: datetime) -> None:
-    "One row for each missing stretch."
-    if not len(holes):
+    near, remedy = _neighbours(cur, job), "Look whose file it is; pass symbol= or source=, or check_symbol=False (--no-check-symbol) if it is right"
+    for ts, price, before in ((facts.first[0], facts.prices[0], True), (facts.last[0], facts.prices[1], False)):
+        side = [(abs(ts - min(max(ts, a), b)), (f, k, i, a, b)) for f, k, i, a, b in near if (a <= ts if before else b >= ts)]
+        closest = min(side, key=lambda s: (s[0], s[1][0]), default=None)
+        found = _price_near(cur, job, closest[1], ts, before) if closest else None
+        days = abs(found[1] - ts) / 86_400_000_000 if found else 0.0
+        if found and days <= _NEAR_DAYS and abs(ln(price / found[0])) > _FACTOR + _A_DAY * sqrt(days):
+            raise SchemaError(f"expected in {job.name} prices of {job.spec.symbol}, which stood at {found[0]:g} at {moment(found[1])}; found {price:g} at {moment(ts)}. {remedy}")
+    if job.series.table == "candles":
         return
-    names = ["start_us", "end_us", "first_id", "last_id"]
-    con.register("new_gaps", pa.table({name: np.ascontiguousarray(holes[:, i]) for i, name in enumerate(names)}))
-    ids = "first_id, last_id" if job.table == "trades" else "NULL, NULL"
-    kind = "id" if job.table == "trades" else "time"
-    con.execute(
-        f"INSERT INTO lake.main.gaps SELECT {job.constants()}, '{kind}', make_timestamp(start_us), make_timestamp(end_us), {ids}, ?, ?, ? FROM new_gaps",
-        [job.sha256, moment, job.spec.interval],
-    )
-    con.unregister("new_gaps")
+    for old in stored:
+        before, after = old.last[0] < facts.first[0] - 60_000_000, old.first[0] > facts.last[0] + 60_000_000
+        if (before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1]):
+            raise SchemaError(f"expected in {job.name} ids {'above' if before else 'below'} {old.last[1] if before else old.first[1]}, as those of {old.uri.rsplit('/', 1)[-1]}; found {facts.first[1]} to {facts.last[1]}. {remedy}")
+
+# %% ../../nbs/data/03_ingest.ipynb #edec1996
+_FEWER = 0.99  # share of the older version's rows that a newer one has at least
 
 
-def _insert_quarantine(con: DuckDBPyConnection, job: _Job, facts: _Facts) -> None:
-    "One row for each refused row of the file."
-    if not facts.bad:
-        return
-    lines, raws, reasons = zip(*facts.bad, strict=True)
-    con.register("refused", pa.table({"line": pa.array(lines, pa.int64()), "raw": pa.array(raws, pa.string()), "reason": pa.array(reasons, pa.string())}))
-    con.execute("INSERT INTO lake.main.quarantine SELECT ?, ?, line, raw, reason FROM refused", [job.sha256, job.uri])
-    con.unregister("refused")
+def _older_version(
+    stored: list[Older],  # files of the same series
+    job: _Job,
+    facts: _Facts,
+) -> Older | None:
+    "The stored version of this file, if it is another one; a file with the same rows is none."
+    title = archive_title(job.uri)
+    for old in reversed(stored):
+        if old.file_id == job.sha256 or (title and archive_title(old.uri) == title and (old.digest, old.rows) != (facts.digest, facts.rows)):
+            return old
+    return None
 
-# %% ../../nbs/data/03_ingest.ipynb #95a6b79b
+
+def _check_version(
+    job: _Job,
+    facts: _Facts,
+    old: Older,
+) -> None:
+    "`SchemaError` where a newer version would take away more than it brings."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    at = 1 if job.series.table == "trades" else 0
+    covers = facts.first[at] <= old.first[at] and facts.last[at] >= old.last[at]
+    if not covers or facts.rows < _FEWER * old.rows:
+        def show(rows: int, a: tuple[int, int], b: tuple[int, int]) -> str:
+            return f"{rows:,} rows from {moment(a[0])}" + (f" (id {a[1]})" if at else "") + f" to {moment(b[0])}" + (f" (id {b[1]})" if at else "")
+
+        raise SchemaError(
+            f"expected in {job.name} at least what its older version {old.file_id[:12]} has, {show(old.rows, old.first, old.last)}; found {show(facts.rows, facts.first, facts.last)}. "
+            "If the newer one is right all the same, pass replace=True (--replace)"
+        )
+
+# %% ../../nbs/data/03_ingest.ipynb #a8015af6
+def _overlapping(
+    stored: list[Older],  # files of the same series
+    job: _Job,
+    facts: _Facts,
+    old: Older | None,  # the older version, which goes anyway
+) -> tuple[Older, ...]:
+    "Stored files whose ids (candles: times) overlap this file's."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    at = 1 if job.series.table == "trades" else 0
+    return tuple(o for o in stored if o != old and o.last[at] >= facts.first[at] and o.first[at] <= facts.last[at])
+
+# %% ../../nbs/data/03_ingest.ipynb #ebae0aa5
+@dataclass(frozen=True)
+class _Left:
+    "What of a file is to be stored."
+
+    file: str  # Parquet; '' where there is nothing
+    rows: int
+    digest: int
+    first: tuple[int, int]  # ts (µs), trade id
+    last: tuple[int, int]
+
+
+def _without_known(
+    cur: DuckDBPyConnection,  # with the table `met`
+    job: _Job,
+    facts: _Facts,
+    file: str,  # Parquet: all rows of the file
+    met: Met,
+) -> _Left:
+    "Leave out the rows that are stored already."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    if not met.duplicates:
+        return _Left(file, facts.rows, facts.digest, facts.first, facts.last)
+    if met.duplicates == facts.rows:
+        return _Left("", 0, 0, facts.first, facts.last)
+    s, key = job.series, "trade_id" if job.series.table == "trades" else "epoch_us(ts)"
+    known = f"SELECT {'trade_id' if s.table == 'trades' else 'ts'} FROM temp.met WHERE equal"
+    new = _copy(cur, job, f"FROM read_parquet({quoted(file)}) WHERE {key} NOT IN ({known}) ORDER BY {'ts, trade_id' if s.table == 'trades' else 'ts'}")
+    ids = "min(trade_id), max(trade_id)" if s.table == "trades" else "0, 0"
+    row = cur.execute(f"SELECT count(*), epoch_us(min(ts)), epoch_us(max(ts)), {ids} FROM read_parquet({quoted(new)})").fetchone()
+    assert row is not None  # noqa: S101  (an aggregate has one row)
+    return _Left(new, row[0], file_digest(cur, s.table, new), (row[1], row[3]), (row[2], row[4]))
+
+# %% ../../nbs/data/03_ingest.ipynb #c0d9778a
 def _sha256(
     path: Path,  # a local file
 ) -> str:  # 64 hexadecimal digits
@@ -490,31 +671,54 @@ def _sha256(
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+_LEDGER = (
+    "file_id, uri, sha256, bytes, kind, symbol, source, rows, rejected, first_ts, last_ts, first_id, last_id, gaps, ts_unit, code_version, ingested_at,"
+    " market, interval, duplicates, corrected, replaced_by, digest"
+)
+
+
 def _result(
     uri: str,  # as given
     row: dict[str, Any],  # of the ledger
     already_loaded: bool,
+    replaced: str | None = None,
 ) -> IngestResult:
     "The ledger's row as the caller gets it."
     first, last = (row[name].replace(tzinfo=UTC) for name in ("first_ts", "last_ts"))
-    return IngestResult(uri, row["sha256"], row["symbol"], row["source"], row["kind"], row["rows"], row["rejected"], first, last, row["gaps"], already_loaded)
+    return IngestResult(
+        uri, row["sha256"], row["symbol"], row["source"], row["kind"], row["rows"], row["rejected"], first, last, row["gaps"], already_loaded,
+        market=row["market"] or "spot", interval=row["interval"], duplicates=row["duplicates"] or 0, corrected=row["corrected"] or 0, replaced=replaced,
+    )  # fmt: skip
+
+# %% ../../nbs/data/03_ingest.ipynb #9b0ba4f2
+def _ledger_row(con: DuckDBPyConnection, sha256: str) -> dict[str, Any] | None:
+    "What the ledger has under a checksum."
+    rows = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE file_id = ? LIMIT 1", [sha256]).fetchall()
+    return dict(zip(_LEDGER.split(", "), rows[0], strict=True)) if rows else None
+
+
+def _size_known(con: DuckDBPyConnection, size: int) -> bool:
+    "Whether a file of so many bytes was loaded."
+    return bool(con.execute("SELECT 1 FROM lake.main.ingest_ledger WHERE bytes = ? LIMIT 1", [size]).fetchone())
 
 
 def _loaded(
     con: DuckDBPyConnection,
     job: _Job,
-) -> IngestResult | None:  # None where these bytes are new
+    replace: bool = False,  # load a version again that a newer one has replaced
+) -> IngestResult | None:  # None where these bytes are new, or where nothing is stored of them any more
     "What the ledger knows of these bytes; `SchemaError` where they were loaded as something else."
-    rows = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE file_id = ? LIMIT 1", [job.sha256]).fetchall()
-    if not rows:
+    row = _ledger_row(con, job.sha256)
+    if row is None:
         return None
-    row = dict(zip(_LEDGER.split(", "), rows[0], strict=True))
     have, want = (row["symbol"], row["source"], row["kind"]), (job.spec.symbol, job.source, job.spec.kind)
     if have != want:
         raise SchemaError(f"expected to load {'/'.join(want)}; found the same bytes loaded as {'/'.join(have)}. Run forget_file(con, {job.sha256[:12]!r}) first")
-    return _result(job.uri, row, already_loaded=True)
+    if row["rows"] or (row["replaced_by"] and not replace):
+        return _result(job.uri, row, already_loaded=True)
+    return None
 
-# %% ../../nbs/data/03_ingest.ipynb #f056badd
+# %% ../../nbs/data/03_ingest.ipynb #b4886496
 def _ahead(
     blocks: Iterator[Block],  # lazily read
     depth: int = 4,  # blocks to hold ready
@@ -547,7 +751,7 @@ def _ahead(
     finally:
         stop.set()
 
-# %% ../../nbs/data/03_ingest.ipynb #e2e34255
+# %% ../../nbs/data/03_ingest.ipynb #42cf2563
 _PATIENCE_S = 1.5
 Report = Callable[[int, int], None]  # called with bytes read and bytes in all
 
@@ -584,82 +788,236 @@ def _progress(
         if bar is not None:
             bar.stop()
 
-# %% ../../nbs/data/03_ingest.ipynb #d10bf3fd
+# %% ../../nbs/data/03_ingest.ipynb #422da717
 def _write_rows(
     cur: DuckDBPyConnection,  # of its own
-    job: _Job,  # what is loaded
-    known: frozenset[str] | None,  # None: try the ordered way
+    job: _Job,
     report: Report,  # progress
-) -> tuple[_Facts, str]:  # what was found, and the Parquet file
-    "Write a file's rows the ordered or the careful way."
+    folder: Path,  # for files that do not stay
+) -> tuple[_Facts, str]:  # what was found, and the Parquet file ('' without a good row)
+    "Write a file's rows in order."
 
     def blocks() -> Iterator[Block]:
         for block in read_blocks(job.path, job.spec):
             report(block.position, job.bytes)
-            yield block
+            yield _placed(block, job)
 
-    facts = _Facts()
-    if known is None and job.table == "trades":
-        with suppress(_OutOfOrder):
-            return facts, _write_ordered(cur, job, _ahead(blocks()), facts)
-        facts = _Facts()
-    return facts, _write_staged(cur, job, blocks, known or frozenset(), facts)
-
-
-_STORED = "is already stored from another file"
-
-
-def _remedy(reason: str) -> str:
-    "What to do about a file that was refused for this reason, above all."
-    if _STORED in reason:
-        return "To replace that file by this one, take it out first: cryptoresearch forget SHA256 (the table ingest_ledger has them)"
-    return "Mend the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
+    id_at = job.spec.columns.index("trade_id") if "trade_id" in job.spec.columns else None
+    facts = _Facts(_Refused(folder / "refused-1.parquet", id_at))
+    with suppress(_OutOfOrder):
+        return facts, _write_stream(cur, _Stream(job, facts), _ahead(blocks()), folder)
+    facts = _Facts(_Refused(folder / "refused-2.parquet", id_at))
+    return facts, _write_staged(cur, job, blocks, facts, folder)
 
 
 def _check_share(
-    job: _Job,  # what is loaded
-    facts: _Facts,  # what was found
+    job: _Job,
+    facts: _Facts,
     max_rejected: float,  # share of the rows, 0 to 1
 ) -> None:
     "`SchemaError` for a file without good rows or with too many bad ones."
-    total = facts.rows + len(facts.bad)
-    if facts.rows and len(facts.bad) <= max_rejected * total:
+    refused = facts.refused
+    total = facts.rows + refused.count
+    if facts.rows and refused.count <= max_rejected * total:
         return
-    name = job.uri.rsplit("/", 1)[-1]
-    if not facts.bad:
-        raise SchemaError(f"expected rows of {job.spec.kind} in {name}; found none. Fetch it again")
-    reason, count = Counter(reason for _, _, reason in facts.bad).most_common(1)[0]
-    line, raw, _ = next(row for row in facts.bad if row[2] == reason)
+    if not refused.count:
+        raise SchemaError(f"expected rows of {job.spec.kind} in {job.name}; found none. Fetch it again")
+    reason, count = refused.reasons.most_common(1)[0]
+    line, raw = refused.example[reason]
     where = f"{count:,} of them: {reason}, such as line {line}: {raw[:60]!r}"
-    raise SchemaError(f"expected at most {max_rejected:.2%} bad rows in {name}; found {len(facts.bad):,} of {total:,} ({where}). {_remedy(reason)}")
+    raise SchemaError(
+        f"expected at most {max_rejected:.2%} bad rows in {job.name}; found {refused.count:,} of {total:,} ({where}). "
+        "Mend the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
+    )
 
-# %% ../../nbs/data/03_ingest.ipynb #853680f3
+# %% ../../nbs/data/03_ingest.ipynb #390fe247
+@dataclass(frozen=True)
+class _Plan:
+    "What a file brings, and what gives way to it."
+
+    stored: tuple[Older, ...]  # files of the same series, as they were
+    old: Older | None  # the older version that it replaces
+    met: Met
+    left: _Left
+
+
+class _Stale(Exception):
+    "Other files came or went since the plan was made."
+
+
+def _plan(
+    cur: DuckDBPyConnection,  # of its own
+    job: _Job,
+    facts: _Facts,
+    file: str,  # Parquet: all rows
+    folder: Path,
+    check_symbol: bool,
+    replace: bool,
+) -> _Plan:
+    "Work out how a file meets what is stored; `SchemaError` where it may not."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    stored = stored_files(cur, job.series)
+    old = _older_version(stored, job, facts)
+    if old and not replace and old.file_id != job.sha256:
+        _check_version(job, facts, old)
+    others = _overlapping(stored, job, facts, old)
+    at = 1 if job.series.table == "trades" else 0
+    met = compare(cur, job.series, file, others, (facts.first[at], facts.last[at]), folder) if others else Met(())
+    if check_symbol:
+        check_same_series(met, job.series, job.name)
+        if not met.duplicates:
+            _check_symbol(cur, job, facts, [o for o in stored if o != old])
+    return _Plan(tuple(stored), old, met, _without_known(cur, job, facts, file, met))
+
+# %% ../../nbs/data/03_ingest.ipynb #0b90258c
+def _gap_rows(job: _Job, facts: _Facts) -> list[tuple[str, str, int, int, int | None, int | None]]:
+    "The file's holes as rows for the table `gaps`."
+    holes = facts.all_holes()
+    if job.series.table == "candles":
+        return [(job.sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
+    known = np.array(facts.refused.known, np.int64).reshape(-1, 2)
+    rejected = _from_refused(holes, known) if len(holes) else np.zeros(0, bool)
+    return [(job.sha256, "rejected" if r else "id", int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, r in zip(holes, rejected, strict=True)]
+
+
+def _insert_ledger(con: DuckDBPyConnection, job: _Job, facts: _Facts, plan: _Plan, gaps: int) -> dict[str, Any]:
+    "The file's row in the ledger."
+    left, trades = plan.left, job.series.table == "trades"
+    ids = [left.first[1], left.last[1]] if trades else [None, None]
+    unit = "mixed" if len(facts.units) > 1 else next(iter(facts.units), None)
+    row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, left.rows, facts.refused.count, moment(left.first[0]), moment(left.last[0]), *ids, gaps, unit]
+    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates, plan.met.corrected, None, left.digest]
+    con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
+    return dict(zip(_LEDGER.split(", "), row, strict=True))
+
+# %% ../../nbs/data/03_ingest.ipynb #68f9c870
+def _check_kinds(con: DuckDBPyConnection, job: _Job) -> None:
+    "`SchemaError` where trades of this source would be counted twice."
+    other = con.execute("SELECT DISTINCT kind FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind <> ? AND rows > 0", [job.spec.symbol, job.source, job.spec.kind]).fetchall()
+    if other:
+        raise SchemaError(f"expected {other[0][0]} of {job.spec.symbol} in the source {job.source!r}, as before; found {job.spec.kind}, which would count its trades twice. Pass another source=")
+
+
+def _commit(
+    con: DuckDBPyConnection,  # in the transaction
+    job: _Job,
+    facts: _Facts,
+    plan: _Plan,
+    replace: bool,
+) -> IngestResult:
+    "Make a written file part of the store, with everything that is known of it."
+    exclusive(con)  # two processes may load the same file at the same moment
+    if loaded := _loaded(con, job, replace):
+        return loaded
+    _check_kinds(con, job)
+    if tuple(stored_files(con, job.series)) != plan.stored:
+        raise _Stale
+    before = _ledger_row(con, job.sha256)
+    if before and not plan.left.rows and not plan.met.corrected:  # known through others then, and still
+        return _result(job.uri, before, already_loaded=True)
+    clear_ledger(con, job.sha256)
+    if plan.old:
+        replace_older(con, job.series, plan.old, job.sha256, job.uri)
+    take_out(con, job.series, plan.met, job.sha256, job.uri)
+    return _store(con, job, facts, plan)
+
+# %% ../../nbs/data/03_ingest.ipynb #0e15fb8c
+def _store(
+    con: DuckDBPyConnection,  # in the transaction
+    job: _Job,
+    facts: _Facts,
+    plan: _Plan,
+) -> IngestResult:
+    "The rows, the gaps, the claim and the ledger."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    s, left, span = job.series, plan.left, (facts.first[0], facts.last[0])
+    gaps = _gap_rows(job, facts) if left.rows else []
+    row = _insert_ledger(con, job, facts, plan, len(gaps))
+    if left.rows:
+        con.execute(f"CALL ducklake_add_data_files('lake', '{s.table}', {quoted(left.file)})")
+        claim = [s.symbol, s.source, moment(span[0]), moment(span[1] + job.step_us), job.sha256, s.interval]
+        con.execute("INSERT INTO lake.main.coverage (symbol, source, start_ts, end_ts, file_id, interval) VALUES (?, ?, ?, ?, ?, ?)", claim)
+    else:
+        log_event(con, "duplicate", s.symbol, s.source, job.sha256, job.uri, span, f"all {facts.rows} rows are stored already")
+    insert_gaps(con, s, gaps)
+    if facts.refused.count:
+        con.execute("INSERT INTO lake.main.quarantine (file_id, uri, line, raw, reason) SELECT ?, ?, line, raw, reason FROM read_parquet(?)", [job.sha256, job.uri, str(facts.refused.path)])
+    if plan.old or plan.met.others:
+        at = 1 if s.table == "trades" else 0
+        wide = [f for f in (facts, plan.old) if f is not None]
+        keys = min(f.first[at] for f in wide if f.first), max(f.last[at] for f in wide if f.last)
+        times = min(f.first[0] for f in wide if f.first), max(f.last[0] for f in wide if f.last)
+        refit(con, s, keys, times, job.step_us, gone=bool(plan.old or plan.met.corrected))
+        row["gaps"] = con.execute("SELECT gaps FROM lake.main.ingest_ledger WHERE file_id = ?", [job.sha256]).fetchall()[0][0]
+    return _result(job.uri, row, already_loaded=False, replaced=plan.old.file_id if plan.old else None)
+
+# %% ../../nbs/data/03_ingest.ipynb #1f2bd6bc
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
-    job: _Job,  # what is loaded
+    job: _Job,
     max_rejected: float,  # share of the rows, 0 to 1
+    check_symbol: bool,
+    replace: bool,
     report: Report,  # progress
 ) -> IngestResult:
-    "Write the rows, then make them known; again the careful way when other files turn out to overlap."
-    known: frozenset[str] | None = None
-    while True:
-        file = ""
-        with con.cursor() as cur:
+    "Write the rows, work out what they meet, make them known."
+    files: set[str] = set()
+    kept: str | None = None
+    try:
+        with con.cursor() as cur, tempfile.TemporaryDirectory(prefix="cryptoresearch-") as name:
             cur.execute("SET enable_progress_bar = false")
-            facts, file = _write_rows(cur, job, known, report)
-        done = False
-        try:
+            facts, file = _write_rows(cur, job, report, Path(name))
+            facts.refused.close()
+            files.add(file)
             _check_share(job, facts, max_rejected)
-            result = write(con, _commit, job, facts, file, known or frozenset())
-            done = not result.already_loaded
-            return result
-        except _Overlap as e:
-            known = e.files
-        finally:
-            if not done:
-                _discard(file)
+            while True:
+                plan = _plan(cur, job, facts, file, Path(name), check_symbol, replace)
+                files.add(plan.left.file)
+                with suppress(_Stale):
+                    result = write(con, _commit, job, facts, plan, replace)
+                    kept = None if result.already_loaded else plan.left.file
+                    return result
+    finally:
+        for written in files - {kept, ""}:
+            _discard(written)
 
-# %% ../../nbs/data/03_ingest.ipynb #c9c77179
+# %% ../../nbs/data/03_ingest.ipynb #01e780c4
+def _note_refusal(
+    con: DuckDBPyConnection,
+    uri: str,
+    path: Path,
+    spec: FileSpec | None,  # None where not even that is known
+    reason: str,
+) -> None:
+    "Add a refused file to `data_log`, unless that is there."
+    sha = _sha256(path)
+
+    def note(c: DuckDBPyConnection) -> None:
+        known = c.execute("SELECT 1 FROM lake.main.data_log WHERE event = 'refused' AND file_id = ? AND detail = ? LIMIT 1", [sha, reason]).fetchone()
+        if not known:
+            log_event(c, "refused", spec.symbol if spec else None, spec.kind if spec else None, sha, uri, None, reason)
+
+    with suppress(StoreBusy):
+        write(con, note, timeout_s=10.0)
+
+
+def _says_simulated(
+    path: Path,  # a local copy
+    uri: str,  # as given
+) -> bool:
+    "Whether a file says that it is no real data: a SIMULATED.txt beside it, or the comment of its zip."
+    if "://" not in uri and (path.parent / "SIMULATED.txt").exists():
+        return True
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as z:
+        return z.comment.startswith(b"SIMULATED")
+    return False
+
+
+def _default_source(spec: FileSpec, simulated: bool) -> str:
+    "Source of a file for which none is given."
+    return "simulated" if simulated else spec.kind if spec.market == "spot" else f"{spec.market}.{spec.kind}"
+
+# %% ../../nbs/data/03_ingest.ipynb #4f5224da
 def process_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     uri: str | Path,  # local path or s3:// address of a .csv, .csv.gz, .zip or .parquet
@@ -667,22 +1025,30 @@ def process_file(
     symbol: str | None = None,  # from the file's name when None
     kind: str | None = None,  # 'trades', 'aggTrades' or 'klines'; from name or content when None
     interval: str | None = None,  # of candles, '1h'; from the file's name when None
-    source: str | None = None,  # column `source`; the kind when None, 'simulated' beside a SIMULATED.txt
+    market: str | None = None,  # 'spot' or 'um'; from path and content when None
+    source: str | None = None,  # column `source`; kind and market when None, 'simulated' for what says so
     settings: Settings | None = None,  # for s3://; from the environment when None
     progress: bool | Report | None = None,  # a bar when somebody looks; True, False, or a function of (bytes read, bytes in all)
     max_rejected: float = 0.01,  # share of bad rows from which the file as a whole is refused
+    check_symbol: bool = True,  # refuse a file whose prices or ids cannot be those of its symbol
+    replace: bool = False,  # let a newer version of a file replace one that has more
 ) -> IngestResult:  # rows, rejected, bounds, gaps; already_loaded where nothing was to be done
     "Load one file of trades or candles into the store, wholly or not at all. Errors: `DataNotFound`, `SchemaError`, `StoreBusy`."
-    with local_copy(uri, settings) as path:
-        spec = inspect_file(path, str(uri), symbol=symbol, kind=kind, interval=interval)
-        simulated = "://" not in str(uri) and (path.parent / "SIMULATED.txt").exists()
-        job = _Job(str(uri), path, path.stat().st_size, _sha256(path), source or ("simulated" if simulated else spec.kind), spec)
-        if loaded := _loaded(con, job):
-            return loaded
-        with _progress(path.name, progress) as report:
-            return _load(con, job, max_rejected, report)
+    with local_copy(uri, settings) as path, ThreadPoolExecutor(1, "ingest-hash") as pool:
+        spec: FileSpec | None = None
+        try:
+            spec = inspect_file(path, str(uri), symbol=symbol, kind=kind, interval=interval, market=market)
+            given = source or _default_source(spec, _says_simulated(path, str(uri)))
+            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path), given, spec, secrets.token_hex(32))
+            if _size_known(con, job.bytes) and (loaded := _loaded(con, job, replace)):
+                return loaded
+            with _progress(path.name, progress) as report:
+                return _load(con, job, max_rejected, check_symbol, replace, report)
+        except SchemaError as e:
+            _note_refusal(con, str(uri), path, spec, str(e))
+            raise
 
-# %% ../../nbs/data/03_ingest.ipynb #3ef42c2f
+# %% ../../nbs/data/03_ingest.ipynb #1dad043b
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     file_id: str,  # sha256 of a loaded file, or its first six characters or more
@@ -690,12 +1056,18 @@ def forget_file(
     "Take a file out of the store again, with its ledger row, gaps, coverage and quarantine; `DataNotFound` where there is none."
 
     def forget(con: DuckDBPyConnection) -> int:
-        rows = con.execute("SELECT file_id, rows, symbol, source FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
-        if len(rows) != 1 or len(file_id) < 6:
-            raise DataNotFound(f"expected one loaded file whose sha256 begins with {file_id!r}; found {len(rows)}. See the table ingest_ledger")
+        found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
+        if len(found) != 1 or len(file_id) < 6:
+            raise DataNotFound(f"expected one loaded file whose sha256 begins with {file_id!r}; found {len(found)}. See the table ingest_ledger")
+        row = dict(zip(_LEDGER.split(", "), found[0], strict=True))
+        series = Series("candles" if row["kind"] == "klines" else "trades", row["symbol"], row["source"], row["kind"], row["interval"])
+        old = next((o for o in stored_files(con, series) if o.file_id == row["file_id"]), None)
         for table in ("trades", "candles", "gaps", "coverage", "quarantine", "ingest_ledger"):
-            con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [rows[0][0]])
-        con.execute("DELETE FROM lake.main.bars WHERE symbol = ? AND source = ?", rows[0][2:])  # made from it; make_bars builds those of the other files again
-        return int(rows[0][1])
+            con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [row["file_id"]])
+        if old:
+            at = 1 if series.table == "trades" else 0
+            refit(con, series, (old.first[at], old.last[at]), old.span(), interval_us(series.interval) if series.interval else 0, gone=True)
+        log_event(con, "forgotten", row["symbol"], row["source"], row["file_id"], row["uri"], old.span() if old else None, f"{row['rows']} rows taken out")
+        return int(row["rows"])
 
     return write(con, forget)

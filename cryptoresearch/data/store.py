@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'INLINE_ROWS', 'MIGRATIONS', 'extension_file',
            'catalog_kind', 'catalog_file', 'schema_version', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor',
-           'snapshot', 'connect', 'store_size', 'maintain']
+           'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain']
 
-# %% ../../nbs/data/01_store.ipynb #6304aa76
+# %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
 import importlib.util
 import logging
@@ -29,10 +29,10 @@ from .. import __version__
 from ..errors import ConfigError, DataNotFound, SchemaError, StoreBusy, problem
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/data/01_store.ipynb #81550691
+# %% ../../nbs/data/01_store.ipynb #bb1e86fb
 log = logging.getLogger(__name__)
 
-# %% ../../nbs/data/01_store.ipynb #e92cb89c
+# %% ../../nbs/data/01_store.ipynb #16d70948
 EXTENSIONS = {"httpfs": "s3:// and http:// files", "ducklake": "the store", "sqlite_scanner": "SQLite catalogs", "postgres_scanner": "PostgreSQL catalogs"}
 
 
@@ -58,7 +58,7 @@ def _load(con: DuckDBPyConnection, name: str) -> None:
         package = f"duckdb-extension-{name.replace('_', '-')}=={duckdb.__version__}"
         raise ConfigError(problem(f"DuckDB's extension {name} for {duckdb.__version__}", f"none that loads ({type(e).__name__})", f"Run: pip install {package}")) from e
 
-# %% ../../nbs/data/01_store.ipynb #20d28b61
+# %% ../../nbs/data/01_store.ipynb #69da3631
 def catalog_kind(
     path: str,  # the setting DUCKDB_PATH
 ) -> str:  # 'sqlite', 'duckdb' or 'postgres'
@@ -80,7 +80,7 @@ def _catalog_uri(settings: Settings) -> str:
         return f"ducklake:postgres:{tail}"
     return f"ducklake:{'sqlite:' if kind == 'sqlite' else ''}{catalog_file(settings)}"
 
-# %% ../../nbs/data/01_store.ipynb #0ebcbc2f
+# %% ../../nbs/data/01_store.ipynb #6c597bdb
 def _quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
@@ -96,17 +96,35 @@ def _quietly(con: DuckDBPyConnection, sql: str, secrets: list[str]) -> None:
         text = re.sub(r"(password\s*=\s*)('(?:\\.|''|[^'\\])*'|[^\s&\"]+)", r"\1***", re.sub(r"(//[^:/@\s]+:)[^/\s]+@", r"\1***@", text))
         raise type(e)(text) from None
 
-# %% ../../nbs/data/01_store.ipynb #b2d1e205
+# %% ../../nbs/data/01_store.ipynb #ac8f6651
+def _tls(con: DuckDBPyConnection, settings: Settings) -> None:
+    "Check the server's certificate, against an own authority where one is set."
+    con.execute("SET GLOBAL enable_server_cert_verification = true")
+    if settings.minio_ca_file is None:
+        return
+    file = settings.path(settings.minio_ca_file)
+    if not file.is_file():
+        raise ConfigError(problem("a file of certificates (PEM) at MINIO_CA_FILE", f"none at {file}", "Correct the path, or leave it empty for the system's authorities"))
+    con.execute(f"SET GLOBAL ca_cert_file = {_quote(str(file))}")
+
+
 def _s3_secret(con: DuckDBPyConnection, settings: Settings) -> None:
+    "Make httpfs reach the server of the settings."
     if not settings.minio_endpoint or not settings.minio_access_key or not settings.minio_secret_key:
         return
     scheme, _, host = settings.minio_endpoint.rpartition("://")
-    keys = [settings.minio_access_key.get_secret_value(), settings.minio_secret_key.get_secret_value()]
+    secrets = [settings.minio_access_key.get_secret_value(), settings.minio_secret_key.get_secret_value()]
     ssl = settings.minio_secure if not scheme else scheme == "https"
-    options = f"KEY_ID {_quote(keys[0])}, SECRET {_quote(keys[1])}, ENDPOINT {_quote(host)}, REGION {_quote(settings.minio_region)}"
-    _quietly(con, f"CREATE OR REPLACE SECRET minio (TYPE s3, {options}, URL_STYLE 'path', USE_SSL {str(ssl).lower()})", keys)
+    style = "path" if settings.minio_url_style == "path" else "vhost"
+    options = f"KEY_ID {_quote(secrets[0])}, SECRET {_quote(secrets[1])}, ENDPOINT {_quote(host)}, REGION {_quote(settings.minio_region)}"
+    if settings.minio_session_token is not None:
+        secrets.append(settings.minio_session_token.get_secret_value())
+        options += f", SESSION_TOKEN {_quote(secrets[2])}"
+    if ssl:
+        _tls(con, settings)
+    _quietly(con, f"CREATE OR REPLACE SECRET minio (TYPE s3, {options}, URL_STYLE '{style}', USE_SSL {str(ssl).lower()})", secrets)
 
-# %% ../../nbs/data/01_store.ipynb #7bbf4ed8
+# %% ../../nbs/data/01_store.ipynb #5cf35f85
 _SHARED_BYTES, _DMS_BYTE = (0x40000002, 510), (128, 1)  # SQLite's file format: os_unix.c, wal.c
 _OPEN_FILE_LOCKS = sys.platform.startswith("linux") and sys.maxsize > 2**32  # the struct below is Linux's on 64 bits
 META = "__ducklake_metadata_lake"  # DuckLake's own tables, in the catalog
@@ -138,7 +156,7 @@ def _keep_wal(con: DuckDBPyConnection, catalog: Path) -> None:
         finally:
             con.execute("COMMIT")
 
-# %% ../../nbs/data/01_store.ipynb #c4e30d5b
+# %% ../../nbs/data/01_store.ipynb #2f10f670
 def _configured(settings: Settings) -> DuckDBPyConnection:
     "An in-memory DuckDB with this machine's limits and all extensions; the lake is not attached yet."
     catalog = catalog_file(settings)
@@ -151,6 +169,8 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     needed = ["httpfs", "ducklake"] + {"sqlite": ["sqlite_scanner"], "postgres": ["postgres_scanner"], "duckdb": []}[catalog_kind(settings.duckdb_path)]
     for name in needed:
         _load(con, name)
+    if "sqlite_scanner" in needed:  # several threads would read the catalog by several SQLite connections, each as of another moment
+        con.execute("SET GLOBAL sqlite_disable_multithreaded_scans = true")
     con.execute("SET GLOBAL TimeZone = 'UTC'")
     con.execute("SET enable_progress_bar = false")  # in a notebook it would be a widget in the committed output
     _s3_secret(con, settings)
@@ -168,7 +188,7 @@ def _data_path(settings: Settings, is_new: bool) -> str | None:
         return None
     return f"{catalog.parent / 'lake'}/"
 
-# %% ../../nbs/data/01_store.ipynb #70415211
+# %% ../../nbs/data/01_store.ipynb #b0aec82f
 def _attach(con: DuckDBPyConnection, settings: Settings, snapshot: int | None, read_only: bool, is_new: bool) -> None:
     data = _data_path(settings, is_new)
     options = [f"DATA_PATH {_quote(data)}", "OVERRIDE_DATA_PATH true"] if data else []
@@ -185,12 +205,25 @@ def _attach(con: DuckDBPyConnection, settings: Settings, snapshot: int | None, r
 def _attach_error(error: duckdb.Error, settings: Settings, snapshot: int | None) -> Exception:
     text = str(error).strip().splitlines()[0][:300]
     if snapshot is not None and "snapshot" in text.lower():
-        return DataNotFound(problem(f"snapshot {snapshot} in the store", "no such snapshot", "Run: cryptoresearch doctor"))
+        return _no_snapshot(settings, snapshot)
     if "lock" in text.lower():
         return StoreBusy(problem("a catalog that is free", text, "A *.duckdb catalog serves one process; use an SQLite or PostgreSQL catalog for more"))
     return ConfigError(problem("a DuckLake catalog at DUCKDB_PATH", text, "Check DUCKDB_PATH and DUCKDB_DATA_PATH; cryptoresearch doctor says more"))
 
-# %% ../../nbs/data/01_store.ipynb #6144c555
+# %% ../../nbs/data/01_store.ipynb #93749da8
+def _no_snapshot(settings: Settings, snapshot: int) -> DataNotFound:
+    "Error for a snapshot that is not there, which says whether it was."
+    con = _configured(settings)
+    with con:
+        _attach(con, settings, None, True, is_new=False)
+        row = con.execute(f"SELECT max(snapshot_id), max(snapshot_id) FILTER (snapshot_id < {int(snapshot)}), min(snapshot_id) FILTER (snapshot_id > {int(snapshot)}) FROM {META}.ducklake_snapshot").fetchone()
+    newest, before, after = row or (None, None, None)
+    if newest is None or not 0 <= snapshot <= newest:
+        return DataNotFound(problem(f"snapshot {snapshot} in the store", f"no such snapshot; the newest is {newest}", "Check the number, and that DUCKDB_PATH is the store it belongs to"))
+    near = " and ".join(str(v) for v in (before, after) if v is not None)
+    return DataNotFound(problem(f"snapshot {snapshot} in the store", f"that it has expired; the nearest that are kept: {near}", "Read one of these; a snapshot stays as long as a run pins it"))
+
+# %% ../../nbs/data/01_store.ipynb #18b31f51
 _BAR_PRICES = "open DOUBLE, high DOUBLE, low DOUBLE, close DOUBLE, volume DOUBLE, quote_volume DOUBLE, trades BIGINT, buy_volume DOUBLE"
 TABLES = {  # version 1
     "trades": "symbol VARCHAR, source VARCHAR, trade_id BIGINT, ts TIMESTAMP, price DOUBLE, qty DOUBLE, quote_qty DOUBLE,"
@@ -221,7 +254,7 @@ NEW_TABLES = {
     "bar_inputs": "symbol VARCHAR, source VARCHAR, kind VARCHAR, spec VARCHAR, file_id VARCHAR, rows BIGINT, digest UBIGINT, start_ts TIMESTAMP, end_ts TIMESTAMP",
 }
 
-# %% ../../nbs/data/01_store.ipynb #6790601e
+# %% ../../nbs/data/01_store.ipynb #655b5c92
 INLINE_ROWS = 1000
 MIGRATIONS: dict[int, list[str]] = {
     1: [
@@ -254,7 +287,7 @@ def _migrate(con: DuckDBPyConnection, steps: dict[int, list[str]]) -> int:
         con.execute("INSERT INTO lake.store_version VALUES (?, ?, now()::TIMESTAMP)", [version, __version__])
     return newest
 
-# %% ../../nbs/data/01_store.ipynb #b011a7f9
+# %% ../../nbs/data/01_store.ipynb #2704c83e
 _turn = threading.local()
 _CONFLICT = re.compile(r"database is locked|conflict|could not serialize|deadlock|concurrent|duplicate key", re.IGNORECASE)
 
@@ -265,10 +298,11 @@ def _is_conflict(error: BaseException) -> bool:
 
 def _lock_path(con: DuckDBPyConnection) -> Path | None:
     "The writers' lock file of the lake that `con` has attached; None where writers need no turns."
-    row = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchone()
-    if row is None:
+    rows = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchall()  # to its end: a result half read keeps a transaction open
+    if not rows:
         raise ConfigError(problem("a connection with the lake attached", "none named lake", "Use init_duckdb()"))
-    return Path(str(row[0]).removeprefix("sqlite:") + ".lock") if str(row[0]).startswith("sqlite:") else None
+    path = str(rows[0][0])
+    return Path(path.removeprefix("sqlite:") + ".lock") if path.startswith("sqlite:") else None
 
 
 _POLL_S = 0.003
@@ -290,7 +324,7 @@ def _my_turn(path: Path | None, timeout_s: float) -> Iterator[None]:
     if again:  # a writer that comes back at once lets the ones who wait look at the lock first
         time.sleep(2 * _POLL_S)
 
-# %% ../../nbs/data/01_store.ipynb #d28f7508
+# %% ../../nbs/data/01_store.ipynb #41fcdd07
 def write[T](
     con: DuckDBPyConnection,  # from `init_duckdb`
     fn: Callable[..., T],  # called as fn(con, *args) inside a transaction; may run more than once
@@ -328,7 +362,7 @@ def _transaction[T](con: DuckDBPyConnection, fn: Callable[..., T], args: tuple[A
     finally:
         _turn.con = None
 
-# %% ../../nbs/data/01_store.ipynb #d84566ca
+# %% ../../nbs/data/01_store.ipynb #7b496a8e
 def exclusive(
     con: DuckDBPyConnection,  # inside a function that `write` runs
 ) -> None:
@@ -336,7 +370,7 @@ def exclusive(
     if _lock_path(con) is None:
         con.execute("UPDATE lake.main.store_version SET code_version = code_version")
 
-# %% ../../nbs/data/01_store.ipynb #65ee9e9e
+# %% ../../nbs/data/01_store.ipynb #06492281
 def init_duckdb(
     settings: Settings | None = None,  # from the environment and `.env` when None
 ) -> DuckDBPyConnection:  # the lake attached as `lake` and current
@@ -354,7 +388,13 @@ def init_duckdb(
         with _my_turn(lock, 60.0):
             _attach(con, s, None, False, is_new=catalog is None or not catalog.exists() or catalog.stat().st_size == 0)
     else:
-        _attach(con, s, None, False, is_new=False)
+        try:
+            _attach(con, s, None, False, is_new=False)
+        except StoreBusy:
+            if lock is None:
+                raise
+            with _my_turn(lock, 60.0):  # another process is making it at this moment
+                _attach(con, s, None, False, is_new=False)
     use_lake(con)
     _current_schema(con)
     if lock and catalog:
@@ -379,14 +419,14 @@ def _current_schema(con: DuckDBPyConnection) -> None:
     if _not_newer(con) < max(MIGRATIONS):
         write(con, _migrate, MIGRATIONS)
 
-# %% ../../nbs/data/01_store.ipynb #9b7d520b
+# %% ../../nbs/data/01_store.ipynb #9b9dcb9a
 def cursor(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> DuckDBPyConnection:  # for another thread, the lake current
     "A second connection to the same DuckDB instance."
     return use_lake(con.cursor())
 
-# %% ../../nbs/data/01_store.ipynb #4240c7e0
+# %% ../../nbs/data/01_store.ipynb #aad08364
 def snapshot(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> int:  # id of the newest snapshot that this connection sees
@@ -417,22 +457,48 @@ def connect(
     _not_newer(con)
     return con
 
-# %% ../../nbs/data/01_store.ipynb #65f3ffcf
+# %% ../../nbs/data/01_store.ipynb #220a125e
 def store_size(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
-) -> dict[str, int]:  # tables, files, bytes of Parquet, snapshots
+) -> dict[str, int]:  # tables, files and bytes of Parquet, the newest snapshot's id
     "What the store takes."
     row = con.execute("SELECT count(*), coalesce(sum(file_count), 0), coalesce(sum(file_size_bytes), 0) FROM ducklake_table_info('lake')").fetchone()
     assert row is not None  # noqa: S101  (an aggregate has one row)
     return {"tables": int(row[0]), "files": int(row[1]), "bytes": int(row[2]), "snapshot": snapshot(con)}
 
 
+@contextlib.contextmanager
+def turn(
+    con: DuckDBPyConnection,  # from `init_duckdb`
+    timeout_s: float = 120.0,  # how long to wait
+) -> Iterator[None]:
+    "Keep every other writer waiting for the length of a block, where writers take turns; `StoreBusy` when others hold the store too long."
+    with _my_turn(_lock_path(con), timeout_s):
+        yield
+
+
+def in_turn(
+    con: DuckDBPyConnection,  # from `init_duckdb`
+    sql: str,  # a call that makes its own transaction
+    timeout_s: float = 120.0,  # how long to wait for a turn, and how long to repeat
+) -> list[tuple[Any, ...]]:  # its rows
+    "Run a maintenance call of DuckLake when no other writer is at work; `StoreBusy` when others hold the store too long."
+    with turn(con, timeout_s):
+        for attempt in Retrying(
+            retry=retry_if_exception(_is_conflict), stop=stop_after_delay(timeout_s), wait=wait_random_exponential(0.01, 0.1), retry_error_callback=_give_up
+        ):
+            with attempt:
+                rows: list[tuple[Any, ...]] = con.execute(sql).fetchall()
+    return rows
+
+
 def maintain(
     con: DuckDBPyConnection,  # from `init_duckdb`
 ) -> dict[str, int]:  # the store's size afterwards
     "Move inlined rows into Parquet files and merge small files; loses no snapshot."
-    with _my_turn(_lock_path(con), 120.0):
-        con.execute("CALL ducklake_flush_inlined_data('lake')")
-        con.execute("CALL ducklake_merge_adjacent_files('lake')")
-        con.execute("CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")
+    for (name,) in con.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = 'lake' ORDER BY 1").fetchall():
+        in_turn(con, f"CALL ducklake_flush_inlined_data('lake', table_name => {_quote(name)})")
+    while in_turn(con, "CALL ducklake_merge_adjacent_files('lake', max_compacted_files => 20)"):
+        pass
+    in_turn(con, "CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")
     return store_size(con)

@@ -1,5 +1,6 @@
 """Objects on a real S3 server, and the public archive's layout on a server that misbehaves."""
 
+import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
@@ -135,11 +136,11 @@ def test_an_object_is_proved_by_what_the_server_knows(on_s3: Settings, tmp_path:
         with pytest.raises(SchemaError, match="expected sha256 0000"):
             call()
     assert [p.name for p in tmp_path.iterdir()] == ["proved.bin"]
-    with pytest.raises(DataNotFound, match="^object:"):
+    with pytest.raises(DataNotFound, match=r"^object:"):
         remove(on_s3, uri, f"s3://{bucket}/no-such-object")
     assert remove(on_s3, uri, f"s3://{bucket}/wrong.bin", f"s3://{bucket}/plain.bin") == 3
     assert list_objects(on_s3, "proved").empty
-    with pytest.raises(DataNotFound, match="^bucket:"):
+    with pytest.raises(DataNotFound, match=r"^bucket:"):
         stored(on_s3, "s3://no-such-bucket/x")
     assert ensure_buckets(on_s3, f"{bucket}-made", bucket) == [f"{bucket}-made"]
     client.remove_bucket(f"{bucket}-made")
@@ -176,10 +177,8 @@ class Line:
         except OSError:
             pass
         for end in (source, target):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             end.close()
 
 
@@ -278,7 +277,7 @@ def test_tls_with_an_authority_of_its_own(secure: Settings, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"^endpoint: expected a certificate .* an authority that this machine knows; found .*MINIO_CA_FILE"):
         list_objects(changed(secure, minio_ca_file=None))
     other = authority(tmp_path / "other" / "certs", "localhost")
-    with pytest.raises(ConfigError, match="^endpoint: expected a certificate"):
+    with pytest.raises(ConfigError, match=r"^endpoint: expected a certificate"):
         list_objects(changed(secure, minio_ca_file=str(other)))
     with pytest.raises(ConfigError, match=r"^endpoint: expected an S3 server .*\(http\)"):
         list_objects(changed(secure, minio_endpoint=host, minio_secure=False))

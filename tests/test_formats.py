@@ -62,7 +62,9 @@ numbers = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True).map(str),
     st.sampled_from(["", ".", "1.", ".5", "-1", "+1", "1e5", " 1", "1_0", "0x1", "nan", "9007199254740993", "90071992547409.93", "9223372036854775807", "9223372036854775808", '"2.5"', "2024-01-05T00:00:01Z", "１"]),
 )  # fmt: skip
-cells = st.one_of(numbers, st.sampled_from(["True", "False", "true", "false", "TRUE", "tRUE", "Truely", "1704412800000", "1704412800000000"]))
+cells = st.one_of(
+    numbers, st.sampled_from(["True", "False", "true", "false", "TRUE", "tRUE", "Truely", "1704412800000", "1704412800000000"])
+)
 ends = st.sampled_from(["", "\r", " ", "\t", "\x00"])
 
 
@@ -72,7 +74,11 @@ def test_the_compiled_loop_reads_what_the_definition_reads(layout: tuple[str, fo
     width = len(layout[1])
     row = st.one_of(st.lists(cells, min_size=width, max_size=width), st.lists(cells, max_size=width + 2)).map(",".join)
     lines = [line + end for line, end in draw.draw(st.lists(st.tuples(row, ends), max_size=12))]
-    got = {int(n): [float(b.columns[name][i]) for name in b.columns] for b in parse_piece(data(lines), layout[1], 1) for i, n in enumerate(b.line)}
+    got = {
+        int(n): [float(b.columns[name][i]) for name in b.columns]
+        for b in parse_piece(data(lines), layout[1], 1)
+        for i, n in enumerate(b.line)
+    }
     bad = [row for b in parse_piece(data(lines), layout[1], 1) for row in b.bad]
     want = {}
     for n, line in enumerate(lines, 1):
@@ -159,7 +165,14 @@ ARCHIVES = {
 def parquet() -> bytes:
     out = io.BytesIO()
     n = 3_000
-    table = {"id": np.arange(n), "price": np.full(n, 1.5), "qty": np.ones(n), "quote_qty": np.full(n, 1.5), "time": FIRST_MS + np.arange(n), "is_buyer_maker": np.arange(n) % 3 == 0}
+    table = {
+        "id": np.arange(n),
+        "price": np.full(n, 1.5),
+        "qty": np.ones(n),
+        "quote_qty": np.full(n, 1.5),
+        "time": FIRST_MS + np.arange(n),
+        "is_buyer_maker": np.arange(n) % 3 == 0,
+    }
     pq.write_table(pa.table(table), out, data_page_size=4096)
     return out.getvalue()
 
@@ -176,7 +189,11 @@ def test_whole_archives_are_read(tmp_path: Path, form: str) -> None:
     assert result is not None and result[0] + len(result[1]) == 3_000
 
 
-@given(st.sampled_from(sorted(ARCHIVES)), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4), st.floats(0, 1))
+@given(
+    st.sampled_from(sorted(ARCHIVES)),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),
+    st.floats(0, 1),
+)
 @hypothesis_settings(fuzz, max_examples=300)
 def test_damaged_archives_never_pass_for_whole(tmp_path: Path, form: str, flips: list[tuple[float, int]], cut: float) -> None:
     clean = ARCHIVES[form]
@@ -207,7 +224,7 @@ def test_zip_and_gzip_heads_with_any_rest(tmp_path: Path, content: bytes, end: b
 
 def test_a_bomb_is_stopped_early(tmp_path: Path) -> None:
     path = tmp_path / f"{NAME}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open(zipfile.ZipInfo(f"{NAME}.csv"), "w", force_zip64=True) as member:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open(f"{NAME}.csv", "w", force_zip64=True) as member:
         member.write(data(trades(10)))
         for _ in range(200):
             member.write(b"\n" * (1 << 20))
@@ -232,7 +249,7 @@ def test_the_thread_ends_with_its_reader(tmp_path: Path) -> None:
 
 def test_a_zip_longer_than_four_gigabytes_is_told_by_its_directory(tmp_path: Path) -> None:
     path = tmp_path / f"{NAME}.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open(zipfile.ZipInfo(f"{NAME}.csv"), "w", force_zip64=True) as member:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open(f"{NAME}.csv", "w", force_zip64=True) as member:
         member.write(data(trades(500)))
     assert outcome(path) == (500, [])
 
@@ -274,7 +291,16 @@ def test_futures_are_told_where_they_can_be(tmp_path: Path, what: str, header: b
 
 def test_rows_outside_the_period_of_the_name_are_bad(tmp_path: Path) -> None:
     path = tmp_path / f"{NAME}.csv"
-    path.write_bytes(data([*trades(3), f"4,1,1,1,{FIRST_MS - 1},True,True", f"5,1,1,1,{FIRST_MS + 86_400_000},True,True", f"6,1,1,1,{FIRST_MS * 1000},True,True"]))
+    path.write_bytes(
+        data(
+            [
+                *trades(3),
+                f"4,1,1,1,{FIRST_MS - 1},True,True",
+                f"5,1,1,1,{FIRST_MS + 86_400_000},True,True",
+                f"6,1,1,1,{FIRST_MS * 1000},True,True",
+            ]
+        )
+    )
     result = outcome(path)
     assert result is not None and (result[0], [n for n, _, _ in result[1]]) == (4, [4, 5])
     assert {reason for _, _, reason in result[1]} == {"ts is outside the file's period, 2024-01-05T00:00 to 2024-01-06T00:00"}

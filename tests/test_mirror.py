@@ -421,7 +421,7 @@ def test_a_part_that_cannot_be_trusted(archive: Archive, tmp_path: Path, damage:
     name = archive.publish("2024-01-05")
     part = broken_off(archive, tmp_path, name)
     part.write_bytes({"other bytes": bytes(25_000), "too long": bytes(99_000), "complete": archive.files[name]}[damage])
-    assert [f.state for f in mirror(archive, tmp_path, "2024-01-05", "2024-01-05").files][0] in ("fetched", "there")
+    assert next(f.state for f in mirror(archive, tmp_path, "2024-01-05", "2024-01-05").files) in ("fetched", "there")
     assert final(tmp_path) == {name: archive.files[name]} and not list(tmp_path.rglob("*.part"))
 
 
@@ -672,7 +672,7 @@ def test_from_the_archive_through_a_bucket_into_the_store(archive: Archive, tmp_
     assert set(again.outcome) == {"already loaded"}
     with pytest.raises(DataNotFound, match="BTCUSDT-trades-2022-01-0"):
         process_files(con, f"s3://{s3.bucket_raw}/BTCUSDT-trades-2023-*.zip", settings=settings)
-    with pytest.raises(DataNotFound, match="^bucket:"):
+    with pytest.raises(DataNotFound, match=r"^bucket:"):
         process_files(con, "s3://no-such-bucket/*.zip", settings=settings)
     con.close()
     remove(settings, *got.uris)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'Soiler', 'KINDS', 'Dirt', 'soil']
 
-# %% ../../nbs/data/05a_dirt.ipynb #396a1604
+# %% ../../nbs/data/05a_dirt.ipynb #e6fe8805
 import io
 import shutil
 import zipfile
@@ -18,7 +18,7 @@ import numpy as np
 from .simulate import NOTE
 from ..errors import ConfigError, DataNotFound
 
-# %% ../../nbs/data/05a_dirt.ipynb #13a3cbcc
+# %% ../../nbs/data/05a_dirt.ipynb #34569ca2
 @dataclass(frozen=True)
 class Dirt:
     "A dirtied file and what is wrong with it."
@@ -32,7 +32,7 @@ class Dirt:
     lost: tuple[tuple[int, int], ...] = ()  # first and last id of each stretch missing between the good rows
     changed: tuple[int, ...] = ()  # ids whose content differs from the input's
 
-# %% ../../nbs/data/05a_dirt.ipynb #d99f460c
+# %% ../../nbs/data/05a_dirt.ipynb #f7bed0e8
 Row = tuple[str, bool]  # a line without its end; whether it is to be stored
 Soiler = Callable[[list[str], np.random.Generator, float], list[Row]]
 _ROWS: dict[str, tuple[Soiler, str, str]] = {}  # function, outcome, what is done
@@ -66,7 +66,7 @@ def _time_at(row: str) -> int:
     parts = row.split(",")
     return 4 if parts[5].lower() in ("true", "false") else 5
 
-# %% ../../nbs/data/05a_dirt.ipynb #256aac4c
+# %% ../../nbs/data/05a_dirt.ipynb #da1b6e75
 @_kind("repeated_ids", "quarantine", "rows come again, word for word, up to 50 rows later")
 def _repeated(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     again = {i: min(i + int(rng.integers(0, 50)), len(rows) - 1) for i in sorted(_some(rows, rng, share))}
@@ -98,7 +98,7 @@ def _missing(rows: list[str], rng: np.random.Generator, share: float) -> list[Ro
     gone = {i for start in starts for i in range(max(start, 1), max(start, 1) + n)}
     return [(row, True) for i, row in enumerate(rows) if i not in gone]
 
-# %% ../../nbs/data/05a_dirt.ipynb #637c2378
+# %% ../../nbs/data/05a_dirt.ipynb #969d3972
 _GARBAGE = ("####", "NULL,NULL,NULL,NULL,NULL,NULL,NULL", "<br/>", ",,,,,,", "\x00\x01\x02", "１２,３,４,５,６,True,True", "1e9,abc,--,1..2,0x10,maybe,True")
 
 
@@ -119,7 +119,7 @@ def _truncated(rows: list[str], rng: np.random.Generator, share: float) -> list[
     last = rows[-1].rsplit(",", 3)[0]
     return [*((row, True) for row in rows[:-1]), (last[: len(last) - 3], False)]
 
-# %% ../../nbs/data/05a_dirt.ipynb #dcc0a434
+# %% ../../nbs/data/05a_dirt.ipynb #f3f6b8df
 _NOT_POSITIVE = ("nan", "NaN", "inf", "-inf", "Infinity", "0", "0.00000000", "-1.50000000", "")
 
 
@@ -136,7 +136,7 @@ def _impossible(column: int) -> Soiler:
 for _column, _name in ((1, "prices"), (2, "quantities")):
     _kind(f"bad_{_name}", "quarantine", f"{_name} are nan, infinite, zero, negative or empty")(_impossible(_column))
 
-# %% ../../nbs/data/05a_dirt.ipynb #4c7ad34c
+# %% ../../nbs/data/05a_dirt.ipynb #a4ff501d
 def _timed(change: Callable[[str], str], some: set[int] | None, good: bool) -> Callable[[list[str]], list[Row]]:
     "Change the time of some rows, of all when None."
 
@@ -171,7 +171,7 @@ def _seconds(rows: list[str], rng: np.random.Generator, share: float) -> list[Ro
 def _nanoseconds(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     return _timed(lambda t: t.ljust(19, "0"), None, good=False)(rows)
 
-# %% ../../nbs/data/05a_dirt.ipynb #a9e33fb0
+# %% ../../nbs/data/05a_dirt.ipynb #13641a52
 @_kind("ends_early", "gap", "the last third of the rows is not there")
 def _early(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     return [(row, True) for row in rows[: len(rows) * 2 // 3]]
@@ -196,7 +196,7 @@ def _corrected(rows: list[str], rng: np.random.Generator, share: float) -> list[
     some = _some(rows, rng, share)
     return [(_priced(row, row.split(",")[1], f"{3 * float(row.split(',')[2]):.8f}") if i in some else row, True) for i, row in enumerate(rows)]
 
-# %% ../../nbs/data/05a_dirt.ipynb #cff68249
+# %% ../../nbs/data/05a_dirt.ipynb #594b43f6
 _PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
 _FILES = {  # outcome, what is done
     "empty": ("refused", "the file has no byte"),
@@ -237,7 +237,7 @@ def _zip_bytes(kind: str, name: str, data: bytes) -> bytes:
         return whole[:middle] + bytes(b ^ 0xFF for b in whole[middle : middle + 64]) + whole[middle + 64 :]
     return _PAGE if kind == "html" else whole
 
-# %% ../../nbs/data/05a_dirt.ipynb #7b302699
+# %% ../../nbs/data/05a_dirt.ipynb #95724882
 KINDS = (*_ROWS, *_FILES)
 
 
@@ -263,7 +263,7 @@ def _holes(ids: list[int]) -> tuple[tuple[int, int], ...]:
     at = np.flatnonzero(np.diff(known) > 1)
     return tuple((int(known[i]) + 1, int(known[i + 1]) - 1) for i in at)
 
-# %% ../../nbs/data/05a_dirt.ipynb #871690d0
+# %% ../../nbs/data/05a_dirt.ipynb #0659cf9c
 def _interleave(rows: list[str], other: Path | None) -> list[Row]:
     "Rows of two files in turn; those of the other one do not belong."
     if other is None:
@@ -283,7 +283,7 @@ def _placed(folder: Path | str, path: Path, kind: str) -> Path:
     suffix = ".zip" if as_zip else path.suffix
     return folder / f"{path.stem}{'-copy' if kind == 'renamed' else ''}{suffix}"
 
-# %% ../../nbs/data/05a_dirt.ipynb #2a4d7366
+# %% ../../nbs/data/05a_dirt.ipynb #f1c9250e
 def soil(
     path: Path | str,  # a clean CSV or zip of trades or aggregated trades
     kind: str,  # one of KINDS
@@ -311,7 +311,7 @@ def soil(
         target.write_bytes(data)
     return _described(kind, target, outcome, what, clean, rows, len(head))
 
-# %% ../../nbs/data/05a_dirt.ipynb #612c9730
+# %% ../../nbs/data/05a_dirt.ipynb #f9fff944
 def _described(kind: str, path: Path, outcome: str, what: str, clean: list[str], rows: list[Row], head: int) -> Dirt:
     "What is wrong with dirtied rows."
     bad = tuple(i + 1 + head for i, (_, good) in enumerate(rows) if not good)

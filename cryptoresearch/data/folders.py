@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_ENDINGS', 'Told', 'find_files', 'process_files']
 
-# %% ../../nbs/data/03b_folders.ipynb #9ecad790
+# %% ../../nbs/data/03b_folders.ipynb #350d3040
 import calendar
 import difflib
 import glob
@@ -26,7 +26,7 @@ from .store import cursor
 from ..errors import DataNotFound, SchemaError, problem
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/data/03b_folders.ipynb #e9d97008
+# %% ../../nbs/data/03b_folders.ipynb #bb0c50bd
 DATA_ENDINGS = (".csv", ".csv.gz", ".zip", ".parquet")
 _GLOB = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
@@ -44,7 +44,7 @@ def _matcher(
     text = "".join(_GLOB.get(p, f"[{'^' if p[1] == '!' else ''}{p[1:-1].lstrip('!')}]" if p.startswith("[") and p.endswith("]") else re.escape(p)) for p in parts)
     return re.compile(text if "/" in pattern else f"(?:.*/)?{text}")
 
-# %% ../../nbs/data/03b_folders.ipynb #75c5f945
+# %% ../../nbs/data/03b_folders.ipynb #e62d8b03
 def _in_bucket(uri: str, settings: Settings) -> tuple[list[str], list[str]]:
     "Addresses that are meant, and those that are there."
     bucket, name = parse_s3(uri, needs_name=False)
@@ -74,7 +74,7 @@ def _in_folders(path: str) -> tuple[list[str], list[str]]:
     beside = next((p for p in given.parents if p.is_dir() and not glob.has_magic(str(p))), Path())
     return [p for p in found if _is_data(p)], found or [str(p) for p in beside.iterdir() if p.is_file()]
 
-# %% ../../nbs/data/03b_folders.ipynb #a2a6fa68
+# %% ../../nbs/data/03b_folders.ipynb #e801e937
 def find_files(
     what: str | Path | Iterable[str | Path],  # file, folder, pattern, s3://bucket/name, prefix or pattern; or several
     settings: Settings | None = None,  # for s3://; read from the environment when None
@@ -90,7 +90,7 @@ def find_files(
         found |= dict.fromkeys(here)
     return sorted(found, key=lambda uri: (re.split(r"[/\\]", uri)[-1], uri))
 
-# %% ../../nbs/data/03b_folders.ipynb #04f1a7fc
+# %% ../../nbs/data/03b_folders.ipynb #a47849b7
 _NAMED = re.compile(r"(?P<what>[^/\\]+?-[A-Za-z0-9]+)-(?P<year>\d{4})-(?P<month>\d{2})(?:-(?P<day>\d{2}))?(?=[.\-_]|$)")
 
 
@@ -127,7 +127,7 @@ def _chains(
     order = {uri: i for i, uri in enumerate(uris)}
     return sorted((sorted(c, key=order.__getitem__) for c in chains), key=lambda c: order[c[0]])
 
-# %% ../../nbs/data/03b_folders.ipynb #acd7facf
+# %% ../../nbs/data/03b_folders.ipynb #473f2845
 Told = Callable[[str, IngestResult | Exception], None]  # a file, and what became of it
 _COLUMNS = {"file": "object", "outcome": "object", "rows": "Int64", "rejected": "Int64", "gaps": "Int64", "error": "object"}
 

@@ -6,7 +6,7 @@
 __all__ = ['MARKETS', 'Named', 'parse_name', 'parse_period', 'interval_us', 'FileSpec', 'open_text', 'inspect_file',
            'read_blocks']
 
-# %% ../../nbs/data/03a_formats.ipynb #505e4f03
+# %% ../../nbs/data/03a_formats.ipynb #da570e9d
 import errno
 import io
 import re
@@ -33,7 +33,7 @@ from cryptoresearch.data.rows import (
 )  # fmt: skip
 from ..errors import DataNotFound, SchemaError
 
-# %% ../../nbs/data/03a_formats.ipynb #1f9d44d8
+# %% ../../nbs/data/03a_formats.ipynb #3dfeeafd
 _NAME = re.compile(r"(?P<symbol>[^\W_a-z]{2,}(?:_[A-Z0-9]+)?)-(?P<what>trades|aggTrades|\d{1,3}(?:s|mo|m|h|d|w))(?=[-.])")
 _PERIOD = re.compile(r"-(\d{4})-(\d\d)(?:-(\d\d))?(?=\.|$)")
 _INTERVAL = re.compile(r"([1-9]\d{0,2})(s|m|h|d|w)")
@@ -51,7 +51,7 @@ def parse_name(
     what = found["what"]
     return (found["symbol"], what, None) if what in KINDS else (found["symbol"], "klines", what)
 
-# %% ../../nbs/data/03a_formats.ipynb #8ee9998f
+# %% ../../nbs/data/03a_formats.ipynb #eea839f7
 def parse_period(
     uri: str,  # path or address; only the last part counts
 ) -> tuple[int, int] | None:  # microseconds, [start, end); None where the name states neither a day nor a month
@@ -72,7 +72,7 @@ def parse_period(
         return None
     return int(start.astype("datetime64[us]").astype(np.int64)), int(end.astype("datetime64[us]").astype(np.int64))
 
-# %% ../../nbs/data/03a_formats.ipynb #ee2da0b7
+# %% ../../nbs/data/03a_formats.ipynb #85c6b002
 def interval_us(
     interval: str,  # '1s', '5m', '1h', '1d', '1w'
 ) -> int:  # microseconds
@@ -82,7 +82,7 @@ def interval_us(
         raise SchemaError(f"expected an interval such as 1s, 5m, 1h, 1d or 1w; found {interval!r}. Months have no fixed length: load days instead")
     return int(found[1]) * _UNIT_S[found[2]] * 1_000_000
 
-# %% ../../nbs/data/03a_formats.ipynb #2c21c314
+# %% ../../nbs/data/03a_formats.ipynb #fb3c5a57
 @dataclass(frozen=True)
 class FileSpec:
     "What a file is: whose trades or candles, and in which layout."
@@ -96,7 +96,7 @@ class FileSpec:
     market: str = "spot"  # 'spot' or 'um' (USD-M futures)
     period: tuple[int, int] | None = None  # microseconds, [start, end): the day or month that an archive name states
 
-# %% ../../nbs/data/03a_formats.ipynb #cd755209
+# %% ../../nbs/data/03a_formats.ipynb #1e6caeda
 _HIGHEST_RATIO, _RATIO_FROM = 200, 1 << 26  # bytes out for one in, asked once there are so many; real files reach 10
 
 
@@ -118,7 +118,7 @@ class _Limited:
         _check_ratio(self._out, self._raw.tell())
         return data
 
-# %% ../../nbs/data/03a_formats.ipynb #0c1f9ded
+# %% ../../nbs/data/03a_formats.ipynb #61c50a2a
 class _Member:
     "The text of a deflated or stored zip member; `BadZipFile` where length or checksum are wrong."
 
@@ -155,7 +155,7 @@ class _Member:
             self._left, self._tail = 0, b""
         return data
 
-# %% ../../nbs/data/03a_formats.ipynb #d3d96cc3
+# %% ../../nbs/data/03a_formats.ipynb #b313f46b
 _BESIDE = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$|desktop\.ini$)|\.CHECKSUM$|/$", re.IGNORECASE)
 
 
@@ -179,7 +179,7 @@ def _member_name(path: Path) -> str | None:
         with zipfile.ZipFile(raw) as archive:
             return _only_member(archive).filename
 
-# %% ../../nbs/data/03a_formats.ipynb #dd790f9f
+# %% ../../nbs/data/03a_formats.ipynb #22f85bde
 _ARCHIVE_ERRORS: tuple[type[Exception], ...] = (
     zipfile.BadZipFile, zlib.error, cast(type[Exception], isal_zlib.error), struct.error, EOFError, NotImplementedError, ValueError, OverflowError, OSError,
 )  # fmt: skip
@@ -213,7 +213,7 @@ def open_text(
         else:
             yield raw, raw.tell
 
-# %% ../../nbs/data/03a_formats.ipynb #5b9403ee
+# %% ../../nbs/data/03a_formats.ipynb #747121ab
 def _check_text(
     head: bytes,  # the beginning of the text
     name: str,  # for the message
@@ -247,7 +247,7 @@ def _sample(path: Path) -> list[str]:
     whole = lines[:-1] if len(lines) > 1 and len(head) >= 1 << 16 else lines
     return [line for line in whole if line.strip()] or lines[:1]
 
-# %% ../../nbs/data/03a_formats.ipynb #4437f09c
+# %% ../../nbs/data/03a_formats.ipynb #0180a9fd
 def _kind_of(
     lines: list[str],  # first lines of the file
 ) -> str | None:  # None where more than one kind would fit
@@ -275,7 +275,7 @@ def _share(
     "Share of rows that can be read in a layout and have a possible time."
     return sum(_fault(line, columns) is None for line in lines) / len(lines)
 
-# %% ../../nbs/data/03a_formats.ipynb #5fa497c9
+# %% ../../nbs/data/03a_formats.ipynb #5777a35e
 def _layout_of(
     lines: list[str],  # first lines of the file
     kind: str,  # one of KINDS
@@ -295,7 +295,7 @@ def _layout_of(
         raise SchemaError(f"expected {kind} with {widths} columns in {name}; found lines such as {shown!r}{why}. Is this the right file, and the right kind?")
     return layout, False
 
-# %% ../../nbs/data/03a_formats.ipynb #5ac5cc6d
+# %% ../../nbs/data/03a_formats.ipynb #7f04211c
 MARKETS = ("spot", "um")
 _UM_HEADERS = {
     "id,price,qty,quote_qty,time,is_buyer_maker",
@@ -321,7 +321,7 @@ def _market_of(
     content = lines[0] in _UM_HEADERS if header else columns in _UM_LAYOUTS
     return "um" if content and "spot" not in folders else "spot"
 
-# %% ../../nbs/data/03a_formats.ipynb #b7fccb0a
+# %% ../../nbs/data/03a_formats.ipynb #2e03785d
 Named = tuple[str | None, str | None, str | None, tuple[int, int] | None]  # symbol, kind, interval, period
 
 
@@ -336,7 +336,7 @@ def _named(
         raise SchemaError(f"expected {name} to hold what its name says; found {member} in it. Fetch the right file, or unpack it and load what is in it")
     return cast(Named, tuple(a if a is not None else b for a, b in zip(outer, inner, strict=True)))
 
-# %% ../../nbs/data/03a_formats.ipynb #38fd519d
+# %% ../../nbs/data/03a_formats.ipynb #02f7a036
 def inspect_file(
     path: Path,  # a local file
     uri: str | None = None,  # name to read symbol and kind from; the path's when None
@@ -375,7 +375,7 @@ def _check_arguments(name: str, kind: str, symbol: str | None, interval: str | N
     if market not in (None, *MARKETS):
         raise SchemaError(f"expected a market of {', '.join(MARKETS)}; found {market!r}. Pass one of them")
 
-# %% ../../nbs/data/03a_formats.ipynb #bb771ac6
+# %% ../../nbs/data/03a_formats.ipynb #8856a53b
 @contextmanager
 def _broken_parquet(name: str) -> Iterator[None]:
     "What Arrow says of a broken Parquet file, as `SchemaError`."
@@ -398,7 +398,7 @@ def _is_parquet(
         pq.read_schema(path)
     return True
 
-# %% ../../nbs/data/03a_formats.ipynb #791c70da
+# %% ../../nbs/data/03a_formats.ipynb #567bed70
 def read_blocks(
     path: Path,  # a local file
     spec: FileSpec,  # what `inspect_file` found
@@ -427,7 +427,7 @@ def _text_blocks(path: Path, spec: FileSpec) -> Iterator[Block]:
                 line = block.next_line
                 yield block
 
-# %% ../../nbs/data/03a_formats.ipynb #29d9dd1f
+# %% ../../nbs/data/03a_formats.ipynb #4b463c18
 def _ahead(
     items: Iterator[bytes],
 ) -> Iterator[bytes]:  # the same
@@ -438,7 +438,7 @@ def _ahead(
             coming = pool.submit(next, items, None)
             yield item
 
-# %% ../../nbs/data/03a_formats.ipynb #00ef2af7
+# %% ../../nbs/data/03a_formats.ipynb #479ea4db
 _ROWS = 1 << 16  # rows of a Parquet file at a time
 
 

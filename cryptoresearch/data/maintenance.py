@@ -6,7 +6,7 @@
 __all__ = ['Found', 'FORMAT', 'MANIFEST', 'pinned_snapshots', 'length_of', 'expire', 'measure_store', 'Tidied', 'tidy',
            'Verified', 'verify', 'Backup', 'backup', 'restore']
 
-# %% ../../nbs/data/07_maintenance.ipynb #a8421aa5
+# %% ../../nbs/data/07_maintenance.ipynb #3fa804e7
 import hashlib
 import html
 import json
@@ -22,8 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +34,12 @@ from rich.text import Text
 
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
+from .corrections import stored_digest
 from .store import META, catalog_file, catalog_kind, connect, extension_file, in_turn, init_duckdb, maintain, schema_version, turn, write
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/data/07_maintenance.ipynb #40923f2a
+# %% ../../nbs/data/07_maintenance.ipynb #2a93fc02
 def pinned_snapshots(
     settings: Settings | None = None,  # RUNS_DIR; from the environment when None
 ) -> dict[int, list[str]]:  # names of the runs by snapshot
@@ -56,7 +55,7 @@ def pinned_snapshots(
         found.setdefault(pinned, []).append(path.parent.name)
     return found
 
-# %% ../../nbs/data/07_maintenance.ipynb #ddbc4716
+# %% ../../nbs/data/07_maintenance.ipynb #b35d8de7
 _PORTION = 20_000  # snapshots that expire in one turn
 
 
@@ -89,7 +88,7 @@ def expire(
         in_turn(con, f"CALL ducklake_expire_snapshots('lake', versions => {old[i : i + _PORTION]})")
     return len(old)
 
-# %% ../../nbs/data/07_maintenance.ipynb #e7b74f81
+# %% ../../nbs/data/07_maintenance.ipynb #e9b20729
 _SQLITE = "import sqlite3, sys\ncon = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)\nfor s in sys.argv[2:]: con.execute(s).fetchall()\ncon.close()"
 
 
@@ -107,7 +106,7 @@ def _text(value: str | Path) -> str:
     "A text in SQL."
     return "'" + str(value).replace("'", "''") + "'"
 
-# %% ../../nbs/data/07_maintenance.ipynb #a663110d
+# %% ../../nbs/data/07_maintenance.ipynb #e1d2eec6
 def measure_store(
     settings: Settings | None = None,  # from the environment when None
 ) -> dict[str, float]:  # snapshots, catalog_bytes (0 for PostgreSQL), files, bytes (of Parquet), open_ms, query_ms
@@ -124,7 +123,7 @@ def measure_store(
     times = {"open_ms": (opened - began) * 1000, "query_ms": (asked - opened) * 1000}
     return {"snapshots": int(taken[0]), "catalog_bytes": on_disk, "files": int(taken[1]), "bytes": int(taken[2])} | times
 
-# %% ../../nbs/data/07_maintenance.ipynb #bebba1c3
+# %% ../../nbs/data/07_maintenance.ipynb #97a8e264
 @dataclass(frozen=True, repr=False)
 class Tidied:
     "What tidying changed."
@@ -167,7 +166,7 @@ def tidy(
             _sqlite(catalog, "VACUUM", "PRAGMA busy_timeout = 2000", "PRAGMA wal_checkpoint(TRUNCATE)")
     return Tidied(before, measure_store(s), expired, len(pinned_snapshots(s)))
 
-# %% ../../nbs/data/07_maintenance.ipynb #03012a13
+# %% ../../nbs/data/07_maintenance.ipynb #a4b602dd
 @dataclass(frozen=True, repr=False)
 class Verified:
     "What was checked, and what differs."
@@ -200,7 +199,7 @@ class Verified:
             table.add_row(*map(str, row))
         return Group(*[table] * bool(table.row_count), Text(repr(self), style="green" if self.ok else "red"))
 
-# %% ../../nbs/data/07_maintenance.ipynb #f5adc305
+# %% ../../nbs/data/07_maintenance.ipynb #beef310c
 Found = tuple[str, str, str, str]  # check, what, state, detail
 _READ = "SELECT count(*), bit_xor(hash(t)) FROM read_parquet({}) t"  # every column of every row is decoded
 
@@ -234,7 +233,7 @@ def _read_file(
         return "unreadable", str(e).splitlines()[0][:200]
     return "ok", ""
 
-# %% ../../nbs/data/07_maintenance.ipynb #c4cb9ae3
+# %% ../../nbs/data/07_maintenance.ipynb #6fca98a6
 _STORED = {
     "trades": "count(*), min(ts), max(ts), min(trade_id), max(trade_id)",
     "candles": "count(*), min(ts), max(ts), NULL, NULL",
@@ -260,7 +259,7 @@ def _stored(
                 found[file] = str(e).splitlines()[0][:200]
         return found
 
-# %% ../../nbs/data/07_maintenance.ipynb #e536dea1
+# %% ../../nbs/data/07_maintenance.ipynb #1973efe2
 def _check_ledger(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> Iterator[Found]:
@@ -295,16 +294,13 @@ def _compare(
         parts.append(f"digest: expected {digest[0]}; found {digest[1]}")
     return ("differs", "; ".join(parts)) if parts else ("ok", "")
 
-# %% ../../nbs/data/07_maintenance.ipynb #405bcd3a
+# %% ../../nbs/data/07_maintenance.ipynb #78d4e098
 def _digests(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     table: str,  # 'trades' or 'candles'
     files: list[str],  # file_ids of the ledger
 ) -> dict[str, tuple[Any, Any]]:  # digest in the ledger and of the stored rows, by file_id
     "Compute the digests of the files that have one in the ledger."
-    if find_spec("cryptoresearch.data.corrections") is None:
-        return {}
-    stored_digest = import_module("cryptoresearch.data.corrections").stored_digest
     names = [row[0] for row in con.execute("DESCRIBE ingest_ledger").fetchall()]
     if "digest" not in names:
         return {}
@@ -323,7 +319,7 @@ def _check_orphans(
         for row in con.execute("CALL ducklake_delete_orphaned_files('lake', dry_run => true, older_than => now() - INTERVAL 1 DAY)").fetchall():
             yield "orphan", str(row[0]).rsplit("/", 1)[-1], "orphan", "belongs to no table; cryptoresearch data maintain removes it"
 
-# %% ../../nbs/data/07_maintenance.ipynb #f9b1807f
+# %% ../../nbs/data/07_maintenance.ipynb #c63e339b
 def verify(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> Verified:  # `.ok`, `.bad`; nothing is changed
@@ -331,7 +327,7 @@ def verify(
     rows = [*_check_files(con), *_check_ledger(con), *_check_orphans(con)]
     return Verified(pd.DataFrame(rows, columns=["check", "what", "state", "detail"]))
 
-# %% ../../nbs/data/07_maintenance.ipynb #821b3ae3
+# %% ../../nbs/data/07_maintenance.ipynb #bf5a51de
 FORMAT, MANIFEST = 1, "manifest.json"
 
 
@@ -358,7 +354,7 @@ def _copy_catalog(
     finally:
         con.execute("DETACH backup_copy")
 
-# %% ../../nbs/data/07_maintenance.ipynb #1334fb27
+# %% ../../nbs/data/07_maintenance.ipynb #19dbbb7f
 _PATHS = """SELECT DISTINCT f.path_is_relative AND t.path_is_relative AND s.path_is_relative AS inside,
   CASE WHEN f.path_is_relative THEN concat(s.path, t.path, f.path) ELSE f.path END AS path
 FROM (SELECT table_id, path, path_is_relative FROM c.ducklake_data_file UNION ALL SELECT table_id, path, path_is_relative FROM c.ducklake_delete_file) f
@@ -390,7 +386,7 @@ def _catalog_facts(
         raise ConfigError(problem("every Parquet file inside the lake's data path", f"{len(outside)} outside, such as {outside[0]}", "Load those files again with cryptoresearch ingest, then make the backup"))
     return str(root), int(newest), [path for _, path in rows]
 
-# %% ../../nbs/data/07_maintenance.ipynb #84f3147e
+# %% ../../nbs/data/07_maintenance.ipynb #a7531ce7
 class _Folder:
     "A backup that is a folder."
 
@@ -432,7 +428,7 @@ class _Tar:
         self.tar.close()
         self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/data/07_maintenance.ipynb #de3e23ee
+# %% ../../nbs/data/07_maintenance.ipynb #5a54cb2f
 @dataclass(frozen=True, repr=False)
 class Backup:
     "What a backup holds."
@@ -472,7 +468,7 @@ def backup(
     part.rename(path)
     return Backup(path, manifest["snapshot"], sum(f["bytes"] for f in manifest["files"]), manifest)
 
-# %% ../../nbs/data/07_maintenance.ipynb #91b83fb1
+# %% ../../nbs/data/07_maintenance.ipynb #398b9581
 def _fill(
     out: _Folder | _Tar,  # empty
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -498,7 +494,7 @@ def _fill(
     out.add(text, MANIFEST)
     return manifest
 
-# %% ../../nbs/data/07_maintenance.ipynb #311e4eb5
+# %% ../../nbs/data/07_maintenance.ipynb #18683a4d
 @contextmanager
 def _opened(
     source: Path,  # a backup
@@ -529,7 +525,7 @@ def _opened(
         if tar:
             tar.close()
 
-# %% ../../nbs/data/07_maintenance.ipynb #4d7244cc
+# %% ../../nbs/data/07_maintenance.ipynb #a8365b34
 def _take(
     opener: Any,  # of `_opened`
     entry: dict[str, Any],  # of the manifest
@@ -572,7 +568,7 @@ def _empty_place(
         raise ConfigError(problem("an empty place to restore into", f"files in {folder.rsplit('/', 1)[-1]}", "Set DUCKDB_DATA_PATH to a new folder or prefix"))
     return catalog, f"{folder}/"
 
-# %% ../../nbs/data/07_maintenance.ipynb #13f7ff7f
+# %% ../../nbs/data/07_maintenance.ipynb #ff43c188
 def restore(
     source: str | Path,  # folder or .tar of `backup`
     settings: Settings | None = None,  # where the store goes: DUCKDB_PATH and DUCKDB_DATA_PATH must be empty; from the environment when None
@@ -597,7 +593,7 @@ def restore(
     _log_restored(s, path, manifest)
     return Backup(path, manifest["snapshot"], sum(f["bytes"] for f in manifest["files"]), manifest)
 
-# %% ../../nbs/data/07_maintenance.ipynb #96cfb8f0
+# %% ../../nbs/data/07_maintenance.ipynb #ec7564cf
 def _upload(settings: Settings, file: Path, uri: str) -> None:
     "Put a file of the lake on S3, and remove it here."
     bucket, name = parse_s3(uri)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Wanted', 'mirror_span', 'plan_mirror', 'MirrorFile', 'MirrorResult', 'mirror_archive']
 
-# %% ../../nbs/data/02a_mirror.ipynb #e1e54763
+# %% ../../nbs/data/02a_mirror.ipynb #c6645598
 import calendar
 import html
 import re
@@ -33,7 +33,7 @@ from cryptoresearch.data.archive import (
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError, problem
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/data/02a_mirror.ipynb #3596eef6
+# %% ../../nbs/data/02a_mirror.ipynb #a203b09a
 @dataclass(frozen=True)
 class Wanted:
     "One file of the archive."
@@ -60,7 +60,7 @@ def _span(
         pass
     raise ConfigError(problem(f"a month such as 2022-01 or a day such as 2022-01-31 for {what}", repr(text), "Times of day are not part of it: files hold whole days"))
 
-# %% ../../nbs/data/02a_mirror.ipynb #1441a4ab
+# %% ../../nbs/data/02a_mirror.ipynb #15c57366
 def mirror_span(
     start: str | date,  # first month or day
     end: str | date,  # last month or day, included
@@ -102,7 +102,7 @@ def plan_mirror(
         plan += [Wanted(name(inside[0].first, monthly=True), inside[0].first, inside[-1].last, inside)] if whole else inside
     return tuple(plan)
 
-# %% ../../nbs/data/02a_mirror.ipynb #d3ed8e01
+# %% ../../nbs/data/02a_mirror.ipynb #31b618ee
 @dataclass(frozen=True)
 class MirrorFile:
     "What became of one file."
@@ -165,7 +165,7 @@ class MirrorResult:
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.frame().to_html(index=False, max_rows=40)}"
 
-# %% ../../nbs/data/02a_mirror.ipynb #c76b2462
+# %% ../../nbs/data/02a_mirror.ipynb #885e6fa3
 class _Place(Protocol):
     "Where files go."
 
@@ -197,7 +197,7 @@ class _Folder:
         received = fetch_file(client, url, self.root / name, timeout_s=timeout_s, patience=patience, progress=progress)
         return received, (self.root / name).stat().st_size
 
-# %% ../../nbs/data/02a_mirror.ipynb #9825fa6e
+# %% ../../nbs/data/02a_mirror.ipynb #b825e59f
 @dataclass
 class _Bucket:
     "A bucket on an S3 server."
@@ -250,7 +250,7 @@ def _place(folder: str | Path | None, bucket: str | None, settings: Settings, dr
         return _Bucket(settings, name, _Folder(settings.path("data/download")))
     return _Folder(settings.path(folder or "data/archive"))
 
-# %% ../../nbs/data/02a_mirror.ipynb #bcd872aa
+# %% ../../nbs/data/02a_mirror.ipynb #01499a38
 class _Board:
     "A line with bytes, rate and remaining time of all files together."
 
@@ -312,7 +312,7 @@ def _board(
     with Bar(*columns, console=console, transient=True) as bar:
         yield _Board(files, bar)
 
-# %% ../../nbs/data/02a_mirror.ipynb #7ffaac60
+# %% ../../nbs/data/02a_mirror.ipynb #f77306d7
 @dataclass
 class _Run:
     "What all files of a run have in common."
@@ -347,7 +347,7 @@ def _there(run: _Run, wanted: Wanted) -> int | None:
         return found and found[1]
     return found[1] if published_sha256(run.client, f"{run.base}/{wanted.name}", run.timeout_s, run.patience()) == found[0] else None
 
-# %% ../../nbs/data/02a_mirror.ipynb #c9ab16a5
+# %% ../../nbs/data/02a_mirror.ipynb #efa486a3
 def _one(run: _Run, wanted: Wanted) -> tuple[list[MirrorFile], tuple[Wanted, ...]]:
     "What became of a file, and what is to be done in its place."
     began, url = time.monotonic(), f"{run.base}/{wanted.name}"
@@ -381,7 +381,7 @@ def _days_there(run: _Run, month: Wanted, began: float) -> list[MirrorFile]:
         found.append(run.result(day, "there", began, bytes=size))
     return found
 
-# %% ../../nbs/data/02a_mirror.ipynb #ef3e312d
+# %% ../../nbs/data/02a_mirror.ipynb #51b80a7b
 def _all(run: _Run, plan: tuple[Wanted, ...], workers: int) -> list[MirrorFile]:
     "Work off a plan, several files at once."
     done: list[MirrorFile] = []
@@ -404,7 +404,7 @@ def _all(run: _Run, plan: tuple[Wanted, ...], workers: int) -> list[MirrorFile]:
         pool.shutdown(cancel_futures=True)
     return sorted(done, key=lambda f: (f.first, f.name))
 
-# %% ../../nbs/data/02a_mirror.ipynb #0034a948
+# %% ../../nbs/data/02a_mirror.ipynb #c73f3d91
 def mirror_archive(
     symbol: str,  # such as BTCUSDT
     start: str | date,  # first month or day, 2022-01 or 2022-01-15

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pick_source', 'is_candles', 'daily', 'agreement', 'refused', 'against_candles', 'happened', 'report_verdict']
 
-# %% ../../nbs/data/06a_quality.ipynb #bb973ecb
+# %% ../../nbs/data/06a_quality.ipynb #afa12c57
 import re
 from typing import Any
 
@@ -16,7 +16,7 @@ from .bars import bar_length
 from .status import PREFERRED, Verdict, coverage, gap_table, status
 from ..errors import DataNotFound, problem
 
-# %% ../../nbs/data/06a_quality.ipynb #cb0d1da2
+# %% ../../nbs/data/06a_quality.ipynb #d5e47170
 def pick_source(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT
@@ -30,7 +30,7 @@ def pick_source(
         raise DataNotFound(problem(f"data of {symbol}{f' from {source}' if source else ''}", f"data from {', '.join(have)}" if have else "none", "See what is there: cryptoresearch data status"))
     return found[0]
 
-# %% ../../nbs/data/06a_quality.ipynb #c2363993
+# %% ../../nbs/data/06a_quality.ipynb #39cd2c65
 def _where(
     symbol: str,
     source: str,
@@ -83,7 +83,7 @@ def daily(
     full = frame.reindex(pd.date_range(frame.index[0], frame.index[-1], freq="D", name="day"))
     return full.fillna({"rows": 0.0, "both_sides": 0.0}).astype({"rows": "int64", "both_sides": "int64"})
 
-# %% ../../nbs/data/06a_quality.ipynb #61309bf6
+# %% ../../nbs/data/06a_quality.ipynb #9cb87e3a
 def agreement(
     days: pd.DataFrame,  # of `daily`
 ) -> float:  # 0 to 1; NaN where no trade has both sides
@@ -91,7 +91,7 @@ def agreement(
     total = days["both_sides"].sum()
     return float((days["agreement"] * days["both_sides"]).sum() / total) if total else float("nan")
 
-# %% ../../nbs/data/06a_quality.ipynb #a45f2a6e
+# %% ../../nbs/data/06a_quality.ipynb #ec379d9d
 def refused(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT
@@ -106,7 +106,7 @@ def refused(
     rows["example"] = [f"{str(uri).rsplit('/', 1)[-1]}, line {line}: {str(raw)[:60]}" for uri, line, raw in rows["example"]]
     return rows.groupby("reason", sort=False).agg({"rows": "sum", "files": "max", "example": "first"}).sort_values("rows", ascending=False).reset_index()
 
-# %% ../../nbs/data/06a_quality.ipynb #d255272e
+# %% ../../nbs/data/06a_quality.ipynb #8eadbfe0
 _COMPARE = """
 WITH made AS (SELECT epoch_us(ts) // {us} AS b, arg_min(price, (ts, trade_id)) AS open, max(price) AS high, min(price) AS low, arg_max(price, (ts, trade_id)) AS close, sum(qty) AS volume, count(*) AS trades
   FROM trades WHERE symbol = $symbol AND source = $source AND ts >= $start AND ts < $end GROUP BY 1)
@@ -132,7 +132,7 @@ def against_candles(
         frame = frame[(frame["ts"] >= gap.end) | (frame["ts"] + length <= gap.start)] if len(frame) else frame
     return frame.set_index("ts")
 
-# %% ../../nbs/data/06a_quality.ipynb #4447e59f
+# %% ../../nbs/data/06a_quality.ipynb #fb77ecf8
 def _compared(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,
@@ -152,7 +152,7 @@ def _compared(
     frame["ts"] = frame["ts"].dt.tz_localize("UTC")
     return frame.assign(interval=interval)
 
-# %% ../../nbs/data/06a_quality.ipynb #d7c4ced2
+# %% ../../nbs/data/06a_quality.ipynb #478e7d6b
 def happened(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None = None,  # one symbol only, and what concerns the store as a whole
@@ -170,7 +170,7 @@ def happened(
         frame[name] = frame[name].dt.tz_localize("UTC")
     return frame
 
-# %% ../../nbs/data/06a_quality.ipynb #fd3bd296
+# %% ../../nbs/data/06a_quality.ipynb #b14edd53
 def report_verdict(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TYPES', 'Col
            'CHECKS', 'columns_by_name', 'BadRow', 'read_row', 'Block', 'possible_time', 'check_values', 'Stream',
            'pieces', 'parse_piece']
 
-# %% ../../nbs/data/03c_rows.ipynb #96736448
+# %% ../../nbs/data/03c_rows.ipynb #b35d43ca
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from ..errors import SchemaError
 
-# %% ../../nbs/data/03c_rows.ipynb #31e34bcb
+# %% ../../nbs/data/03c_rows.ipynb #076593c7
 KINDS = ("trades", "aggTrades", "klines")
 WHOLE, DECIMAL, TIME, BOOLEAN, SKIP = 0, 1, 2, 3, 4
 TYPES = {
@@ -46,7 +46,7 @@ LAYOUTS: dict[str, dict[int, Columns]] = {
 }
 _NEEDED = {"trades": ("trade_id", "price", "qty", "ts"), "aggTrades": ("trade_id", "price", "qty", "first_id", "last_id", "ts"), "klines": _CANDLE}
 
-# %% ../../nbs/data/03c_rows.ipynb #977fc288
+# %% ../../nbs/data/03c_rows.ipynb #f6107f7c
 _ALIASES = {
     "id": "trade_id", "trade_id": "trade_id", "agg_trade_id": "trade_id", "agg_id": "trade_id", "a": "trade_id",
     "price": "price", "qty": "qty", "quantity": "qty", "amount": "qty", "quote_qty": "quote_qty", "quoteqty": "quote_qty",
@@ -75,7 +75,7 @@ def columns_by_name(
     columns = tuple(name if name in wanted and known.index(name) == i else None for i, name in enumerate(known))
     return columns if set(_NEEDED[kind]) <= set(columns) else None
 
-# %% ../../nbs/data/03c_rows.ipynb #7bc903f7
+# %% ../../nbs/data/03c_rows.ipynb #599d304a
 MICROSECONDS_FROM = 10**14  # a bare number from here on counts microseconds, below it milliseconds
 _EARLIEST_US, _LATEST_US = 1_230_768_000_000_000, 4_102_444_800_000_000  # 2009-01-01 (before the first coin) and 2100-01-01
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -103,7 +103,7 @@ def _read_time(text: str) -> int:
     us = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
     return us if us >= MICROSECONDS_FROM else -1  # so early a time would be taken for milliseconds
 
-# %% ../../nbs/data/03c_rows.ipynb #aaffe7a2
+# %% ../../nbs/data/03c_rows.ipynb #de49c562
 def _read_decimal(text: str) -> float:
     "The float64 nearest to a decimal text; nan and inf pass here and fail the value check."
     if "_" in text or not text.isascii():  # Python reads these, no file means them
@@ -123,7 +123,7 @@ def _header_again(parts: list[str]) -> bool:
     "Whether a row names columns: files that were joined keep their headers."
     return len(parts) > 2 and sum(_name_of(part) is not None for part in parts) > len(parts) / 2
 
-# %% ../../nbs/data/03c_rows.ipynb #2c37aa85
+# %% ../../nbs/data/03c_rows.ipynb #cb42570a
 def read_row(
     text: str,  # one line, without its end
     columns: Columns,  # the file's layout
@@ -143,7 +143,7 @@ def read_row(
                 raise BadRow(f"{name} cannot be read") from None
     return row
 
-# %% ../../nbs/data/03c_rows.ipynb #35bffb32
+# %% ../../nbs/data/03c_rows.ipynb #495f2ce1
 @intrinsic
 def _eight(_: Any, buf: Any, i: Any) -> Any:
     "Eight bytes from place `i` of a byte array, as uint64; the first one is the lowest."
@@ -164,7 +164,7 @@ def _trailing_zeros(_: Any, number: Any) -> Any:
 
     return types.uint64(types.uint64), gen
 
-# %% ../../nbs/data/03c_rows.ipynb #ae43aebe
+# %% ../../nbs/data/03c_rows.ipynb #2f8f87e8
 _COMMA, _NEWLINE, _RETURN, _POINT, _ZERO = 44, 10, 13, 46, 48
 _TENS = np.power(10.0, np.arange(20))
 _WHOLE_TENS = 10 ** np.arange(19, dtype=np.int64)
@@ -190,7 +190,7 @@ def _up_to_eight(  # type: ignore[no-untyped-def]
     t = (t * _U(10000) + (t >> _U(32))) & _U(0xFFFFFFFF)
     return np.int64(t), n
 
-# %% ../../nbs/data/03c_rows.ipynb #dd004cf1
+# %% ../../nbs/data/03c_rows.ipynb #7a3ed594
 @njit(cache=True, nogil=True)
 def _digits(  # type: ignore[no-untyped-def]
     buf,  # uint8 text
@@ -217,7 +217,7 @@ def _whole(buf, i):  # type: ignore[no-untyped-def]
     value, n, i = _digits(buf, i)
     return (value if n > 0 else np.int64(-1)), i
 
-# %% ../../nbs/data/03c_rows.ipynb #4713c65f
+# %% ../../nbs/data/03c_rows.ipynb #004fa77f
 @njit(cache=True, nogil=True, error_model="numpy")
 def _decimal(buf, i):  # type: ignore[no-untyped-def]
     "A decimal as float64 (or -1.0 where not sure), and the end of the field."
@@ -246,7 +246,7 @@ def _boolean(buf, i):  # type: ignore[no-untyped-def]
         return np.int64(0), i + 5
     return np.int64(-1), i
 
-# %% ../../nbs/data/03c_rows.ipynb #3d0e7e58
+# %% ../../nbs/data/03c_rows.ipynb #d2951c02
 @njit(cache=True, nogil=True)
 def _past(buf, i):  # type: ignore[no-untyped-def]
     "The end of a field that nobody needs."
@@ -281,7 +281,7 @@ def _trade_row(buf, i, n, aggregated, best, whole, decimal):  # type: ignore[no-
     k += buf[k] == _RETURN
     return sure and buf[k] == _NEWLINE, k
 
-# %% ../../nbs/data/03c_rows.ipynb #39446a66
+# %% ../../nbs/data/03c_rows.ipynb #14d65f2d
 @njit(cache=True, nogil=True)
 def _field(buf, i, kind, f, n, whole, decimal):  # type: ignore[no-untyped-def]
     "Read field `f` of row `n` into its place; whether that was sure, and the end of the field."
@@ -309,7 +309,7 @@ def _any_row(buf, i, n, kinds, whole, decimal):  # type: ignore[no-untyped-def]
         i += 1
     return True, i - 1
 
-# %% ../../nbs/data/03c_rows.ipynb #a64ce0e7
+# %% ../../nbs/data/03c_rows.ipynb #d8b1eda9
 @njit(cache=True, nogil=True)
 def _parse(buf, size, i, kinds, trades, aggregated, best, whole, decimal, start, sure):  # type: ignore[no-untyped-def]
     "Rows from `i` on, until the text or the room ends; number of rows and where the reading stopped."
@@ -328,7 +328,7 @@ def _parse(buf, size, i, kinds, trades, aggregated, best, whole, decimal, start,
         n += 1
     return n, i
 
-# %% ../../nbs/data/03c_rows.ipynb #b4426fa1
+# %% ../../nbs/data/03c_rows.ipynb #a62faa7a
 _LONGEST_RAW = 1_000  # characters of a bad row that are kept
 
 
@@ -358,7 +358,7 @@ class Block:
         self.line = self.line[kept]
         self.text = lambda i: text(int(kept[i]))
 
-# %% ../../nbs/data/03c_rows.ipynb #b5ff1c13
+# %% ../../nbs/data/03c_rows.ipynb #6ea8a657
 Check = tuple[str, Callable[[dict[str, np.ndarray]], np.ndarray]]
 
 
@@ -387,7 +387,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     ),
 }
 
-# %% ../../nbs/data/03c_rows.ipynb #eb9e1fd2
+# %% ../../nbs/data/03c_rows.ipynb #34d141cc
 def _time_reason(
     us: int,  # the time, read as milliseconds below 10¹⁴
 ) -> str:
@@ -413,7 +413,7 @@ def _in_period(
     start, end = (str(np.datetime64(us, "us").astype("datetime64[m]")) for us in period)
     return f"ts is outside the file's period, {start} to {end}", lambda c: (c["ts"] >= period[0]) & (c["ts"] < period[1])
 
-# %% ../../nbs/data/03c_rows.ipynb #a09a1e64
+# %% ../../nbs/data/03c_rows.ipynb #403e8c8f
 def check_values(
     block: Block,  # as read
     kind: str,  # one of KINDS
@@ -445,7 +445,7 @@ def _applies(
     "Whether the file has the column that a check is about."
     return text.split()[0] in columns
 
-# %% ../../nbs/data/03c_rows.ipynb #a93f46d6
+# %% ../../nbs/data/03c_rows.ipynb #5f8f7766
 _PIECE = 2 << 20  # bytes read at a time
 _ROWS = 1 << 16  # rows a block at most
 _LONGEST_LINE = 1 << 20  # bytes
@@ -476,7 +476,7 @@ def pieces(
     if rest:
         yield rest + b"\n"
 
-# %% ../../nbs/data/03c_rows.ipynb #fb789f85
+# %% ../../nbs/data/03c_rows.ipynb #5e4ba640
 def _text_of(piece: bytes, start: int) -> str:
     "Line of a piece that begins at `start`, as text that any store can hold."
     return piece[start : piece.find(b"\n", start)].rstrip(b"\r").decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
@@ -507,7 +507,7 @@ def parse_piece(
             _ask_again(block, columns, sure[:n])
         yield block
 
-# %% ../../nbs/data/03c_rows.ipynb #3033fcd3
+# %% ../../nbs/data/03c_rows.ipynb #c3b2f04c
 def _ask_again(
     block: Block,  # changed in place
     columns: Columns,  # the file's layout

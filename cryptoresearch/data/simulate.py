@@ -7,7 +7,7 @@ __all__ = ['DAY_S', 'HOUR_VOLATILITY', 'HOUR_VOLUME', 'CAPITAL', 'LOWER', 'KINDS
            'ar1', 'drift_per_flow', 'simulate_seconds', 'Ticks', 'simulate_ticks', 'csv_text', 'Layout',
            'simulate_archive', 'simulate_trades']
 
-# %% ../../nbs/data/05_simulate.ipynb #5dd541dd
+# %% ../../nbs/data/05_simulate.ipynb #4be5ef6c
 import hashlib
 import os
 import zipfile
@@ -27,7 +27,7 @@ from scipy.signal import lfilter
 
 from ..errors import ConfigError
 
-# %% ../../nbs/data/05_simulate.ipynb #298c258d
+# %% ../../nbs/data/05_simulate.ipynb #cc2298cb
 DAY_S = 86_400  # seconds
 _YEAR_S = 365.25 * DAY_S
 
@@ -50,7 +50,7 @@ class Market:
     typical_quote: float = 500.0  # median value of a deliberate trade, quote currency
     dust_quote: float = 5.5  # value of the smallest trades, nearly half of all, quote currency
 
-# %% ../../nbs/data/05_simulate.ipynb #f899eab4
+# %% ../../nbs/data/05_simulate.ipynb #ba24cde9
 @dataclass(frozen=True)
 class State:
     "Where a simulated market stands between two days."
@@ -74,7 +74,7 @@ class Seconds:
     jump: np.ndarray  # when in the second the price moves, fraction of the second
     after: State  # at the next midnight, but for the ids
 
-# %% ../../nbs/data/05_simulate.ipynb #b1481455
+# %% ../../nbs/data/05_simulate.ipynb #ed95ba7b
 def ar1(
     noise: np.ndarray,  # standard normal, n steps
     half_life: float,  # steps after which half of a shock is left
@@ -85,7 +85,7 @@ def ar1(
     path, _ = lfilter([sqrt(1 - phi * phi)], [1.0, -phi], noise, zi=np.array([phi * start]))
     return np.asarray(path)
 
-# %% ../../nbs/data/05_simulate.ipynb #1da78d30
+# %% ../../nbs/data/05_simulate.ipynb #383f9581
 _COMPONENTS = ((3_600.0, 0.35), (86_400.0, 0.30), (30 * 86_400.0, 0.35))  # half-life in seconds, share of the variance of activity
 _NEWS_PER_DAY = 0.3
 # mean absolute return and mean volume of each UTC hour over the mean hour, BTCUSDT 2018-03 to 2024-04
@@ -97,7 +97,7 @@ def _through_the_day(hours: tuple[float, ...]) -> np.ndarray:
     "24 hourly values as 86,400 of the seconds, joined by lines between the middles of the hours."
     return np.interp(np.arange(DAY_S) / 3_600, np.arange(-1, 25) + 0.5, [hours[-1], *hours, hours[0]])
 
-# %% ../../nbs/data/05_simulate.ipynb #9a88287f
+# %% ../../nbs/data/05_simulate.ipynb #061226d5
 def drift_per_flow(
     signal: float,  # correlation asked for
     half_life_s: float,  # of the flow
@@ -110,7 +110,7 @@ def drift_per_flow(
         raise ConfigError(f"expected a flow that lasts; found a half-life of {half_life_s:g} s, too short for a signal of {signal:g} over a minute. Raise flow_half_life_s")
     return float(signal / sqrt(60 * (c * c - signal * signal * g)))
 
-# %% ../../nbs/data/05_simulate.ipynb #71739ded
+# %% ../../nbs/data/05_simulate.ipynb #64202f1f
 _BURST_S, _BURST_RATE, _BURST_VOLATILITY = 1.0, 0.8, 0.7  # half-life, deviations of log rate and log volatility
 
 
@@ -143,7 +143,7 @@ def simulate_seconds(
     after = State(float(path[-1]), tuple(float(part[-1]) for part in parts), float(flow[-1]), float(burst[-1]))
     return Seconds(path, shock, volatility, flow, rate, rng.random(DAY_S) * 0.3, after)
 
-# %% ../../nbs/data/05_simulate.ipynb #fcac7a7e
+# %% ../../nbs/data/05_simulate.ipynb #641145ff
 _GAP_SHAPE = 0.35  # of the gaps between orders
 _MOST_TRADES = 700  # of one order
 
@@ -162,7 +162,7 @@ def _sides(  # type: ignore[no-untyped-def]
         back = int(lag[i] ** -1.3) if lag[i] > 0.002 else 0
         sold[i] = sold[i - back] if repeat[i] < memory and 0 < back <= i else fresh[i] >= p_buy[i]
 
-# %% ../../nbs/data/05_simulate.ipynb #aa3ccead
+# %% ../../nbs/data/05_simulate.ipynb #c47b0799
 @njit(cache=True, nogil=True)
 def _around(fair, half, u):  # type: ignore[no-untyped-def]
     "Bid and ask around a fair price in ticks; two of five times one of them is a round price, if that is near."
@@ -195,7 +195,7 @@ def _fills(size, fair, sold, quoted, rounded, deep, step, half, price):  # type:
         if deep[i] < 0.22:
             bid, ask = bid + level - start, ask + level - start
 
-# %% ../../nbs/data/05_simulate.ipynb #30bfdcc0
+# %% ../../nbs/data/05_simulate.ipynb #fe8ae027
 def _quantities(
     market: Market,  # parameters
     price: float,  # of the day's start, quote currency
@@ -211,7 +211,7 @@ def _quantities(
     dust = max(1.0, ceil(market.dust_quote * lot)) * np.where(kind < 0.17, 1.0, np.ceil(np.minimum(0.8 / (tail + 1e-9), 40.0)))
     return np.clip(np.where(kind < 0.46, dust, lots), 1, 10 ** (market.qty_decimals + 3)).astype(np.int64)
 
-# %% ../../nbs/data/05_simulate.ipynb #808d8f67
+# %% ../../nbs/data/05_simulate.ipynb #19f0a300
 @dataclass(frozen=True)
 class Ticks:
     "Consecutive trades as whole numbers; arrays of n."
@@ -234,7 +234,7 @@ def _order_times(market: Market, seconds: Seconds, start_s: int, end_s: int, rng
     times = np.interp(ticking[: np.searchsorted(ticking, clock[-1])], clock, np.arange(start_s, end_s + 1.0))
     return np.minimum(times, end_s - 1e-6)
 
-# %% ../../nbs/data/05_simulate.ipynb #79b765c5
+# %% ../../nbs/data/05_simulate.ipynb #fbd611f6
 def simulate_ticks(
     market: Market,  # parameters
     state: State,  # at midnight
@@ -259,7 +259,7 @@ def simulate_ticks(
     qty = _quantities(market, float(np.exp(state.log_price)), count, rng)
     return Ticks((times * 1e6).astype(np.int64)[order], price.astype(np.int64), qty, sold[order], order)
 
-# %% ../../nbs/data/05_simulate.ipynb #9f60a75d
+# %% ../../nbs/data/05_simulate.ipynb #3a81e82d
 _PIECE = 200_000  # expected trades drawn at once
 
 
@@ -281,7 +281,7 @@ def _pieces(
     for piece in waiting:
         yield piece.result()
 
-# %% ../../nbs/data/05_simulate.ipynb #008a0bdf
+# %% ../../nbs/data/05_simulate.ipynb #bb847bcf
 CAPITAL, LOWER = -1, -2  # formats of a truth value: True or true
 _WORDS = np.frombuffer(b"False\0True\0\0false\0true\0\0", np.uint8).reshape(4, 6)
 _WIDEST = 30  # bytes that a field takes at most: 19 digits, a point, eight zeros, a comma
@@ -342,7 +342,7 @@ def _encode(table, decimals, zeros, words, buf):  # type: ignore[no-untyped-def]
             i += 1
     return i
 
-# %% ../../nbs/data/05_simulate.ipynb #d0d9aafa
+# %% ../../nbs/data/05_simulate.ipynb #bbe20f3f
 def csv_text(
     columns: list[np.ndarray],  # whole numbers, n each
     decimals: list[int],  # digits behind the point of each column, or CAPITAL or LOWER
@@ -356,7 +356,7 @@ def csv_text(
     buf = np.empty(len(columns) * len(columns[0]) * _WIDEST + 1, np.uint8)
     return memoryview(buf)[: _encode(table, np.array(decimals), np.array(pad), _WORDS, buf)]
 
-# %% ../../nbs/data/05_simulate.ipynb #b8d915cf
+# %% ../../nbs/data/05_simulate.ipynb #130a2b6f
 _INTERVAL_S = {name: count * unit for unit, names in {
     1: ("1s",), 60: ("1m", "3m", "5m", "15m", "30m"), 3_600: ("1h", "2h", "4h", "6h", "8h", "12h"), DAY_S: ("1d", "3d", "1w")}.items()
     for name in names for count in [int(name[:-1]) * (7 if name[-1] == "w" else 1)]}  # fmt: skip
@@ -386,7 +386,7 @@ class Layout:
         "Microseconds in a unit of the file's time: spot counts microseconds from 2025 on."
         return 1 if self.venue == "spot" and day.year >= 2025 else 1_000
 
-# %% ../../nbs/data/05_simulate.ipynb #e54a4128
+# %% ../../nbs/data/05_simulate.ipynb #336be2ce
 def _midnight_us(day: date) -> int:
     "Microseconds from 1970 to a UTC day."
     return (day - date(1970, 1, 1)).days * DAY_S * 1_000_000
@@ -410,7 +410,7 @@ def _aggregate_rows(ticks: Ticks, day: date, first_id: int, first_aggregate: int
     columns = [ids, ticks.price[starts], np.add.reduceat(ticks.qty, starts), first_id + starts, first_id + last, time, ticks.sold[starts]]
     return layout.text(columns, [0, p, q, 0, 0, 0, CAPITAL]), len(starts)
 
-# %% ../../nbs/data/05_simulate.ipynb #d1195cbb
+# %% ../../nbs/data/05_simulate.ipynb #ccf12c1c
 _SUMS = slice(5, 10)  # volume, quote volume, trades, bought volume, bought quote volume
 
 
@@ -433,7 +433,7 @@ def _joined(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.concatenate([a[:, :-1], both[:, None], b[:, 1:]], axis=1)
     return np.concatenate([a, b], axis=1)
 
-# %% ../../nbs/data/05_simulate.ipynb #4636b14c
+# %% ../../nbs/data/05_simulate.ipynb #f39c64ba
 def _without_holes(
     candles: np.ndarray,  # 10 x m, m at least 1
     end_us: int,  # fill up to here
@@ -457,7 +457,7 @@ def _candle_rows(candles: np.ndarray, length_us: int, layout: Layout) -> memoryv
     columns = [opens // per, o, h, low, c, volume, (opens + length_us) // per - 1, quote, count, bought, bought_quote, np.zeros_like(o)]
     return layout.text(columns, [0, p, p, p, p, q, 0, p + q, 0, q, p + q, 0])
 
-# %% ../../nbs/data/05_simulate.ipynb #4d556161
+# %% ../../nbs/data/05_simulate.ipynb #a628c688
 NOTE = "SIMULATED by cryptoresearch.data.simulate: no real trade of any market"
 
 
@@ -501,7 +501,7 @@ class _File:
             self.path.with_name(f"{self.path.name}.CHECKSUM").write_text(f"{digest}  {self.path.name}\n", encoding="ascii")
         return part.replace(self.path)
 
-# %% ../../nbs/data/05_simulate.ipynb #f6277125
+# %% ../../nbs/data/05_simulate.ipynb #dee7ded5
 @dataclass(frozen=True)
 class _Plan:
     "What is written where."
@@ -526,7 +526,7 @@ class _Plan:
             (place / "SIMULATED.txt").write_text(self.note, encoding="utf-8")
         return folder / f"{self.symbol}-{part}-{period}.{self.form}"
 
-# %% ../../nbs/data/05_simulate.ipynb #9e69a997
+# %% ../../nbs/data/05_simulate.ipynb #ef08ba25
 @dataclass
 class _Series:
     "The files of one kind, one after the other."
@@ -584,7 +584,7 @@ class _Series:
             self.file = None
             self.done += [path] if complete else []
 
-# %% ../../nbs/data/05_simulate.ipynb #31252bd9
+# %% ../../nbs/data/05_simulate.ipynb #e3a2ff5b
 def simulate_archive(
     folder: Path | str,  # where the files go; made when missing
     symbol: str = "SIMUSDT",  # name in the files' names
@@ -635,7 +635,7 @@ def _run(market: Market, series: list[_Series], first: date, days: int, seed: in
                 s.end_day(day)
             state = replace(seconds.after, next_id=next_id)
 
-# %% ../../nbs/data/05_simulate.ipynb #caaf4e1c
+# %% ../../nbs/data/05_simulate.ipynb #509437ff
 def simulate_trades(
     folder: Path | str,  # where the files go; made when missing
     symbol: str = "BTCUSDT",  # name in the files' names
@@ -651,7 +651,7 @@ def simulate_trades(
     "Write simulated spot trades, one CSV a day, and SIMULATED.txt beside them."
     return simulate_archive(folder, symbol, start, days, trades_per_day, seed, signal, form="csv", price=price, market=market)
 
-# %% ../../nbs/data/05_simulate.ipynb #5826b125
+# %% ../../nbs/data/05_simulate.ipynb #27ee38cc
 def _checked(market: Market, start: date | str, days: int, price: float, symbol: str) -> date:
     "`ConfigError` for a market that cannot be simulated or written exactly; the first day."
     if not 0.0 <= market.signal <= 0.5:

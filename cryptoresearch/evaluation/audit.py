@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOUD', 'SHARE', 'Pipeline', 'coin_tossed', 'planted', 'shuffled_labels', 'reversed_blocks', 'Audit', 'audit']
 
-# %% ../../nbs/evaluation/43_audit.ipynb #a77f5624
+# %% ../../nbs/evaluation/43_audit.ipynb #ef025dcf
 import html
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .scores import ic, ic_t
 from ..models.runs import RunConfig, Samples, first_test, prepare, walk_forward
 
-# %% ../../nbs/evaluation/43_audit.ipynb #48f3ee4a
+# %% ../../nbs/evaluation/43_audit.ipynb #2178263d
 def coin_tossed(
     bars: pd.DataFrame,  # bar frame, n rows
     seed: int = 0,
@@ -54,7 +54,7 @@ def _rebuilt(bars: pd.DataFrame, side: np.ndarray, drift: np.ndarray) -> pd.Data
     out["vwap"] = (bars["vwap"] * ratio).clip(out["low"], out["high"])
     return check_bars(out)
 
-# %% ../../nbs/evaluation/43_audit.ipynb #39ce4d71
+# %% ../../nbs/evaluation/43_audit.ipynb #7d47a2e7
 @njit(cache=True)
 def _momentum_drift(returns, sigma, horizon, strength, drift):  # type: ignore[no-untyped-def]
     "Drift of each bar from the direction of the last `horizon` bars, the drift so far included; fills `drift`."
@@ -84,7 +84,7 @@ def planted(
     known = np.tanh(2 * (close - close.shift(horizon)) / (pd.Series(sigma, out.index).shift(-1) * np.sqrt(horizon)))
     return out, (known * pd.Series(sigma, out.index).shift(-1)).where(~out["gap"]).rename("oracle")
 
-# %% ../../nbs/evaluation/43_audit.ipynb #4a56b106
+# %% ../../nbs/evaluation/43_audit.ipynb #4e742c3f
 def shuffled_labels(samples: Samples, seed: int = 0) -> Samples:  # outcomes of other rows, at random
     "Samples whose known outcomes are dealt out anew."
     known = samples.labels["y"].notna().to_numpy()
@@ -103,7 +103,7 @@ def reversed_blocks(
     y[known] = np.concatenate(np.array_split(y[known], n_blocks)[::-1])
     return replace(samples, labels=samples.labels.assign(y=y))
 
-# %% ../../nbs/evaluation/43_audit.ipynb #50abbfd1
+# %% ../../nbs/evaluation/43_audit.ipynb #dc3508d0
 LOUD = 3.0  # size of a t-value that is called something
 SHARE = 1 / 3  # of the oracle's IC that has to be recovered
 Pipeline = Callable[[RunConfig, Samples, pd.Timestamp], pd.DataFrame]  # predictions with y and prediction
@@ -139,7 +139,7 @@ class Audit:
     def _repr_html_(self) -> str:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{self.table.round(4).to_html(na_rep='')}"
 
-# %% ../../nbs/evaluation/43_audit.ipynb #1200bc57
+# %% ../../nbs/evaluation/43_audit.ipynb #1d514d44
 def audit(
     bars: pd.DataFrame,  # bar frame
     config: RunConfig,  # target 'return'; features, model, parameters and splits are used as they are

@@ -6,7 +6,7 @@
 __all__ = ['pinball_loss', 'winkler_loss', 'brier_loss', 'Interval', 'block_length', 'bootstrap_score', 'confidence_set',
            'Overfitting', 'overfitting', 'effective_trials', 'regimes', 'by_regime']
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #6dea5bb9
+# %% ../../nbs/evaluation/40a_significance.ipynb #37060d3e
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from sklearn.metrics import silhouette_score
 from ..errors import SchemaError
 from .scores import hac_lags
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #6c5870de
+# %% ../../nbs/evaluation/40a_significance.ipynb #03bea312
 def pinball_loss(
     quantile: pd.Series | np.ndarray,  # n forecasts of the quantile
     y: pd.Series | np.ndarray,  # n outcomes
@@ -50,7 +50,7 @@ def brier_loss(
     "Squared error of a probability, row by row."
     return (np.asarray(probability, dtype=np.float64) - np.asarray(happened, dtype=np.float64)) ** 2
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #c74e5797
+# %% ../../nbs/evaluation/40a_significance.ipynb #4a0c6bc0
 class Interval(NamedTuple):
     "A score and the interval that the draws give."
 
@@ -89,7 +89,7 @@ def bootstrap_score(
     lower, upper = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(score(*arrays)), float(lower), float(upper))
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #88082b2a
+# %% ../../nbs/evaluation/40a_significance.ipynb #1d047974
 def confidence_set(
     losses: pd.DataFrame,  # a column a model, n rows in order of time
     horizon: int = 1,  # rows that an outcome spans
@@ -106,7 +106,7 @@ def confidence_set(
     out = pd.DataFrame({"mean loss": rows.mean(), "p_value": test.pvalues["Pvalue"].reindex(rows.columns)})
     return out.assign(in_set=out["p_value"] > size).sort_values("mean loss").rename_axis("model")
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #cd2ec1fe
+# %% ../../nbs/evaluation/40a_significance.ipynb #db3395ca
 class Overfitting(NamedTuple):
     "Probability of back-test overfitting and what it was computed from."
 
@@ -143,7 +143,7 @@ def _sharpe(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.nda
     variance = np.maximum(squares.sum(0) / n - mean**2, 0) * n / (n - 1)
     return np.divide(mean, np.sqrt(variance), out=np.zeros_like(mean), where=variance > 1e-30)
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #113beb75
+# %% ../../nbs/evaluation/40a_significance.ipynb #6fcb3a43
 def effective_trials(
     returns: pd.DataFrame | np.ndarray,  # T periods x N trials
 ) -> int:  # clusters, 1 to N
@@ -165,7 +165,7 @@ def effective_trials(
         return best
     return 1 if np.median(distance[np.triu_indices_from(distance, 1)]) < 0.25 else varying.shape[1]
 
-# %% ../../nbs/evaluation/40a_significance.ipynb #76b1a624
+# %% ../../nbs/evaluation/40a_significance.ipynb #df0dd18a
 def regimes(
     index: pd.DatetimeIndex,  # decision times, UTC, n
     volatility: pd.Series | np.ndarray | None = None,  # known at the decision, n; terciles over all rows

@@ -6,7 +6,7 @@
 __all__ = ['ANNUAL_SECONDS', 'EULER_GAMMA', 'slices', 'StrategyResult', 'sharpe_ratio', 'max_drawdown', 'sign_strategy',
            'probabilistic_sharpe', 'expected_max_sharpe', 'deflated_sharpe']
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #78f45bb8
+# %% ../../nbs/evaluation/41_strategy.ipynb #f52140ba
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from scipy import stats
 
 from ..errors import SchemaError
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #e5e52497
+# %% ../../nbs/evaluation/41_strategy.ipynb #e649c3bf
 ANNUAL_SECONDS = 365 * 24 * 3600  # crypto trades every hour of the year
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #e0e754c8
+# %% ../../nbs/evaluation/41_strategy.ipynb #895d5581
 def slices(
     wanted: pd.Series,  # positions, -1 (short) to 1 (long), index ts (bar opens, UTC), decided at close_ts; NaN opens nothing
     bars: pd.DataFrame,  # bars of the contract, covering the decisions
@@ -42,7 +42,7 @@ def slices(
     market = (opens.bfill().shift(-1) / opens - 1).where(~gap, 0.0)
     return pd.DataFrame({"position": position, "market": market, "gap": gap}, index=part.index).iloc[:-1]
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #f580ba82
+# %% ../../nbs/evaluation/41_strategy.ipynb #2abbf052
 @dataclass(frozen=True, repr=False)
 class StrategyResult:
     "Returns of a strategy bar by bar, beside buying and holding; shows itself as a table."
@@ -110,7 +110,7 @@ class StrategyResult:
     def _repr_html_(self) -> str:
         return self.table().round(4).to_html(na_rep="")
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #71d32548
+# %% ../../nbs/evaluation/41_strategy.ipynb #18693d74
 def sharpe_ratio(
     returns: pd.Series | np.ndarray,  # per period, n
 ) -> float:  # per period, not annualised; NaN where the returns do not vary
@@ -141,7 +141,7 @@ def sign_strategy(
     bar_s = float((bars["close_ts"] - bars.index).dt.total_seconds().median())
     return StrategyResult(net, gross, held["position"], turnover, held["market"].rename("hold"), horizon, fee_bps, bar_s)
 
-# %% ../../nbs/evaluation/41_strategy.ipynb #f66858fc
+# %% ../../nbs/evaluation/41_strategy.ipynb #6259a4d9
 EULER_GAMMA = 0.5772156649015329
 
 

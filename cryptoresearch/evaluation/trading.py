@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rule', 'positions', 'Costs', 'trade', 'capacity', 'random_signals']
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #99dddc95
+# %% ../../nbs/evaluation/41a_trading.ipynb #720260c7
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ import pandas as pd
 from ..errors import SchemaError
 from .strategy import ANNUAL_SECONDS, StrategyResult, sharpe_ratio, slices
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #b2560fbd
+# %% ../../nbs/evaluation/41a_trading.ipynb #7ffa8ad1
 Rule = Literal["sign", "proportional", "interval"]
 
 
@@ -39,7 +39,7 @@ def positions(
     bar = 2 * cost_bps / 1e4
     return ((forecasts["lower"] > bar).astype(float) - (forecasts["upper"] < -bar)).where(f.notna()).rename("position")
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #8fefa9f6
+# %% ../../nbs/evaluation/41a_trading.ipynb #20a5fc96
 @dataclass(frozen=True)
 class Costs:
     "What trading costs."
@@ -63,7 +63,7 @@ def _market_size(bars: pd.DataFrame, bar_s: float) -> tuple[pd.Series, pd.Series
     sigma = np.log(bars["close"]).diff().rolling(30 * per_day, min_periods=per_day).std() * np.sqrt(per_day)
     return volume.shift(1), sigma.shift(1)
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #21d2f899
+# %% ../../nbs/evaluation/41a_trading.ipynb #361b4f03
 def trade(
     wanted: pd.Series,  # positions, -1 to 1, index ts, decided at the bar's close; NaN opens nothing
     bars: pd.DataFrame,  # bars of the contract, covering the decisions and what comes after
@@ -86,7 +86,7 @@ def trade(
     fee = c.fee_bps + c.half_spread_bps
     return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, held["position"], turnover, held["market"].rename("hold"), horizon, fee, bar_s, table)
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #1cb08b5c
+# %% ../../nbs/evaluation/41a_trading.ipynb #ba15492f
 def capacity(
     wanted: pd.Series,  # positions as for `trade`
     bars: pd.DataFrame,  # bars of the contract
@@ -102,7 +102,7 @@ def capacity(
     before = float(result.returns.sum()) + impact
     return 0.0 if before <= 0 else float("inf") if impact == 0 else (before / impact) ** 2
 
-# %% ../../nbs/evaluation/41a_trading.ipynb #59957375
+# %% ../../nbs/evaluation/41a_trading.ipynb #4e18270f
 def random_signals(
     result: StrategyResult,  # of trade or sign_strategy
     n: int = 500,  # random signals

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'Batch', 'Session', 'replay_journal', 'Journal', 'journal_folder', 'recover', 'Collector', 'plain_symbol']
 
-# %% ../../nbs/live/11_collector.ipynb #2e29ece6
+# %% ../../nbs/live/11_collector.ipynb #0cbe0a72
 import contextlib
 import json
 import logging
@@ -28,7 +28,7 @@ from ..errors import CryptoResearchError, FeedError, StoreBusy, problem
 from .feed import Trade
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/live/11_collector.ipynb #dd7ffceb
+# %% ../../nbs/live/11_collector.ipynb #170b5b72
 logger = logging.getLogger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TEXT, _TIME, _REAL = pa.string(), pa.timestamp("us"), pa.float64()
@@ -67,7 +67,7 @@ class _Track:
             return self.before
         return None
 
-# %% ../../nbs/live/11_collector.ipynb #7438ccae
+# %% ../../nbs/live/11_collector.ipynb #cdbaef8b
 @dataclass
 class Batch:
     "Rows for one commit."
@@ -87,7 +87,7 @@ class Batch:
         self.gaps += later.gaps
         self.quarantine += later.quarantine
 
-# %% ../../nbs/live/11_collector.ipynb #ead7894e
+# %% ../../nbs/live/11_collector.ipynb #922a7f76
 class Session:
     "One run of a collector: numbers arrivals, applies the tick rule, keeps coverage."
 
@@ -131,7 +131,7 @@ class Session:
         batch, self.batch = self.batch, Batch()
         return batch
 
-# %% ../../nbs/live/11_collector.ipynb #829e9be8
+# %% ../../nbs/live/11_collector.ipynb #e02dd9dc
 _FIELDS = ("session_id", "source", "url", "symbols", "started_at", "next_id")
 
 
@@ -175,7 +175,7 @@ def _apply(
         case "refused":
             session.refuse(event["d"])
 
-# %% ../../nbs/live/11_collector.ipynb #b6a8a195
+# %% ../../nbs/live/11_collector.ipynb #0cffdb5b
 class Journal:
     "The file that is written before anything is taken."
 
@@ -222,7 +222,7 @@ class Journal:
         self.begin(session)
         return old
 
-# %% ../../nbs/live/11_collector.ipynb #86b1aa83
+# %% ../../nbs/live/11_collector.ipynb #e8fce4f1
 def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(_TRADE_COLUMNS)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, _TRADE_COLUMNS, strict=True)], schema=_TRADE_COLUMNS)
@@ -252,7 +252,7 @@ def _commit(
             con.execute("DELETE FROM quarantine WHERE file_id = ? AND line = ?", [sid, number])
         con.execute("INSERT INTO quarantine VALUES (?, ?, ?, ?, ?)", [sid, session.url, number, raw, reason])
 
-# %% ../../nbs/live/11_collector.ipynb #53a8b163
+# %% ../../nbs/live/11_collector.ipynb #51287b0f
 def _session_row(
     con: duckdb.DuckDBPyConnection,  # inside a transaction
     session: Session,  # begun or ended
@@ -265,7 +265,7 @@ def _session_row(
     values = [session.session_id, session.source, session.url, session.symbols, session.started_at, ended_at, reason, row[0] if row else 0]
     con.execute("INSERT INTO live_sessions VALUES (?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?)", values)
 
-# %% ../../nbs/live/11_collector.ipynb #2ac701f3
+# %% ../../nbs/live/11_collector.ipynb #c39652d8
 def journal_folder(
     con: duckdb.DuckDBPyConnection,  # the store
     settings: Settings,  # for a catalog that is no file
@@ -307,7 +307,7 @@ def _bring_in(con: duckdb.DuckDBPyConnection, path: Path) -> int:
     logger.info("%s: %d trades of a killed collector looked through", path.name, len(session.batch.trades))
     return 1
 
-# %% ../../nbs/live/11_collector.ipynb #152c7918
+# %% ../../nbs/live/11_collector.ipynb #a6768d65
 class Collector:
     "Batches live trades into the store in the background."
 
@@ -462,7 +462,7 @@ class Collector:
         if self.error is not None:
             raise self.error
 
-# %% ../../nbs/live/11_collector.ipynb #05fd1c5f
+# %% ../../nbs/live/11_collector.ipynb #e04549ea
 def plain_symbol(
     symbol: str,  # such as BINANCE:BTCUSDT
 ) -> str:  # such as BTCUSDT

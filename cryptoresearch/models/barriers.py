@@ -6,7 +6,7 @@
 __all__ = ['TARGET', 'STOP', 'TIMEOUT', 'UNKNOWN', 'volatility_scaled', 'triple_barrier', 'meta_label', 'trend_scanning',
            'uniqueness', 'recency']
 
-# %% ../../nbs/models/30a_barriers.ipynb #fe740bef
+# %% ../../nbs/models/30a_barriers.ipynb #7f51afba
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import njit
 
 from ..errors import SchemaError
 
-# %% ../../nbs/models/30a_barriers.ipynb #695a7bca
+# %% ../../nbs/models/30a_barriers.ipynb #e329f9cb
 def volatility_scaled(
     labels: pd.DataFrame,  # y as a return, known_ts, end_ts, n rows
     sigma: pd.Series,  # expected volatility of the label's return, fraction, n rows, known at the bar's close
@@ -25,7 +25,7 @@ def volatility_scaled(
         raise SchemaError("expected sigma with the index of the labels; found another one. Reindex it to the bars")
     return labels.assign(y=labels["y"] / sigma.where(sigma > 0))
 
-# %% ../../nbs/models/30a_barriers.ipynb #d378c31b
+# %% ../../nbs/models/30a_barriers.ipynb #13807168
 TARGET, STOP, TIMEOUT, UNKNOWN = 1, -1, 0, -9
 
 
@@ -54,7 +54,7 @@ def _first_touch(open_, high, low, close, gap, sigma, side, horizon, up, down, e
             if j == t + horizon:
                 exit_at[t], hit[t], price[t] = j, TIMEOUT, close[j]
 
-# %% ../../nbs/models/30a_barriers.ipynb #e5d25a9b
+# %% ../../nbs/models/30a_barriers.ipynb #b53978e4
 def _touch_in_trades(
     trades: pd.DataFrame,  # ts (UTC), price, in order of time
     start: pd.Timestamp,  # the bar's open
@@ -73,7 +73,7 @@ def _touch_in_trades(
     first = touched[0]
     return (TARGET, target, inside["ts"].iloc[first]) if reached[first] else (STOP, stop, inside["ts"].iloc[first])
 
-# %% ../../nbs/models/30a_barriers.ipynb #5be4bbba
+# %% ../../nbs/models/30a_barriers.ipynb #e37b43e6
 def _arrays(bars: pd.DataFrame, sigma: pd.Series, side: pd.Series | None) -> list[np.ndarray]:
     "Prices, gaps, volatility and sides of the bars as arrays; `SchemaError` where something does not fit."
     missing = [c for c in ("open", "high", "low", "close", "close_ts", "gap") if c not in bars]
@@ -85,7 +85,7 @@ def _arrays(bars: pd.DataFrame, sigma: pd.Series, side: pd.Series | None) -> lis
     sides = np.ones(len(bars)) if side is None else np.sign(side.fillna(0).to_numpy(np.float64))
     return [*(bars[c].to_numpy(np.float64) for c in ("open", "high", "low", "close")), bars["gap"].to_numpy(bool), sigma.to_numpy(np.float64), sides]
 
-# %% ../../nbs/models/30a_barriers.ipynb #51801ffc
+# %% ../../nbs/models/30a_barriers.ipynb #7b885799
 def triple_barrier(
     bars: pd.DataFrame,  # open, high, low, close, close_ts, gap; time or event bars, n rows
     horizon: int,  # bars until time is up
@@ -109,7 +109,7 @@ def triple_barrier(
         _resolve(bars, trades, arrays, exit_at, price, hit, both, end, up, down)
     return _barrier_frame(bars, arrays, exit_at, price, hit, end, horizon, timeout)
 
-# %% ../../nbs/models/30a_barriers.ipynb #b419da78
+# %% ../../nbs/models/30a_barriers.ipynb #cb2a6ffe
 def _resolve(
     bars: pd.DataFrame, trades: pd.DataFrame, arrays: list[np.ndarray], exit_at: np.ndarray, price: np.ndarray, hit: np.ndarray, both: np.ndarray, end: pd.Series, up: float, down: float
 ) -> None:
@@ -134,7 +134,7 @@ def _barrier_frame(
     ends = pd.Series(end.array, index=bars.index).where(exit_at >= 0, planned)
     return pd.DataFrame({"y": y, "ret": ret, "barrier": name, "known_ts": bars["close_ts"], "end_ts": ends})
 
-# %% ../../nbs/models/30a_barriers.ipynb #1bbcb05e
+# %% ../../nbs/models/30a_barriers.ipynb #6ec73949
 def meta_label(
     labels: pd.DataFrame,  # of triple_barrier with the primary rule's side: ret, known_ts, end_ts
     cost: float = 0.0,  # return that a trade has to exceed, fraction
@@ -142,7 +142,7 @@ def meta_label(
     "Whether a trade of the primary rule's side paid more than it cost."
     return labels.assign(y=(labels["ret"] > cost).astype(float).where(labels["ret"].notna()))
 
-# %% ../../nbs/models/30a_barriers.ipynb #0ba3f4bc
+# %% ../../nbs/models/30a_barriers.ipynb #e676dc77
 @njit(cache=True, nogil=True)
 def _best_trend(log_close, gap, least, most, t_value, span):  # type: ignore[no-untyped-def]
     "The t-value of largest size over spans of `least` to `most` bars behind each bar, and its span; 0 where the future is unknown."
@@ -171,7 +171,7 @@ def _best_trend(log_close, gap, least, most, t_value, span):  # type: ignore[no-
             if abs(value) > best:
                 best, t_value[t], span[t] = abs(value), value, m
 
-# %% ../../nbs/models/30a_barriers.ipynb #fe123bcb
+# %% ../../nbs/models/30a_barriers.ipynb #830ee65f
 def trend_scanning(
     bars: pd.DataFrame,  # close, close_ts, gap, n rows
     least: int = 5,  # bars of the shortest span, at least 3
@@ -186,7 +186,7 @@ def trend_scanning(
     out = {"y": np.sign(t_value), "t_value": t_value, "span": span, "known_ts": bars["close_ts"], "end_ts": bars["close_ts"].shift(-most)}
     return pd.DataFrame(out, index=bars.index)
 
-# %% ../../nbs/models/30a_barriers.ipynb #6daa511f
+# %% ../../nbs/models/30a_barriers.ipynb #526d1203
 def uniqueness(
     labels: pd.DataFrame,  # known_ts, end_ts, y; rows in order of time
 ) -> pd.Series:  # 0 to 1, index of labels; NaN where the label is missing
@@ -208,7 +208,7 @@ def _spread(known: pd.Series, values: np.ndarray) -> np.ndarray:
     out[known.to_numpy()] = values
     return out
 
-# %% ../../nbs/models/30a_barriers.ipynb #3f7488be
+# %% ../../nbs/models/30a_barriers.ipynb #e83bfa64
 def recency(
     labels: pd.DataFrame,  # known_ts, n rows
     half_life: str | pd.Timedelta,  # after this much time a sample counts half

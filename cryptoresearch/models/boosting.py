@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loss', 'purged_tail', 'monotone_list', 'TailModel', 'XGBoostModel']
 
-# %% ../../nbs/models/32_boosting.ipynb #ff2cd257
+# %% ../../nbs/models/32_boosting.ipynb #a8f8fd99
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import DataNotFound, SchemaError
 from .splits import overlaps
 
-# %% ../../nbs/models/32_boosting.ipynb #0e6735a3
+# %% ../../nbs/models/32_boosting.ipynb #1e98b99a
 _FEWEST = 20  # rows; below this neither a fit nor a quantile of residuals means anything
 
 
@@ -44,7 +44,7 @@ def purged_tail(
         raise SchemaError(f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {len(fit)} and {len(tail)} of {n}. Load more data or use features with a shorter warm-up")
     return fit, tail
 
-# %% ../../nbs/models/32_boosting.ipynb #e3426491
+# %% ../../nbs/models/32_boosting.ipynb #7b1170ae
 def _matrix(X: pd.DataFrame | np.ndarray, names: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
     "Feature values and names, checked; columns chosen by `names` where given."
     if isinstance(X, pd.DataFrame):
@@ -64,7 +64,7 @@ def _matrix(X: pd.DataFrame | np.ndarray, names: list[str] | None = None) -> tup
         raise SchemaError(f"expected finite features or NaN; found infinity in {', '.join(found[i] for i in np.flatnonzero(bad))}. Repair the feature")
     return values, found
 
-# %% ../../nbs/models/32_boosting.ipynb #c5ec512d
+# %% ../../nbs/models/32_boosting.ipynb #436c5e6b
 def _target(y: Any, n: int, log: bool, loss: str = "mean") -> tuple[np.ndarray, float | None]:
     "Outcomes to fit, and with a log target the floor below which they were lifted."
     values = np.asarray(y, dtype=np.float64)
@@ -103,7 +103,7 @@ def monotone_list(
         raise SchemaError(f"expected directions of 1, 0 or -1; found {sorted(set(monotone.values()))}. Correct monotone")
     return [int(monotone.get(name, 0)) for name in names]
 
-# %% ../../nbs/models/32_boosting.ipynb #6c066beb
+# %% ../../nbs/models/32_boosting.ipynb #7c55cfd9
 Loss = Literal["mean", "probability", "quantile"]
 
 
@@ -233,7 +233,7 @@ class TailModel(RegressorMixin, BaseEstimator):
         model.n_features_in_ = len(model.feature_names_in_)
         return model
 
-# %% ../../nbs/models/32_boosting.ipynb #b487721f
+# %% ../../nbs/models/32_boosting.ipynb #5b5e0a6c
 class XGBoostModel(TailModel):
     "XGBoost with early stopping on a purged tail; deterministic; stored as UBJ and JSON."
 
@@ -305,7 +305,7 @@ class XGBoostModel(TailModel):
         gain = self.booster_.get_score(importance_type="gain")
         return np.array([float(gain.get(f"f{i}", 0.0)) for i in range(len(self.feature_names_in_))])
 
-# %% ../../nbs/models/32_boosting.ipynb #d06c933c
+# %% ../../nbs/models/32_boosting.ipynb #909affaf
 _FITTED = ("feature_names_in", "best_iteration", "residual_quantiles", "log_correction", "floor", "n_rows")
 
 

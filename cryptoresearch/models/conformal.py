@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scores_outside', 'conformal_margin', 'adaptive_intervals', 'Model', 'out_of_fold', 'Calibrator']
 
-# %% ../../nbs/models/35_conformal.ipynb #50944801
+# %% ../../nbs/models/35_conformal.ipynb #e0bef0d2
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from ..errors import SchemaError
 from .crossval import Splitter
 
-# %% ../../nbs/models/35_conformal.ipynb #21da5240
+# %% ../../nbs/models/35_conformal.ipynb #8783ef30
 def scores_outside(
     y: pd.Series | np.ndarray,  # n outcomes
     lower: pd.Series | np.ndarray,  # n lower ends
@@ -40,7 +40,7 @@ def conformal_margin(
     k = int(np.ceil((len(known) + 1) * level))
     return float(known[k - 1]) if 0 < k <= len(known) else float("inf")
 
-# %% ../../nbs/models/35_conformal.ipynb #5be2f103
+# %% ../../nbs/models/35_conformal.ipynb #948ea3a9
 @njit(cache=True)
 def _adapt(known, end_order, end, lower, upper, y, scale, level, step, window, least, out_lower, out_upper, alphas):  # type: ignore[no-untyped-def]
     "One pass over the rows in order of decision; what has matured by then is learned first."
@@ -67,7 +67,7 @@ def _adapt(known, end_order, end, lower, upper, y, scale, level, step, window, l
         if out_lower[i] > out_upper[i]:
             out_lower[i] = out_upper[i] = (lower[i] + upper[i]) / 2
 
-# %% ../../nbs/models/35_conformal.ipynb #3b5961de
+# %% ../../nbs/models/35_conformal.ipynb #567bc1e7
 def adaptive_intervals(
     forecasts: pd.DataFrame,  # known_ts, end_ts, y, lower, upper; rows in order of known_ts
     horizon: int,  # bars that an outcome spans
@@ -94,7 +94,7 @@ def adaptive_intervals(
     _adapt(known, order, end, lower, upper, y, unit, level, step / horizon, window, least, out[0], out[1], alphas)
     return pd.DataFrame({"lower": out[0], "upper": out[1], "alpha": alphas}, index=forecasts.index)
 
-# %% ../../nbs/models/35_conformal.ipynb #edafea9e
+# %% ../../nbs/models/35_conformal.ipynb #fa3d6668
 class Model(Protocol):
     "What can be fitted and asked."
 
@@ -117,7 +117,7 @@ def out_of_fold(
         values[test] = make().fit(X.iloc[train], y.iloc[train], intervals=intervals.iloc[train]).predict(X.iloc[test])
     return pd.Series(values, X.index, name="prediction")
 
-# %% ../../nbs/models/35_conformal.ipynb #319203de
+# %% ../../nbs/models/35_conformal.ipynb #96e17b89
 @dataclass
 class Calibrator:
     "Map from a model's probability to one that means what it says; a few numbers, stored as JSON."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['purged_train', 'PurgedKFold', 'CombinatorialPurged', 'path_table', 'assemble_paths', 'Splitter', 'OnIntervals']
 
-# %% ../../nbs/models/31a_crossval.ipynb #b0f96ad2
+# %% ../../nbs/models/31a_crossval.ipynb #c0515b56
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,7 +18,7 @@ import pandas as pd
 from ..errors import SchemaError
 from .splits import check_intervals, overlaps
 
-# %% ../../nbs/models/31a_crossval.ipynb #5051e8ee
+# %% ../../nbs/models/31a_crossval.ipynb #e26f8282
 def purged_train(
     intervals: pd.DataFrame,  # index ts, start_ts and end_ts, n rows in order of time
     test: np.ndarray,  # positions of the test rows, increasing; may be several stretches
@@ -43,7 +43,7 @@ def _check(intervals: pd.DataFrame, parts: int, embargo: str | pd.Timedelta) -> 
     if pd.Timedelta(embargo) < pd.Timedelta(0):
         raise SchemaError(f"expected an embargo of zero or more; found {embargo}. Write it as 12h")
 
-# %% ../../nbs/models/31a_crossval.ipynb #c859b0f8
+# %% ../../nbs/models/31a_crossval.ipynb #a34b04aa
 @dataclass(frozen=True)
 class PurgedKFold:
     "Contiguous folds, the training purged on both sides (López de Prado 2018, 7.4)."
@@ -73,7 +73,7 @@ def _with_rows(train: np.ndarray, test: np.ndarray) -> np.ndarray:
         raise SchemaError(f"expected training rows beside the {len(test)} of a test; found that purging left none. Use fewer parts, a shorter warm-up or a shorter horizon")
     return train
 
-# %% ../../nbs/models/31a_crossval.ipynb #52593e8a
+# %% ../../nbs/models/31a_crossval.ipynb #8e147b2e
 @dataclass(frozen=True)
 class CombinatorialPurged:
     "Every choice of test groups, purged and embargoed around each (CPCV, López de Prado 2018, ch. 12)."
@@ -112,7 +112,7 @@ class CombinatorialPurged:
         "Number of splits."
         return comb(self.n_groups, self.n_test_groups)
 
-# %% ../../nbs/models/31a_crossval.ipynb #6a8e9178
+# %% ../../nbs/models/31a_crossval.ipynb #044d05d4
 def path_table(
     split: CombinatorialPurged,  # N groups, k tested
 ) -> pd.DataFrame:  # a row a path, a column a group: number of the split that forecasts it
@@ -137,7 +137,7 @@ def assemble_paths(
             at += len(parts[g])
     return out
 
-# %% ../../nbs/models/31a_crossval.ipynb #93b5a2a4
+# %% ../../nbs/models/31a_crossval.ipynb #aa972151
 class Splitter(Protocol):
     "What splits intervals: WalkForward, PurgedKFold, CombinatorialPurged."
 

@@ -6,7 +6,7 @@
 __all__ = ['State', 'GATE_P', 'Comparison', 'question', 'compare_runs', 'registry_log', 'registry', 'champion', 'Promotion',
            'promote', 'set_state']
 
-# %% ../../nbs/models/36_registry.ipynb #7877b3bf
+# %% ../../nbs/models/36_registry.ipynb #8df5ce66
 import html
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..evaluation.scores import DieboldMariano, diebold_mariano, qlike_loss, sco
 from .runs import Run, load_run, runs_folder
 from ..settings import Settings
 
-# %% ../../nbs/models/36_registry.ipynb #fa81a144
+# %% ../../nbs/models/36_registry.ipynb #a14102a9
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Two runs on the rows that both forecast; shows itself as tables."
@@ -55,7 +55,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{self.scores.round(4).to_html(na_rep='')}{self.settings.to_html()}"
 
-# %% ../../nbs/models/36_registry.ipynb #a44293de
+# %% ../../nbs/models/36_registry.ipynb #b82297bc
 def question(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target, horizon
     "What a run answers; runs of one question are rivals."
     return run.config.symbol, run.config.spec, run.config.target, run.config.horizon
@@ -73,7 +73,7 @@ def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
     differ = {name: pair for name, pair in rows.items() if str(pair[0]) != str(pair[1])}
     return pd.DataFrame.from_dict({n: [str(v) for v in pair] for n, pair in differ.items()}, orient="index", columns=["a", "b"]).rename_axis("setting")
 
-# %% ../../nbs/models/36_registry.ipynb #58cc1ceb
+# %% ../../nbs/models/36_registry.ipynb #0c755cfd
 def compare_runs(
     a: str | Run,  # name, its beginning, or the run
     b: str | Run,
@@ -95,7 +95,7 @@ def compare_runs(
     scores = pd.DataFrame({"a": tables[0], "b": tables[1]}).drop(index=[n for n in ("model_dm_stat", "model_dm_p") if n in tables[0].index])
     return Comparison(first.id, second.id, _settings_differ(first, second), scores, diebold_mariano(losses["a"], losses["b"], first.config.horizon), losses)
 
-# %% ../../nbs/models/36_registry.ipynb #b0073627
+# %% ../../nbs/models/36_registry.ipynb #34a053c8
 State = Literal["candidate", "champion", "retired"]
 _FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n")
 
@@ -124,7 +124,7 @@ def registry(
     "State of every registered run."
     return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question", "state", "at", "reason"]]
 
-# %% ../../nbs/models/36_registry.ipynb #b4703465
+# %% ../../nbs/models/36_registry.ipynb #58098f10
 def _enter(run: Run, state: State, reason: str, settings: Settings | None, p_value: float | None = None, n: int | None = None) -> None:
     "Add a line."
     path = _register(settings)
@@ -146,7 +146,7 @@ def champion(
     held = now.index[(now["state"] == "champion") & (now["question"] == f"{symbol}/{spec}/{target}/{horizon}")]
     return str(held[-1]) if len(held) else None
 
-# %% ../../nbs/models/36_registry.ipynb #11e2e891
+# %% ../../nbs/models/36_registry.ipynb #1882f241
 GATE_P = 0.05
 
 

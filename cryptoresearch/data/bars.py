@@ -516,11 +516,15 @@ def resample_bars(
 def make_bars(
     con: duckdb.DuckDBPyConnection,  # the store, from init_duckdb()
     symbol: str,  # such as BTCUSDT
-    spec: str = "1m",  # bar length: 1s … 1d and longer
+    spec: str = "1m",  # bar length: 1s … 1d and longer; event bars: tick:1000, volume:50, dollar:1e6 …
     *,
     source: str | None = None,  # one source only; every source that the store has when None
 ) -> int:  # bars that the store now holds of them, gap bars included
-    "Build the time bars of a symbol from its trades and candles and store them; again, it touches only what changed."
+    "Build the bars of a symbol from its trades and candles and store them; again, it touches only what changed."
+    if ":" in spec:
+        from cryptoresearch.data.event_bars import make_event_bars  # which builds on this module
+
+        return make_event_bars(con, symbol, spec, source=source)
     from cryptoresearch.data.growth import grow_bars  # which builds on this module
 
     return grow_bars(con, symbol, spec, source=source)

@@ -1,0 +1,173 @@
+"Event bars against loops that follow their definitions word by word, in any pieces, and in a store where files come in any order."
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cryptoresearch.data.bars import TRADE_COLUMNS, _complete
+from cryptoresearch.data.event_bars import EventFolder, event_bars, event_spec, make_event_bars, read_event_bars
+from cryptoresearch.data.ingest import forget_file, process_file
+from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.settings import Settings
+
+few = settings(max_examples=60, deadline=None, derandomize=True)
+SPECS = [f"{w}{kind}:{size}" for w, sizes in (("tick", (7, 50)), ("volume", (3, 40)), ("dollar", (400, 5000))) for kind, size in (("", sizes[0]), ("", sizes[1]), ("_imbalance", 12), ("_run", 12))]
+
+
+def random_trades(n: int, seed: int, exact: bool = True) -> pd.DataFrame:
+    "Trades with steps in whole cents and eighths, so that a plain loop adds exactly."
+    rng = np.random.default_rng(seed)
+    price = 100 + np.cumsum(rng.integers(-2, 3, n)) * 0.25
+    qty = rng.integers(1, 40, n) / 8 if exact else np.round(rng.lognormal(0, 1, n), 5) + 1e-5
+    tick = pd.Series(np.sign(np.diff(price, prepend=price[:1]))).replace(0, np.nan).ffill().fillna(0).astype(int)
+    ts = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.cumsum(rng.integers(0, 3, n)), "ms")
+    return pd.DataFrame({"trade_id": np.arange(5, 5 + n), "ts": ts, "price": price, "qty": qty, "quote_qty": price * qty, "n_trades": rng.integers(1, 4, n), "side_tick": tick, "side_reported": rng.choice([-1, 1], n)})
+
+
+def by_the_book(t: pd.DataFrame, spec: str, cuts: set[int]) -> list[dict[str, Any]]:
+    "One bar after the other; `cuts` are ids before which trades are missing."
+    kind, size = spec.split(":")
+    weight, mode = kind.split("_")[0], kind.split("_")[1] if "_" in kind else "plain"
+    limit, bars, hand, mean = float(size), [], [], {}
+    for row in t.itertuples():
+        if row.trade_id in cuts:
+            hand = []
+        hand.append(row)
+        w = [float(r.n_trades) if weight == "tick" else r.qty if weight == "volume" else r.quote_qty for r in hand]
+        ticks = sum(r.n_trades for r in hand)
+        signed = sum(r.side_tick * x for r, x in zip(hand, w, strict=True))
+        buys, sells = ([x for r, x in zip(hand, w, strict=True) if r.side_tick == s] for s in (1, -1))
+        if mode == "plain":
+            threshold = limit
+            full = (ticks if weight == "tick" else sum(w)) >= limit
+        elif not mean:
+            threshold, full = limit, ticks >= limit
+        elif mode == "imbalance":
+            threshold = mean["ticks"] * max(abs(mean["signed"]), 0.05 * mean["weight"])
+            full = abs(signed) >= threshold
+        else:
+            threshold = mean["ticks"] * max(mean["p"] * mean["buy"], (1 - mean["p"]) * mean["sell"])
+            full = max(sum(buys), sum(sells)) >= threshold
+        if not full:
+            continue
+        bars.append({"first_id": hand[0].trade_id, "last_id": row.trade_id, "open": hand[0].price, "close": row.price, "high": max(r.price for r in hand), "low": min(r.price for r in hand),
+                     "volume": sum(r.qty for r in hand), "quote_volume": sum(r.quote_qty for r in hand), "trades": ticks, "threshold": threshold,
+                     "buy_volume": sum(r.qty for r in hand if r.side_reported == 1), "ts": hand[0].ts, "close_ts": row.ts})  # fmt: skip
+        now = {"ticks": float(ticks), "signed": signed / len(hand), "weight": sum(w) / len(hand)}
+        now["p"] = len(buys) / (len(buys) + len(sells)) if buys or sells else mean.get("p", 0.0)
+        now["buy"] = sum(buys) / len(buys) if buys else mean.get("buy", 0.0)
+        now["sell"] = sum(sells) / len(sells) if sells else mean.get("sell", 0.0)
+        if mode != "plain":
+            mean = {k: mean[k] + 2 / 21 * (now[k] - mean[k]) for k in now} if mean else now | {"ticks": limit}
+            mean["ticks"] = min(max(mean["ticks"], limit / 4), limit * 4)
+            mean["p"] = min(max(mean["p"], 0.05), 0.95)
+        hand = []
+    return bars
+
+
+@few
+@given(st.sampled_from(SPECS), st.integers(0, 10_000), st.integers(0, 3))
+def test_bars_are_the_loop(spec: str, seed: int, holes: int) -> None:
+    t = random_trades(400, seed)
+    rng = np.random.default_rng(seed)
+    at = sorted(rng.choice(np.arange(1, 400), holes, replace=False))
+    t["trade_id"] += np.searchsorted(at, np.arange(400), side="right")  # an id is missing before each of these rows
+    cuts = {int(t["trade_id"].iloc[i]) for i in at}
+    folder = EventFolder(spec, by_id=True)
+    got = folder.add(_complete(t))
+    want = by_the_book(t, spec, cuts)
+    assert len(got["ts"]) == len(want)
+    for name in want[0] if want else []:
+        mine = got[name].astype("datetime64[us]").tolist() if name in ("ts", "close_ts") else got[name].tolist()
+        theirs = [b[name].tz_localize(None).to_pydatetime() if name in ("ts", "close_ts") else b[name] for b in want]
+        if name == "threshold" or spec.startswith(("tick_", "volume_", "dollar_")):
+            assert np.allclose(np.array(mine, dtype=float), np.array(theirs, dtype=float), rtol=1e-12) if name not in ("ts", "close_ts") else mine == theirs
+        else:
+            assert mine == theirs
+
+
+@few
+@given(st.sampled_from(SPECS), st.integers(0, 10_000), st.lists(st.integers(0, 600), max_size=8))
+def test_any_pieces_give_the_same_bars(spec: str, seed: int, at: list[int]) -> None:
+    t = _complete(random_trades(600, seed, exact=False))
+    whole, parts, folder = EventFolder(spec).add(t), [], EventFolder(spec)
+    for a, b in itertools.pairwise([0, *sorted(at), 600]):
+        parts.append(folder.add({name: t[name][a:b] for name in TRADE_COLUMNS}))
+        folder = EventFolder(spec, state=folder.state)
+    for name, column in whole.items():
+        assert np.concatenate([p[name] for p in parts]).tobytes() == column.tobytes(), name
+
+
+def test_no_bar_is_handed_out_before_it_is_full() -> None:
+    t = random_trades(200, 1)
+    for spec in SPECS:
+        whole = event_bars(t, spec)
+        for n in (1, 50, 199):
+            some = event_bars(t.iloc[:n], spec)
+            assert len(some) == (whole["last_id"] <= t["trade_id"].iloc[n - 1]).sum()
+            assert some.equals(whole.iloc[: len(some)])
+
+
+def write_day(folder: Path, t: pd.DataFrame, name: str) -> Path:
+    "A file in the archive's layout."
+    path = folder / f"SIMUSDT-{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ms = t["ts"].astype("datetime64[ms, UTC]").astype("int64")
+    lines = [f"{i},{p:.8f},{q:.8f},{p * q:.8f},{m},{s < 0},True" for i, p, q, m, s in zip(t["trade_id"], t["price"], t["qty"], ms, t["side_reported"], strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)])
+def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, order: tuple[int, ...]) -> None:
+    t = random_trades(2000, 4).assign(n_trades=1)
+    files = [write_day(tmp_path / "files", t.iloc[500 * k : 500 * k + 500], f"part{k}") for k in range(4)]
+    corrected = t.iloc[500:1000].copy()
+    corrected.loc[corrected.index[7], "qty"] += 5
+    options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}
+    specs = ("tick:60", "dollar:5000", "volume_imbalance:40")
+
+    def bars(con: Any) -> dict[str, pd.DataFrame]:
+        return {spec: read_event_bars(con, "SIMUSDT", spec) for spec in specs}
+
+    def anew(*paths: Path) -> dict[str, pd.DataFrame]:
+        with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / f"anew-{len(list(tmp_path.iterdir()))}" / "catalog.sqlite"))) as con:
+            for path in paths:
+                process_file(con, path, **options)
+            for spec in specs:
+                make_event_bars(con, "SIMUSDT", spec)
+            return bars(con)
+
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "grown" / "catalog.sqlite"))) as con:
+        for k in order:
+            process_file(con, files[k], **options)
+            for spec in specs:
+                make_event_bars(con, "SIMUSDT", spec)
+        grown, whole = bars(con), anew(*(files[k] for k in order))
+        for spec in specs:
+            pd.testing.assert_frame_equal(grown[spec], whole[spec], check_exact=True)
+        assert make_event_bars(con, "SIMUSDT", specs[0]) == len(grown[specs[0]])
+        late = write_day(tmp_path / "late", corrected, "corrected")
+        process_file(con, late, **options)
+        for spec in specs:
+            make_event_bars(con, "SIMUSDT", spec)
+        after, again = bars(con), anew(*(files[k] for k in order), late)
+        for spec in specs:
+            pd.testing.assert_frame_equal(after[spec], again[spec], check_exact=True)
+        assert con.execute("SELECT count(*) FROM data_log WHERE event = 'bars_rebuilt' AND detail LIKE 'dollar:5000%'").fetchall()[0][0] >= 1
+        sha = con.execute("SELECT file_id FROM ingest_ledger WHERE uri = ?", [str(files[3])]).fetchall()[0][0]
+        forget_file(con, sha)
+        for spec in specs:
+            make_event_bars(con, "SIMUSDT", spec)
+        gone, fewer = bars(con), anew(*(files[k] for k in order if k != 3), late)
+        for spec in specs:
+            pd.testing.assert_frame_equal(gone[spec], fewer[spec], check_exact=True)
+
+
+def test_names_have_one_spelling() -> None:
+    assert {event_spec(s).spec for s in ("dollar:1000000", "dollar:1e6", "dollar:1M", "dollar:1000k")} == {"1000000"}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Report', 'IngestResult', 'process_file', 'forget_file']
 
-# %% ../../nbs/data/03_ingest.ipynb #3f5c64ce
+# %% ../../nbs/data/03_ingest.ipynb #e3f1d9f3
 import hashlib
 import html
 import os
@@ -28,6 +28,7 @@ from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,7 +47,7 @@ from .store import exclusive, write
 from ..errors import DataNotFound, SchemaError, StoreBusy
 from ..settings import Settings
 
-# %% ../../nbs/data/03_ingest.ipynb #007bb4fb
+# %% ../../nbs/data/03_ingest.ipynb #3341d725
 @dataclass(frozen=True, repr=False)
 class IngestResult:
     "What one file brought into the store."
@@ -80,7 +81,7 @@ class IngestResult:
         rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{html.escape(v)}</td></tr>" for k, v in text.items())
         return f"<table>{rows}</table>"
 
-# %% ../../nbs/data/03_ingest.ipynb #588ce721
+# %% ../../nbs/data/03_ingest.ipynb #8dacb68d
 _BAD_SCHEMA = pa.schema([("line", pa.int64()), ("raw", pa.string()), ("reason", pa.string())])
 _BAD_AT_ONCE = 20_000  # rows
 _BAD_REMEMBERED = 1_000_000  # rows whose line and id are kept
@@ -124,7 +125,7 @@ class _Refused:
         if self.writer:
             self.writer.close()
 
-# %% ../../nbs/data/03_ingest.ipynb #3e2ba76b
+# %% ../../nbs/data/03_ingest.ipynb #2a8877ef
 def _readable_id(
     raw: str,  # a refused line
     id_at: int | None,  # column of the trade id
@@ -136,7 +137,7 @@ def _readable_id(
     text = parts[id_at] if len(parts) > id_at + 1 else ""  # the last part of a broken line may be cut
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
 
-# %% ../../nbs/data/03_ingest.ipynb #2ee108d6
+# %% ../../nbs/data/03_ingest.ipynb #44aece51
 _MOST_HOLES = 1_000_000
 
 
@@ -166,7 +167,7 @@ class _Facts:
         "All holes, m rows of six numbers."
         return np.concatenate([np.empty((0, 6), np.int64), *self.holes])
 
-# %% ../../nbs/data/03_ingest.ipynb #7e32f470
+# %% ../../nbs/data/03_ingest.ipynb #e549076c
 _ID, _TS, _SIGN, _LINE, _BEGUN, _FELL = range(6)  # places in the state
 
 
@@ -206,7 +207,7 @@ def _follow(  # type: ignore[no-untyped-def]
         state[_ID], state[_TS], state[_LINE] = ids[i], ts[i], line[i]
     return len(ids), repeats, holes
 
-# %% ../../nbs/data/03_ingest.ipynb #ad898798
+# %% ../../nbs/data/03_ingest.ipynb #2d0e4a51
 def _from_refused(
     holes: np.ndarray,  # m x 6, as `_follow` fills them
     known: np.ndarray,  # k x 2: line and id of refused rows, id -1 where it cannot be read
@@ -223,7 +224,7 @@ def _from_refused(
     only = (between > 0) & (within(lines, before, after) == between)
     return (own == missing) | (only & (own + within(nameless, before, after) >= missing))
 
-# %% ../../nbs/data/03_ingest.ipynb #3b8e9346
+# %% ../../nbs/data/03_ingest.ipynb #43ece603
 _SAME = pa.dictionary(pa.int8(), pa.string())
 _US = pa.timestamp("us")
 _CANDLE_COLUMNS = ("open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume")
@@ -265,7 +266,7 @@ def _candle_columns(
     out = {name: pa.array(c[name], _LAKE["candles"].field(name).type) if name in c else pa.nulls(n, _LAKE["candles"].field(name).type) for name in _CANDLE_COLUMNS}
     return out | {"ts": pa.array(c["ts"].view("datetime64[us]")), "close_ts": pa.array((c["ts"] + step_us).view("datetime64[us]"))}
 
-# %% ../../nbs/data/03_ingest.ipynb #15669313
+# %% ../../nbs/data/03_ingest.ipynb #cbf64780
 @dataclass(frozen=True)
 class _Job:
     "One file on its way into the store."
@@ -298,7 +299,7 @@ class _Job:
         "The file's name, without where it lies."
         return self.uri.rsplit("/", 1)[-1]
 
-# %% ../../nbs/data/03_ingest.ipynb #d30c9ab3
+# %% ../../nbs/data/03_ingest.ipynb #2b94bee0
 class _OutOfOrder(Exception):
     "The rows of a file are not in the order of their ids and times."
 
@@ -360,7 +361,7 @@ class _Stream:
 
 _REPEATED = "{} is repeated"
 
-# %% ../../nbs/data/03_ingest.ipynb #260cde31
+# %% ../../nbs/data/03_ingest.ipynb #140cb3e8
 def _table_folder(
     con: DuckDBPyConnection,  # with the lake attached
     table: str,  # 'trades' or 'candles'
@@ -394,7 +395,7 @@ def _copy(
         raise
     return target
 
-# %% ../../nbs/data/03_ingest.ipynb #5c969767
+# %% ../../nbs/data/03_ingest.ipynb #b83df667
 _DICTIONARIES = ["symbol", "source", "interval", "file_id", "price", "side_reported", "side_tick", "n_trades", "received_at"]
 _DIFFERENCES = {"trade_id": "DELTA_BINARY_PACKED", "ts": "DELTA_BINARY_PACKED"}
 _ROW_GROUP = 120_000  # rows, about DuckDB's own
@@ -422,7 +423,7 @@ def _row_groups(
     if held:
         yield gathered()
 
-# %% ../../nbs/data/03_ingest.ipynb #0dac5370
+# %% ../../nbs/data/03_ingest.ipynb #b5545bd3
 def _exchange_mark(
     path: str,  # a local Parquet file
     mark: str,  # what stands for the file_id in it
@@ -440,7 +441,7 @@ def _exchange_mark(
             f.seek(start)
             f.write(text)
 
-# %% ../../nbs/data/03_ingest.ipynb #3dd834b1
+# %% ../../nbs/data/03_ingest.ipynb #9e76ecc9
 def _write_stream(
     cur: DuckDBPyConnection,  # of its own
     stream: _Stream,
@@ -464,39 +465,59 @@ def _write_stream(
         raise
     if local == target:
         return target
-    order = " ORDER BY ts, trade_id" if stream.state[_FELL] else ""
-    return _copy(cur, job, f"FROM read_parquet({quoted(local)}){order}")
+    final = _sort(cur, Path(local), "ts, trade_id") if stream.state[_FELL] else local
+    return _copy(cur, job, f"FROM read_parquet({quoted(str(final))})")
 
-# %% ../../nbs/data/03_ingest.ipynb #638bd9eb
+# %% ../../nbs/data/03_ingest.ipynb #f7488f5d
 def _stage(
-    cur: DuckDBPyConnection,  # of its own: its temporary tables are nobody else's
+    file: Path,  # Parquet to write
     blocks: Iterator[Block],  # the file's rows
     facts: _Facts,  # filled in part
 ) -> bool:  # False where there are none
-    "Bring a file's rows into the temporary table `stage`."
-    made = False
-    cur.execute("DROP TABLE IF EXISTS temp.stage")
+    "Write a file's rows as they come, with their lines."
+    writer: pq.ParquetWriter | None = None
     for block in blocks:
         facts.refused.add(block.bad)
         facts.units |= block.units
         if len(block.line):
-            cur.register("staged", pa.table({"line": block.line, **block.columns}))
-            cur.execute("INSERT INTO temp.stage FROM staged" if made else "CREATE TEMP TABLE stage AS FROM staged")
-            cur.unregister("staged")
-            made = True
-    return made
+            table = pa.table({"line": block.line, **block.columns})
+            writer = writer or pq.ParquetWriter(file, table.schema, use_dictionary=False)
+            writer.write_table(table)
+    if writer:
+        writer.close()
+    return writer is not None
+
+# %% ../../nbs/data/03_ingest.ipynb #efaa0074
+def _sort(
+    cur: DuckDBPyConnection,  # whose limits count
+    file: Path,  # Parquet; gone behind it
+    order: str,  # columns
+) -> Path:  # Parquet, beside it
+    "Sort a file in a database of its own with half the memory: what lies outside DuckDB's limit comes on top."
+    limit = cur.execute("SELECT current_setting('memory_limit'), current_setting('threads')").fetchall()[0]
+    amount, unit = limit[0].split()
+    ordered = file.with_name(f"ordered-{file.name}")
+    with duckdb.connect(config={"memory_limit": f"{float(amount) / 2:.1f}{unit}", "threads": limit[1], "temp_directory": str(file.parent / "sort")}) as own:
+        own.execute(f"COPY (FROM read_parquet({quoted(str(file))}) ORDER BY {order}) TO {quoted(str(ordered))} (FORMAT parquet)")
+    file.unlink()
+    return ordered
 
 
 def _sorted_blocks(
-    cur: DuckDBPyConnection,  # with the table `stage`
+    cur: DuckDBPyConnection,  # whose limits count
+    file: Path,  # what `_stage` wrote; gone behind it
     key: str,  # 'trade_id' or 'ts'
 ) -> Iterator[Block]:  # without the rows' text
     "The staged rows in the order of their key, those with one key in the file's order."
-    for batch in cur.execute(f"SELECT * FROM temp.stage ORDER BY {key}, line").to_arrow_reader(65_536):
-        columns = {name: c.to_numpy(zero_copy_only=False) for name, c in zip(batch.schema.names, batch.columns, strict=True)}
-        yield Block(columns, columns.pop("line"), lambda i: "")
+    ordered = _sort(cur, file, f"{key}, line")
+    with pq.ParquetFile(ordered) as source:
+        for i in range(source.num_row_groups):  # iter_batches keeps what it has read
+            group = source.read_row_group(i)
+            columns = {name: group[name].to_numpy() for name in group.column_names}
+            yield Block(columns, columns.pop("line"), lambda i: "")
+    ordered.unlink()
 
-# %% ../../nbs/data/03_ingest.ipynb #708dead6
+# %% ../../nbs/data/03_ingest.ipynb #49e7ebbc
 def _write_staged(
     cur: DuckDBPyConnection,  # of its own
     job: _Job,
@@ -505,18 +526,18 @@ def _write_staged(
     folder: Path,  # for a file that does not stay
 ) -> str:  # the file, not yet part of the lake; '' where there is no row
     "Write the rows of any file in order and without repetitions."
-    if not _stage(cur, blocks(), facts):
+    staged = folder / "staged.parquet"
+    if not _stage(staged, blocks(), facts):
         return ""
     stream = _Stream(job, facts, careful=True)
-    file = _write_stream(cur, stream, _sorted_blocks(cur, job.series.key), folder)
-    cur.execute("DROP TABLE temp.stage")
+    file = _write_stream(cur, stream, _sorted_blocks(cur, staged, job.series.key), folder)
     if stream.repeats:
         lines, reason = np.sort(np.concatenate(stream.repeats)), _REPEATED.format(job.series.key)
         for block in blocks():
             facts.refused.add([(int(block.line[i]), block.text(int(i))[:1000], reason) for i in np.flatnonzero(np.isin(block.line, lines))])
     return file
 
-# %% ../../nbs/data/03_ingest.ipynb #e1659e15
+# %% ../../nbs/data/03_ingest.ipynb #0e2e468d
 def _placed(
     block: Block,
     job: _Job,
@@ -526,7 +547,7 @@ def _placed(
         block.keep(block.columns["ts"] % job.step_us == 0, lambda i: f"ts is not the open of a {job.spec.interval} candle")
     return block
 
-# %% ../../nbs/data/03_ingest.ipynb #d67989ff
+# %% ../../nbs/data/03_ingest.ipynb #069078a2
 _FACTOR, _A_DAY, _NEAR_DAYS = ln(2), 0.3, 30.0
 
 
@@ -558,7 +579,7 @@ def _price_near(
     row = cur.execute(query, [job.spec.symbol, file_id, *bounds]).fetchone()
     return (row[0], row[1]) if row and row[0] is not None else None
 
-# %% ../../nbs/data/03_ingest.ipynb #2884c161
+# %% ../../nbs/data/03_ingest.ipynb #3f640f9f
 def _check_symbol(
     cur: DuckDBPyConnection,
     job: _Job,
@@ -582,7 +603,7 @@ def _check_symbol(
         if (before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1]):
             raise SchemaError(f"expected in {job.name} ids {'above' if before else 'below'} {old.last[1] if before else old.first[1]}, as those of {old.uri.rsplit('/', 1)[-1]}; found {facts.first[1]} to {facts.last[1]}. {remedy}")
 
-# %% ../../nbs/data/03_ingest.ipynb #edec1996
+# %% ../../nbs/data/03_ingest.ipynb #154956ef
 _FEWER = 0.99  # share of the older version's rows that a newer one has at least
 
 
@@ -617,7 +638,7 @@ def _check_version(
             "If the newer one is right all the same, pass replace=True (--replace)"
         )
 
-# %% ../../nbs/data/03_ingest.ipynb #a8015af6
+# %% ../../nbs/data/03_ingest.ipynb #c61cc8a8
 def _overlapping(
     stored: list[Older],  # files of the same series
     job: _Job,
@@ -629,7 +650,7 @@ def _overlapping(
     at = 1 if job.series.table == "trades" else 0
     return tuple(o for o in stored if o != old and o.last[at] >= facts.first[at] and o.first[at] <= facts.last[at])
 
-# %% ../../nbs/data/03_ingest.ipynb #ebae0aa5
+# %% ../../nbs/data/03_ingest.ipynb #d83b02a2
 @dataclass(frozen=True)
 class _Left:
     "What of a file is to be stored."
@@ -662,7 +683,7 @@ def _without_known(
     assert row is not None  # noqa: S101  (an aggregate has one row)
     return _Left(new, row[0], file_digest(cur, s.table, new), (row[1], row[3]), (row[2], row[4]))
 
-# %% ../../nbs/data/03_ingest.ipynb #c0d9778a
+# %% ../../nbs/data/03_ingest.ipynb #e08bb2da
 def _sha256(
     path: Path,  # a local file
 ) -> str:  # 64 hexadecimal digits
@@ -690,7 +711,7 @@ def _result(
         market=row["market"] or "spot", interval=row["interval"], duplicates=row["duplicates"] or 0, corrected=row["corrected"] or 0, replaced=replaced,
     )  # fmt: skip
 
-# %% ../../nbs/data/03_ingest.ipynb #9b0ba4f2
+# %% ../../nbs/data/03_ingest.ipynb #0a1c3847
 def _ledger_row(con: DuckDBPyConnection, sha256: str) -> dict[str, Any] | None:
     "What the ledger has under a checksum."
     rows = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE file_id = ? LIMIT 1", [sha256]).fetchall()
@@ -718,7 +739,7 @@ def _loaded(
         return _result(job.uri, row, already_loaded=True)
     return None
 
-# %% ../../nbs/data/03_ingest.ipynb #b4886496
+# %% ../../nbs/data/03_ingest.ipynb #02f3f17e
 def _ahead(
     blocks: Iterator[Block],  # lazily read
     depth: int = 4,  # blocks to hold ready
@@ -751,7 +772,7 @@ def _ahead(
     finally:
         stop.set()
 
-# %% ../../nbs/data/03_ingest.ipynb #42cf2563
+# %% ../../nbs/data/03_ingest.ipynb #047bfae2
 _PATIENCE_S = 1.5
 Report = Callable[[int, int], None]  # called with bytes read and bytes in all
 
@@ -788,7 +809,7 @@ def _progress(
         if bar is not None:
             bar.stop()
 
-# %% ../../nbs/data/03_ingest.ipynb #422da717
+# %% ../../nbs/data/03_ingest.ipynb #21d9b85f
 def _write_rows(
     cur: DuckDBPyConnection,  # of its own
     job: _Job,
@@ -830,7 +851,7 @@ def _check_share(
         "Mend the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
     )
 
-# %% ../../nbs/data/03_ingest.ipynb #390fe247
+# %% ../../nbs/data/03_ingest.ipynb #7f2ea4e8
 @dataclass(frozen=True)
 class _Plan:
     "What a file brings, and what gives way to it."
@@ -869,7 +890,7 @@ def _plan(
             _check_symbol(cur, job, facts, [o for o in stored if o != old])
     return _Plan(tuple(stored), old, met, _without_known(cur, job, facts, file, met))
 
-# %% ../../nbs/data/03_ingest.ipynb #0b90258c
+# %% ../../nbs/data/03_ingest.ipynb #be7ee135
 def _gap_rows(job: _Job, facts: _Facts) -> list[tuple[str, str, int, int, int | None, int | None]]:
     "The file's holes as rows for the table `gaps`."
     holes = facts.all_holes()
@@ -890,7 +911,7 @@ def _insert_ledger(con: DuckDBPyConnection, job: _Job, facts: _Facts, plan: _Pla
     con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
     return dict(zip(_LEDGER.split(", "), row, strict=True))
 
-# %% ../../nbs/data/03_ingest.ipynb #68f9c870
+# %% ../../nbs/data/03_ingest.ipynb #419cc940
 def _check_kinds(con: DuckDBPyConnection, job: _Job) -> None:
     "`SchemaError` where trades of this source would be counted twice."
     other = con.execute("SELECT DISTINCT kind FROM lake.main.ingest_ledger WHERE symbol = ? AND source = ? AND kind <> ? AND rows > 0", [job.spec.symbol, job.source, job.spec.kind]).fetchall()
@@ -921,7 +942,7 @@ def _commit(
     take_out(con, job.series, plan.met, job.sha256, job.uri)
     return _store(con, job, facts, plan)
 
-# %% ../../nbs/data/03_ingest.ipynb #0e15fb8c
+# %% ../../nbs/data/03_ingest.ipynb #e07db48f
 def _store(
     con: DuckDBPyConnection,  # in the transaction
     job: _Job,
@@ -951,7 +972,7 @@ def _store(
         row["gaps"] = con.execute("SELECT gaps FROM lake.main.ingest_ledger WHERE file_id = ?", [job.sha256]).fetchall()[0][0]
     return _result(job.uri, row, already_loaded=False, replaced=plan.old.file_id if plan.old else None)
 
-# %% ../../nbs/data/03_ingest.ipynb #1f2bd6bc
+# %% ../../nbs/data/03_ingest.ipynb #abacf973
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
     job: _Job,
@@ -981,7 +1002,7 @@ def _load(
         for written in files - {kept, ""}:
             _discard(written)
 
-# %% ../../nbs/data/03_ingest.ipynb #01e780c4
+# %% ../../nbs/data/03_ingest.ipynb #ae7b712c
 def _note_refusal(
     con: DuckDBPyConnection,
     uri: str,
@@ -1017,7 +1038,7 @@ def _default_source(spec: FileSpec, simulated: bool) -> str:
     "Source of a file for which none is given."
     return "simulated" if simulated else spec.kind if spec.market == "spot" else f"{spec.market}.{spec.kind}"
 
-# %% ../../nbs/data/03_ingest.ipynb #4f5224da
+# %% ../../nbs/data/03_ingest.ipynb #8b8eea7c
 def process_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     uri: str | Path,  # local path or s3:// address of a .csv, .csv.gz, .zip or .parquet
@@ -1048,7 +1069,7 @@ def process_file(
             _note_refusal(con, str(uri), path, spec, str(e))
             raise
 
-# %% ../../nbs/data/03_ingest.ipynb #1dad043b
+# %% ../../nbs/data/03_ingest.ipynb #660d11bd
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
     file_id: str,  # sha256 of a loaded file, or its first six characters or more

@@ -7,9 +7,9 @@ __all__ = ['PRICES', 'NUMBERS', 'COLUMNS', 'Trades', 'TRADE_COLUMNS', 'RECORD', 
            'check_bars', 'bar_frame', 'fold_trades', 'record_amount', 'place_bars', 'trades_to_bars', 'bars_frame',
            'combine_bars', 'resample_bars', 'make_bars', 'source_market', 'read_bars']
 
-# %% ../../nbs/data/04_bars.ipynb #0b468f28
+# %% ../../nbs/data/04_bars.ipynb #fdbe84e9
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from numba import njit
 
 from ..errors import DataNotFound, SchemaError
 
-# %% ../../nbs/data/04_bars.ipynb #dfb7e234
+# %% ../../nbs/data/04_bars.ipynb #40014f38
 _UNITS_S = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -45,7 +45,7 @@ def bar_spec(
     unit, size = next((u, n) for u, n in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)) if seconds % n == 0)
     return f"{seconds // size}{unit}"
 
-# %% ../../nbs/data/04_bars.ipynb #10311581
+# %% ../../nbs/data/04_bars.ipynb #34de454b
 PRICES = ["open", "high", "low", "close"]
 NUMBERS = [*PRICES, "volume", "quote_volume", "trades", "buy_volume", "buy_volume_tick", "vwap"]
 COLUMNS = ["symbol", *NUMBERS, "close_ts", "gap"]
@@ -60,7 +60,7 @@ def _check_index(index: pd.Index) -> None:
     if not (index.is_monotonic_increasing and index.is_unique):
         raise SchemaError("index: expected strictly increasing times; found repeated or unsorted ones. Sort, and drop what is double")
 
-# %% ../../nbs/data/04_bars.ipynb #ec2e90ce
+# %% ../../nbs/data/04_bars.ipynb #12c5c981
 def _check_columns(df: pd.DataFrame) -> None:
     "The columns of a bar frame and their types."
     if missing := [c for c in COLUMNS if c not in df.columns]:
@@ -73,7 +73,7 @@ def _check_columns(df: pd.DataFrame) -> None:
     if str(getattr(df["close_ts"].dtype, "tz", None)) != "UTC":
         raise SchemaError(f"close_ts: expected times in UTC; found {df['close_ts'].dtype}. It is the open time plus the bar's length")
 
-# %% ../../nbs/data/04_bars.ipynb #39758e12
+# %% ../../nbs/data/04_bars.ipynb #c93fa72a
 def check_bars(
     df: pd.DataFrame,  # what should be a frame of time bars
 ) -> pd.DataFrame:  # the same frame, untouched
@@ -94,7 +94,7 @@ def check_bars(
         raise SchemaError("high: expected low <= open, close <= high; found bars where it is not so. Look at the source of these bars")
     return df
 
-# %% ../../nbs/data/04_bars.ipynb #04088578
+# %% ../../nbs/data/04_bars.ipynb #534ea566
 _OPEN_TIMES = ("ts", "open_time", "time", "timestamp", "date", "datetime")
 _OTHER_NAMES = {"count": "trades", "taker_buy_volume": "buy_volume", "quote_asset_volume": "quote_volume"}
 
@@ -121,7 +121,7 @@ def _open_times(df: pd.DataFrame) -> pd.DatetimeIndex:
     index = pd.DatetimeIndex(times, name="ts")
     return (index.tz_localize("UTC") if index.tz is None else index.tz_convert("UTC")).as_unit("us")
 
-# %% ../../nbs/data/04_bars.ipynb #8630a01e
+# %% ../../nbs/data/04_bars.ipynb #604dee5b
 def _on_grid(
     df: pd.DataFrame,  # some or all of the number columns, indexed by open time, sorted
     length: pd.Timedelta,  # bar length
@@ -137,7 +137,7 @@ def _on_grid(
     out["gap"] = gap
     return out
 
-# %% ../../nbs/data/04_bars.ipynb #def7ee8d
+# %% ../../nbs/data/04_bars.ipynb #5b8b2797
 def bar_frame(
     df: pd.DataFrame,  # candles: open, high, low, close, volume and what else is known; open time as column (ts, open_time, …) or index, naive = UTC
     spec: str = "1h",  # length of these candles
@@ -157,7 +157,7 @@ def bar_frame(
         out["vwap"] = (out["quote_volume"] / out["volume"].where(out["volume"] > 0)).fillna(out["close"].where(out["quote_volume"].notna()))
     return _on_grid(out, length, symbol)
 
-# %% ../../nbs/data/04_bars.ipynb #7c03304e
+# %% ../../nbs/data/04_bars.ipynb #f7c764bc
 _UNIT = 100_000_000  # parts of one that amounts are added in
 Trades = dict[str, np.ndarray]  # ts int64 µs, trade_id int64, price, qty, quote_qty float64, n_trades int32, side_reported and side_tick int8 (0 unknown)
 TRADE_COLUMNS = ("ts", "trade_id", "price", "qty", "quote_qty", "n_trades", "side_reported", "side_tick")
@@ -184,7 +184,7 @@ def _nearest(
         mantissa += 1
     return mantissa / float(1 << (up - 1))
 
-# %% ../../nbs/data/04_bars.ipynb #bbc2cf3e
+# %% ../../nbs/data/04_bars.ipynb #2db01b95
 _AMOUNTS = ("volume", "quote", "reported", "tick")  # Σ quantity, Σ price × quantity, bought by the reported side and by the tick rule
 _PAIRS = [(f"{name}_{half}", "i8") for name in _AMOUNTS for half in ("whole", "part")]
 _FLAGS = [("any_reported", "?"), ("any_tick", "?"), ("last_reported", "?"), ("last_tick", "?")]  # is a side known of any trade, of the last one
@@ -218,7 +218,7 @@ def _add(bar: Any, qty: float, quote: float, reported: int, tick: int) -> None:
     bar.any_reported |= bar.last_reported
     bar.any_tick |= bar.last_tick
 
-# %% ../../nbs/data/04_bars.ipynb #114884cd
+# %% ../../nbs/data/04_bars.ipynb #8d3e6f16
 @njit(cache=True, nogil=True)
 def _fold(
     ts: np.ndarray, trade_id: np.ndarray, price: np.ndarray, qty: np.ndarray, quote: np.ndarray, number: np.ndarray, reported: np.ndarray, tick: np.ndarray,  # n trades in order
@@ -242,7 +242,7 @@ def _fold(
         bar.close, bar.last_id, bar.last_ts = p, trade_id[i], ts[i]
     return k + 1 if end >= 0 else 0
 
-# %% ../../nbs/data/04_bars.ipynb #265bad60
+# %% ../../nbs/data/04_bars.ipynb #c7d35afb
 def fold_trades(
     batches: Iterable[Trades],  # trades in the order (ts, trade_id)
     length_us: int,  # bar length
@@ -279,24 +279,33 @@ def _nearest_all(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
         out[i] = _nearest(whole[i], part[i])
     return out
 
-# %% ../../nbs/data/04_bars.ipynb #96a35d56
+# %% ../../nbs/data/04_bars.ipynb #547fb3f8
 def _stretches(
     coverage: list[tuple[int, int, int | None, int | None]],  # start and end in µs since 1970; first and last trade id, None where unknown
 ) -> list[tuple[int, int]]:  # disjoint, in order of time
     "Covered stretches, joined where they touch or where the trade ids run on."
-    out: list[tuple[int, int]] = []
-    so_far: int | None = None  # last id of the stretch at hand
-    for start, end, first_id, last_id in sorted(coverage, key=lambda row: row[:2]):
-        runs_on = first_id is not None and so_far is not None and first_id == so_far + 1
-        if out and (start <= out[-1][1] or runs_on):
-            so_far = last_id if end >= out[-1][1] else so_far
-            out[-1] = (out[-1][0], max(out[-1][1], end))
+    parts: list[tuple[int, int, int | None, int | None]] = []
+    for start, end, first, last in sorted(coverage, key=lambda row: row[:2]):
+        if parts and start <= parts[-1][1]:  # rows that two files have belong to one of them: together they know the first and the last
+            a, b, low, high = parts[-1]
+            parts[-1] = a, max(b, end), _either(min, low, first), _either(max, high, last)
+        else:
+            parts.append((start, end, first, last))
+    out, so_far = [parts[0][:2]] if parts else [], parts[0][3] if parts else None
+    for start, end, first, last in parts[1:]:
+        if first is not None and so_far is not None and first == so_far + 1:
+            out[-1] = out[-1][0], end
         else:
             out.append((start, end))
-            so_far = last_id
+        so_far = last
     return out
 
-# %% ../../nbs/data/04_bars.ipynb #ce74671f
+# %% ../../nbs/data/04_bars.ipynb #39cb9b00
+def _either(choose: Callable[..., int], a: int | None, b: int | None) -> int | None:
+    "The smaller or larger of two ids, or the one that is known."
+    return choose(a, b) if a is not None and b is not None else b if a is None else a
+
+# %% ../../nbs/data/04_bars.ipynb #39423b53
 def _holes(
     coverage: list[tuple[int, int, int | None, int | None]],  # as for _stretches, not empty
     gaps: list[tuple[int, int, str]],  # start and end in µs, kind
@@ -312,7 +321,7 @@ def _holes(
     frame = pd.DataFrame(holes, columns=["first_bar", "last_bar", "end_us"], dtype="int64")
     return frame[frame["first_bar"] <= frame["last_bar"]], {"first": start // length_us, "whole": -(-start // length_us), "last": end // length_us - 1}
 
-# %% ../../nbs/data/04_bars.ipynb #0679ce25
+# %% ../../nbs/data/04_bars.ipynb #a448a0b7
 @njit(cache=True, nogil=True)
 def _place(
     records: np.ndarray,  # RECORD, in order
@@ -343,7 +352,7 @@ def _place(
         price[i], sides[i, 0], sides[i, 1] = now, reported, tick
     carry[0], carry[1], carry[2] = now, reported, tick
 
-# %% ../../nbs/data/04_bars.ipynb #486c1056
+# %% ../../nbs/data/04_bars.ipynb #e13a28a7
 def place_bars(
     records: np.ndarray,  # RECORD, in order
     holes: pd.DataFrame,  # from _holes
@@ -376,7 +385,7 @@ def _vwap(bars: dict[str, np.ndarray]) -> np.ndarray:
         mean = np.clip(bars["quote_volume"] / bars["volume"], bars["low"], bars["high"])
     return np.where(bars["volume"] > 0, mean, np.where(np.isnan(bars["quote_volume"]), np.nan, bars["close"]))
 
-# %% ../../nbs/data/04_bars.ipynb #5af42be3
+# %% ../../nbs/data/04_bars.ipynb #fd7589a2
 def _complete(trades: pd.DataFrame) -> Trades:
     "The trades' columns that bars need, in order, with defaults for those that are not there."
     if missing := [c for c in ("ts", "price", "qty") if c not in trades.columns]:
@@ -394,7 +403,7 @@ def _complete(trades: pd.DataFrame) -> Trades:
     order = np.lexsort((out["trade_id"], out["ts"]))
     return {name: out[name][order] for name in TRADE_COLUMNS}
 
-# %% ../../nbs/data/04_bars.ipynb #5637c1a3
+# %% ../../nbs/data/04_bars.ipynb #f642fa92
 def trades_to_bars(
     trades: pd.DataFrame,  # ts (UTC), price, qty; trade_id (else the row's order), quote_qty, side_reported, side_tick, n_trades where known
     spec: str = "1m",  # bar length
@@ -424,7 +433,7 @@ def bars_frame(
     index = pd.DatetimeIndex(bars["ts"].astype("datetime64[us]"), name="ts").tz_localize("UTC")
     return _on_grid(pd.DataFrame({name: bars[name] for name in NUMBERS}, index=index), length, symbol)
 
-# %% ../../nbs/data/04_bars.ipynb #aaa379b5
+# %% ../../nbs/data/04_bars.ipynb #8ac01369
 @njit(cache=True, nogil=True)
 def _combine(
     b: np.ndarray,  # int64, n, not decreasing: number of the long bar
@@ -462,7 +471,7 @@ def _combine_prices(prices: np.ndarray, volume: np.ndarray, i: int, j: int, trad
             out[1] = prices[1, k] if np.isnan(out[1]) else max(out[1], prices[1, k])
             out[2] = prices[2, k] if np.isnan(out[2]) else min(out[2], prices[2, k])
 
-# %% ../../nbs/data/04_bars.ipynb #dec2af5c
+# %% ../../nbs/data/04_bars.ipynb #a96a3d45
 @njit(cache=True, nogil=True)
 def _combine_amount(amount: np.ndarray, volume: np.ndarray, i: int, j: int, traded: bool, strict: bool) -> float:
     "Sum of the parts in units of 1e-8; NaN where it is unknown."
@@ -494,7 +503,7 @@ def combine_bars(
     long = {"ts": (first + np.arange(out.shape[1])) * long_us} | dict(zip([*PRICES, "volume", "quote_volume", "buy_volume", "buy_volume_tick", "trades"], out, strict=True))
     return long | {"vwap": _vwap(long), "gap": np.isnan(long["open"])}
 
-# %% ../../nbs/data/04_bars.ipynb #aa639f04
+# %% ../../nbs/data/04_bars.ipynb #8f1ede2a
 def resample_bars(
     bars: pd.DataFrame,  # bar frame
     spec: str,  # length of the bars that are wanted, a multiple of these bars' length
@@ -512,7 +521,7 @@ def resample_bars(
     out = combine_bars(columns, short_us, long_us, -(-int(ts[0]) // long_us), (int(ts[-1]) + short_us) // long_us - 1)
     return bars_frame(out, long, str(bars["symbol"].iloc[0]))
 
-# %% ../../nbs/data/04_bars.ipynb #1a4ee648
+# %% ../../nbs/data/04_bars.ipynb #ab0e9112
 def make_bars(
     con: duckdb.DuckDBPyConnection,  # the store, from init_duckdb()
     symbol: str,  # such as BTCUSDT
@@ -529,7 +538,7 @@ def make_bars(
 
     return grow_bars(con, symbol, spec, source=source)
 
-# %% ../../nbs/data/04_bars.ipynb #b479ad6e
+# %% ../../nbs/data/04_bars.ipynb #ec166919
 SOURCES = ("trades", "aggTrades", "klines", "finnhub", "um.trades", "um.aggTrades", "um.klines", "replay", "simulated")  # the first that covers a bar wholly gives it
 PLAYED = ("replay", "simulated")  # no market's
 
@@ -550,7 +559,7 @@ def _usable(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str 
     chosen: list[str] = next((group for m in markets if (group := [s for s in found if source_market(s) == m])), [])
     return sorted(chosen, key=lambda s: (SOURCES.index(s) if s in SOURCES else len(SOURCES), s))
 
-# %% ../../nbs/data/04_bars.ipynb #5b371304
+# %% ../../nbs/data/04_bars.ipynb #83751938
 _STORED = "ts, close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, buy_volume_tick, vwap, gap"
 
 
@@ -578,7 +587,7 @@ def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked
     found = "; ".join(f"{s} from {src}, {a:%Y-%m-%d %H:%M} to {b:%Y-%m-%d %H:%M} UTC ({n} bars)" for s, src, a, b, n in rows) or f"no bars of {symbol}"
     return DataNotFound(f"expected {asked}; found {found}. Build them: cryptoresearch bars {symbol} {spec}, or make_bars(con, {symbol!r}, {spec!r})")
 
-# %% ../../nbs/data/04_bars.ipynb #5ece6b58
+# %% ../../nbs/data/04_bars.ipynb #08aaad46
 def read_bars(
     con: duckdb.DuckDBPyConnection,  # the store
     symbol: str,  # such as BTCUSDT

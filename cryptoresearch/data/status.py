@@ -7,7 +7,7 @@ __all__ = ['HOLES_SHARE', 'REJECTED_SHARE', 'NO_MARKET', 'EMPTY', 'BROKEN', 'WHO
            'gap_table', 'Verdict', 'judge_series', 'status', 'raster', 'timeline_svg', 'length_text', 'DataStatus',
            'data_status', 'source_intervals', 'read_trades']
 
-# %% ../../nbs/data/06_status.ipynb #e4ac87f8
+# %% ../../nbs/data/06_status.ipynb #7e2ca44e
 import html
 import math
 import re
@@ -26,7 +26,7 @@ from rich.text import Text
 from .store import store_size
 from ..errors import ConfigError, DataNotFound, problem
 
-# %% ../../nbs/data/06_status.ipynb #b8e46ea7
+# %% ../../nbs/data/06_status.ipynb #16e21c4e
 _KEY = ["symbol", "source", "interval"]
 _US = pd.Timedelta("1us")
 
@@ -78,12 +78,14 @@ def _claims(
         frame[name] = frame.pop(f"{name}_ts").astype("datetime64[us]").astype("int64")
     return frame.sort_values([*_KEY, "start", "end"], ignore_index=True)
 
-# %% ../../nbs/data/06_status.ipynb #e1ff35b1
+# %% ../../nbs/data/06_status.ipynb #4237ee03
 def _stretches(
     claims: pd.DataFrame,  # of one series, in order of time
 ) -> list[dict[str, Any]]:  # a stretch each: start, end (µs), first_id, last_id (None where unknown), files, rows
     "Join the claims of one series."
     out: list[dict[str, Any]] = []
+    if claims["first_id"].notna().all():  # a file whose first rows others had brought claims their time, but its ids begin behind theirs
+        claims = claims.sort_values("first_id", kind="stable")
     for row in _each(claims):
         first, last = (None if pd.isna(v) else int(v) for v in (row.first_id, row.last_id))
         rows = 0 if pd.isna(row.rows) else int(row.rows)
@@ -91,12 +93,12 @@ def _stretches(
         ids_known = before is not None and first is not None and before["last_id"] is not None
         if before is not None and (first <= before["last_id"] + 1 if ids_known and first is not None else row.start <= before["end"]):
             before["last_id"] = max(before["last_id"], last) if ids_known and last is not None else last if row.end >= before["end"] else before["last_id"]
-            before |= {"end": max(before["end"], row.end), "files": before["files"] + 1, "rows": before["rows"] + rows}
+            before |= {"start": min(before["start"], row.start), "end": max(before["end"], row.end), "files": before["files"] + 1, "rows": before["rows"] + rows}
         else:
             out.append({"start": row.start, "end": row.end, "first_id": first, "last_id": last, "files": 1, "rows": rows})
     return out
 
-# %% ../../nbs/data/06_status.ipynb #9ea6f745
+# %% ../../nbs/data/06_status.ipynb #f2054ac4
 def _times(
     frame: pd.DataFrame,  # with start and end in µs
 ) -> pd.DataFrame:  # the same with UTC times, and '' of interval as None
@@ -118,7 +120,7 @@ def coverage(
     frame = pd.DataFrame(rows, columns=[*_KEY, "start", "end", "files", "rows", "first_id", "last_id"]).astype({"first_id": "Int64", "last_id": "Int64"})
     return _times(frame)
 
-# %% ../../nbs/data/06_status.ipynb #cd65f78b
+# %% ../../nbs/data/06_status.ipynb #8f126f4e
 _PERIOD = re.compile(r"-(\d{4}-\d{2}(?:-\d{2})?)\.(?:csv|zip|parquet)")
 _DAY_US = 86_400_000_000
 
@@ -142,7 +144,7 @@ def _period(
         return None
     return None if period is None else (_us(period.start_time), _us((period + 1).start_time))
 
-# %% ../../nbs/data/06_status.ipynb #2ed591b3
+# %% ../../nbs/data/06_status.ipynb #a0d459b1
 def _absent_days(
     claims: pd.DataFrame,  # of one series
 ) -> list[tuple[int, int]]:  # µs, [first day's start, last day's end)
@@ -166,7 +168,7 @@ def missing_files(
     rows = [dict(zip(_KEY, key, strict=True)) | {"start": a, "end": b, "days": (b - a) // _DAY_US} for key, group in _by_series(claims) for a, b in _absent_days(group)]
     return _times(pd.DataFrame(rows, columns=[*_KEY, "start", "end", "days"]))
 
-# %% ../../nbs/data/06_status.ipynb #4d87ae23
+# %% ../../nbs/data/06_status.ipynb #ba1b7683
 _GAP = [*_KEY, "kind", "start", "end", "missing", "first_missing_id", "last_missing_id", "file_id"]
 
 
@@ -189,7 +191,7 @@ def _recorded(
     gaps["missing"] -= gaps.index.map(filled).fillna(0).astype("float64")
     return gaps[~(gaps["missing"] <= 0).fillna(False).astype(bool)].reindex(columns=_GAP)
 
-# %% ../../nbs/data/06_status.ipynb #966d84e1
+# %% ../../nbs/data/06_status.ipynb #e36347ab
 def _filled(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     gaps: pd.DataFrame,  # of kind id
@@ -209,7 +211,7 @@ def _filled(
                 out[gap.Index] = int(found[0]) if found else 0
     return out
 
-# %% ../../nbs/data/06_status.ipynb #da33f327
+# %% ../../nbs/data/06_status.ipynb #8061e92f
 def _between(
     key: _Series,  # symbol, source, interval
     claims: pd.DataFrame,  # of this series
@@ -236,7 +238,7 @@ def _candles(
     step = int(interval[:-1]) * unit * 1_000_000 if unit and interval[:-1].isdigit() else 0
     return length_us / step if step else math.nan
 
-# %% ../../nbs/data/06_status.ipynb #7a768dfa
+# %% ../../nbs/data/06_status.ipynb #66fff2e5
 _EDGE_TRADES = 20  # trades expected at a file's edge before it counts as missing
 
 
@@ -257,7 +259,7 @@ def _bounds(
             out.append(dict(zip(_KEY, key, strict=True)) | edge)
     return out
 
-# %% ../../nbs/data/06_status.ipynb #360206e1
+# %% ../../nbs/data/06_status.ipynb #c1fb296c
 _SILENCE_S, _SILENCE_TRADES = 60, 100  # shortest silence that is looked at, and trades that the rate around it would have given
 _SILENCES = """
 WITH minutes AS (SELECT epoch_us(ts) // 60000000 AS minute, count(*) AS n, epoch_us(min(ts)) AS a, epoch_us(max(ts)) AS b FROM trades WHERE symbol = ? AND source = ? GROUP BY ALL),
@@ -277,7 +279,7 @@ def _silences(
     rows = [(a, b) for a, b in found if not any(start < b and end > a for start, end in known)]
     return [dict(zip(_KEY, key, strict=True)) | {"kind": "silence", "start": a, "end": b, "missing": 0} for a, b in rows]
 
-# %% ../../nbs/data/06_status.ipynb #8d726179
+# %% ../../nbs/data/06_status.ipynb #02e5af1e
 def gap_table(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None = None,  # one symbol only
@@ -301,7 +303,7 @@ def gap_table(
     frame.insert(6, "length", frame["end"] - frame["start"])
     return frame
 
-# %% ../../nbs/data/06_status.ipynb #406fa67b
+# %% ../../nbs/data/06_status.ipynb #6556e926
 HOLES_SHARE, REJECTED_SHARE = 0.01, 0.001
 NO_MARKET = {"simulated": "SIMULATED, not a market", "replay": "REPLAYED, not a market"}
 
@@ -323,7 +325,7 @@ def _count(n: float, noun: str) -> str:
     many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{n:,.0f} {noun if n == 1 else many}"
 
-# %% ../../nbs/data/06_status.ipynb #06adf634
+# %% ../../nbs/data/06_status.ipynb #8a6b348a
 def judge_series(
     rows: int,  # stored
     rejected: int,  # refused
@@ -349,7 +351,7 @@ def judge_series(
         level, text = "usable", "complete inside, but the first or last day is cut short"
     return Verdict(level, name + "; ".join([text, *extra]))
 
-# %% ../../nbs/data/06_status.ipynb #0c717cf3
+# %% ../../nbs/data/06_status.ipynb #1ad9d7ef
 _STATUS = [*_KEY, "kind", "start", "end", "files", "rows", "stretches", "gaps", "missing", "missing_share", "longest_gap", "silences", "rejected", "duplicates", "level", "verdict"]
 
 
@@ -375,7 +377,7 @@ def status(
     "Sum up what there is of each series, what is missing, and whether it can be used."
     return _summed(_claims(con, symbol, source), gap_table(con, symbol, source, silences=silences), _live_rows(con, _claims(con, symbol, source)))
 
-# %% ../../nbs/data/06_status.ipynb #e31404bb
+# %% ../../nbs/data/06_status.ipynb #1a51ffec
 def _summed(
     claims: pd.DataFrame,  # of all series
     gaps: pd.DataFrame,  # of gap_table
@@ -397,7 +399,7 @@ def _summed(
                      real["length"].max() if len(real) else pd.Timedelta(0), quiet, refused, duplicates, verdict.level, verdict.sentence])  # fmt: skip
     return _times(pd.DataFrame(rows, columns=_STATUS))
 
-# %% ../../nbs/data/06_status.ipynb #4a171f25
+# %% ../../nbs/data/06_status.ipynb #207a3e21
 EMPTY, BROKEN, WHOLE = 0, 1, 2
 
 
@@ -421,7 +423,7 @@ def raster(
     edge = partly & ~broken & ~((np.r_[share[1:], 0] > 0) & (np.r_[0, share[:-1]] > 0))  # where a series begins or ends within a cell
     return np.where(share <= 0, EMPTY, np.where(partly & ~edge, BROKEN, WHOLE)).astype(np.int8)
 
-# %% ../../nbs/data/06_status.ipynb #86f73d0b
+# %% ../../nbs/data/06_status.ipynb #a1e2ffa8
 _COLORS = {EMPTY: "#eceff2", BROKEN: "#d9822b", WHOLE: "#1f7a4d"}
 _LEVEL = {"complete": "#1a7f4b", "usable": "#b26a1a", "holes": "#b3261e", "empty": "#8a8f98"}
 _STYLE = """<style>
@@ -443,7 +445,7 @@ def timeline_svg(
     parts = "".join(f'<rect x="{a}" width="{b - a + 0.05:.2f}" height="1" fill="{_COLORS[int(cells[a])]}"/>' for a, b in zip(starts, ends, strict=True))
     return f'<svg viewBox="0 0 {len(cells)} 1" preserveAspectRatio="none" role="img" aria-label="{html.escape(label)}">{parts}</svg>'
 
-# %% ../../nbs/data/06_status.ipynb #c18a1d4a
+# %% ../../nbs/data/06_status.ipynb #fb483d8f
 def _span(start: pd.Timestamp, end: pd.Timestamp) -> str:
     "From when to when, as short as it can be said."
     form = "%Y-%m-%d %H:%M" if end - start < pd.Timedelta("3D") else "%Y-%m-%d"
@@ -475,7 +477,7 @@ def _facts(row: Any) -> str:
     parts += [f"longest gap {length_text(row.longest_gap)}"] * bool(row.gaps) + [f"{row.rejected:,} refused"] * bool(row.rejected)
     return " · ".join(parts)
 
-# %% ../../nbs/data/06_status.ipynb #26fe3f38
+# %% ../../nbs/data/06_status.ipynb #e0ef086a
 @dataclass(frozen=True, repr=False)
 class DataStatus:
     "What the store has, to look at."
@@ -508,7 +510,7 @@ class DataStatus:
     def __rich__(self) -> Group:
         return _terminal(self)
 
-# %% ../../nbs/data/06_status.ipynb #57db4f3a
+# %% ../../nbs/data/06_status.ipynb #fd6098c5
 def _page(s: DataStatus) -> str:
     "HTML of a status."
     rows = []
@@ -533,7 +535,7 @@ def _terminal(s: DataStatus) -> Group:
         table.add_row(_title(row).replace(" · ", "\n"), _span(row.start, row.end).replace(" to ", "\n"), f"{row.rows:,}", line, Text(row.verdict, style=_LEVEL[row.level]))
     return Group(table, Text(s.footer(), style="dim")) if len(s.status) else Group(Text("Nothing is stored yet. Load something: cryptoresearch ingest FILE"))
 
-# %% ../../nbs/data/06_status.ipynb #bac535b7
+# %% ../../nbs/data/06_status.ipynb #75dca2b5
 def data_status(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None = None,  # one symbol only
@@ -544,7 +546,7 @@ def data_status(
     claims, gaps = _claims(con, symbol), gap_table(con, symbol, silences=silences)
     return DataStatus(_summed(claims, gaps, _live_rows(con, claims)), coverage(con, symbol), gaps, store_size(con))
 
-# %% ../../nbs/data/06_status.ipynb #13f7bff1
+# %% ../../nbs/data/06_status.ipynb #b12c8bbb
 PREFERRED = {"spot": ("trades", "aggTrades", "finnhub"), "um": ("um.trades", "um.aggTrades")}
 
 
@@ -573,7 +575,7 @@ def _candidates(
         raise DataNotFound(problem(asked, f"trades of it from {', '.join(have)}" if have else f"no trades of {symbol}", "Load some: cryptoresearch ingest FILE; see what is there: cryptoresearch data status"))
     return chosen
 
-# %% ../../nbs/data/06_status.ipynb #7199fa82
+# %% ../../nbs/data/06_status.ipynb #c63b9417
 def _without(
     pieces: list[tuple[int, int]],  # half-open, µs
     holes: list[tuple[int, int]],  # half-open, µs
@@ -592,7 +594,7 @@ def _without(
             out.append((at, end))
     return out
 
-# %% ../../nbs/data/06_status.ipynb #186eec9d
+# %% ../../nbs/data/06_status.ipynb #8f94653a
 def source_intervals(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT
@@ -617,7 +619,7 @@ def source_intervals(
     frame = pd.DataFrame(rows, columns=["source", "session", "start", "end"]).sort_values("start", ignore_index=True)
     return _times(frame.assign(session=frame["session"].astype(object), interval="")).drop(columns="interval")
 
-# %% ../../nbs/data/06_status.ipynb #0269f684
+# %% ../../nbs/data/06_status.ipynb #ad73f827
 def _own_pieces(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,
@@ -636,7 +638,7 @@ def _own_pieces(
         sessions.append((str(session), _without(whole, [(a + 1, b) for a, b in zip(holes["start"], holes["end"], strict=True)])))
     return sessions
 
-# %% ../../nbs/data/06_status.ipynb #c68d630f
+# %% ../../nbs/data/06_status.ipynb #1be40b4f
 _TRADE_COLUMNS = "symbol, source, trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades, received_at"
 
 

@@ -18,8 +18,9 @@ from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.features import indicators as ind
 from cryptoresearch.features.causality import KINDS, live_against_batch, other_future, prove_causal
 from cryptoresearch.features.pipeline import REGISTRY, DataProcessing, Feature, feature, feature_names, resolve
+from cryptoresearch.features.registry import GROUPS
 
-ALL = resolve("all")
+ALL = resolve(GROUPS)
 QUICK = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -58,7 +59,7 @@ nasty = st.builds(
 def test_contract_holds_on_any_bars(bars: pd.DataFrame) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        X = DataProcessing("all").process_data(bars)
+        X = DataProcessing(ALL).process_data(bars)
     assert X.index.equals(bars.index) and all(t.kind == "f" for t in X.dtypes)
     assert not np.isinf(X.to_numpy()).any()
     gap = bars["gap"].to_numpy()
@@ -72,7 +73,7 @@ def test_contract_holds_on_any_bars(bars: pd.DataFrame) -> None:
 @QUICK
 @given(bars=nasty, start=st.integers(1, 300))
 def test_values_do_not_depend_on_the_start(bars: pd.DataFrame, start: int) -> None:
-    whole, later = DataProcessing("all").transform(bars), DataProcessing("all").transform(bars.iloc[start:])
+    whole, later = DataProcessing(ALL).transform(bars), DataProcessing(ALL).transform(bars.iloc[start:])
     for f in ALL:
         a, b = whole[f.name].iloc[start + f.warmup - 1 :].to_numpy(), later[f.name].iloc[f.warmup - 1 :].to_numpy()
         np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9 * float(np.nanmedian(np.abs(a))) if np.isfinite(a).any() else 0, err_msg=f.name)
@@ -92,13 +93,13 @@ def test_scale_free_features_ignore_the_price_level() -> None:
     prices = ["open", "high", "low", "close", "vwap"]
     doubled = bars.assign(**{c: bars[c] * 1024 for c in prices}, quote_volume=bars["quote_volume"] * 1024)
     more = bars.assign(**{c: bars[c] * 1024 for c in ("volume", "quote_volume", "buy_volume", "buy_volume_tick", "trades")})
-    X = DataProcessing("all").transform(bars)
+    X = DataProcessing(ALL).transform(bars)
     for other in (doubled, more):
-        pd.testing.assert_frame_equal(DataProcessing("all").transform(other), X, rtol=1e-7, atol=1e-9)
+        pd.testing.assert_frame_equal(DataProcessing(ALL).transform(other), X, rtol=1e-7, atol=1e-9)
 
 
 def test_every_feature_has_values_and_is_documented() -> None:
-    X = DataProcessing("all").process_data(make_bars())
+    X = DataProcessing(ALL).process_data(make_bars())
     assert X.iloc[300:].drop(columns="roll_spread_72").notna().all().all()
     for f in ALL:
         assert f.unit and f.source and f.group and f.warmup >= 1 and f.inputs, f.name
@@ -106,13 +107,13 @@ def test_every_feature_has_values_and_is_documented() -> None:
 
 
 def test_every_feature_is_causal_on_nasty_bars() -> None:
-    table = prove_causal("all", make_bars(620, gaps=(420, 421), dead=(500, 530)), cuts=(0, 300, 419, 420, 505, 580))
+    table = prove_causal(ALL, make_bars(620, gaps=(420, 421), dead=(500, 530)), cuts=(0, 300, 419, 420, 505, 580))
     assert table["causal"].all(), table[~table["causal"].fillna(False)]
 
 
 def test_live_equals_batch_after_a_gap() -> None:
     bars = make_bars(700, gaps=(660,), dead=(560, 600))
-    assert live_against_batch(DataProcessing("all"), bars, rows=8)["equal"].all()
+    assert live_against_batch(DataProcessing(ALL), bars, rows=8)["equal"].all()
 
 
 # ------------------------------------------------------------------ tables by hand
@@ -172,7 +173,7 @@ def test_sklearn_clone_pickle_pipeline() -> None:
 
 def test_default_needs_candles_only_and_flow_is_nan_without_flow() -> None:
     bare = bar_frame(make_bars()[["open", "high", "low", "close", "volume"]], "1h")
-    X = DataProcessing("all").process_data(bare)
+    X = DataProcessing(ALL).process_data(bare)
     assert X[[f.name for f in ALL if not f.candles_suffice]].isna().all().all()
     assert set(DataProcessing().get_feature_names_out()) == {f.name for f in ALL if f.candles_suffice}
 
@@ -180,7 +181,7 @@ def test_default_needs_candles_only_and_flow_is_nan_without_flow() -> None:
 def test_input_is_left_alone() -> None:
     bars = make_bars(gaps=(300,))
     before = bars.copy()
-    DataProcessing("all").process_data(bars)
+    DataProcessing(ALL).process_data(bars)
     pd.testing.assert_frame_equal(bars, before)
 
 

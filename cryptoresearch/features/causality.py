@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['KINDS', 'other_future', 'choose_cuts', 'prove_causal', 'live_against_batch']
 
-# %% ../../nbs/features/23_causality.ipynb #00000003
+# %% ../../nbs/features/23_causality.ipynb #2673ad5e
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 
 from ..errors import SchemaError, problem
 from .pipeline import DataProcessing
 from .registry import Feature, resolve
 
-# %% ../../nbs/features/23_causality.ipynb #00000008
+# %% ../../nbs/features/23_causality.ipynb #616e0638
 KINDS = ("other", "huge", "still", "shuffled")
 _PRICES, _AMOUNTS = ("open", "high", "low", "close", "vwap"), ("volume", "trades", "buy_volume", "buy_volume_tick")
 
@@ -29,27 +30,36 @@ def other_future(
     seed: int = 0,  # for the random numbers
 ) -> pd.DataFrame:  # valid bar frame, equal up to `cut`, gap rows kept
     "Bars with the same past and a different future."
-    rng, new = np.random.default_rng(seed), bars.copy()
-    rows = np.flatnonzero((np.arange(len(bars)) > cut) & ~_flags(bars))
-    columns = [c for c in (*_PRICES, *_AMOUNTS, "quote_volume") if c in bars]
+    return _change(bars, np.arange(cut + 1, len(bars)), kind, np.random.default_rng(seed))
+
+
+def _change(bars: pd.DataFrame, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame:
+    "A copy with these rows changed, but for gap rows; missing values stay missing."
+    new, columns = bars.copy(), _changeable(bars)
+    rows = rows[~_flags(bars)[rows]]
     part = bars[columns].astype(float).iloc[rows]
-    changed = _CHANGES[kind](part, rng)
     values = new[columns].to_numpy(dtype=float, copy=True)
-    values[rows] = changed.where(part.notna()).to_numpy()
+    values[rows] = _CHANGES[kind](part, rng).where(part.notna()).to_numpy()
     new[columns] = values
     return new
+
+
+def _changeable(bars: pd.DataFrame) -> list[str]:
+    "Prices, amounts, and whatever else of floats the frame carries."
+    known = [c for c in (*_PRICES, *_AMOUNTS, "quote_volume") if c in bars]
+    return known + [str(c) for c in bars if c not in known and c != "threshold" and pd.api.types.is_float_dtype(bars[c])]
 
 
 def _flags(bars: pd.DataFrame) -> np.ndarray:
     "True in gap rows."
     return bars["gap"].to_numpy(dtype=bool) if "gap" in bars else np.zeros(len(bars), dtype=bool)
 
-# %% ../../nbs/features/23_causality.ipynb #0000000a
+# %% ../../nbs/features/23_causality.ipynb #cc43973c
 def _scaled(part: pd.DataFrame, price: np.ndarray | float, amount: np.ndarray | float) -> pd.DataFrame:
     "Bars with prices and amounts multiplied, one factor a row."
     out, factor = part.copy(), {c: price for c in _PRICES} | {c: amount for c in _AMOUNTS} | {"quote_volume": price * amount}
     for c in part.columns:
-        out[c] = part[c] * factor[c]
+        out[c] = part[c] * factor.get(c, amount)
     return out
 
 
@@ -80,7 +90,7 @@ _CHANGES: dict[str, Callable[[pd.DataFrame, np.random.Generator], pd.DataFrame]]
     "shuffled": lambda part, rng: part.iloc[rng.permutation(len(part))].set_axis(part.index),
 }
 
-# %% ../../nbs/features/23_causality.ipynb #0000000d
+# %% ../../nbs/features/23_causality.ipynb #7dae748c
 def choose_cuts(
     bars: pd.DataFrame,  # bar frame
     count: int = 8,  # random cuts, beside the special ones
@@ -90,15 +100,41 @@ def choose_cuts(
     n, rng = len(bars), np.random.default_rng(seed)
     if n < 3:
         raise SchemaError(problem("at least 3 bars to cut", str(n), "Give more bars"))
-    gap = np.flatnonzero(_flags(bars))
-    still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else gap[:0]
     special = [0, 1, n - 2, *rng.integers(2, max(3, min(n - 1, 60)), 2)]
-    for rows in (gap, gap - 1, still):
-        special += [int(r) for r in rng.permutation(rows)[:2]]
+    for rows, most in _awkward(bars):
+        special += [int(r) for r in rng.permutation(rows)[:most]]
     chosen = {int(r) for r in (*special, *rng.integers(n // 10, n - 1, count)) if 0 <= r < n - 1}
     return sorted(chosen)
 
-# %% ../../nbs/features/23_causality.ipynb #00000010
+
+def _awkward(bars: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
+    "Rows of each awkward sort, and how many of them to take."
+    gap = _flags(bars)
+    last, first = np.flatnonzero(~gap[:-1] & gap[1:]), np.flatnonzero(gap[:-1] & ~gap[1:]) + 1  # beside gaps
+    still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else last[:0]
+    return [(np.flatnonzero(gap), 2), (last, 2), (first, 2), (first + 1, 1), (still, 2)]
+
+
+def _events(
+    bars: pd.DataFrame,  # bar frame
+    count: int = 2,  # of each sort
+) -> list[int]:  # rows at and just before something rare
+    "Cuts at the largest moves, ranges and volumes, before them, and at the turns of days."
+    close = bars["close"].astype(float) if "close" in bars else pd.Series(0.0, bars.index)
+    sorts = [close.pct_change(fill_method=None), -close.pct_change(fill_method=None)]
+    sorts += [(bars["high"] - bars["low"]) / close] if {"high", "low"} <= set(bars) else []
+    sorts += [bars["volume"]] if "volume" in bars else []
+    top = [np.argsort(-np.nan_to_num(x.to_numpy(dtype=float), nan=-np.inf), kind="stable")[:count] for x in sorts]
+    days = pd.DatetimeIndex(bars.index).floor("D") if isinstance(bars.index, pd.DatetimeIndex) else pd.RangeIndex(1)
+    turns = np.flatnonzero(np.asarray(days[1:] != days[:-1]))[-count:]
+    rows = np.concatenate([*top, *(t - 1 for t in top), turns, turns + 1])
+    return sorted({int(r) for r in rows if 0 <= r < len(bars) - 1})
+
+# %% ../../nbs/features/23_causality.ipynb #ae8d2a18
+class _Refused(Exception):
+    "The function made nothing of so short a frame."
+
+
 def _values(
     fn: Callable[[pd.DataFrame], Any],  # frame -> series, frame or array
     bars: pd.DataFrame,  # bar frame, handed over as a copy
@@ -107,7 +143,7 @@ def _values(
     with np.errstate(all="ignore"):
         out = fn(bars.copy())
     if out is None:  # pandas-ta's answer to a series that is too short
-        return pd.DataFrame(index=bars.index)
+        raise _Refused
     if isinstance(out, np.ndarray):
         out = pd.DataFrame(out, index=bars.index) if len(out) == len(bars) else None
     if isinstance(out, pd.Series):
@@ -124,27 +160,31 @@ def _errors(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
     error[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
     return np.where(np.isnan(error), np.inf, error)
 
-# %% ../../nbs/features/23_causality.ipynb #00000011
+# %% ../../nbs/features/23_causality.ipynb #0fe037c7
 @dataclass
 class _Finding:
     "What one kind of trial showed for one column."
 
     error: float = 0.0  # worst relative difference
+    size: float = 0.0  # worst finite one under a future as markets have it
     ahead: int = 0  # bars looked ahead, at least
     row: int = -1  # earliest differing row of the trial that showed most
+    cut: int = -1  # cut of that trial
     late: bool = False  # whether that trial cut late enough to tell a window from the whole sample
     trials: int = 0  # trials made
 
-    def add(self, errors: np.ndarray, cut: int, tolerance: float) -> None:
+    def add(self, errors: np.ndarray, cut: int, tolerance: float, sized: bool = False) -> None:
         "Take in the differences of the rows up to `cut`."
         self.trials += 1
         self.error = max(self.error, float(errors.max(initial=0.0)))
+        if sized:
+            self.size = max(self.size, float(errors[np.isfinite(errors)].max(initial=0.0)))
         wrong = np.flatnonzero(errors > tolerance)
         found = (cut >= 60, int(cut + 1 - wrong[0]) if len(wrong) else 0)
         if found[1] and found > (self.late, self.ahead):
-            self.late, self.ahead, self.row = *found, int(wrong[0])
+            self.late, self.ahead, self.row, self.cut = *found, int(wrong[0]), cut
 
-# %% ../../nbs/features/23_causality.ipynb #00000013
+# %% ../../nbs/features/23_causality.ipynb #9a32b80a
 def _trial(
     fn: Callable[[pd.DataFrame], Any],  # function under test
     frame: pd.DataFrame,  # truncated or changed bars
@@ -167,7 +207,7 @@ def _sizes(full: pd.DataFrame) -> np.ndarray:
     "Median absolute value of each column, 0 where there is none."
     return full.abs().where(np.isfinite(full)).median().fillna(0.0).to_numpy(dtype=float)
 
-# %% ../../nbs/features/23_causality.ipynb #00000014
+# %% ../../nbs/features/23_causality.ipynb #cf2c141d
 def _warmup_error(
     feature: Feature,  # with its declared warm-up
     bars: pd.DataFrame,  # bar frame
@@ -183,54 +223,225 @@ def _warmup_error(
     parts = [feature(bars.iloc[max(0, int(t) - feature.warmup + 1) : int(t) + 1]).iloc[-1] for t in chosen]
     return float(_errors(full[chosen], np.array(parts, dtype=float), np.array(size)).max(initial=0.0))
 
-# %% ../../nbs/features/23_causality.ipynb #00000016
+# %% ../../nbs/features/23_causality.ipynb #d6c0b5a6
 def _subject(
     features: Any,  # names, groups, Feature objects, transformer or callable
+    train_bars: int | None = None,  # bars that a transformer learns from; all it is given when None
 ) -> tuple[Callable[[pd.DataFrame], Any], dict[str, Feature]]:  # function of the bars; features by name
     "The function under test, and what was declared about its columns."
     if isinstance(features, DataProcessing):
         return features.transform, {f.name: f for f in resolve(features.features)}
     if features is None or isinstance(features, str | Feature):
         features = resolve(features)
+    if hasattr(features, "transform"):
+        return _learning(features, train_bars), {}
     if isinstance(features, Iterable):
         declared = {f.name: f for f in resolve(features)}
         return lambda bars: pd.DataFrame({n: f(bars) for n, f in declared.items()}), declared
-    if hasattr(features, "transform"):
-        return features.transform, {}
     if not callable(features):
         raise SchemaError(problem("names, features, a transformer or a callable", type(features).__name__, "Give a function of the bar frame"))
     return features, {}
 
-# %% ../../nbs/features/23_causality.ipynb #00000017
+
+def _learning(transformer: Any, train_bars: int | None) -> Callable[[pd.DataFrame], Any]:
+    "Fit a copy on the first bars, transform all; NaN where it learned from the row itself."
+
+    def fit_transform(bars: pd.DataFrame) -> Any:
+        if train_bars is not None and len(bars) <= train_bars:
+            raise ValueError("no bar after those of the training")
+        learned = clone(transformer).fit(bars.iloc[:train_bars])
+        out = _values(learned.transform, bars)
+        out.iloc[: train_bars or 0] = np.nan
+        return out
+
+    return fit_transform if hasattr(transformer, "fit") else transformer.transform
+
+# %% ../../nbs/features/23_causality.ipynb #685a5df9
+_SPACINGS = (16, 32, 64, 128, 256, 512)
+
+
+def _memory(trial: Callable[[np.ndarray], np.ndarray | None], n: int) -> np.ndarray | None:
+    "Bars after a changed one that still move, one number a column; None where the function refused."
+    longest: np.ndarray | None = None
+    for row in (n // 3, n // 2, 2 * n // 3):
+        moved = trial(np.array([row]))
+        if moved is None:
+            return None
+        last = np.where(moved.any(axis=0), n - 1 - moved[::-1].argmax(axis=0), row) - row
+        longest = last if longest is None else np.maximum(longest, last)
+    return longest
+
+
+def _combed(
+    trial: Callable[[np.ndarray], np.ndarray | None],  # rows to change -> (n, columns) bool, what moved
+    memory: np.ndarray,  # bars, one number a column
+    n: int,  # rows
+    runs: int,  # of the function, at most
+    rng: np.random.Generator,  # picks the offsets
+) -> list[set[int]]:  # suspected cuts of each column
+    "Change combs of bars, and note where a value moved without a changed bar within its memory."
+    suspects: list[set[int]] = [set() for _ in memory]
+    spacing = np.array([next((s for s in _SPACINGS if s > m + 1), 0) for m in memory])
+    used = sorted(set(spacing.tolist()) - {0})
+    for number, s in enumerate(used):
+        offsets = rng.permutation(s)[: runs // (len(used) - number)]
+        runs -= len(offsets)
+        for offset in offsets:
+            teeth = np.arange(offset, n, s)
+            moved = trial(teeth)
+            since = (np.arange(n) - offset) % s + np.where(np.arange(n) < offset, n, 0)
+            for i in np.flatnonzero(spacing == s):
+                if moved is None:
+                    break
+                rows = np.flatnonzero(moved[:, i] & (since > memory[i]))
+                ahead = np.searchsorted(teeth, rows, side="right")
+                suspects[i] |= {int(teeth[k]) - 1 for k in ahead[ahead < len(teeth)][:4]}
+    return suspects
+
+# %% ../../nbs/features/23_causality.ipynb #900ba209
+def _jumps(
+    values: np.ndarray,  # one column
+    count: int = 3,  # of each sort
+) -> set[int]:  # rows at and before the largest jumps, and at the edges of what is missing
+    "Cuts where a column does something unusual."
+    step = np.abs(np.diff(values))
+    top = np.argsort(-np.nan_to_num(step, nan=-1.0, posinf=0.0), kind="stable")[:count]
+    edges = np.flatnonzero(np.diff(np.isnan(values).astype(int)) != 0)[:count]
+    return {int(r) for r in (*top, *(top + 1), *edges, *(edges + 1)) if 0 <= r < len(values) - 1}
+
+# %% ../../nbs/features/23_causality.ipynb #324b8636
+@dataclass
+class _Proof:
+    "A function under test, its values, and what was found."
+
+    fn: Callable[[pd.DataFrame], Any]  # bar frame -> values
+    bars: pd.DataFrame  # bar frame, n rows
+    tolerance: float  # relative
+    rng: np.random.Generator  # for cuts and futures
+
+    def __post_init__(self) -> None:
+        try:
+            self.full = _values(self.fn, self.bars)
+        except _Refused:
+            raise SchemaError(problem("values on these bars", "None", f"Give more than {len(self.bars)} bars, or return values")) from None
+        self.size, self.names = _sizes(self.full), [str(c) for c in self.full]
+        self.truncated, self.changed = ([_Finding() for _ in self.names] for _ in range(2))
+
+    def run(self, frame: pd.DataFrame, cut: int) -> np.ndarray | None:
+        "Differences of the rows up to the cut."
+        return _trial(self.fn, frame, self.full, self.size, cut)
+
+    def _note(self, findings: list[_Finding], frame: pd.DataFrame, cut: int, sized: bool = False) -> None:
+        errors = self.run(frame, cut)
+        if errors is not None:
+            for i, finding in enumerate(findings):
+                finding.add(errors[:, i], cut, self.tolerance, sized)
+
+    def cut(self, at: int) -> None:
+        "Take the future away."
+        self._note(self.truncated, self.bars.iloc[: at + 1], at)
+
+    def future(self, at: int, kind: str) -> None:
+        "Put another future."
+        self._note(self.changed, _change(self.bars, np.arange(at + 1, len(self.bars)), kind, self.rng), at, kind in ("other", "shuffled"))
+
+    def innocent(self) -> list[int]:
+        "Columns with values against which nothing was found."
+        worst = np.array([max(t.error, c.error) for t, c in zip(self.truncated, self.changed, strict=True)])
+        return [int(i) for i in np.flatnonzero((worst <= self.tolerance) & self.full.notna().any().to_numpy())]
+
+    def moved(self, rows: np.ndarray) -> np.ndarray | None:
+        "What moves when these rows change."
+        errors = self.run(_change(self.bars, rows, "other", self.rng), len(self.bars) - 1)
+        return None if errors is None else errors > self.tolerance
+
+    def search(self, runs: int) -> None:
+        "Look for rare leaks of columns that seem innocent, in about so many runs."
+        for at in _events(self.bars):
+            self.cut(at)
+        memory = _memory(self.moved, len(self.bars)) if self.innocent() else None
+        if memory is None:
+            return
+        memory[[i for i in range(len(memory)) if i not in self.innocent()]] = max(_SPACINGS)  # found already: not searched
+        suspects = _combed(self.moved, memory, len(self.bars), runs, self.rng)
+        for i in self.innocent():
+            found = sorted(suspects[i] or (_jumps(self.full.iloc[:, i].to_numpy()) if len(self.names) <= 20 else ()))
+            for at in [found[k] for k in self.rng.permutation(len(found))[:8]]:
+                if self.truncated[i].error <= self.tolerance:
+                    self.cut(at)
+                    self.future(at, "other")
+        if any(memory[i] >= max(_SPACINGS) - 1 for i in self.innocent()):
+            for at in self.rng.integers(0, len(self.bars) - 1, runs // 2):
+                self.cut(int(at))
+
+# %% ../../nbs/features/23_causality.ipynb #958f50ff
+def _through(
+    proof: _Proof,  # with findings
+    at: int,  # cut
+    guilty: list[int],  # columns
+) -> dict[int, list[str]]:  # inputs that move the past, by column
+    "Inputs whose future moves each column's past, by the first of the futures that shows any."
+    found: dict[int, list[str]] = {}
+    inputs = _changeable(proof.bars)
+    for kind in (*KINDS, *KINDS):
+        other = _change(proof.bars, np.arange(at + 1, len(proof.bars)), kind, proof.rng)
+        alone = {c: _moved_by(proof, other, [c], at) for c in inputs}
+        if any(alone[c] is None for c in inputs if c in _PRICES):
+            alone["prices"] = _moved_by(proof, other, [c for c in inputs if c in _PRICES], at)
+        for i in [i for i in guilty if i not in found]:
+            if by := [c for c, moved in alone.items() if moved is not None and moved[i]]:
+                found[i] = by
+        if len(found) == len(guilty):
+            break
+    return found
+
+
+def _moved_by(proof: _Proof, other: pd.DataFrame, columns: list[str], at: int) -> np.ndarray | None:
+    "Which values up to the cut move when only these inputs take another future; None where the function refuses."
+    try:
+        errors = proof.run(proof.bars.assign(**{c: other[c] for c in columns}), at)
+    except SchemaError:
+        return None
+    return None if errors is None else np.asarray((errors > proof.tolerance).any(axis=0))
+
+
+def _all_through(proof: _Proof) -> list[str]:  # one text a column, empty for the innocent
+    "The inputs through which each column leaks."
+    worst = [max(pair, key=lambda f: (f.late, f.ahead)).cut for pair in zip(proof.truncated, proof.changed, strict=True)]
+    for at in sorted({w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}):  # found by truncation alone: how much does it matter?
+        proof.future(at, "other")
+        proof.future(at, "shuffled")
+    known = {at: _through(proof, at, [i for i, w in enumerate(worst) if w == at]) for at in sorted(set(worst) - {-1})}
+    return ["" if at < 0 else " ".join(known[at].get(i, [])) or "number of rows" for i, at in enumerate(worst)]
+
+# %% ../../nbs/features/23_causality.ipynb #0bdd342e
 def prove_causal(
     features: Any,  # names, groups, Feature objects, a transformer, or a callable: bar frame -> series or frame
     bars: pd.DataFrame,  # bar frame; real bars with gaps and still hours prove more
     *,
-    cuts: int | Iterable[int] = 8,  # number of random cuts beside the awkward ones, or row numbers
+    cuts: int | Iterable[int] = 8,  # number of random cuts beside the awkward ones, or row numbers: range(len(bars) - 1) tries every row
+    search: int = 64,  # runs of the function to spend on rare leaks; 0 for none
+    train_bars: int | None = None,  # bars that a transformer with `fit` learns from; all it is given when None
     seed: int = 0,  # for cuts and futures
     tolerance: float = 1e-9,  # relative
-) -> pd.DataFrame:  # index: column; causal, truncation_ok, perturbation_ok, warmup_ok, worst_error, looks_ahead (bars), where (ts), note
+) -> pd.DataFrame:  # index: column; causal, truncation_ok, perturbation_ok, warmup_ok, worst_error, looks_ahead (bars), size (relative), through (inputs), where (ts), note
     "Test that no value changes when the future is taken away or changed, nor when older history is."
-    fn, declared = _subject(features)
-    full = _values(fn, bars)
-    at = choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else sorted(int(c) for c in cuts)
-    size, names = _sizes(full), [str(c) for c in full]
-    again = _errors(full.to_numpy(), _values(fn, bars).reindex(columns=names).to_numpy(), size)
-    truncated, perturbed = {c: _Finding() for c in names}, {c: _Finding() for c in names}
-    for number, cut in enumerate(at):
-        trials = [(truncated, bars.iloc[: cut + 1])]
-        trials += [(perturbed, other_future(bars, cut, kind, seed + number)) for kind in KINDS]
-        for findings, frame in trials:
-            errors = _trial(fn, frame, full, size, cut)
-            for i, column in enumerate(names):
-                if errors is not None:
-                    findings[column].add(errors[:, i], cut, tolerance)
-    rng = np.random.default_rng(seed)
-    warm = {c: _warmup_error(declared[c], bars, full[c].to_numpy(), size[i], rng) for i, c in enumerate(names) if c in declared}
-    rows = [_verdict(c, full[c], truncated[c], perturbed[c], warm.get(c), float(again[:, i].max(initial=0.0)), tolerance) for i, c in enumerate(names)]
+    fn, declared = _subject(features, train_bars)
+    proof = _Proof(fn, bars, tolerance, np.random.default_rng(seed))
+    again = _errors(proof.full.to_numpy(), _values(fn, bars).reindex(columns=proof.names).to_numpy(), proof.size)
+    for number, at in enumerate(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else sorted(int(c) for c in cuts)):
+        proof.cut(at)
+        for kind in KINDS[:2] if number % 2 else KINDS[2:]:
+            proof.future(at, kind)
+    if search and proof.names and np.isfinite(again).all() and again.max(initial=0.0) <= tolerance:
+        proof.search(search)
+    rng, through = np.random.default_rng(seed), _all_through(proof)
+    warm = {c: _warmup_error(declared[c], bars, proof.full[c].to_numpy(), proof.size[i], rng) for i, c in enumerate(proof.names) if c in declared}
+    found = zip(proof.names, proof.truncated, proof.changed, through, strict=True)
+    rows = [_verdict(c, proof.full[c], cut, new, by, warm.get(c), float(again[:, i].max(initial=0.0)), tolerance) for i, (c, cut, new, by) in enumerate(found)]
     return pd.DataFrame(rows).set_index("feature").astype({"looks_ahead": "Int64", **{k: "boolean" for k in _CHECKS}})
 
-# %% ../../nbs/features/23_causality.ipynb #00000018
+# %% ../../nbs/features/23_causality.ipynb #a3a5a060
 _CHECKS = ("causal", "truncation_ok", "perturbation_ok", "warmup_ok")
 
 
@@ -239,13 +450,14 @@ def _verdict(
     values: pd.Series,  # on all bars
     cut: _Finding,  # of truncation
     changed: _Finding,  # of perturbation
+    through: str,  # inputs that leak
     warm: float | None,  # warm-up's worst difference; None where none is declared
     again: float,  # difference between two runs on the same bars
     tolerance: float,  # relative
 ) -> dict[str, Any]:  # a row of the table
     "One row of the table of `prove_causal`."
     row: dict[str, Any] = {"feature": name, "causal": pd.NA, "truncation_ok": pd.NA, "perturbation_ok": pd.NA, "warmup_ok": pd.NA}
-    row |= {"worst_error": np.nan, "looks_ahead": pd.NA, "where": pd.NaT, "note": "no values on these bars: nothing is proved"}
+    row |= {"worst_error": np.nan, "looks_ahead": pd.NA, "size": np.nan, "through": "", "where": pd.NaT, "note": "no values on these bars: nothing is proved"}
     if not values.notna().any() or not cut.trials or not changed.trials:
         return row | ({} if not values.notna().any() else {"note": "fails on changed bars: nothing is proved"})
     row |= {"truncation_ok": cut.error <= tolerance, "perturbation_ok": changed.error <= tolerance, "note": ""}
@@ -254,16 +466,21 @@ def _verdict(
     row["causal"] = bool(row["worst_error"] <= tolerance)
     ahead = max((cut, changed), key=lambda f: (f.late, f.ahead))
     if ahead.ahead:
-        first = int(np.flatnonzero(values.notna())[0])
-        whole = ahead.row <= first and ahead.ahead > 3
-        row |= {"where": values.index[ahead.row], "looks_ahead": pd.NA if whole else ahead.ahead, "note": "reads the whole sample" if whole else f"looks {ahead.ahead} bars ahead"}
+        row |= _leak(values, ahead) | {"size": changed.size or ahead.error, "through": through}
     elif again > tolerance:
         row["note"] = "gives other values when called again"
     elif not row["causal"]:
         row["note"] = "needs more history than its warm-up"
     return row
 
-# %% ../../nbs/features/23_causality.ipynb #0000002c
+
+def _leak(values: pd.Series, found: _Finding) -> dict[str, Any]:
+    "Where the leak begins, and how far it looks."
+    first = int(np.flatnonzero(values.notna())[0])
+    whole = (found.row <= first and found.ahead > 3) or found.ahead > len(values) / 2
+    return {"where": values.index[found.row], "looks_ahead": pd.NA if whole else found.ahead, "note": "reads the whole sample" if whole else f"looks {found.ahead} bar{'s' * (found.ahead > 1)} ahead"}
+
+# %% ../../nbs/features/23_causality.ipynb #2799b314
 def live_against_batch(
     processing: DataProcessing,  # the features
     bars: pd.DataFrame,  # bar frame, longer than the warm-up

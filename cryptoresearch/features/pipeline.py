@@ -6,7 +6,7 @@
 __all__ = ['MODULES', 'DataProcessing', 'check_frame', 'REGISTRY', 'Feature', 'feature', 'feature_names', 'feature_table',
            'resolve']
 
-# %% ../../nbs/features/22_pipeline.ipynb #00000003
+# %% ../../nbs/features/22_pipeline.ipynb #979f117d
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -16,14 +16,14 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from ..data.bars import check_bars
 from ..errors import SchemaError, problem
-from . import indicators, orderflow
+from . import alpha158, frames, indicators, microstructure, orderflow, volatility
 from .registry import REGISTRY, Feature, feature, feature_names, feature_table, resolve
 
-# %% ../../nbs/features/22_pipeline.ipynb #00000006
+# %% ../../nbs/features/22_pipeline.ipynb #3d3091fa
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
-MODULES = (indicators, orderflow)  # importing them fills the registry
+MODULES = (indicators, orderflow, volatility, alpha158, microstructure, frames)  # importing them fills the registry
 
-# %% ../../nbs/features/22_pipeline.ipynb #00000009
+# %% ../../nbs/features/22_pipeline.ipynb #a440f77e
 class DataProcessing(TransformerMixin, BaseEstimator):
     "Features of a bar frame; stateless, so `transform` works without `fit`."
 
@@ -69,7 +69,7 @@ class DataProcessing(TransformerMixin, BaseEstimator):
         tags.requires_fit, tags.input_tags.allow_nan = False, True
         return tags
 
-# %% ../../nbs/features/22_pipeline.ipynb #0000000a
+# %% ../../nbs/features/22_pipeline.ipynb #8c4ac8cb
 def check_frame(
     bars: object,  # what should be a bar frame
 ) -> pd.DataFrame:  # the same, unchanged

@@ -6,7 +6,7 @@
 __all__ = ['CANDLE', 'GROUPS', 'REGISTRY', 'window_is_whole', 'OnColumns', 'Feature', 'feature', 'on_columns', 'resolve',
            'feature_names', 'feature_table']
 
-# %% ../../nbs/features/19_registry.ipynb #00000003
+# %% ../../nbs/features/19_registry.ipynb #9c8f9590
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 
-# %% ../../nbs/features/19_registry.ipynb #00000006
+# %% ../../nbs/features/19_registry.ipynb #4887645e
 def window_is_whole(
     bars: pd.DataFrame,  # bar frame; a frame without a column `gap` has no gaps
     warmup: int,  # bars, counting the current one
@@ -30,7 +30,7 @@ def window_is_whole(
         whole &= seen[1:] == seen[first]
     return whole
 
-# %% ../../nbs/features/19_registry.ipynb #0000000a
+# %% ../../nbs/features/19_registry.ipynb #c11c7ff0
 @dataclass(frozen=True)
 class OnColumns:
     "A function of columns and fixed parameters, seen as a function of the bar frame."
@@ -48,7 +48,7 @@ class OnColumns:
         "What tells it from another: module, parameters, name."
         return self.fn.__module__, self.params, self.fn.__qualname__
 
-# %% ../../nbs/features/19_registry.ipynb #0000000c
+# %% ../../nbs/features/19_registry.ipynb #db8183af
 CANDLE = ("open", "high", "low", "close", "volume", "close_ts")  # what bare candles know
 GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calendar")
 
@@ -76,7 +76,7 @@ class Feature:
         "Whether open, high, low, close and volume are all it needs."
         return set(self.inputs) <= set(CANDLE)
 
-# %% ../../nbs/features/19_registry.ipynb #0000000d
+# %% ../../nbs/features/19_registry.ipynb #3b1d5599
 def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
     "The function's n values as a fresh float array, or an error that names the feature."
     missing = [c for c in feature.inputs if c not in bars]
@@ -93,13 +93,19 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
         raise SchemaError(problem(f"{len(bars)} values of feature {feature.name!r}", f"shape {array.shape}", "Return one value a bar"))
     return array
 
-# %% ../../nbs/features/19_registry.ipynb #0000000f
+# %% ../../nbs/features/19_registry.ipynb #24669d90
 REGISTRY: dict[str, Feature] = {}
 
 
 def _origin(fn: Callable[..., Any]) -> tuple[Any, ...]:
     "What tells two functions apart across re-runs of a cell."
     return getattr(fn, "origin", None) or (getattr(fn, "__module__", ""), getattr(fn, "__qualname__", repr(fn)))
+
+
+def _same_author(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    "Whether one redefines the other: a cell run again, or the notebook of a module that is imported already."
+    a, b = _origin(fn), _origin(other)
+    return a[1:] == b[1:] and (a[0] == b[0] or "__main__" in (a[0], b[0]))
 
 
 def _check_declaration(f: Feature) -> None:
@@ -111,7 +117,7 @@ def _check_declaration(f: Feature) -> None:
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
-# %% ../../nbs/features/19_registry.ipynb #00000010
+# %% ../../nbs/features/19_registry.ipynb #7edf6beb
 def feature(
     *,
     name: str,  # column it makes
@@ -128,14 +134,14 @@ def feature(
         columns = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         made = Feature(name, columns, warmup, unit, group, source, fn)
         _check_declaration(made)
-        if not replace and name in REGISTRY and _origin(REGISTRY[name].fn) != _origin(fn):
+        if not replace and name in REGISTRY and not _same_author(fn, REGISTRY[name].fn):
             raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}", "Rename it, or pass replace=True"))
         REGISTRY[name] = made
         return made
 
     return register
 
-# %% ../../nbs/features/19_registry.ipynb #00000016
+# %% ../../nbs/features/19_registry.ipynb #03b22df8
 def on_columns(
     fn: Callable[..., pd.Series],  # takes the input columns in order, then params
     name: str,  # column it makes
@@ -151,7 +157,7 @@ def on_columns(
     call = OnColumns(fn, columns, tuple(params.items()))
     return feature(name=name, inputs=columns, warmup=warmup, unit=unit, group=group, source=source)(call)
 
-# %% ../../nbs/features/19_registry.ipynb #00000019
+# %% ../../nbs/features/19_registry.ipynb #7cac6069
 def resolve(
     features: str | Feature | Iterable[str | Feature] | None = None,  # names, groups, objects; `default` when None
 ) -> list[Feature]:  # without repetition, in the order asked for
@@ -178,14 +184,14 @@ def _named(item: object) -> list[Feature]:
     remedy = f"Closest: {', '.join(close)}" if close else f"Groups: {', '.join(sorted(groups))}"
     raise DataNotFound(problem("the name of a feature or group", repr(item), remedy))
 
-# %% ../../nbs/features/19_registry.ipynb #0000001a
+# %% ../../nbs/features/19_registry.ipynb #0ebb3981
 def feature_names(
     groups: str | Iterable[str] | None = None,  # names and groups; everything registered when None
 ) -> list[str]:  # names
     "Names of the registered features."
     return [f.name for f in resolve("all" if groups is None else groups)]
 
-# %% ../../nbs/features/19_registry.ipynb #0000001d
+# %% ../../nbs/features/19_registry.ipynb #a2b2d6ab
 def feature_table(
     features: str | Feature | Iterable[str | Feature] | None = "all",  # names, groups, objects
 ) -> pd.DataFrame:  # index feature; group, inputs, warmup (bars), unit, source

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['Array', 'NEGLECTED', 'DAY_S', 'WEEK_S', 'weighted_sum', 'window_sum', 'window_mean', 'window_apply', 'window_std',
            'window_max', 'window_min', 'ema_weights', 'ema_bars', 'wilder_bars', 'ema', 'wilder', 'log_ratio',
-           'log_return', 'autocorrelation', 'ratio', 'rsi', 'pandas_ta_of', 'willr', 'cmo', 'cci', 'stoch', 'macd',
-           'macd_histogram', 'efficiency', 'move_z', 'realised_volatility', 'true_range', 'directional', 'adx', 'aroon',
-           'vortex', 'choppiness', 'ema_distance', 'sma_distance', 'slope_t', 'place', 'parkinson', 'garman_klass',
-           'rogers_satchell', 'yang_zhang', 'atr', 'bollinger_width', 'percent_b', 'volatility_ratio', 'downside_share',
-           'jump_share', 'skewness', 'volume_ratio', 'cmf', 'mfi', 'circle']
+           'log_return', 'autocorrelation', 'ratio', 'not_below_zero', 'rsi', 'pandas_ta_of', 'willr', 'cmo', 'cci',
+           'stoch', 'macd', 'macd_histogram', 'efficiency', 'move_z', 'realised_volatility', 'true_range',
+           'directional', 'adx', 'aroon', 'vortex', 'choppiness', 'ema_distance', 'sma_distance', 'slope_t', 'place',
+           'parkinson', 'garman_klass', 'rogers_satchell', 'yang_zhang', 'atr', 'bollinger_width', 'percent_b',
+           'volatility_ratio', 'downside_share', 'jump_share', 'skewness', 'volume_ratio', 'cmf', 'mfi', 'circle']
 
-# %% ../../nbs/features/20_indicators.ipynb #00000003
+# %% ../../nbs/features/20_indicators.ipynb #137e54e0
 from collections.abc import Callable
 from math import ceil, log, log1p, log2, sqrt
 
 import numpy as np
 import pandas as pd
+from numba import njit
 from numpy.typing import NDArray
 
 from .registry import on_columns
 
-# %% ../../nbs/features/20_indicators.ipynb #00000008
+# %% ../../nbs/features/20_indicators.ipynb #9d5921da
 Array = NDArray[np.float64]
 
 
@@ -51,7 +52,7 @@ def window_mean(
     "Mean over the last `length` bars."
     return window_sum(x, length) / length
 
-# %% ../../nbs/features/20_indicators.ipynb #0000000a
+# %% ../../nbs/features/20_indicators.ipynb #20309d35
 def window_apply(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
@@ -68,10 +69,18 @@ def window_apply(
     return pd.Series(out, index=x.index)
 
 
-def _std(windows: Array) -> Array:
-    "Sample standard deviation of each row."
-    centred = windows - windows.mean(axis=1)[:, None]
-    return np.sqrt(np.einsum("ij,ij->i", centred, centred) / (windows.shape[1] - 1))
+@njit(cache=True, nogil=True)
+def _std(x, length):  # type: ignore[no-untyped-def]
+    "Sample standard deviation of the last `length` values, each window by itself."
+    out = np.full(len(x), np.nan)
+    for i in range(length - 1, len(x)):
+        last, total, square = x[i], 0.0, 0.0
+        for j in range(i - length + 1, i + 1):
+            total += x[j] - last
+        for j in range(i - length + 1, i + 1):
+            square += (x[j] - last - total / length) ** 2
+        out[i] = np.sqrt(square / (length - 1))
+    return out
 
 
 def window_std(
@@ -79,9 +88,9 @@ def window_std(
     length: int,  # bars
 ) -> pd.Series:  # unit of x, n bars, first length-1 NaN
     "Sample standard deviation over the last `length` bars."
-    return window_apply(x, length, _std)
+    return pd.Series(_std(x.to_numpy(dtype=float), length), index=x.index)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000000c
+# %% ../../nbs/features/20_indicators.ipynb #14272f12
 def window_max(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
@@ -97,7 +106,7 @@ def window_min(
     "Lowest value of the last `length` bars."
     return x.rolling(length).min()
 
-# %% ../../nbs/features/20_indicators.ipynb #0000000f
+# %% ../../nbs/features/20_indicators.ipynb #edc53e7d
 NEGLECTED = 1e-4  # weight of everything before the window
 
 
@@ -135,14 +144,15 @@ def wilder(
     "Exponential average as Wilder (1978) smooths."
     return weighted_sum(x, ema_weights(1 / length))
 
-# %% ../../nbs/features/20_indicators.ipynb #00000013
+# %% ../../nbs/features/20_indicators.ipynb #ef5d445a
 def log_ratio(
     a: pd.Series,  # any unit, n bars
     b: pd.Series,  # the same unit, n bars
 ) -> pd.Series:  # n bars, NaN where a or b is not positive
     "Natural log of a/b."
+    x, y = a.to_numpy(dtype=float), b.to_numpy(dtype=float)
     with np.errstate(all="ignore"):
-        return pd.Series(np.log((a / b).to_numpy(dtype=float)), index=a.index).where((a > 0) & (b > 0))
+        return pd.Series(np.where((x > 0) & (y > 0), np.log(x / y), np.nan), index=a.index)
 
 
 def log_return(
@@ -150,7 +160,12 @@ def log_return(
     horizon: int = 1,  # bars
 ) -> pd.Series:  # log return from t-horizon to t, n bars, first `horizon` NaN
     "Log return over the last `horizon` bars."
-    return log_ratio(close, close.shift(horizon))
+    x, out = close.to_numpy(dtype=float), np.full(len(close), np.nan)
+    if len(x) > horizon:
+        now, then = x[horizon:], x[:-horizon]
+        with np.errstate(all="ignore"):
+            out[horizon:] = np.where((now > 0) & (then > 0), np.log(now / then), np.nan)
+    return pd.Series(out, index=close.index)
 
 
 def autocorrelation(
@@ -161,18 +176,27 @@ def autocorrelation(
     r = log_return(close)
     return window_sum(r * r.shift(1), length) / window_sum(r**2, length)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000014
+# %% ../../nbs/features/20_indicators.ipynb #f57f2239
 for _n in (1, 3, 6, 12, 24, 72, 168):
     on_columns(log_return, f"ret_{_n}", "close", _n + 1, "log return", "returns", "Bachelier, 1900", horizon=_n)
 on_columns(autocorrelation, "autocorr_72", "close", 74, "correlation", "returns", "Lo, MacKinlay, 1988", length=72)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000019
+# %% ../../nbs/features/20_indicators.ipynb #b60c642f
 def ratio(
     a: pd.Series,  # any unit, n bars
     b: pd.Series,  # any unit, n bars
 ) -> pd.Series:  # n bars, NaN where b is 0
     "Quotient that is NaN, never infinite, where the divisor is zero."
-    return a / b.where(b != 0)
+    x, y = a.to_numpy(dtype=float), b.to_numpy(dtype=float)
+    with np.errstate(all="ignore"):
+        return pd.Series(np.where(y != 0, x / y, np.nan), index=a.index)
+
+
+def not_below_zero(
+    x: pd.Series,  # any unit, n bars
+) -> pd.Series:  # unit of x, n bars, NaN where x is
+    "The values, zero where they are negative."
+    return pd.Series(np.maximum(x.to_numpy(dtype=float), 0.0), index=x.index)
 
 
 def rsi(
@@ -181,10 +205,10 @@ def rsi(
 ) -> pd.Series:  # percent, 0 to 100, n bars, first wilder_bars(length) NaN
     "Relative strength index with a bounded memory."
     change = close.diff()
-    up, down = wilder(change.clip(lower=0), length), wilder((-change).clip(lower=0), length)
+    up, down = wilder(not_below_zero(change), length), wilder(not_below_zero(-change), length)
     return 100 * ratio(up, up + down)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000001b
+# %% ../../nbs/features/20_indicators.ipynb #240689d4
 def pandas_ta_of(
     name: str,  # function of pandas-ta with a finite window
     *columns: pd.Series,  # what it takes, n bars each
@@ -214,7 +238,7 @@ def cmo(
     "Chande's momentum oscillator: net movement as a share of all movement."
     return pandas_ta_of("cmo", close, length=length, talib=False)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000001d
+# %% ../../nbs/features/20_indicators.ipynb #bc764e86
 def _cci(windows: Array) -> Array:
     "Distance of each row's last value from its mean, in units of 0.015 mean absolute deviations."
     mean = windows.mean(axis=1)
@@ -243,7 +267,7 @@ def stoch(
     lowest = window_min(low, length)
     return window_mean(100 * ratio(close - lowest, window_max(high, length) - lowest), smooth)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000020
+# %% ../../nbs/features/20_indicators.ipynb #fa83af31
 def macd(
     close: pd.Series,  # quote currency, n bars
     fast: int = 12,  # span, bars
@@ -287,7 +311,7 @@ def realised_volatility(
     "Realised volatility per bar from close-to-close log returns."
     return np.sqrt(window_mean(log_return(close) ** 2, length))
 
-# %% ../../nbs/features/20_indicators.ipynb #00000021
+# %% ../../nbs/features/20_indicators.ipynb #5caabf9a
 _W = wilder_bars(14)
 on_columns(rsi, "rsi_14", "close", _W + 1, "percent", "momentum", "Wilder, 1978", length=14)
 on_columns(willr, "willr_14", "high low close", 14, "percent", "momentum", "Williams, 1973", length=14)
@@ -300,15 +324,15 @@ on_columns(efficiency, "efficiency_24", "close", 25, "1", "momentum", "Kaufman, 
 for _n in (24, 168):
     on_columns(move_z, f"move_z_{_n}", "close", _n + 1, "standard deviations", "momentum", "Moskowitz, Ooi, Pedersen, 2012", length=_n)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000025
+# %% ../../nbs/features/20_indicators.ipynb #81f3ea87
 def true_range(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # quote currency, n bars, first NaN
     "Largest of high-low, high-previous close, previous close-low (Wilder, 1978)."
-    before = close.shift(1)
-    return np.maximum(high, before) - np.minimum(low, before)
+    before = close.shift(1).to_numpy(dtype=float)
+    return pd.Series(np.maximum(high.to_numpy(dtype=float), before) - np.minimum(low.to_numpy(dtype=float), before), index=close.index)
 
 
 def directional(
@@ -317,9 +341,10 @@ def directional(
     length: int = 14,  # Wilder's length, bars
 ) -> pd.Series:  # -1 to 1, n bars, first wilder_bars(length) NaN
     "Difference of the directional movements over their sum: (DI+ - DI-) / (DI+ + DI-)."
-    up, down = high.diff(), -low.diff()
-    plus = wilder(up.where((up > down) & (up > 0), 0.0).where(up.notna()), length)
-    minus = wilder(down.where((down > up) & (down > 0), 0.0).where(down.notna()), length)
+    up, down = high.diff().to_numpy(dtype=float), -low.diff().to_numpy(dtype=float)
+    rise = np.where(np.isnan(up), np.nan, np.where((up > down) & (up > 0), up, 0.0))
+    fall = np.where(np.isnan(down), np.nan, np.where((down > up) & (down > 0), down, 0.0))
+    plus, minus = wilder(pd.Series(rise, index=high.index), length), wilder(pd.Series(fall, index=high.index), length)
     return ratio(plus - minus, plus + minus)
 
 
@@ -331,10 +356,19 @@ def adx(
     "Average directional index: strength of a trend in either direction."
     return 100 * wilder(directional(high, low, length).abs(), length)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000027
-def _bars_since_max(windows: Array) -> Array:
-    "Bars since each row's latest maximum."
-    return np.argmax(windows[:, ::-1], axis=1).astype(float)
+# %% ../../nbs/features/20_indicators.ipynb #09d7c5b5
+@njit(cache=True, nogil=True)
+def _bars_since_max(x, length):  # type: ignore[no-untyped-def]
+    "Bars since the latest maximum of the last `length` values; NaN where one is missing."
+    out = np.full(len(x), np.nan)
+    for i in range(length - 1, len(x)):
+        at, missing = i, np.isnan(x[i])
+        for j in range(i - 1, i - length, -1):
+            missing |= np.isnan(x[j])
+            at = j if x[j] > x[at] else at
+        if not missing:
+            out[i] = i - at
+    return out
 
 
 def aroon(
@@ -343,7 +377,8 @@ def aroon(
     length: int = 25,  # bars
 ) -> pd.Series:  # percent, -100 to 100, n bars, first `length` NaN
     "Aroon oscillator: bars since the low minus bars since the high, in percent of the window."
-    return 100 / length * (window_apply(-low, length + 1, _bars_since_max) - window_apply(high, length + 1, _bars_since_max))
+    since_low, since_high = (_bars_since_max(x, length + 1) for x in (-low.to_numpy(dtype=float), high.to_numpy(dtype=float)))
+    return pd.Series(100 / length * (since_low - since_high), index=high.index)
 
 
 def vortex(
@@ -367,7 +402,7 @@ def choppiness(
     covered = window_max(high, length) - window_min(low, length)
     return np.log2(ratio(window_sum(true_range(high, low, close), length), covered)) / log2(length)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000029
+# %% ../../nbs/features/20_indicators.ipynb #c169c80d
 def ema_distance(
     close: pd.Series,  # quote currency, n bars
     span: int = 24,  # bars
@@ -404,7 +439,7 @@ def place(
     top, bottom = window_max(high, length), window_min(low, length)
     return ratio(2 * close - top - bottom, top - bottom)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000002a
+# %% ../../nbs/features/20_indicators.ipynb #d816c29c
 on_columns(adx, "adx_14", "high low", 2 * _W, "percent", "trend", "Wilder, 1978", length=14)
 on_columns(directional, "directional_14", "high low", _W + 1, "1", "trend", "Wilder, 1978", length=14)
 on_columns(aroon, "aroon_25", "high low", 26, "percent", "trend", "Chande, 1995", length=25)
@@ -417,7 +452,7 @@ for _n in (24, 168):
     on_columns(place, f"place_{_n}", "high low close", _n, "1", "trend", "Donchian, 1960", length=_n)
 on_columns(slope_t, "slope_24", "close", 25, "standard deviations", "trend", "Gauss, 1809", length=24)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000002c
+# %% ../../nbs/features/20_indicators.ipynb #0b445b3e
 def parkinson(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -436,7 +471,7 @@ def garman_klass(
 ) -> pd.Series:  # log return per bar, n bars, first length-1 NaN
     "Volatility per bar from open, high, low and close, no drift."
     per_bar = 0.5 * log_ratio(high, low) ** 2 - (2 * log(2) - 1) * log_ratio(close, open_) ** 2
-    return np.sqrt(window_mean(per_bar, length).clip(lower=0))
+    return np.sqrt(not_below_zero(window_mean(per_bar, length)))
 
 
 def _rogers_satchell_variance(open_: pd.Series, high: pd.Series, low: pd.Series, close: pd.Series) -> pd.Series:
@@ -444,7 +479,7 @@ def _rogers_satchell_variance(open_: pd.Series, high: pd.Series, low: pd.Series,
     u, d, k = log_ratio(high, open_), log_ratio(low, open_), log_ratio(close, open_)
     return u * (u - k) + d * (d - k)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000002c-1
+# %% ../../nbs/features/20_indicators.ipynb #51f1f3ed
 def rogers_satchell(
     open_: pd.Series,  # quote currency, n bars
     high: pd.Series,  # quote currency, n bars
@@ -453,7 +488,7 @@ def rogers_satchell(
     length: int = 24,  # bars
 ) -> pd.Series:  # log return per bar, n bars, first length-1 NaN
     "Volatility per bar from open, high, low and close, whatever the drift."
-    return np.sqrt(window_mean(_rogers_satchell_variance(open_, high, low, close), length).clip(lower=0))
+    return np.sqrt(not_below_zero(window_mean(_rogers_satchell_variance(open_, high, low, close), length)))
 
 
 def yang_zhang(
@@ -466,10 +501,10 @@ def yang_zhang(
     "Volatility per bar with drift and jumps between the bars."
     k = 0.34 / (1.34 + (length + 1) / (length - 1))
     jump, day = log_ratio(open_, close.shift(1)), log_ratio(close, open_)
-    inside = window_mean(_rogers_satchell_variance(open_, high, low, close), length).clip(lower=0)
+    inside = not_below_zero(window_mean(_rogers_satchell_variance(open_, high, low, close), length))
     return (window_std(jump, length) ** 2 + k * window_std(day, length) ** 2 + (1 - k) * inside) ** 0.5
 
-# %% ../../nbs/features/20_indicators.ipynb #00000030
+# %% ../../nbs/features/20_indicators.ipynb #747678c2
 def atr(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -496,7 +531,7 @@ def percent_b(
     gap_to_mean = window_apply(close, length, lambda w: -w.mean(axis=1))
     return 0.5 + ratio(gap_to_mean, 4 * window_std(close, length))
 
-# %% ../../nbs/features/20_indicators.ipynb #00000032
+# %% ../../nbs/features/20_indicators.ipynb #e3b8e091
 def volatility_ratio(
     close: pd.Series,  # quote currency, n bars
     short: int = 24,  # bars
@@ -525,12 +560,21 @@ def jump_share(
     return 1 - ratio(bipower, window_mean(r**2, length))
 
 
-def _skewness(windows: Array) -> Array:
-    "Third standardised moment of each row."
-    centred = windows - windows.mean(axis=1)[:, None]
-    square = centred * centred
-    variance = square.mean(axis=1)
-    return np.einsum("ij,ij->i", square, centred) / windows.shape[1] / np.where(variance > 0, variance, np.nan) ** 1.5
+@njit(cache=True, nogil=True)
+def _skewness(x, length):  # type: ignore[no-untyped-def]
+    "Third standardised moment of the last `length` values, each window by itself."
+    out = np.full(len(x), np.nan)
+    for i in range(length - 1, len(x)):
+        last, total, square, cube = x[i], 0.0, 0.0, 0.0
+        for j in range(i - length + 1, i + 1):
+            total += x[j] - last
+        for j in range(i - length + 1, i + 1):
+            d = x[j] - last - total / length
+            square += d * d
+            cube += d * d * d
+        if square > 0:
+            out[i] = cube / length / (square / length) ** 1.5
+    return out
 
 
 def skewness(
@@ -538,9 +582,9 @@ def skewness(
     length: int = 72,  # bars
 ) -> pd.Series:  # unitless, n bars, first `length` NaN
     "Skewness of the log returns (population form)."
-    return window_apply(log_return(close), length, _skewness)
+    return pd.Series(_skewness(log_return(close).to_numpy(), length), index=close.index)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000033
+# %% ../../nbs/features/20_indicators.ipynb #e6cc10a6
 _OHLC = "open high low close"
 for _n in (24, 72, 168):
     on_columns(realised_volatility, f"rv_{_n}", "close", _n + 1, "log return per bar", "volatility", "Andersen, Bollerslev, 1998", length=_n)
@@ -557,7 +601,7 @@ on_columns(downside_share, "downside_share_72", "close", 73, "fraction", "volati
 on_columns(jump_share, "jump_share_72", "close", 74, "fraction", "volatility", "Barndorff-Nielsen, Shephard, 2004", length=72)
 on_columns(skewness, "skewness_72", "close", 73, "1", "volatility", "Pearson, 1895", length=72)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000037
+# %% ../../nbs/features/20_indicators.ipynb #af7a0ced
 def volume_ratio(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
@@ -586,19 +630,19 @@ def mfi(
     length: int = 14,  # bars
 ) -> pd.Series:  # percent, 0 to 100, n bars, first `length` NaN; NaN where no price moved
     "Money flow index: share of the turnover at rising typical prices."
-    typical = (high + low + close) / 3
-    change, turnover = typical.diff(), typical * volume
-    up = window_sum(turnover.where(change > 0, 0.0).where(change.notna() & volume.notna()), length)
-    down = window_sum(turnover.where(change < 0, 0.0).where(change.notna() & volume.notna()), length)
+    typical = ((high + low + close) / 3).to_numpy(dtype=float)
+    turnover, change = typical * volume.to_numpy(dtype=float), np.diff(typical, prepend=np.nan)
+    missing = np.isnan(change) | np.isnan(turnover)
+    up, down = (window_sum(pd.Series(np.where(missing, np.nan, np.where(way, turnover, 0.0)), index=close.index), length) for way in (change > 0, change < 0))
     return 100 * ratio(up, up + down)
 
-# %% ../../nbs/features/20_indicators.ipynb #00000038
+# %% ../../nbs/features/20_indicators.ipynb #1b068454
 for _n in (24, 168):
     on_columns(volume_ratio, f"volume_ratio_{_n}", "volume", _n, "log ratio", "volume", "Gervais, Kaniel, Mingelgrin, 2001", length=_n)
 on_columns(cmf, "cmf_20", "high low close volume", 20, "1", "volume", "Chaikin, 1996", length=20)
 on_columns(mfi, "mfi_14", "high low close volume", 15, "percent", "volume", "Quong, Soudack, 1989", length=14)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000003b
+# %% ../../nbs/features/20_indicators.ipynb #5974ec2c
 DAY_S, WEEK_S = 86_400, 7 * 86_400
 
 
@@ -613,7 +657,7 @@ def circle(
     angle = 2 * np.pi * ((seconds % period_s) / period_s + turn)
     return pd.Series(np.sin(angle.to_numpy(dtype=float)), index=close_ts.index)
 
-# %% ../../nbs/features/20_indicators.ipynb #0000003c
+# %% ../../nbs/features/20_indicators.ipynb #08303340
 for _name, _period in (("hour", DAY_S), ("weekday", WEEK_S)):
     on_columns(circle, f"{_name}_sin", "close_ts", 1, "1", "calendar", "none", period_s=_period)
     on_columns(circle, f"{_name}_cos", "close_ts", 1, "1", "calendar", "none", period_s=_period, turn=0.25)

@@ -6,7 +6,7 @@
 __all__ = ['imbalance', 'trade_size_ratio', 'vwap_distance', 'vwma_distance', 'signed_volume', 'bulk_imbalance', 'amihud',
            'amihud_ratio', 'roll_spread', 'price_impact']
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000003
+# %% ../../nbs/features/21_orderflow.ipynb #4d927f8a
 import numpy as np
 import pandas as pd
 from scipy.special import ndtr
@@ -14,7 +14,7 @@ from scipy.special import ndtr
 from .indicators import log_ratio, log_return, ratio, realised_volatility, volume_ratio, window_mean, window_sum
 from .registry import on_columns
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000009
+# %% ../../nbs/features/21_orderflow.ipynb #31021ca1
 def imbalance(
     buy_volume: pd.Series,  # base currency bought by aggressors, n bars
     volume: pd.Series,  # base currency, n bars
@@ -23,12 +23,12 @@ def imbalance(
     "Bought minus sold volume over all volume of the last bars."
     return (2 * ratio(window_sum(buy_volume, length), window_sum(volume, length)) - 1).clip(-1, 1)
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000000a
+# %% ../../nbs/features/21_orderflow.ipynb #b272305c
 for _n in (1, 24):
     on_columns(imbalance, f"imbalance_{_n}", "buy_volume volume", _n, "1", "flow", "Chordia, Roll, Subrahmanyam, 2002", length=_n)
     on_columns(imbalance, f"imbalance_tick_{_n}", "buy_volume_tick volume", _n, "1", "flow", "Lee, Ready, 1991", length=_n)
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000000d
+# %% ../../nbs/features/21_orderflow.ipynb #646963e7
 def trade_size_ratio(
     volume: pd.Series,  # base currency, n bars
     trades: pd.Series,  # number of trades, n bars
@@ -37,12 +37,12 @@ def trade_size_ratio(
     "Log of the bar's mean trade size over the mean trade size of the last bars."
     return log_ratio(ratio(volume, trades), ratio(window_sum(volume, length), window_sum(trades, length)))
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000000e
+# %% ../../nbs/features/21_orderflow.ipynb #386cec7f
 for _n in (24, 168):
     on_columns(volume_ratio, f"trades_ratio_{_n}", "trades", _n, "log ratio", "flow", "Jones, Kaul, Lipson, 1994", length=_n)
 on_columns(trade_size_ratio, "trade_size_ratio_24", "volume trades", 24, "log ratio", "flow", "Barclay, Warner, 1993", length=24)
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000011
+# %% ../../nbs/features/21_orderflow.ipynb #70f6f367
 def vwap_distance(
     close: pd.Series,  # quote currency, n bars
     vwap: pd.Series,  # quote currency, n bars
@@ -61,11 +61,11 @@ def vwma_distance(
     "Log of the close over the volume-weighted typical price of the last bars."
     return log_ratio(close, ratio(window_sum((high + low + close) / 3 * volume, length), window_sum(volume, length)))
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000012
+# %% ../../nbs/features/21_orderflow.ipynb #6910f192
 on_columns(vwap_distance, "vwap_distance_1", "close vwap", 1, "log return", "flow", "Berkowitz, Logue, Noser, 1988")
 on_columns(vwma_distance, "vwma_distance_24", "high low close volume", 24, "log return", "flow", "Berkowitz, Logue, Noser, 1988", length=24)
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000015
+# %% ../../nbs/features/21_orderflow.ipynb #f4204c4c
 def signed_volume(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
@@ -85,20 +85,21 @@ def bulk_imbalance(
     share = pd.Series(2 * ndtr(z.to_numpy(dtype=float)) - 1, index=close.index)
     return ratio(window_sum(share * volume, length), window_sum(volume, length))
 
-# %% ../../nbs/features/21_orderflow.ipynb #00000016
+# %% ../../nbs/features/21_orderflow.ipynb #e24f15b2
 on_columns(signed_volume, "signed_volume_24", "close volume", 25, "1", "flow", "Granville, 1963", length=24)
 on_columns(bulk_imbalance, "bulk_imbalance_24", "close volume", 48, "1", "flow", "Easley, Lopez de Prado, O'Hara, 2012", length=24)
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000001a
+# %% ../../nbs/features/21_orderflow.ipynb #c06e9d55
 def amihud(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
 ) -> pd.Series:  # log return per unit of quote currency, n bars, first `length` NaN; NaN where nothing was traded
     "Amihud's illiquidity; bars without volume are left out of the mean."
-    impact = ratio(log_return(close).abs(), close * volume)
-    traded = volume > 0
-    return ratio(window_sum(impact.where(traded, volume * 0), length), window_sum(traded.astype(float).where(volume.notna()), length))
+    amount = volume.to_numpy(dtype=float)
+    impact, traded = ratio(log_return(close).abs(), close * volume).to_numpy(), amount > 0
+    known = np.where(np.isnan(amount), np.nan, traded)
+    return ratio(window_sum(pd.Series(np.where(traded, impact, amount * 0), index=close.index), length), window_sum(pd.Series(known, index=close.index), length))
 
 
 def amihud_ratio(
@@ -121,7 +122,7 @@ def roll_spread(
     covariance = (window_mean(r * before, length) - window_mean(r, length) * window_mean(before.where(r.notna()), length)) * length / (length - 1)
     return 2 * (-covariance.where(covariance < 0)) ** 0.5
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000001b
+# %% ../../nbs/features/21_orderflow.ipynb #9656212e
 def price_impact(
     close: pd.Series,  # quote currency, n bars
     buy_volume: pd.Series,  # base currency bought by aggressors, n bars
@@ -133,7 +134,7 @@ def price_impact(
     norm = (window_sum(r**2, length) * window_sum(flow.where(r.notna()) ** 2, length)) ** 0.5
     return ratio(window_sum(r * flow, length), norm).clip(-1, 1)
 
-# %% ../../nbs/features/21_orderflow.ipynb #0000001c
+# %% ../../nbs/features/21_orderflow.ipynb #9eb33727
 on_columns(amihud_ratio, "amihud_ratio_24_168", "close volume", 169, "log ratio", "flow", "Amihud, 2002", short=24, long=168)
 on_columns(roll_spread, "roll_spread_72", "close", 74, "fraction of price", "flow", "Roll, 1984", length=72)
 on_columns(price_impact, "price_impact_72", "close buy_volume volume", 73, "correlation", "flow", "Kyle, 1985", length=72)

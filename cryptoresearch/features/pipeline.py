@@ -6,7 +6,7 @@
 __all__ = ['MODULES', 'DataProcessing', 'check_frame', 'REGISTRY', 'Feature', 'feature', 'feature_names', 'feature_table',
            'resolve']
 
-# %% ../../nbs/features/22_pipeline.ipynb #979f117d
+# %% ../../nbs/features/22_pipeline.ipynb #4e925219
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -19,11 +19,11 @@ from ..errors import SchemaError, problem
 from . import alpha158, frames, indicators, microstructure, orderflow, volatility
 from .registry import REGISTRY, Feature, feature, feature_names, feature_table, resolve
 
-# %% ../../nbs/features/22_pipeline.ipynb #3d3091fa
+# %% ../../nbs/features/22_pipeline.ipynb #f44f15ca
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
 MODULES = (indicators, orderflow, volatility, alpha158, microstructure, frames)  # importing them fills the registry
 
-# %% ../../nbs/features/22_pipeline.ipynb #a440f77e
+# %% ../../nbs/features/22_pipeline.ipynb #25aa9b50
 class DataProcessing(TransformerMixin, BaseEstimator):
     "Features of a bar frame; stateless, so `transform` works without `fit`."
 
@@ -41,8 +41,11 @@ class DataProcessing(TransformerMixin, BaseEstimator):
 
     def transform(self, X: pd.DataFrame) -> pd.DataFrame:
         "One column a feature on the frame's index, float64, NaN where the window is not whole."
-        bars = check_frame(X)
-        return pd.DataFrame({f.name: f(bars) for f in resolve(self.features)}, index=bars.index)
+        bars, made = check_frame(X), resolve(self.features)
+        values = np.empty((len(made), len(bars)))  # one block, so that nothing is copied afterwards
+        for row, f in zip(values, made, strict=True):
+            row[:] = f.values(bars)
+        return pd.DataFrame(values.T, index=bars.index, columns=[f.name for f in made], copy=False)
 
     def process_data(self, df: pd.DataFrame) -> pd.DataFrame:
         "Features of a bar frame: `fit` and `transform` in one."
@@ -69,7 +72,7 @@ class DataProcessing(TransformerMixin, BaseEstimator):
         tags.requires_fit, tags.input_tags.allow_nan = False, True
         return tags
 
-# %% ../../nbs/features/22_pipeline.ipynb #8c4ac8cb
+# %% ../../nbs/features/22_pipeline.ipynb #a0563745
 def check_frame(
     bars: object,  # what should be a bar frame
 ) -> pd.DataFrame:  # the same, unchanged

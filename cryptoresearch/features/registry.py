@@ -6,7 +6,7 @@
 __all__ = ['CANDLE', 'GROUPS', 'REGISTRY', 'window_is_whole', 'OnColumns', 'Feature', 'feature', 'on_columns', 'resolve',
            'feature_names', 'feature_table']
 
-# %% ../../nbs/features/19_registry.ipynb #9c8f9590
+# %% ../../nbs/features/19_registry.ipynb #db07a271
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,20 +17,20 @@ import pandas as pd
 
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 
-# %% ../../nbs/features/19_registry.ipynb #4887645e
+# %% ../../nbs/features/19_registry.ipynb #481d9d9a
 def window_is_whole(
     bars: pd.DataFrame,  # bar frame; a frame without a column `gap` has no gaps
     warmup: int,  # bars, counting the current one
 ) -> np.ndarray:  # bool, one a row: the last `warmup` rows exist and none is a gap
     "True where the last `warmup` rows are all there."
-    whole = np.arange(len(bars)) >= warmup - 1
-    if "gap" in bars:
-        seen = np.concatenate([[0], np.cumsum(bars["gap"].to_numpy(dtype=bool))])
-        first = np.maximum(np.arange(len(bars)) - warmup + 1, 0)
-        whole &= seen[1:] == seen[first]
+    whole = np.zeros(len(bars), dtype=bool)
+    whole[warmup - 1 :] = True
+    if "gap" in bars and len(bars) >= warmup and (gap := bars["gap"].to_numpy(dtype=bool)).any():
+        seen = np.concatenate([[0], np.cumsum(gap)])
+        whole[warmup - 1 :] = seen[warmup:] == seen[: len(bars) - warmup + 1]
     return whole
 
-# %% ../../nbs/features/19_registry.ipynb #c11c7ff0
+# %% ../../nbs/features/19_registry.ipynb #ab7dcb22
 @dataclass(frozen=True)
 class OnColumns:
     "A function of columns and fixed parameters, seen as a function of the bar frame."
@@ -48,7 +48,7 @@ class OnColumns:
         "What tells it from another: module, parameters, name."
         return self.fn.__module__, self.params, self.fn.__qualname__
 
-# %% ../../nbs/features/19_registry.ipynb #db8183af
+# %% ../../nbs/features/19_registry.ipynb #f8301542
 CANDLE = ("open", "high", "low", "close", "volume", "close_ts")  # what bare candles know
 GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calendar")
 
@@ -67,16 +67,20 @@ class Feature:
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
         "Values on the frame's index; NaN before the warm-up and where the window meets a gap."
+        return pd.Series(self.values(bars), index=bars.index, name=self.name)
+
+    def values(self, bars: pd.DataFrame) -> np.ndarray:
+        "The same as an array."
         values = _evaluate(self, bars)
         values[~np.isfinite(values) | ~window_is_whole(bars, self.warmup)] = np.nan
-        return pd.Series(values, index=bars.index, name=self.name)
+        return values
 
     @property
     def candles_suffice(self) -> bool:
         "Whether open, high, low, close and volume are all it needs."
         return set(self.inputs) <= set(CANDLE)
 
-# %% ../../nbs/features/19_registry.ipynb #3b1d5599
+# %% ../../nbs/features/19_registry.ipynb #11d90892
 def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
     "The function's n values as a fresh float array, or an error that names the feature."
     missing = [c for c in feature.inputs if c not in bars]
@@ -93,7 +97,7 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
         raise SchemaError(problem(f"{len(bars)} values of feature {feature.name!r}", f"shape {array.shape}", "Return one value a bar"))
     return array
 
-# %% ../../nbs/features/19_registry.ipynb #24669d90
+# %% ../../nbs/features/19_registry.ipynb #abf5249a
 REGISTRY: dict[str, Feature] = {}
 
 
@@ -117,7 +121,7 @@ def _check_declaration(f: Feature) -> None:
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
-# %% ../../nbs/features/19_registry.ipynb #7edf6beb
+# %% ../../nbs/features/19_registry.ipynb #6c49b42c
 def feature(
     *,
     name: str,  # column it makes
@@ -141,7 +145,7 @@ def feature(
 
     return register
 
-# %% ../../nbs/features/19_registry.ipynb #03b22df8
+# %% ../../nbs/features/19_registry.ipynb #306cac3f
 def on_columns(
     fn: Callable[..., pd.Series],  # takes the input columns in order, then params
     name: str,  # column it makes
@@ -157,7 +161,7 @@ def on_columns(
     call = OnColumns(fn, columns, tuple(params.items()))
     return feature(name=name, inputs=columns, warmup=warmup, unit=unit, group=group, source=source)(call)
 
-# %% ../../nbs/features/19_registry.ipynb #7cac6069
+# %% ../../nbs/features/19_registry.ipynb #9032eb82
 def resolve(
     features: str | Feature | Iterable[str | Feature] | None = None,  # names, groups, objects; `default` when None
 ) -> list[Feature]:  # without repetition, in the order asked for
@@ -184,14 +188,14 @@ def _named(item: object) -> list[Feature]:
     remedy = f"Closest: {', '.join(close)}" if close else f"Groups: {', '.join(sorted(groups))}"
     raise DataNotFound(problem("the name of a feature or group", repr(item), remedy))
 
-# %% ../../nbs/features/19_registry.ipynb #0ebb3981
+# %% ../../nbs/features/19_registry.ipynb #5110b00e
 def feature_names(
     groups: str | Iterable[str] | None = None,  # names and groups; everything registered when None
 ) -> list[str]:  # names
     "Names of the registered features."
     return [f.name for f in resolve("all" if groups is None else groups)]
 
-# %% ../../nbs/features/19_registry.ipynb #a2b2d6ab
+# %% ../../nbs/features/19_registry.ipynb #7fbad9f9
 def feature_table(
     features: str | Feature | Iterable[str | Feature] | None = "all",  # names, groups, objects
 ) -> pd.DataFrame:  # index feature; group, inputs, warmup (bars), unit, source

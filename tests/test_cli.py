@@ -48,6 +48,7 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
         (["download", "BTCUSDT", "--from", "2022-13", "--to", "2022-14"], "2022-13"),
         (["compare", "no-such-run", "nor-this"], "no-such-run"),
         (["promote", "no-such-run"], "no-such-run"),
+        (["runs", "delete", "no-such-run", "--yes"], "no-such-run"),
         (["audit", "--symbol", "NOSUCH"], "cryptoresearch"),
         (["tune", "--model", "oracle"], "oracle"),
         (["data", "verify"], "cryptoresearch"),

@@ -68,3 +68,8 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
         assert "SIMULATED" in html
         assert not re.search(r"<(script|link)[^>]+(src|href)=.https?://", html), "the report works without internet"
         assert json.loads((report.folder / "run.json").read_text())["simulated"] is True
+    trials = con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall()
+    for args, code in ((["runs", "delete", reports[1].run_id], 1), (["runs", "delete", reports[1].run_id, "--yes"], 0), (["reproduce", reports[1].run_id], 2)):
+        done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, (args, done.stderr)
+    assert con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall() == trials, "what was tried stays counted"

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['State', 'GATE_P', 'Comparison', 'question', 'compare_runs', 'registry_log', 'registry', 'champion', 'Promotion',
-           'promote', 'set_state']
+           'promote', 'set_state', 'delete_run']
 
-# %% ../../nbs/models/36_registry.ipynb #8df5ce66
+# %% ../../nbs/models/36_registry.ipynb #41055549
 import html
 import json
+import secrets
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +20,12 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from ..errors import ConfigError, DataNotFound, SchemaError, problem
+from ..errors import ConfigError, DataNotFound, RunMismatch, SchemaError, problem
 from ..evaluation.scores import DieboldMariano, diebold_mariano, qlike_loss, score_table, squared_loss
-from .runs import Run, load_run, runs_folder
+from .runs import Run, _find_folder, _read_info, load_run, runs_folder
 from ..settings import Settings
 
-# %% ../../nbs/models/36_registry.ipynb #a14102a9
+# %% ../../nbs/models/36_registry.ipynb #44871b34
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Two runs on the rows that both forecast; shows itself as tables."
@@ -55,7 +57,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{self.scores.round(4).to_html(na_rep='')}{self.settings.to_html()}"
 
-# %% ../../nbs/models/36_registry.ipynb #b82297bc
+# %% ../../nbs/models/36_registry.ipynb #dc2a3e2a
 def question(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target, horizon
     "What a run answers; runs of one question are rivals."
     return run.config.symbol, run.config.spec, run.config.target, run.config.horizon
@@ -73,7 +75,7 @@ def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
     differ = {name: pair for name, pair in rows.items() if str(pair[0]) != str(pair[1])}
     return pd.DataFrame.from_dict({n: [str(v) for v in pair] for n, pair in differ.items()}, orient="index", columns=["a", "b"]).rename_axis("setting")
 
-# %% ../../nbs/models/36_registry.ipynb #0c755cfd
+# %% ../../nbs/models/36_registry.ipynb #5ef533c8
 def compare_runs(
     a: str | Run,  # name, its beginning, or the run
     b: str | Run,
@@ -95,8 +97,8 @@ def compare_runs(
     scores = pd.DataFrame({"a": tables[0], "b": tables[1]}).drop(index=[n for n in ("model_dm_stat", "model_dm_p") if n in tables[0].index])
     return Comparison(first.id, second.id, _settings_differ(first, second), scores, diebold_mariano(losses["a"], losses["b"], first.config.horizon), losses)
 
-# %% ../../nbs/models/36_registry.ipynb #34a053c8
-State = Literal["candidate", "champion", "retired"]
+# %% ../../nbs/models/36_registry.ipynb #fbdc99cf
+State = Literal["candidate", "champion", "retired", "deleted"]
 _FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n")
 
 
@@ -124,12 +126,17 @@ def registry(
     "State of every registered run."
     return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question", "state", "at", "reason"]]
 
-# %% ../../nbs/models/36_registry.ipynb #58098f10
+# %% ../../nbs/models/36_registry.ipynb #3846d2b9
 def _enter(run: Run, state: State, reason: str, settings: Settings | None, p_value: float | None = None, n: int | None = None) -> None:
     "Add a line."
+    _append(settings, run.id, "/".join(map(str, question(run))), state, reason, p_value, n)
+
+
+def _append(settings: Settings | None, run_id: str, asked: str, state: State, reason: str, p_value: float | None = None, n: int | None = None) -> None:
+    "Add a line about a run that need not be there any more."
     path = _register(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = (datetime.now(UTC).isoformat(timespec="seconds"), run.id, "/".join(map(str, question(run))), state, reason, p_value, n)
+    row = (datetime.now(UTC).isoformat(timespec="seconds"), run_id, asked, state, reason, p_value, n)
     with path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(dict(zip(_FIELDS, row, strict=True))) + "\n")
 
@@ -146,7 +153,7 @@ def champion(
     held = now.index[(now["state"] == "champion") & (now["question"] == f"{symbol}/{spec}/{target}/{horizon}")]
     return str(held[-1]) if len(held) else None
 
-# %% ../../nbs/models/36_registry.ipynb #1882f241
+# %% ../../nbs/models/36_registry.ipynb #40d66c0b
 GATE_P = 0.05
 
 
@@ -195,8 +202,30 @@ def set_state(
     settings: Settings | None = None,
 ) -> None:
     "Name a run a candidate, or retire it."
-    if state not in get_args(State) or state == "champion":
-        raise ConfigError(problem("candidate or retired", repr(state), "A champion is made by promote: cryptoresearch promote RUN"))
+    if state not in get_args(State) or state in ("champion", "deleted"):
+        raise ConfigError(problem("candidate or retired", repr(state), "A champion is made by promote: cryptoresearch promote RUN; a run is deleted by delete_run"))
     found = run if isinstance(run, Run) else load_run(run, settings)
     with FileLock(f"{_register(settings)}.lock"):
         _enter(found, state, reason, settings)
+
+# %% ../../nbs/models/36_registry.ipynb #ecb703ac
+def delete_run(
+    run_id: str,  # name, or the beginning of it; the run need not be readable
+    reason: str = "",  # kept in the registry
+    settings: Settings | None = None,  # where the runs are
+) -> str:  # the whole name of what was deleted
+    "Delete a run's folder and write that down; its trials stay. DataNotFound where there is none, ConfigError for a champion."
+    folder = _find_folder(run_id, settings)
+    with FileLock(f"{_register(settings)}.lock"):
+        known = registry(settings)
+        if folder.name in known.index and known.loc[folder.name, "state"] == "champion":
+            raise ConfigError(problem("a run that is not in use", f"{folder.name}, the champion of {known.loc[folder.name, 'question']}", "Promote another run or retire this one first"))
+        try:
+            config = _read_info(folder)["config"]
+            asked = "/".join(str(config[name]) for name in ("symbol", "spec", "target", "horizon"))
+        except (RunMismatch, KeyError, TypeError):
+            asked = ""  # its record cannot be read
+        gone = folder.rename(folder.parent / f".tmp-{folder.name}-{secrets.token_hex(4)}")  # at once out of sight; what a kill leaves is swept up later
+        _append(settings, folder.name, asked, "deleted", reason or "deleted")
+    shutil.rmtree(gone)
+    return folder.name

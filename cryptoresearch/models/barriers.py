@@ -6,7 +6,7 @@
 __all__ = ['TARGET', 'STOP', 'TIMEOUT', 'UNKNOWN', 'volatility_scaled', 'triple_barrier', 'meta_label', 'trend_scanning',
            'uniqueness', 'recency']
 
-# %% ../../nbs/models/30a_barriers.ipynb #7f51afba
+# %% ../../nbs/models/30a_barriers.ipynb #7331c960
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import njit
 
 from ..errors import SchemaError
 
-# %% ../../nbs/models/30a_barriers.ipynb #e329f9cb
+# %% ../../nbs/models/30a_barriers.ipynb #9003ac2e
 def volatility_scaled(
     labels: pd.DataFrame,  # y as a return, known_ts, end_ts, n rows
     sigma: pd.Series,  # expected volatility of the label's return, fraction, n rows, known at the bar's close
@@ -25,7 +25,7 @@ def volatility_scaled(
         raise SchemaError("expected sigma with the index of the labels; found another one. Reindex it to the bars")
     return labels.assign(y=labels["y"] / sigma.where(sigma > 0))
 
-# %% ../../nbs/models/30a_barriers.ipynb #13807168
+# %% ../../nbs/models/30a_barriers.ipynb #1c72c03f
 TARGET, STOP, TIMEOUT, UNKNOWN = 1, -1, 0, -9
 
 
@@ -54,17 +54,14 @@ def _first_touch(open_, high, low, close, gap, sigma, side, horizon, up, down, e
             if j == t + horizon:
                 exit_at[t], hit[t], price[t] = j, TIMEOUT, close[j]
 
-# %% ../../nbs/models/30a_barriers.ipynb #b53978e4
+# %% ../../nbs/models/30a_barriers.ipynb #24a2672f
 def _touch_in_trades(
-    trades: pd.DataFrame,  # ts (UTC), price, in order of time
-    start: pd.Timestamp,  # the bar's open
-    end: pd.Timestamp,  # the bar's close
+    inside: pd.DataFrame,  # ts (UTC), price: the trades of one bar
     target: float,  # price
     stop: float,  # price
     side: float,  # 1 or -1
 ) -> tuple[int, float, pd.Timestamp] | None:  # barrier, its price, when; None where no trade tells
     "Which of two barriers within one bar the trades touched first."
-    inside = trades[(trades["ts"] >= start) & (trades["ts"] < end)]
     price = inside["price"].to_numpy()
     reached, stopped = side * (price - target) >= 0, side * (price - stop) <= 0
     touched = np.flatnonzero(reached | stopped)
@@ -73,7 +70,21 @@ def _touch_in_trades(
     first = touched[0]
     return (TARGET, target, inside["ts"].iloc[first]) if reached[first] else (STOP, stop, inside["ts"].iloc[first])
 
-# %% ../../nbs/models/30a_barriers.ipynb #e37b43e6
+
+def _bounds(
+    bars: pd.DataFrame,  # time bars, or event bars with first_id and last_id, n rows
+    trades: pd.DataFrame,  # in order of ts, and of trade_id
+) -> tuple[np.ndarray, np.ndarray]:  # first row of each bar's trades, and the row behind the last, n each
+    "Where each bar's trades are: by id for event bars, whose neighbours may share a moment, else by time."
+    if "first_id" not in bars:
+        close = pd.DatetimeIndex(bars["close_ts"])
+        return trades["ts"].searchsorted(bars.index), trades["ts"].searchsorted(close)
+    if "trade_id" not in trades:
+        raise SchemaError("expected trades with trade_id, since event bars may share a moment; found none. Use read_trades")
+    ids = trades["trade_id"].to_numpy()
+    return np.searchsorted(ids, bars["first_id"].to_numpy()), np.searchsorted(ids, bars["last_id"].to_numpy(), "right")
+
+# %% ../../nbs/models/30a_barriers.ipynb #edd41e0c
 def _arrays(bars: pd.DataFrame, sigma: pd.Series, side: pd.Series | None) -> list[np.ndarray]:
     "Prices, gaps, volatility and sides of the bars as arrays; `SchemaError` where something does not fit."
     missing = [c for c in ("open", "high", "low", "close", "close_ts", "gap") if c not in bars]
@@ -85,7 +96,7 @@ def _arrays(bars: pd.DataFrame, sigma: pd.Series, side: pd.Series | None) -> lis
     sides = np.ones(len(bars)) if side is None else np.sign(side.fillna(0).to_numpy(np.float64))
     return [*(bars[c].to_numpy(np.float64) for c in ("open", "high", "low", "close")), bars["gap"].to_numpy(bool), sigma.to_numpy(np.float64), sides]
 
-# %% ../../nbs/models/30a_barriers.ipynb #7b885799
+# %% ../../nbs/models/30a_barriers.ipynb #6bfb5d3e
 def triple_barrier(
     bars: pd.DataFrame,  # open, high, low, close, close_ts, gap; time or event bars, n rows
     horizon: int,  # bars until time is up
@@ -95,7 +106,7 @@ def triple_barrier(
     down: float = 1.0,  # distance of the stop, in sigmas
     side: pd.Series | None = None,  # 1 long, -1 short, 0 or NaN no trade; long when None
     timeout: Literal["zero", "sign"] = "zero",  # y where time is up: 0, or the sign of the trade's return
-    trades: pd.DataFrame | None = None,  # ts (UTC), price: to tell which barrier came first inside one bar
+    trades: pd.DataFrame | None = None,  # ts (UTC), price, in order; trade_id for event bars: to tell which barrier came first inside one bar
 ) -> pd.DataFrame:  # index of bars: y (1 target, -1 stop, timeout), ret (of the trade, fraction), barrier, known_ts, end_ts
     "Which of target, stop and time limit the price meets first (López de Prado 2018, ch. 3)."
     if horizon < 1 or not up > 0 or not down > 0 or timeout not in ("zero", "sign"):
@@ -109,15 +120,16 @@ def triple_barrier(
         _resolve(bars, trades, arrays, exit_at, price, hit, both, end, up, down)
     return _barrier_frame(bars, arrays, exit_at, price, hit, end, horizon, timeout)
 
-# %% ../../nbs/models/30a_barriers.ipynb #cb2a6ffe
+# %% ../../nbs/models/30a_barriers.ipynb #a1414594
 def _resolve(
     bars: pd.DataFrame, trades: pd.DataFrame, arrays: list[np.ndarray], exit_at: np.ndarray, price: np.ndarray, hit: np.ndarray, both: np.ndarray, end: pd.Series, up: float, down: float
 ) -> None:
     "Look the labels that met both barriers in one bar up in the trades; changes the arrays."
+    begin, behind = _bounds(bars, trades)
     for t in np.flatnonzero(both):
         entry, s, sd = arrays[0][t + 1], arrays[6][t], arrays[5][t]
         at = exit_at[t]
-        found = _touch_in_trades(trades, bars.index[at], bars["close_ts"].iloc[at], entry * (1 + s * up * sd), entry * (1 - s * down * sd), s)
+        found = _touch_in_trades(trades.iloc[begin[at] : behind[at]], entry * (1 + s * up * sd), entry * (1 - s * down * sd), s)
         if found:
             hit[t], price[t], end.iloc[t] = found
 
@@ -134,7 +146,7 @@ def _barrier_frame(
     ends = pd.Series(end.array, index=bars.index).where(exit_at >= 0, planned)
     return pd.DataFrame({"y": y, "ret": ret, "barrier": name, "known_ts": bars["close_ts"], "end_ts": ends})
 
-# %% ../../nbs/models/30a_barriers.ipynb #6ec73949
+# %% ../../nbs/models/30a_barriers.ipynb #d7569b26
 def meta_label(
     labels: pd.DataFrame,  # of triple_barrier with the primary rule's side: ret, known_ts, end_ts
     cost: float = 0.0,  # return that a trade has to exceed, fraction
@@ -142,7 +154,7 @@ def meta_label(
     "Whether a trade of the primary rule's side paid more than it cost."
     return labels.assign(y=(labels["ret"] > cost).astype(float).where(labels["ret"].notna()))
 
-# %% ../../nbs/models/30a_barriers.ipynb #e676dc77
+# %% ../../nbs/models/30a_barriers.ipynb #5822b5b0
 @njit(cache=True, nogil=True)
 def _best_trend(log_close, gap, least, most, t_value, span):  # type: ignore[no-untyped-def]
     "The t-value of largest size over spans of `least` to `most` bars behind each bar, and its span; 0 where the future is unknown."
@@ -171,7 +183,7 @@ def _best_trend(log_close, gap, least, most, t_value, span):  # type: ignore[no-
             if abs(value) > best:
                 best, t_value[t], span[t] = abs(value), value, m
 
-# %% ../../nbs/models/30a_barriers.ipynb #830ee65f
+# %% ../../nbs/models/30a_barriers.ipynb #aefc229b
 def trend_scanning(
     bars: pd.DataFrame,  # close, close_ts, gap, n rows
     least: int = 5,  # bars of the shortest span, at least 3
@@ -186,7 +198,7 @@ def trend_scanning(
     out = {"y": np.sign(t_value), "t_value": t_value, "span": span, "known_ts": bars["close_ts"], "end_ts": bars["close_ts"].shift(-most)}
     return pd.DataFrame(out, index=bars.index)
 
-# %% ../../nbs/models/30a_barriers.ipynb #526d1203
+# %% ../../nbs/models/30a_barriers.ipynb #e745fa91
 def uniqueness(
     labels: pd.DataFrame,  # known_ts, end_ts, y; rows in order of time
 ) -> pd.Series:  # 0 to 1, index of labels; NaN where the label is missing
@@ -208,7 +220,7 @@ def _spread(known: pd.Series, values: np.ndarray) -> np.ndarray:
     out[known.to_numpy()] = values
     return out
 
-# %% ../../nbs/models/30a_barriers.ipynb #e83bfa64
+# %% ../../nbs/models/30a_barriers.ipynb #c48a7d86
 def recency(
     labels: pd.DataFrame,  # known_ts, n rows
     half_life: str | pd.Timedelta,  # after this much time a sample counts half

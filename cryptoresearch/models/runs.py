@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'LEAST_KNOWN', 'Progress', 'LABELS', 'RunConfig', 'canonical', 'frame_digest',
            'code_version', 'library_versions', 'own_features', 'RunData', 'read_data', 'identity', 'run_name',
-           'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test', 'fit_rows', 'walk_forward', 'record_trial',
-           'trial_sharpes', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run', 'train_run', 'load_run',
-           'list_runs', 'first_difference', 'reproduce']
+           'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test', 'sample_weights', 'fit_rows',
+           'walk_forward', 'record_trial', 'trial_sharpes', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run',
+           'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
 
-# %% ../../nbs/models/34_runs.ipynb #57406617
+# %% ../../nbs/models/34_runs.ipynb #ea953555
 import ast
 import hashlib
 import html
@@ -43,6 +43,7 @@ from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, sign_strategy
 from ..features.pipeline import DataProcessing
 from ..features.registry import OnColumns, resolve
+from .barriers import recency, uniqueness
 from .baselines import baselines
 from .boosting import TailModel
 from .estimators import MODELS
@@ -50,7 +51,7 @@ from .labels import Target, fixed_horizon, sample_intervals
 from .splits import WalkForward
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/models/34_runs.ipynb #0b8d8583
+# %% ../../nbs/models/34_runs.ipynb #ac8fb7bb
 @dataclass(frozen=True)
 class RunConfig:
     "What to forecast, from what, how and since when; checked, never changed."
@@ -72,6 +73,7 @@ class RunConfig:
     fee_bps: float = 5.0  # cost a side, basis points
     train_window: str | None = None  # length of the sliding window
     embargo: str = "0h"  # extra distance between training and test
+    weights: str | None = None  # of training samples: uniqueness, recency:365D, or both with a comma between; all alike when None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the dataclass is frozen for everybody else
@@ -81,7 +83,7 @@ class RunConfig:
             set_(self, name, _utc_text(name, getattr(self, name)))
         _check_config(self)
 
-# %% ../../nbs/models/34_runs.ipynb #fa439df7
+# %% ../../nbs/models/34_runs.ipynb #0222e2b3
 def _wrong(name: str, expected: str, found: object) -> ConfigError:
     return ConfigError(problem(f"{name} of a run to be {expected}", repr(found), f"Change {name}"))
 
@@ -105,7 +107,7 @@ def _length(name: str, value: Any, least: pd.Timedelta) -> None:
     if not ok:
         raise _wrong(name, f"a length of time such as 90D, at least {least}", value)
 
-# %% ../../nbs/models/34_runs.ipynb #45fa4ea2
+# %% ../../nbs/models/34_runs.ipynb #afd716fc
 def _check_config(c: RunConfig) -> None:
     "Refuse what cannot be trained."
     if not isinstance(c.symbol, str) or not re.fullmatch(r"[A-Za-z0-9:._-]{1,40}", c.symbol):
@@ -119,6 +121,12 @@ def _check_config(c: RunConfig) -> None:
         raise _wrong("fee_bps", "basis points a side, 0 or more", c.fee_bps)
     _length("refit_every", c.refit_every, bar_length(c.spec))
     _length("embargo", c.embargo, pd.Timedelta(0))
+    for part in [] if c.weights is None else str(c.weights).split(","):
+        kind, _, half_life = part.partition(":")
+        if kind not in ("uniqueness", "recency") or (kind == "uniqueness") == bool(half_life):
+            raise _wrong("weights", "uniqueness, recency:365D, or uniqueness,recency:365D", c.weights)
+        if kind == "recency":
+            _length("weights", half_life, bar_length(c.spec))
     if c.mode not in ("expanding", "sliding"):
         raise _wrong("mode", "expanding or sliding", c.mode)
     if (c.mode == "sliding") != (c.train_window is not None):
@@ -142,7 +150,7 @@ def _check_order_and_model(c: RunConfig) -> None:
     if unknown := sorted(set(c.params) - set(allowed)):
         raise _wrong("params", f"among {', '.join(allowed)} (the seed is a field of its own)", unknown)
 
-# %% ../../nbs/models/34_runs.ipynb #80e0ab57
+# %% ../../nbs/models/34_runs.ipynb #c54f2cfa
 def canonical(
     value: Any,  # of dicts, lists, texts, finite numbers, booleans, None
 ) -> str:  # JSON with sorted keys and no blanks
@@ -171,7 +179,7 @@ def frame_digest(
     parts = {"ts": _sha(_column_bytes(frame.index.to_series()))}
     return parts | {str(name): _sha(_column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
-# %% ../../nbs/models/34_runs.ipynb #6552d560
+# %% ../../nbs/models/34_runs.ipynb #e6008dd5
 CODE = ("data/bars.py", "data/growth.py", "features/*.py", "models/*.py", "evaluation/*.py")
 LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops")
 
@@ -214,7 +222,7 @@ def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest of the sou
             found[f.name] = _sha(repr(fixed) + (inspect.getsource(fn) if own else fn.__qualname__))
     return found
 
-# %% ../../nbs/models/34_runs.ipynb #824c5791
+# %% ../../nbs/models/34_runs.ipynb #5b24c868
 @dataclass(frozen=True)
 class RunData:
     "The bars of a run and where they came from."
@@ -243,7 +251,7 @@ def read_data(
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))
     return RunData(bars, sources, pinned, tuple(sha for s, sha in files if s in sources), simulated)
 
-# %% ../../nbs/models/34_runs.ipynb #8b9924a6
+# %% ../../nbs/models/34_runs.ipynb #d6fe3e71
 def identity(
     config: RunConfig,  # the question
     data: RunData,  # the data
@@ -267,7 +275,7 @@ def run_name(
     symbol = re.sub(r"[^a-z0-9]", "", config.symbol.lower())
     return f"{symbol}-{config.spec.lower()}-{config.target}{config.horizon}-{_sha(canonical(parts))[:10]}"
 
-# %% ../../nbs/models/34_runs.ipynb #446dd5bd
+# %% ../../nbs/models/34_runs.ipynb #74429960
 LEAST_KNOWN = 0.5  # share of the features
 
 
@@ -307,7 +315,7 @@ def prepare(
     intervals = sample_intervals(labels, bars, warmup)
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], tuple(raw.columns[~known]))
 
-# %% ../../nbs/models/34_runs.ipynb #76d19ace
+# %% ../../nbs/models/34_runs.ipynb #c843cc6a
 Progress = Callable[[float, str], None]  # fraction done (0 to 1), what is being done
 
 
@@ -323,10 +331,25 @@ def first_test(config: RunConfig, bars: pd.DataFrame) -> pd.Timestamp:  # UTC
     return bars.index[int(len(bars) * 0.6)]
 
 
+def sample_weights(
+    labels: pd.DataFrame,  # y, known_ts, end_ts of the training rows alone, n rows
+    weights: str | None,  # as in RunConfig
+) -> np.ndarray | None:  # above zero, mean 1, n; None where all count alike
+    "How much each training sample counts."
+    if weights is None:
+        return None
+    total = np.ones(len(labels))
+    for part in weights.split(","):
+        kind, _, half_life = part.partition(":")
+        total *= (uniqueness(labels) if kind == "uniqueness" else recency(labels, half_life)).to_numpy()
+    return total / total.mean()
+
+
 def fit_rows(config: RunConfig, samples: Samples, rows: np.ndarray) -> TailModel:
     "Fit on the rows whose outcome is known."
     rows = rows[samples.labels["y"].notna().to_numpy()[rows]]
-    return make_model(config).fit(samples.X.iloc[rows], samples.labels["y"].iloc[rows], intervals=samples.intervals.iloc[rows])
+    weight = sample_weights(samples.labels.iloc[rows], config.weights)
+    return make_model(config).fit(samples.X.iloc[rows], samples.labels["y"].iloc[rows], intervals=samples.intervals.iloc[rows], sample_weight=weight)
 
 
 def _forecast(model: TailModel, samples: Samples, rows: np.ndarray, fold: int) -> pd.DataFrame:
@@ -336,7 +359,7 @@ def _forecast(model: TailModel, samples: Samples, rows: np.ndarray, fold: int) -
     out = labels[["known_ts", "end_ts", "y"]].assign(prediction=model.predict(X), lower=lower, upper=upper, fold=fold)
     return out.join(samples.base.iloc[rows])
 
-# %% ../../nbs/models/34_runs.ipynb #00d24207
+# %% ../../nbs/models/34_runs.ipynb #c8cc51ae
 def walk_forward(
     config: RunConfig,  # how to split and what to fit
     samples: Samples,  # of `prepare`
@@ -358,7 +381,7 @@ def walk_forward(
             progress(k / (total + 1), f"fold {k} of {total}")
     return pd.concat(parts).rename_axis("ts"), folds
 
-# %% ../../nbs/models/34_runs.ipynb #4b441a10
+# %% ../../nbs/models/34_runs.ipynb #62b8ad81
 def record_trial(
     con: duckdb.DuckDBPyConnection,  # the store
     run_id: str,  # whose
@@ -393,7 +416,7 @@ def trial_sharpes(
     rows = con.execute("SELECT DISTINCT ON (n, sharpe, skew, kurtosis) run_id, sharpe FROM trials WHERE target = ? AND sharpe IS NOT NULL ORDER BY n, sharpe, skew, kurtosis, run_id", [_kind(simulated)]).fetchall()
     return [float(sharpe) * float(np.sqrt(bar_length(spec) / bar_length(run_id.split("-")[1]))) for run_id, sharpe in rows]
 
-# %% ../../nbs/models/34_runs.ipynb #f0a96381
+# %% ../../nbs/models/34_runs.ipynb #3606eaac
 @dataclass(frozen=True)
 class Run:
     "A trained run: its configuration, model, forecasts and record."
@@ -435,7 +458,7 @@ class Run:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in summary(self.info).items())
         return {"text/plain": text, "text/html": f'<table class="text">{rows}</table>', "application/vnd.cryptoresearch.run+json": {"id": self.id, "reused": self.reused}}
 
-# %% ../../nbs/models/34_runs.ipynb #5071a3a6
+# %% ../../nbs/models/34_runs.ipynb #0e230f02
 def summary(
     info: Mapping[str, Any],  # run.json
 ) -> dict[str, str]:  # one fact a key
@@ -449,7 +472,7 @@ def summary(
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
     }
 
-# %% ../../nbs/models/34_runs.ipynb #88c8cea8
+# %% ../../nbs/models/34_runs.ipynb #f8be4e2e
 def runs_folder(settings: Settings | None = None) -> Path:  # absolute
     "Folder that holds the runs."
     s = settings or get_settings()
@@ -491,7 +514,7 @@ def _store_run(folder: Path, info: dict[str, Any], model: TailModel, predictions
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/models/34_runs.ipynb #5f6df68f
+# %% ../../nbs/models/34_runs.ipynb #4679bd08
 def run_strategy(
     predictions: pd.DataFrame,  # of the run
     bars: pd.DataFrame,  # of the run
@@ -525,7 +548,7 @@ def _judged(config: RunConfig, data: RunData, predictions: pd.DataFrame, trials:
     table = {str(name): row for name, row in scores.to_dict("index").items()}
     return {"scores": table, "strategy": money, "verdict": said.sentence, "level": said.level}
 
-# %% ../../nbs/models/34_runs.ipynb #7b92c9d3
+# %% ../../nbs/models/34_runs.ipynb #78709911
 LABELS = {
     "return": "close of bar t+h / open of bar t+1 - 1, forecast at the close of bar t",
     "volatility": "root of the sum of squared log returns of bars t+1 to t+h, forecast at the close of bar t",
@@ -554,7 +577,7 @@ def _record(run_id: str, config: RunConfig, parts: dict[str, Any], data: RunData
         "trained_until": known.max().isoformat(),
     }
 
-# %% ../../nbs/models/34_runs.ipynb #0f9ee5a8
+# %% ../../nbs/models/34_runs.ipynb #b4000122
 def find_run(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # the question
@@ -592,7 +615,7 @@ def train_run(
     tell(1.0, "trained")
     return load_run(folder.name, settings)
 
-# %% ../../nbs/models/34_runs.ipynb #c968630f
+# %% ../../nbs/models/34_runs.ipynb #7c74ede6
 def _find_folder(run_id: str, settings: Settings | None) -> Path:
     "The folder of a run, by name or by the beginning of its name."
     root = runs_folder(settings)
@@ -628,7 +651,7 @@ def load_run(
     config = RunConfig(**info["config"])
     return Run(folder.name, folder, config, info, MODELS[config.model].load(folder), pd.read_parquet(folder / "predictions.parquet"))
 
-# %% ../../nbs/models/34_runs.ipynb #778118e0
+# %% ../../nbs/models/34_runs.ipynb #b8d022be
 def list_runs(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> pd.DataFrame:  # index run, newest first: created_at (UTC), symbol, spec, target, horizon, n, ic, r2_oos, dm_p, level, verdict, trained_until, simulated
@@ -650,7 +673,7 @@ def list_runs(
         table[name] = pd.to_datetime(table[name], utc=True)
     return table.sort_values("created_at", ascending=False, kind="stable")
 
-# %% ../../nbs/models/34_runs.ipynb #77f71ed5
+# %% ../../nbs/models/34_runs.ipynb #c7e06099
 class _Checks:
     "Comparisons of a run with its record, in order."
 
@@ -689,7 +712,7 @@ def first_difference(
         return f"column {name} at {then.index[k]:%Y-%m-%d %H:%M}: {x.iloc[k]!r} then, {y.iloc[k]!r} now"
     return ""
 
-# %% ../../nbs/models/34_runs.ipynb #b7007cee
+# %% ../../nbs/models/34_runs.ipynb #640aaa07
 def _data_then(info: Mapping[str, Any], config: RunConfig, checks: _Checks, settings: Settings | None) -> RunData:
     "The run's bars, from its snapshot or from the store as it is."
     expected, found, data = info["identity"]["bars"], info["snapshot"], None
@@ -715,7 +738,7 @@ def _compare_files(folder: Path, info: Mapping[str, Any], checks: _Checks) -> No
         path = folder / name
         checks.must(name, sha[:16], _sha(path.read_bytes())[:16] if path.is_file() else "no such file")
 
-# %% ../../nbs/models/34_runs.ipynb #469fbdfa
+# %% ../../nbs/models/34_runs.ipynb #0e9ac545
 def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.DataFrame, model: TailModel, checks: _Checks) -> None:
     "Compare forecasts, scores and the model's bytes with the stored ones."
     stored = pd.read_parquet(folder / "predictions.parquet")

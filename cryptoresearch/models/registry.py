@@ -6,7 +6,7 @@
 __all__ = ['State', 'GATE_P', 'Comparison', 'question', 'compare_runs', 'registry_log', 'registry', 'champion', 'Promotion',
            'promote', 'set_state', 'delete_run']
 
-# %% ../../nbs/models/36_registry.ipynb #84910b12
+# %% ../../nbs/models/36_registry.ipynb #bf3931a6
 import html
 import json
 import secrets
@@ -25,7 +25,7 @@ from ..evaluation.scores import DieboldMariano, diebold_mariano, qlike_loss, sco
 from .runs import Run, _find_folder, _read_info, load_run, runs_folder
 from ..settings import Settings
 
-# %% ../../nbs/models/36_registry.ipynb #39b50135
+# %% ../../nbs/models/36_registry.ipynb #bf2b9e75
 @dataclass(frozen=True, repr=False)
 class Comparison:
     "Two runs on the rows that both forecast; shows itself as tables."
@@ -57,7 +57,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{self.scores.round(4).to_html(na_rep='')}{self.settings.to_html()}"
 
-# %% ../../nbs/models/36_registry.ipynb #0e6b8d89
+# %% ../../nbs/models/36_registry.ipynb #a390dbfd
 def question(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target, horizon
     "What a run answers; runs of one question are rivals."
     return run.config.symbol, run.config.spec, run.config.target, run.config.horizon
@@ -75,7 +75,7 @@ def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
     differ = {name: pair for name, pair in rows.items() if str(pair[0]) != str(pair[1])}
     return pd.DataFrame.from_dict({n: [str(v) for v in pair] for n, pair in differ.items()}, orient="index", columns=["a", "b"]).rename_axis("setting")
 
-# %% ../../nbs/models/36_registry.ipynb #b6b2eec5
+# %% ../../nbs/models/36_registry.ipynb #f4cfad8d
 def compare_runs(
     a: str | Run,  # name, its beginning, or the run
     b: str | Run,
@@ -97,7 +97,7 @@ def compare_runs(
     scores = pd.DataFrame({"a": tables[0], "b": tables[1]}).drop(index=[n for n in ("model_dm_stat", "model_dm_p") if n in tables[0].index])
     return Comparison(first.id, second.id, _settings_differ(first, second), scores, diebold_mariano(losses["a"], losses["b"], first.config.horizon), losses)
 
-# %% ../../nbs/models/36_registry.ipynb #23a89857
+# %% ../../nbs/models/36_registry.ipynb #2482ebad
 State = Literal["candidate", "champion", "retired", "deleted"]
 _FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n")
 
@@ -126,7 +126,7 @@ def registry(
     "State of every registered run."
     return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question", "state", "at", "reason"]]
 
-# %% ../../nbs/models/36_registry.ipynb #da07a307
+# %% ../../nbs/models/36_registry.ipynb #420cc346
 def _enter(run: Run, state: State, reason: str, settings: Settings | None, p_value: float | None = None, n: int | None = None) -> None:
     "Add a line."
     _append(settings, run.id, "/".join(map(str, question(run))), state, reason, p_value, n)
@@ -153,7 +153,7 @@ def champion(
     held = now.index[(now["state"] == "champion") & (now["question"] == f"{symbol}/{spec}/{target}/{horizon}")]
     return str(held[-1]) if len(held) else None
 
-# %% ../../nbs/models/36_registry.ipynb #b2e6bdf0
+# %% ../../nbs/models/36_registry.ipynb #8a7b606e
 GATE_P = 0.05
 
 
@@ -208,7 +208,7 @@ def set_state(
     with FileLock(f"{_register(settings)}.lock"):
         _enter(found, state, reason, settings)
 
-# %% ../../nbs/models/36_registry.ipynb #19845984
+# %% ../../nbs/models/36_registry.ipynb #c50e3155
 def delete_run(
     run_id: str,  # name, or the beginning of it; the run need not be readable
     reason: str = "",  # kept in the registry

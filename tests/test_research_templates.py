@@ -1,0 +1,215 @@
+"""The research pages, as a user makes them: commands in processes of their own, on real hours, looked at in a browser."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import nbformat
+import pandas as pd
+import pytest
+
+from cryptoresearch.data.bars import make_bars
+from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.evaluation.comparison import judge_lineup, line_up
+from cryptoresearch.models.runs import Run, RunConfig, train_run
+from cryptoresearch.serving.batch import notebook_path, outside
+from cryptoresearch.settings import Settings
+
+QUESTION = RunConfig(start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))
+OPTIONS = ["--start", "2021-01-01", "--end", "2021-06-01", "--test-start", "2021-04-01", "--horizon", "4", "--feature", "momentum", "--feature", "returns"]
+TEMPLATES = ("compare", "tune", "feature_report", "evaluate")
+
+
+@dataclass(frozen=True)
+class Desk:
+    "A store with three runs, and what the commands said."
+
+    settings: Settings
+    runs: list[Run]
+    call: Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Desk:
+    "Five real months of hours, two forecasts of volatility and one of returns."
+    home = tmp_path_factory.mktemp("desk")
+    s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)
+    hours = pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
+    times = pd.to_datetime(hours["open_time"], utc=True)
+    hours[(times >= "2021-01-01") & (times < "2021-06-01")].to_parquet(home / "BTCUSDT-1h.parquet")
+    with init_duckdb(s) as con:
+        process_file(con, home / "BTCUSDT-1h.parquet", kind="klines", symbol="BTCUSDT", interval="1h")
+        make_bars(con, "BTCUSDT", "1h")
+        good = replace(QUESTION, target="volatility", features=("volatility",))
+        runs = [train_run(con, good, s), train_run(con, QUESTION, s)]
+        time.sleep(1.1)  # records say when to the second, and the page shows the newest first
+        runs.insert(1, train_run(con, replace(good, params={"penalty": 3e5}), s))
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
+        env = clean | {"CRYPTORESEARCH_HOME": str(home), "DUCKDB_PATH": s.duckdb_path, "RUNS_DIR": str(s.runs_dir), "COLUMNS": "200", "NO_COLOR": "1"}
+        return subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=240, check=False)
+
+    return Desk(s, runs, call)
+
+
+@pytest.fixture(scope="module")
+def pages(desk: Desk) -> dict[str, tuple[Path, str, str]]:
+    "Each template executed once by its command: the page, its text, what the command printed."
+    asked = {
+        "compare": ["compare", desk.runs[0].id, desk.runs[1].id, "--report"],
+        "tune": ["tune", *OPTIONS, "--model", "ridge", "--trials", "9", "--folds", "3", "--report"],
+        "feature_report": ["features", *OPTIONS, "--model", "lightgbm", "--report"],
+        "evaluate": ["evaluate", desk.runs[2].id],
+    }
+
+
+    def make(name: str) -> tuple[Path, str, str]:
+        done = desk.call(*asked[name])
+        assert done.returncode == 0, done.stderr[-3000:]
+        page = Path(re.findall(r"^report\s+(.+)$", done.stdout, re.MULTILINE)[-1].strip())
+        return page, page.read_text(encoding="utf-8"), done.stdout
+
+    with ThreadPoolExecutor(2) as pool:  # processes that share a store; the evaluation counts the search's trials
+        halves = pool.map(lambda names: {name: make(name) for name in names}, (("tune", "evaluate"), ("compare", "feature_report")))
+        return {name: made for half in halves for name, made in half.items()}
+
+
+def words(page: str) -> str:
+    "Text of a page without its markup and scripts."
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>|<style.*?</style>", " ", page, flags=re.DOTALL))).split())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_clean_and_travels(name: str) -> None:
+    notebook = nbformat.read(notebook_path(f"research/{name}.ipynb"), as_version=4)
+    assert sum("parameters" in c.metadata.get("tags", []) for c in notebook.cells) == 1
+    assert not any(c.get("outputs") or c.get("execution_count") for c in notebook.cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_page_stands_alone_with_the_verdict_on_top(name: str, pages: dict[str, tuple[Path, str, str]]) -> None:
+    _, page, _ = pages[name]
+    assert not outside(page)
+    assert "Traceback" not in page and "import pandas" not in page
+    assert page.count('class="verdict') == 1
+    assert page.index('class="verdict') < page.index("<table") and page.index('class="verdict') < page.index('class="figure"')
+    assert "The rules of the verdict" in page
+
+
+@pytest.mark.slow
+def test_the_comparison_says_what_the_functions_say(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
+    _, page, told = pages["compare"]
+    found = judge_lineup(line_up(desk.runs[:2]))
+    text = words(page)
+    assert found.sentence in text and found.sentence in " ".join(told.split())
+    assert f"Verdict: {found.label}" in text and found.label == "A is better"
+    assert "params.penalty" in text and "300000.0" in text
+    assert all(run.id in text for run in desk.runs[:2]) and "among the best" in text
+
+
+@pytest.mark.slow
+def test_the_search_tells_its_trials_and_what_it_did_not_see(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
+    page, html_text, told = pages["tune"]
+    text = words(html_text)
+    assert "everything from 2021-04-01 00:00 to 2021-06-01 00:00" in text and "which no trial has seen" in text
+    study = re.search(r"study\s+(\S+): 9 trials", told)
+    assert study and study[1] in text and page.parent.name == study[1]
+    with connect(desk.settings, read_only=True) as con:
+        counted = con.execute("SELECT count(*) FROM trials WHERE run_id = ?", [study[1]]).fetchone()
+    assert counted == (9,), "the report tried again"
+    assert "9 , each with its returns" in text or "9, each with its returns" in text
+    assert html_text.count('Plotly.newPlot("figure-') >= 5  # folds of the search, history, pruning, importances, slices
+
+
+@pytest.mark.slow
+def test_the_feature_report_names_every_feature_and_proves_them(pages: dict[str, tuple[Path, str, str]]) -> None:
+    text = words(pages["feature_report"][1])
+    listed = [name for name in ("rsi_14", "macd_26", "ret_1", "ret_168", "autocorr_72") if name not in text]
+    assert not listed, listed
+    assert "does not look ahead 19 of 19" in text and "none of the 19 features looks ahead" in text
+    assert "those from 2021-04-01 on are kept for a test" in text
+
+
+@pytest.mark.slow
+def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
+    text = words(pages["evaluate"][1])
+    assert desk.runs[2].id in text
+    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "planted signal", "probability of back-test overfitting"):
+        assert part in text, part
+    with connect(desk.settings, read_only=True) as con:
+        n = con.execute("SELECT count(*) FROM trials WHERE n > 0").fetchone()
+    assert n and f"trials on this symbol and these bars {n[0]}" in text  # those of the search too
+
+
+@pytest.mark.slow
+def test_wrong_questions_are_told_in_a_sentence(desk: Desk) -> None:
+    two = desk.call("compare", desk.runs[0].id, desk.runs[2].id, "--report")
+    assert two.returncode == 2 and "one question" in two.stderr and "Traceback" not in two.stderr
+    none = desk.call("features", "--feature", "crystal_ball", "--report")
+    assert none.returncode == 2 and "crystal_ball" in none.stderr and "Traceback" not in none.stderr
+    listed = desk.call("features", "--feature", "momentum")
+    assert listed.returncode == 0 and "rsi_14" in listed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_pages_in_a_browser(pages: dict[str, tuple[Path, str, str]], page: Any) -> None:
+    "Every figure is drawn, nothing is wider than the window, on a telephone too, nothing comes from elsewhere."
+    for name, (path, text, _) in pages.items():
+        page.set_viewport_size({"width": 1200, "height": 900})
+        page.goto(path.as_uri())
+        page.wait_for_selector(".js-plotly-plot .main-svg", timeout=30_000)
+        assert page.locator(".js-plotly-plot").count() == text.count('Plotly.newPlot("figure-'), name
+        for width in (1200, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            fits = f"document.documentElement.scrollWidth <= {width} && [...document.querySelectorAll('.js-plotly-plot .main-svg')].every(e => e.getBoundingClientRect().right <= {width} + 1)"
+            page.wait_for_function(fits, timeout=20_000)
+    assert not page.errors and not page.outside
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_two_runs_are_compared_on_a_page_of_the_dashboard(desk: Desk, page: Any, process: Any) -> None:
+    "The page offers runs of one question, says which is better, and turns the sign when they are swapped."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    serve = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]), notebook='compare.ipynb')"
+    server = process([sys.executable, "-c", serve, port], env={"DUCKDB_PATH": desk.settings.duckdb_path, "RUNS_DIR": str(desk.settings.runs_dir)})
+    for _ in range(240):
+        assert server.poll() is None, "Voila ended"
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/voila/static/voila.js", timeout=5)
+            break
+        except httpx.HTTPError:
+            time.sleep(0.25)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
+    page.wait_for_selector(".verdict", timeout=120_000)
+    verdict = page.locator(".verdict")
+    before = verdict.inner_text()
+    assert "B is better" in before or "B IS BETTER" in before  # the newest run is A, and it is the rough one
+    lists = page.locator("select")
+    assert lists.count() == 3 and lists.nth(0).locator("option").count() == 1  # the run on returns has no rival
+    lists.nth(0).scroll_into_view_if_needed()
+    lists.nth(1).select_option(index=1)
+    page.wait_for_function("document.querySelector('.cr-provenance')?.textContent.includes('two different runs')", timeout=60_000)
+    lists.nth(2).select_option(index=0)
+    page.wait_for_function("/A is better/i.test(document.querySelector('.verdict')?.textContent)", timeout=60_000)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
+    assert page.errors == [] and page.outside == []

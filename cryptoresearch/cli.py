@@ -6,7 +6,7 @@
 __all__ = ['app', 'console', 'runs_app', 'doctor', 'download', 'ingest', 'forget', 'bars', 'simulate', 'train', 'runs', 'delete',
            'reproduce', 'stream', 'replay', 'predict', 'api', 'dashboards', 'demo', 'main']
 
-# %% ../nbs/60_cli.ipynb #677b7381
+# %% ../nbs/60_cli.ipynb #bf365754
 import os
 import sys
 import time
@@ -23,7 +23,7 @@ from .cli_research import research_app
 from .errors import CryptoResearchError, problem
 from .settings import get_settings, setup_logging
 
-# %% ../nbs/60_cli.ipynb #7873f4f0
+# %% ../nbs/60_cli.ipynb #d1fb533a
 app = typer.Typer(
     help="From raw crypto trades to a prediction one can believe.", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,7 +54,7 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep; read once, when xgboost or scikit-learn is loaded
     setup_logging()
 
-# %% ../nbs/60_cli.ipynb #66d61633
+# %% ../nbs/60_cli.ipynb #4aee2cbe
 @app.command()
 def doctor() -> None:
     "Say what works on this machine, what does not, and what to do about it."
@@ -70,7 +70,7 @@ def doctor() -> None:
     console.print(table)
     raise typer.Exit(code=1 if any(c.state == "failed" for c in checks) else 0)
 
-# %% ../nbs/60_cli.ipynb #6e0b8eef
+# %% ../nbs/60_cli.ipynb #aab7325b
 @app.command()
 def download(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
@@ -94,7 +94,7 @@ def download(
                           dry_run=dry_run, refresh=refresh, rehash=rehash)  # fmt: skip
     _mirrored(done)
 
-# %% ../nbs/60_cli.ipynb #7a66f6bd
+# %% ../nbs/60_cli.ipynb #67058c13
 def _mirrored(done: Any) -> None:
     "Show a MirrorResult; exit code 2 where a published file could not be had."
     from rich.filesize import decimal
@@ -111,7 +111,7 @@ def _mirrored(done: Any) -> None:
     if done.failed:
         raise typer.Exit(code=2)
 
-# %% ../nbs/60_cli.ipynb #25ee7dfe
+# %% ../nbs/60_cli.ipynb #e1263641
 @app.command()
 def ingest(
     uris: Annotated[list[str], typer.Argument(help="Files, folders, patterns; s3://bucket/name, prefix or pattern; .csv, .csv.gz, .zip, .parquet")],
@@ -140,7 +140,7 @@ def ingest(
     if set(counts.index) - {"loaded", "already loaded"}:
         raise typer.Exit(code=2)
 
-# %% ../nbs/60_cli.ipynb #d158d5f0
+# %% ../nbs/60_cli.ipynb #c0864cf7
 @app.command()
 def forget(file: Annotated[str, typer.Argument(help="sha256 of a loaded file, or its first characters (table ingest_ledger).")]) -> None:
     "Take a loaded file out of the store again."
@@ -149,7 +149,7 @@ def forget(file: Annotated[str, typer.Argument(help="sha256 of a loaded file, or
 
     console.print(f"{forget_file(init_duckdb(), file):,} rows taken out; build the bars of its symbol anew")
 
-# %% ../nbs/60_cli.ipynb #d27584a5
+# %% ../nbs/60_cli.ipynb #22ea27ac
 @app.command()
 def bars(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
@@ -163,7 +163,7 @@ def bars(
     for one in spec:
         console.print(f"{symbol} {one}: {make_bars(con, symbol, one):,} bars")
 
-# %% ../nbs/60_cli.ipynb #c9c0a63b
+# %% ../nbs/60_cli.ipynb #340bc425
 @app.command()
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Where the files go.")],
@@ -188,7 +188,7 @@ def simulate(
     for path in paths:
         console.print(str(path), soft_wrap=True)
 
-# %% ../nbs/60_cli.ipynb #7ab8230e
+# %% ../nbs/60_cli.ipynb #957a1e88
 def _progress(text: str) -> Any:
     "A bar while somebody looks, silence in batch: a context manager that gives a function of (fraction, text)."
     from contextlib import contextmanager
@@ -203,7 +203,7 @@ def _progress(text: str) -> Any:
 
     return shown()
 
-# %% ../nbs/60_cli.ipynb #285073a4
+# %% ../nbs/60_cli.ipynb #b037281e
 @app.command()
 def train(
     symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
@@ -218,7 +218,7 @@ def train(
     mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
     train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
     features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb or ridge.")] = "xgboost",
+    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge or ensemble.")] = "xgboost",
     param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
@@ -237,7 +237,7 @@ def train(
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
 
-# %% ../nbs/60_cli.ipynb #36cec8d4
+# %% ../nbs/60_cli.ipynb #362589e8
 def _params(pairs: list[str]) -> dict[str, Any]:
     "name=value pairs; numbers and booleans as such."
     import json
@@ -255,7 +255,7 @@ def _params(pairs: list[str]) -> dict[str, Any]:
             found[name.strip()] = value
     return found
 
-# %% ../nbs/60_cli.ipynb #fc1ea018
+# %% ../nbs/60_cli.ipynb #c05b3f57
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, newest first; delete one.")
 app.add_typer(runs_app, name="runs")
 
@@ -301,7 +301,7 @@ def reproduce(run: Annotated[str, typer.Argument(help="Name of a run, or its beg
     short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)
     _show(short, "the same, bit for bit")
 
-# %% ../nbs/60_cli.ipynb #7b5130d3
+# %% ../nbs/60_cli.ipynb #51ee8fea
 @app.command()
 def stream(
     symbol: Annotated[list[str] | None, typer.Option(help="As Finnhub names it; may be given several times.")] = None,
@@ -323,7 +323,7 @@ def stream(
             feed.stop()
     console.print(f"{feed.stats.trades:,} trades received, {feed.stats.reconnects} reconnect(s)")
 
-# %% ../nbs/60_cli.ipynb #0dc444be
+# %% ../nbs/60_cli.ipynb #179260d1
 @app.command()
 def replay(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
@@ -349,7 +349,7 @@ def replay(
         raise server.error
     console.print(f"{server.sent:,} trades sent")
 
-# %% ../nbs/60_cli.ipynb #a1c51b18
+# %% ../nbs/60_cli.ipynb #842c364a
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")],
@@ -366,7 +366,7 @@ def predict(
     made = predict_live(get_settings(), run, source=source, stop=stop, on_prediction=lambda rows: _show(rows[["ts", "close_ts", "prediction"]]))
     console.print(f"{made:,} predictions")
 
-# %% ../nbs/60_cli.ipynb #e2f55c1f
+# %% ../nbs/60_cli.ipynb #b4d1b8f4
 @app.command()
 def api(
     host: Annotated[str | None, typer.Option(help="API_HOST by default: this machine only.")] = None,
@@ -377,7 +377,7 @@ def api(
 
     serve(host, port)
 
-# %% ../nbs/60_cli.ipynb #6705f4ea
+# %% ../nbs/60_cli.ipynb #abbe41d6
 @app.command()
 def dashboards(
     host: Annotated[str, typer.Option(help="This machine only by default.")] = "127.0.0.1",
@@ -389,7 +389,7 @@ def dashboards(
 
     raise typer.Exit(serve_dashboards(host=host, port=port, notebook=page))
 
-# %% ../nbs/60_cli.ipynb #5205e7cc
+# %% ../nbs/60_cli.ipynb #3096b4c0
 @app.command()
 def demo() -> None:
     "The whole way in a few minutes: data, bars, features, models, reports, live predictions."
@@ -400,7 +400,7 @@ def demo() -> None:
     logging.getLogger("cryptoresearch").setLevel(max(logging.WARNING, logging.getLogger("cryptoresearch").level))  # the steps tell enough
     run_demo(console=console)
 
-# %% ../nbs/60_cli.ipynb #cd81a566
+# %% ../nbs/60_cli.ipynb #3ac354f0
 def main() -> None:
     "Entry point of the console script."
     try:

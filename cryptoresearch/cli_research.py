@@ -7,7 +7,7 @@ __all__ = ['console', 'research_app', 'Symbol', 'Bars', 'Target', 'Horizon', 'St
            'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune', 'audit',
            'evaluate', 'compare', 'promote', 'registry']
 
-# %% ../nbs/60b_cli_research.ipynb #447bb342
+# %% ../nbs/60b_cli_research.ipynb #765e7e38
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .settings import Settings, get_settings
 
-# %% ../nbs/60b_cli_research.ipynb #e338d644
+# %% ../nbs/60b_cli_research.ipynb #e09005a3
 console = Console()
 research_app = typer.Typer()
 
@@ -29,12 +29,12 @@ End = Annotated[str | None, typer.Option(help="Bars open before this.")]
 TestStart = Annotated[str | None, typer.Option(help="First bar to forecast; after 60 % by default.")]
 Refit = Annotated[str, typer.Option(help="A new model after each, such as 90D.")]
 Features = Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")]
-Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb or ridge.")]
+Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge or ensemble.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, or its beginning.")]
 Report = Annotated[bool, typer.Option("--report", help="Write a page with pictures.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of the page and the executed notebook; below reports, beside the runs, by default.")]
 
-# %% ../nbs/60b_cli_research.ipynb #705f8be3
+# %% ../nbs/60b_cli_research.ipynb #5dff1454
 def show_frame(frame: Any) -> None:
     "A DataFrame as a table."
     console.print(frame.reset_index().to_string(index=False, na_rep=""), markup=False, highlight=False, soft_wrap=True)
@@ -58,7 +58,7 @@ def make_report(
     console.print(f"report  {page}", soft_wrap=True, markup=False)
     return page
 
-# %% ../nbs/60b_cli_research.ipynb #1ff45894
+# %% ../nbs/60b_cli_research.ipynb #65b9c202
 @research_app.command("features")
 def list_features(
     features: Features = None,
@@ -84,7 +84,7 @@ def list_features(
     asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "model": model, "seed": seed}
     make_report("feature_report", f"{symbol}-{bars}-{target}{horizon}", asked, output, get_settings())
 
-# %% ../nbs/60b_cli_research.ipynb #ce4c8bc2
+# %% ../nbs/60b_cli_research.ipynb #c5413b73
 @research_app.command()
 def tune(
     symbol: Symbol = "BTCUSDT",
@@ -119,7 +119,7 @@ def tune(
         question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "model": model, "seed": seed}
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
-# %% ../nbs/60b_cli_research.ipynb #b9cf92fc
+# %% ../nbs/60b_cli_research.ipynb #de231155
 @research_app.command()
 def audit(
     symbol: Symbol = "BTCUSDT",
@@ -146,7 +146,7 @@ def audit(
     if not found.passed:
         raise typer.Exit(code=2)
 
-# %% ../nbs/60b_cli_research.ipynb #898c74fb
+# %% ../nbs/60b_cli_research.ipynb #a70b695c
 @research_app.command()
 def evaluate(
     run: Run,
@@ -161,7 +161,7 @@ def evaluate(
     found = load_run(run, get_settings())
     make_report("evaluate", found.id, {"run": found.id, "fee_bps": fee_bps, "half_spread_bps": half_spread_bps, "with_audit": with_audit}, output, get_settings())
 
-# %% ../nbs/60b_cli_research.ipynb #e4efd88e
+# %% ../nbs/60b_cli_research.ipynb #73308072
 @research_app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Names of two runs or more, or their beginnings.")],

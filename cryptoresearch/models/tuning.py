@@ -6,7 +6,7 @@
 __all__ = ['SPACES', 'Search', 'inner_search', 'fold_loss', 'study_name', 'open_storage', 'open_study', 'Tuned', 'tune',
            'trial_table']
 
-# %% ../../nbs/models/34a_tuning.ipynb #935f860a
+# %% ../../nbs/models/34a_tuning.ipynb #42cd427b
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from ..errors import ConfigError, DataNotFound
+from ..errors import ConfigError, DataNotFound, problem
 from ..evaluation.scores import ic, qlike
 from cryptoresearch.models.runs import (
     RunConfig, RunData, Samples, canonical, first_test, fit_rows, identity, prepare, read_data, record_trial, run_strategy, runs_folder,
@@ -31,7 +31,7 @@ from cryptoresearch.models.runs import (
 from .splits import WalkForward
 from ..settings import Settings
 
-# %% ../../nbs/models/34a_tuning.ipynb #e2f01c68
+# %% ../../nbs/models/34a_tuning.ipynb #c66e93bf
 def _xgboost(t: optuna.Trial) -> dict[str, Any]:
     return {
         "learning_rate": t.suggest_float("learning_rate", 0.01, 0.1, log=True), "max_depth": t.suggest_int("max_depth", 2, 7),
@@ -67,9 +67,13 @@ def _ridge(t: optuna.Trial) -> dict[str, Any]:
     return {"penalty": t.suggest_float("penalty", 1, 1e5, log=True), "clip": t.suggest_float("clip", 2, 20, log=True)}
 
 
-SPACES: dict[str, Callable[[optuna.Trial], dict[str, Any]]] = {"xgboost": _xgboost, "lightgbm": _lightgbm, "histgb": _histgb, "gb": _gb, "ridge": _ridge}
+def _har_ridge(t: optuna.Trial) -> dict[str, Any]:
+    return {"penalty": t.suggest_float("penalty", 0.1, 1e4, log=True)}
 
-# %% ../../nbs/models/34a_tuning.ipynb #d5dd5c09
+
+SPACES: dict[str, Callable[[optuna.Trial], dict[str, Any]]] = {"xgboost": _xgboost, "lightgbm": _lightgbm, "histgb": _histgb, "gb": _gb, "ridge": _ridge, "har_ridge": _har_ridge}
+
+# %% ../../nbs/models/34a_tuning.ipynb #a206246a
 @dataclass(frozen=True)
 class Search:
     "What the trials of a search share."
@@ -96,7 +100,7 @@ def inner_search(
     split = WalkForward(first, (last - first) / n_folds + pd.Timedelta("1us"), embargo=config.embargo)
     return Search(config, inner, tuple(split.split(inner.intervals)))
 
-# %% ../../nbs/models/34a_tuning.ipynb #e7c86faa
+# %% ../../nbs/models/34a_tuning.ipynb #4280e5f5
 def fold_loss(
     target: str,  # return or volatility
     prediction: np.ndarray,  # n forecasts
@@ -130,7 +134,7 @@ def _objective(
     record(trial.number, pd.concat(parts))
     return float(np.mean(losses))
 
-# %% ../../nbs/models/34a_tuning.ipynb #9e3641df
+# %% ../../nbs/models/34a_tuning.ipynb #eeb90f30
 def study_name(
     config: RunConfig,
     data: RunData,
@@ -171,7 +175,7 @@ def open_study(
         study.sampler = optuna.samplers.TPESampler(multivariate=True, group=False, n_startup_trials=8, seed=seed + 1000 * len(study.get_trials(deepcopy=False)), constant_liar=True)
     return study
 
-# %% ../../nbs/models/34a_tuning.ipynb #2f564d25
+# %% ../../nbs/models/34a_tuning.ipynb #9c915bdd
 @dataclass(frozen=True)
 class Tuned:
     "A finished search: the best configuration and every trial."
@@ -200,6 +204,8 @@ def tune(
     progress: Callable[[float, str], None] | None = None,  # told after each trial
 ) -> Tuned:  # best parameters and every trial
     "Search for a model's parameters on what lies before the test; each trial goes to the trial ledger."
+    if config.model not in SPACES:
+        raise ConfigError(problem(f"a model with parameters to search: {', '.join(SPACES)}", repr(config.model), "Train it as it is, or add its space to SPACES"))
     data = read_data(con, config)
     samples, test_start = prepare(data.bars, config), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)
@@ -228,7 +234,7 @@ def _record_trial(con: duckdb.DuckDBPyConnection, name: str, config: RunConfig, 
     frame = pd.DataFrame({"prediction": forecasts[forecasts.index.isin(before.index)]})
     record_trial(con, name, run_strategy(frame, before, config), f"trial {number}", data.simulated)
 
-# %% ../../nbs/models/34a_tuning.ipynb #f09f7b2c
+# %% ../../nbs/models/34a_tuning.ipynb #3fb07bf2
 def trial_table(
     study: optuna.Study,
 ) -> pd.DataFrame:  # index trial: state, loss, folds (seen), the parameters; best first

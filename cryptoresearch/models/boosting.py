@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loss', 'purged_tail', 'monotone_list', 'TailModel', 'XGBoostModel']
 
-# %% ../../nbs/models/32_boosting.ipynb #a8f8fd99
+# %% ../../nbs/models/32_boosting.ipynb #4ae9991b
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 from ..errors import DataNotFound, SchemaError
 from .splits import overlaps
 
-# %% ../../nbs/models/32_boosting.ipynb #1e98b99a
+# %% ../../nbs/models/32_boosting.ipynb #b73b8270
 _FEWEST = 20  # rows; below this neither a fit nor a quantile of residuals means anything
 
 
@@ -44,7 +44,7 @@ def purged_tail(
         raise SchemaError(f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {len(fit)} and {len(tail)} of {n}. Load more data or use features with a shorter warm-up")
     return fit, tail
 
-# %% ../../nbs/models/32_boosting.ipynb #7b1170ae
+# %% ../../nbs/models/32_boosting.ipynb #b37b1a97
 def _matrix(X: pd.DataFrame | np.ndarray, names: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
     "Feature values and names, checked; columns chosen by `names` where given."
     if isinstance(X, pd.DataFrame):
@@ -64,7 +64,7 @@ def _matrix(X: pd.DataFrame | np.ndarray, names: list[str] | None = None) -> tup
         raise SchemaError(f"expected finite features or NaN; found infinity in {', '.join(found[i] for i in np.flatnonzero(bad))}. Repair the feature")
     return values, found
 
-# %% ../../nbs/models/32_boosting.ipynb #436c5e6b
+# %% ../../nbs/models/32_boosting.ipynb #9a201c57
 def _target(y: Any, n: int, log: bool, loss: str = "mean") -> tuple[np.ndarray, float | None]:
     "Outcomes to fit, and with a log target the floor below which they were lifted."
     values = np.asarray(y, dtype=np.float64)
@@ -103,7 +103,7 @@ def monotone_list(
         raise SchemaError(f"expected directions of 1, 0 or -1; found {sorted(set(monotone.values()))}. Correct monotone")
     return [int(monotone.get(name, 0)) for name in names]
 
-# %% ../../nbs/models/32_boosting.ipynb #7c55cfd9
+# %% ../../nbs/models/32_boosting.ipynb #17fc3271
 Loss = Literal["mean", "probability", "quantile"]
 
 
@@ -169,11 +169,11 @@ class TailModel(RegressorMixin, BaseEstimator):
             raise SchemaError("expected no log_target for a probability; found both. Use log_target=False")
 
     def _learn_residuals(self, residual: np.ndarray) -> None:
-        "Quantiles of the tail's residuals, and the correction of a logarithm's mean."
+        "Quantiles of the tail's residuals, and what lifts a logarithm's mean to the root of the mean square."
         low, high = np.quantile(residual, [(1 - self.level) / 2, (1 + self.level) / 2])
         self.residual_quantiles_ = (float(low), float(high))
         smear = self.log_target and self.loss == "mean"
-        self.log_correction_ = float(np.log(np.mean(np.exp(residual - residual.mean())))) if smear else 0.0
+        self.log_correction_ = float(np.log(np.mean(np.exp(2 * (residual - residual.mean()))))) / 2 if smear else 0.0
 
     def _forecast(self, X: pd.DataFrame | np.ndarray) -> np.ndarray:
         check_is_fitted(self, "booster_")
@@ -233,7 +233,7 @@ class TailModel(RegressorMixin, BaseEstimator):
         model.n_features_in_ = len(model.feature_names_in_)
         return model
 
-# %% ../../nbs/models/32_boosting.ipynb #5b5e0a6c
+# %% ../../nbs/models/32_boosting.ipynb #79cccac3
 class XGBoostModel(TailModel):
     "XGBoost with early stopping on a purged tail; deterministic; stored as UBJ and JSON."
 
@@ -250,7 +250,7 @@ class XGBoostModel(TailModel):
         reg_lambda: float = 10,  # ridge penalty on leaf values, in rows
         early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping
         validation_fraction: float = 0.15,  # share of the rows, last in time, to stop by
-        log_target: bool = False,  # fit log(y); for volatility
+        log_target: bool = False,  # fit log(y) and forecast the root of the mean square; for volatility
         loss: Loss = "mean",  # what is forecast
         alpha: float = 0.5,  # of the quantile, with loss='quantile'
         level: float = 0.9,  # share of outcomes that predict_interval should hold
@@ -305,7 +305,7 @@ class XGBoostModel(TailModel):
         gain = self.booster_.get_score(importance_type="gain")
         return np.array([float(gain.get(f"f{i}", 0.0)) for i in range(len(self.feature_names_in_))])
 
-# %% ../../nbs/models/32_boosting.ipynb #909affaf
+# %% ../../nbs/models/32_boosting.ipynb #bdeb81da
 _FITTED = ("feature_names_in", "best_iteration", "residual_quantiles", "log_correction", "floor", "n_rows")
 
 

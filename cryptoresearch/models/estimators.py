@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'LightGBMModel', 'HistGradientBoostingModel', 'GradientBoostingModel', 'RidgeModel']
 
-# %% ../../nbs/models/32b_estimators.ipynb #1ef25934
+# %% ../../nbs/models/32b_estimators.ipynb #cf2df5df
 import io
 import json
 import re
@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from ..errors import SchemaError
 from .boosting import Loss, TailModel, XGBoostModel, monotone_list
 
-# %% ../../nbs/models/32b_estimators.ipynb #9d854f4e
+# %% ../../nbs/models/32b_estimators.ipynb #0f28a14d
 class LightGBMModel(TailModel):
     "LightGBM with early stopping on a purged tail; deterministic; stored as LightGBM's text and JSON."
 
@@ -94,7 +94,7 @@ class LightGBMModel(TailModel):
         gain, count = (self.booster_.feature_importance(kind).astype(float) for kind in ("gain", "split"))
         return np.divide(gain, count, out=np.zeros_like(gain), where=count > 0)
 
-# %% ../../nbs/models/32b_estimators.ipynb #8d9de084
+# %% ../../nbs/models/32b_estimators.ipynb #3860e024
 _TRUSTED = (
     "sklearn._loss.link.IdentityLink", "sklearn._loss.link.Interval", "sklearn._loss.link.LogitLink",
     "sklearn._loss.loss.HalfBinomialLoss", "sklearn._loss.loss.HalfSquaredError", "sklearn._loss.loss.PinballLoss",
@@ -183,7 +183,7 @@ class _SklearnTrees(TailModel):
         self.fill_ = found["fill"]
         return found["trees"]
 
-# %% ../../nbs/models/32b_estimators.ipynb #64a4e5d8
+# %% ../../nbs/models/32b_estimators.ipynb #4c51f794
 class HistGradientBoostingModel(_SklearnTrees):
     "scikit-learn's histogram boosting with early stopping on a purged tail; stored by skops and JSON."
 
@@ -238,7 +238,7 @@ class HistGradientBoostingModel(_SklearnTrees):
             np.add.at(count, nodes["feature_idx"], 1)
         return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
-# %% ../../nbs/models/32b_estimators.ipynb #013b99ca
+# %% ../../nbs/models/32b_estimators.ipynb #6d3c322c
 class GradientBoostingModel(_SklearnTrees):
     "scikit-learn's exact boosting (Friedman 2001) with early stopping on a purged tail; for small data."
 
@@ -296,7 +296,7 @@ class GradientBoostingModel(_SklearnTrees):
     def _gain(self) -> np.ndarray:
         return np.asarray(self.booster_.feature_importances_, dtype=float)
 
-# %% ../../nbs/models/32b_estimators.ipynb #4e20e132
+# %% ../../nbs/models/32b_estimators.ipynb #e977636e
 class RidgeModel(TailModel):
     "Ridge (or logistic) regression on standardised features; stored as JSON."
 
@@ -357,7 +357,7 @@ class RidgeModel(TailModel):
     def _gain(self) -> np.ndarray:
         return np.abs(np.array(self.booster_["coef"]))
 
-# %% ../../nbs/models/32b_estimators.ipynb #b886edf3
+# %% ../../nbs/models/32b_estimators.ipynb #c4521e74
 MODELS: dict[str, type[TailModel]] = {
     "xgboost": XGBoostModel,
     "lightgbm": LightGBMModel,

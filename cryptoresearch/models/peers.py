@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'HARModel', 'HARRidgeModel', 'EnsembleModel', 'Garch']
 
-# %% ../../nbs/models/32c_peers.ipynb #f254d809
+# %% ../../nbs/models/32c_peers.ipynb #30621faf
 import base64
 import inspect
 import json
@@ -23,7 +23,7 @@ from ..errors import ConfigError, SchemaError, problem
 from .boosting import Loss, TailModel
 from .estimators import MODELS
 
-# %% ../../nbs/models/32c_peers.ipynb #74ac58de
+# %% ../../nbs/models/32c_peers.ipynb #9c7cd41c
 def _places(names: Sequence[str], needs: Sequence[str], model: str) -> list[int]:
     "Positions of the features that a model needs."
     missing = [n for n in needs if n not in names]
@@ -77,7 +77,7 @@ class _Chosen(TailModel):
         out[_places(self.feature_names_in_, self.needs, self.model)] = np.abs(np.array(self.booster_["coef"]))[: len(self.needs)]
         return out
 
-# %% ../../nbs/models/32c_peers.ipynb #96d08240
+# %% ../../nbs/models/32c_peers.ipynb #1442f700
 class HARModel(_Chosen):
     "Log-HAR: least squares on the volatilities of a day, a week and a month of hours (Corsi 2009)."
 
@@ -101,7 +101,7 @@ class HARModel(_Chosen):
     def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Any:
         return LinearRegression().fit(Z, outcome, sample_weight=weight)
 
-# %% ../../nbs/models/32c_peers.ipynb #eff351e0
+# %% ../../nbs/models/32c_peers.ipynb #be88c822
 class HARRidgeModel(_Chosen):
     "Ridge on HAR terms, log ranges, volume and 168 dummies of the hour of the week."
 
@@ -138,7 +138,7 @@ class HARRidgeModel(_Chosen):
         out[_places(self.feature_names_in_, self.needs, self.model)] = [*coef[:plain], coef[plain:].mean()]
         return out
 
-# %% ../../nbs/models/32c_peers.ipynb #1c118c14
+# %% ../../nbs/models/32c_peers.ipynb #083f44e4
 class EnsembleModel(TailModel):
     "Mean of several models, seeds and folds; stored as JSON that holds the members."
 
@@ -221,10 +221,10 @@ class EnsembleModel(TailModel):
         gains = [made._gain() for _, made, _ in self.booster_]
         return np.mean([g / g.sum() if g.sum() > 0 else g for g in gains], axis=0)
 
-# %% ../../nbs/models/32c_peers.ipynb #d86a6c67
+# %% ../../nbs/models/32c_peers.ipynb #93ec2bb4
 MODELS |= {"har": HARModel, "har_ridge": HARRidgeModel, "ensemble": EnsembleModel}
 
-# %% ../../nbs/models/32c_peers.ipynb #362b5c0f
+# %% ../../nbs/models/32c_peers.ipynb #5637a289
 @njit(cache=True)
 def _filter(squares, omega, alpha, beta, mean):  # type: ignore[no-untyped-def]
     "Variance of the next bar after each; the expected square stands for a missing one."

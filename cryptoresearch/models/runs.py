@@ -9,7 +9,7 @@ __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'LEAST_KNOWN', 'Progress', 'LABELS', 
            'walk_forward', 'record_trial', 'trial_sharpes', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run',
            'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
 
-# %% ../../nbs/models/34_runs.ipynb #38ba52ff
+# %% ../../nbs/models/34_runs.ipynb #e3792a07
 import ast
 import hashlib
 import html
@@ -52,7 +52,7 @@ from .labels import Target, fixed_horizon, sample_intervals
 from .splits import WalkForward
 from ..settings import Settings, get_settings
 
-# %% ../../nbs/models/34_runs.ipynb #9f835761
+# %% ../../nbs/models/34_runs.ipynb #34a2423e
 @dataclass(frozen=True)
 class RunConfig:
     "What to forecast, from what, how and since when; checked, never changed."
@@ -84,7 +84,7 @@ class RunConfig:
             set_(self, name, _utc_text(name, getattr(self, name)))
         _check_config(self)
 
-# %% ../../nbs/models/34_runs.ipynb #4fa1d689
+# %% ../../nbs/models/34_runs.ipynb #78059354
 def _wrong(name: str, expected: str, found: object) -> ConfigError:
     return ConfigError(problem(f"{name} of a run to be {expected}", repr(found), f"Change {name}"))
 
@@ -108,7 +108,7 @@ def _length(name: str, value: Any, least: pd.Timedelta) -> None:
     if not ok:
         raise _wrong(name, f"a length of time such as 90D, at least {least}", value)
 
-# %% ../../nbs/models/34_runs.ipynb #0c75edf1
+# %% ../../nbs/models/34_runs.ipynb #93efbba4
 def _check_config(c: RunConfig) -> None:
     "Refuse what cannot be trained."
     if not isinstance(c.symbol, str) or not re.fullmatch(r"[A-Za-z0-9:._-]{1,40}", c.symbol):
@@ -151,7 +151,7 @@ def _check_order_and_model(c: RunConfig) -> None:
     if unknown := sorted(set(c.params) - set(allowed)):
         raise _wrong("params", f"among {', '.join(allowed)} (the seed is a field of its own)", unknown)
 
-# %% ../../nbs/models/34_runs.ipynb #a100557b
+# %% ../../nbs/models/34_runs.ipynb #32d80b9d
 def canonical(
     value: Any,  # of dicts, lists, texts, finite numbers, booleans, None
 ) -> str:  # JSON with sorted keys and no blanks
@@ -180,7 +180,7 @@ def frame_digest(
     parts = {"ts": _sha(_column_bytes(frame.index.to_series()))}
     return parts | {str(name): _sha(_column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
-# %% ../../nbs/models/34_runs.ipynb #d5aef0e8
+# %% ../../nbs/models/34_runs.ipynb #eeaa3e5c
 CODE = ("data/bars.py", "data/growth.py", "features/*.py", "models/*.py", "evaluation/*.py")
 LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops")
 
@@ -223,7 +223,7 @@ def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest of the sou
             found[f.name] = _sha(repr(fixed) + (inspect.getsource(fn) if own else fn.__qualname__))
     return found
 
-# %% ../../nbs/models/34_runs.ipynb #f0c170f7
+# %% ../../nbs/models/34_runs.ipynb #2cf4db92
 @dataclass(frozen=True)
 class RunData:
     "The bars of a run and where they came from."
@@ -252,7 +252,7 @@ def read_data(
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))
     return RunData(bars, sources, pinned, tuple(sha for s, sha in files if s in sources), simulated)
 
-# %% ../../nbs/models/34_runs.ipynb #d6f7c243
+# %% ../../nbs/models/34_runs.ipynb #8491f5e3
 def identity(
     config: RunConfig,  # the question
     data: RunData,  # the data
@@ -276,7 +276,7 @@ def run_name(
     symbol = re.sub(r"[^a-z0-9]", "", config.symbol.lower())
     return f"{symbol}-{config.spec.lower()}-{config.target}{config.horizon}-{_sha(canonical(parts))[:10]}"
 
-# %% ../../nbs/models/34_runs.ipynb #ca00ba15
+# %% ../../nbs/models/34_runs.ipynb #a6396d74
 LEAST_KNOWN = 0.5  # share of the features
 
 
@@ -316,7 +316,7 @@ def prepare(
     intervals = sample_intervals(labels, bars, warmup)
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], tuple(raw.columns[~known]))
 
-# %% ../../nbs/models/34_runs.ipynb #c5a46efd
+# %% ../../nbs/models/34_runs.ipynb #1ce45ad8
 Progress = Callable[[float, str], None]  # fraction done (0 to 1), what is being done
 
 
@@ -360,7 +360,7 @@ def _forecast(model: TailModel, samples: Samples, rows: np.ndarray, fold: int) -
     out = labels[["known_ts", "end_ts", "y"]].assign(prediction=model.predict(X), lower=lower, upper=upper, fold=fold)
     return out.join(samples.base.iloc[rows])
 
-# %% ../../nbs/models/34_runs.ipynb #7b1523e9
+# %% ../../nbs/models/34_runs.ipynb #02e97c6f
 def walk_forward(
     config: RunConfig,  # how to split and what to fit
     samples: Samples,  # of `prepare`
@@ -382,7 +382,7 @@ def walk_forward(
             progress(k / (total + 1), f"fold {k} of {total}")
     return pd.concat(parts).rename_axis("ts"), folds
 
-# %% ../../nbs/models/34_runs.ipynb #9ed92339
+# %% ../../nbs/models/34_runs.ipynb #e0d7d8e2
 def record_trial(
     con: duckdb.DuckDBPyConnection,  # the store
     run_id: str,  # whose
@@ -417,7 +417,7 @@ def trial_sharpes(
     rows = con.execute("SELECT DISTINCT ON (n, sharpe, skew, kurtosis) run_id, sharpe FROM trials WHERE target = ? AND sharpe IS NOT NULL ORDER BY n, sharpe, skew, kurtosis, run_id", [_kind(simulated)]).fetchall()
     return [float(sharpe) * float(np.sqrt(bar_length(spec) / bar_length(run_id.split("-")[1]))) for run_id, sharpe in rows]
 
-# %% ../../nbs/models/34_runs.ipynb #7d635c2f
+# %% ../../nbs/models/34_runs.ipynb #99f62a02
 @dataclass(frozen=True)
 class Run:
     "A trained run: its configuration, model, forecasts and record."
@@ -459,7 +459,7 @@ class Run:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in summary(self.info).items())
         return {"text/plain": text, "text/html": f'<table class="text">{rows}</table>', "application/vnd.cryptoresearch.run+json": {"id": self.id, "reused": self.reused}}
 
-# %% ../../nbs/models/34_runs.ipynb #5e4b322c
+# %% ../../nbs/models/34_runs.ipynb #86820836
 def summary(
     info: Mapping[str, Any],  # run.json
 ) -> dict[str, str]:  # one fact a key
@@ -473,7 +473,7 @@ def summary(
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
     }
 
-# %% ../../nbs/models/34_runs.ipynb #c0fa226e
+# %% ../../nbs/models/34_runs.ipynb #eea97f3b
 def runs_folder(settings: Settings | None = None) -> Path:  # absolute
     "Folder that holds the runs."
     s = settings or get_settings()
@@ -515,7 +515,7 @@ def _store_run(folder: Path, info: dict[str, Any], model: TailModel, predictions
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/models/34_runs.ipynb #dcd58dff
+# %% ../../nbs/models/34_runs.ipynb #7a7e2204
 def run_strategy(
     predictions: pd.DataFrame,  # of the run
     bars: pd.DataFrame,  # of the run
@@ -549,7 +549,7 @@ def _judged(config: RunConfig, data: RunData, predictions: pd.DataFrame, trials:
     table = {str(name): row for name, row in scores.to_dict("index").items()}
     return {"scores": table, "strategy": money, "verdict": said.sentence, "level": said.level}
 
-# %% ../../nbs/models/34_runs.ipynb #23d84abd
+# %% ../../nbs/models/34_runs.ipynb #48233226
 LABELS = {
     "return": "close of bar t+h / open of bar t+1 - 1, forecast at the close of bar t",
     "volatility": "root of the sum of squared log returns of bars t+1 to t+h, forecast at the close of bar t",
@@ -578,7 +578,7 @@ def _record(run_id: str, config: RunConfig, parts: dict[str, Any], data: RunData
         "trained_until": known.max().isoformat(),
     }
 
-# %% ../../nbs/models/34_runs.ipynb #69661d26
+# %% ../../nbs/models/34_runs.ipynb #961c73b6
 def find_run(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # the question
@@ -616,7 +616,7 @@ def train_run(
     tell(1.0, "trained")
     return load_run(folder.name, settings)
 
-# %% ../../nbs/models/34_runs.ipynb #8581e7ad
+# %% ../../nbs/models/34_runs.ipynb #4d31de16
 def _find_folder(run_id: str, settings: Settings | None) -> Path:
     "The folder of a run, by name or by the beginning of its name."
     root = runs_folder(settings)
@@ -652,7 +652,7 @@ def load_run(
     config = RunConfig(**info["config"])
     return Run(folder.name, folder, config, info, MODELS[config.model].load(folder), pd.read_parquet(folder / "predictions.parquet"))
 
-# %% ../../nbs/models/34_runs.ipynb #adce1c76
+# %% ../../nbs/models/34_runs.ipynb #d2a7ee53
 def list_runs(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> pd.DataFrame:  # index run, newest first: created_at (UTC), symbol, spec, target, horizon, n, ic, r2_oos, dm_p, level, verdict, trained_until, simulated
@@ -674,7 +674,7 @@ def list_runs(
         table[name] = pd.to_datetime(table[name], utc=True)
     return table.sort_values("created_at", ascending=False, kind="stable")
 
-# %% ../../nbs/models/34_runs.ipynb #4b9eb205
+# %% ../../nbs/models/34_runs.ipynb #a3fd2482
 class _Checks:
     "Comparisons of a run with its record, in order."
 
@@ -713,7 +713,7 @@ def first_difference(
         return f"column {name} at {then.index[k]:%Y-%m-%d %H:%M}: {x.iloc[k]!r} then, {y.iloc[k]!r} now"
     return ""
 
-# %% ../../nbs/models/34_runs.ipynb #a0b7bd1b
+# %% ../../nbs/models/34_runs.ipynb #d0ddd5c1
 def _data_then(info: Mapping[str, Any], config: RunConfig, checks: _Checks, settings: Settings | None) -> RunData:
     "The run's bars, from its snapshot or from the store as it is."
     expected, found, data = info["identity"]["bars"], info["snapshot"], None
@@ -739,7 +739,7 @@ def _compare_files(folder: Path, info: Mapping[str, Any], checks: _Checks) -> No
         path = folder / name
         checks.must(name, sha[:16], _sha(path.read_bytes())[:16] if path.is_file() else "no such file")
 
-# %% ../../nbs/models/34_runs.ipynb #da156ee1
+# %% ../../nbs/models/34_runs.ipynb #74fa5f63
 def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.DataFrame, model: TailModel, checks: _Checks) -> None:
     "Compare forecasts, scores and the model's bytes with the stored ones."
     stored = pd.read_parquet(folder / "predictions.parquet")

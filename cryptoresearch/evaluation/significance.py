@@ -144,6 +144,7 @@ def _sharpe(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.nda
     variance = np.maximum(squares.sum(0) / n - mean**2, 0) * n / (n - 1)
     return np.divide(mean, np.sqrt(variance), out=np.zeros_like(mean), where=variance > 1e-30)
 
+
 def _block_mean(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Mean of each trial from the sums of some blocks."
     return np.asarray(sums.sum(0) / counts.sum())

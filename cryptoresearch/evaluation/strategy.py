@@ -56,6 +56,8 @@ class StrategyResult:
     fee_bps: float  # cost per unit of turnover, basis points
     bar_s: float  # length of a bar, seconds
     costs: pd.DataFrame | None = None  # what was paid, by kind, fractions of the capital per bar; None where only the fee was
+    rates: pd.DataFrame | None = None  # by bar: impact (per turnover to the power of 1.5) and funding (per position); None where only the fee was
+    capital: float = float("nan")  # quote currency, that the impact was computed for
 
     @property
     def break_even_bps(self) -> float:

@@ -45,7 +45,7 @@ from ..evaluation.strategy import StrategyResult, sign_strategy
 from ..features.pipeline import DataProcessing
 from ..features.registry import OnColumns, resolve
 from .barriers import recency, uniqueness
-from .baselines import baselines
+from .baselines import baselines, har_volatility
 from .boosting import TailModel
 from .estimators import MODELS
 from .labels import Target, fixed_horizon, sample_intervals
@@ -312,6 +312,8 @@ def prepare(
     X = raw.loc[:, known]
     target: Any = config.target
     labels, base = fixed_horizon(bars, config.horizon, target), baselines(bars, config.horizon, target)
+    if target == "volatility":
+        base["har"] = har_volatility(bars, config.horizon)
     warmup = max(f.warmup for f in resolve(list(X.columns)))
     rows = usable_rows(X, bars)
     intervals = sample_intervals(labels, bars, warmup)

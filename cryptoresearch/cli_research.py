@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'research_app', 'Symbol', 'Bars', 'Target', 'Horizon', 'Start', 'End', 'TestStart', 'Refit', 'Features',
-           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune', 'audit',
-           'evaluate', 'compare', 'promote', 'registry']
+           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'parse_params', 'list_features', 'tune',
+           'audit', 'evaluate', 'compare', 'promote', 'registry']
 
 # %% ../nbs/60b_cli_research.ipynb #765e7e38
 from pathlib import Path
@@ -58,6 +58,26 @@ def make_report(
     console.print(f"report  {page}", soft_wrap=True, markup=False)
     return page
 
+
+def parse_params(
+    pairs: list[str],  # such as max_depth=3
+) -> dict[str, Any]:  # by name; values that are JSON as such, others as text
+    "Read name=value pairs."
+    import json
+
+    from cryptoresearch.errors import ConfigError, problem
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
 # %% ../nbs/60b_cli_research.ipynb #65b9c202
 @research_app.command("features")
 def list_features(
@@ -99,6 +119,10 @@ def tune(
     trials: Annotated[int, typer.Option(help="That the study shall have in all.", min=1)] = 50,
     folds: Annotated[int, typer.Option(help="Inner folds, all before the test.", min=2)] = 4,
     storage: Annotated[str | None, typer.Option(help="A database's address; a journal file beside the runs by default.")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="Parameter that stays fixed, name=value; may be given several times.")] = None,
+    embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
+    weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
+    refit: Annotated[str, typer.Option("--refit", "--refit-every", help="A new model after each in the run that is trained afterwards, such as 90D.")] = "90D",
     seed: Annotated[int, typer.Option()] = 0,
     report: Report = False,
     output: Output = None,
@@ -106,17 +130,18 @@ def tune(
     "Search a model's parameters on what lies before the test; start it several times to use more cores, again to go on."
     from cryptoresearch.data.store import init_duckdb
     from cryptoresearch.models.runs import RunConfig
+    from cryptoresearch.models.tuning import param_options
     from cryptoresearch.models.tuning import tune as search
 
-    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, features=tuple(features or ["default"]), model=model, seed=seed)
+    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit, features=tuple(features or ["default"]), model=model, params=parse_params(param or []), seed=seed, embargo=embargo, weights=weights)
     with console.status("searching") as status, init_duckdb() as con:
         found = search(con, asked, trials, n_folds=folds, storage=storage, progress=lambda share, text: status.update(text))
     show_frame(found.table.head(10).round(5))
-    best = " ".join(f"--param {name}={value}" for name, value in found.config.params.items())
+    best = param_options(found.config.params)
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    --model {model} {best}", soft_wrap=True, markup=False)
     if report:
-        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "model": model, "seed": seed}
+        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "model": model, "params": dict(asked.params), "seed": seed, "embargo": embargo, "weights": weights, "refit_every": refit}
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #de231155

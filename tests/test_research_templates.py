@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
 from cryptoresearch.evaluation.luck import search_luck
 from cryptoresearch.evaluation.report import number
+from cryptoresearch.models.registry import audit_of
 from cryptoresearch.models.runs import Run, RunConfig, train_run
 from cryptoresearch.models.trials import question_of, read_trials, trial_sharpes
 from cryptoresearch.serving.batch import notebook_path, outside
@@ -74,7 +76,7 @@ def pages(desk: Desk) -> dict[str, tuple[Path, str, str]]:
     "Each template executed once by its command: the page, its text, what the command printed."
     asked = {
         "compare": ["compare", desk.runs[0].id, desk.runs[1].id, "--report"],
-        "tune": ["tune", *OPTIONS, "--model", "ridge", "--trials", "9", "--folds", "3", "--report"],
+        "tune": ["tune", *OPTIONS, "--model", "ridge", "--param", "clip=6.5", "--embargo", "2h", "--weights", "recency:365D", "--refit", "30D", "--trials", "9", "--folds", "3", "--report"],
         "feature_report": ["features", *OPTIONS, "--model", "lightgbm", "--report"],
         "evaluate": ["evaluate", desk.runs[2].id],
     }
@@ -121,6 +123,7 @@ def test_the_comparison_says_what_the_functions_say(desk: Desk, pages: dict[str,
     text = words(page)
     assert found.sentence in text and found.sentence in " ".join(told.split())
     assert f"Verdict: {found.label}" in text and found.label == "A is better"
+    assert " har " in text  # beside last and ewma
     assert "params.penalty" in text and "300000.0" in text
     assert all(run.id in text for run in desk.runs[:2]) and "among the best" in text
 
@@ -136,6 +139,10 @@ def test_the_search_tells_its_trials_and_what_it_did_not_see(desk: Desk, pages: 
         counted = con.execute("SELECT count(*) FROM trials WHERE run_id = ?", [study[1]]).fetchone()
     assert counted == (9,), "the report tried again"
     assert "9 , each with its returns" in text or "9, each with its returns" in text
+    assert "fixed: clip = 6.5" in text and "--param clip=6.5" in text and "--param penalty=" in text
+    with connect(desk.settings, read_only=True) as con:
+        model = json.loads(con.execute("SELECT model FROM trials WHERE run_id = ? LIMIT 1", [study[1]]).fetchone()[0])
+    assert (model["embargo"], model["weights"], model["refit_every"], model["params"]["clip"]) == ("2h", "recency:365D", "30D", 6.5)
     assert html_text.count('Plotly.newPlot("figure-') >= 5  # folds of the search, history, pruning, importances, slices
 
 
@@ -160,6 +167,9 @@ def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, 
     assert n == 10 and f"trials of this question {n}" in text  # those of the search too
     assert f"trials behind it {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
     assert "models judged on these rows 1" in text and "corrected for these models p" in text
+    for part in ("quantiles of 90 days", "base rate", "IC by month", "IC by hour of the day", "above zero"):
+        assert part in text, part
+    assert audit_of(desk.runs[2])["verdict"].startswith("audit")  # kept beside the run, for the registry
     for cost in ("bp of half-spread a side", "square-root impact", "funding of 1 bp per 8 hours", "2 bars after the decision", "and one bar late"):
         assert cost in text, cost
 

@@ -15,7 +15,7 @@ from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import REGISTRY, resolve
 from cryptoresearch.settings import shared_data
 
-GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames")
+GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "averages", "statistics", "frames")
 NEW = resolve([*GROUPS, "cycles"])
 SHORT = [f for f in NEW if f.warmup <= 400]
 

@@ -36,7 +36,7 @@ def _follow_all(x: Array, gain: Array, memory: int) -> Array:
         out[t] = _follow(x, gain, t - memory + 1, t)
     return out
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #f17ac2a6
 def following_distance(
     close: pd.Series,  # quote currency, n bars
     gain: pd.Series,  # 0 to 1, n bars
@@ -46,7 +46,7 @@ def following_distance(
     level = _follow_all(close.to_numpy(dtype=float), gain.to_numpy(dtype=float), memory)
     return distance(close, pd.Series(level, index=close.index))
 
-# %% ../../nbs/features/20h_adaptive.ipynb #bc2466c3
+# %% ../../nbs/features/20h_adaptive.ipynb #c104b2b2
 def kama_gain(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars of the efficiency ratio
@@ -69,7 +69,7 @@ def vidya_gain(
     way = sum_over(change.abs(), length)
     return 2 / (length + 1) * ratio(sum_over(change, length).abs(), way).where(way != 0, 0.0)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #becba450
+# %% ../../nbs/features/20h_adaptive.ipynb #9f2486d4
 def kama_distance(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars of the efficiency ratio
@@ -87,11 +87,11 @@ def vidya_distance(
     "Distance of the close from Chande's variable index dynamic average."
     return following_distance(close, vidya_gain(close, length), memory)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #338aab3d
+# %% ../../nbs/features/20h_adaptive.ipynb #9ff8c1b1
 on_columns(kama_distance, "kama_distance_10", "close", 209, OF_CLOSE, "averages", "Kaufman, 1995", length=10, memory=200)
 on_columns(vidya_distance, "vidya_distance_14", "close", 313, OF_CLOSE, "averages", "Chande, 1992", length=14, memory=300)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #912c77bb
+# %% ../../nbs/features/20h_adaptive.ipynb #ec276f81
 _FILTER = np.convolve([0.4, 0.3, 0.2, 0.1], [0.0962, 0, 0.5769, 0, -0.5769, 0, -0.0962])  # sums to zero
 _DEGREES = 180 / pi
 
@@ -109,7 +109,7 @@ def _next_period(period: float, re: float, im: float, turn: float) -> float:
     new = max(min(new, 1.5 * period), 0.67 * period)
     return 0.2 * min(max(new, 6.0), 50.0) + 0.8 * period
 
-# %% ../../nbs/features/20h_adaptive.ipynb #034f0188
+# %% ../../nbs/features/20h_adaptive.ipynb #a15a4dc7
 @njit(cache=True, nogil=True, error_model="numpy")
 def _cycle(h: Array, start: int, stop: int, work: Array, turn: float, mirror: float) -> tuple[float, float]:
     "Change of the phase at `stop` and the period, begun at `start`; `work` is scratch of 2 x (bars + 9), its first nine columns zero."
@@ -131,7 +131,7 @@ def _cycle(h: Array, start: int, stop: int, work: Array, turn: float, mirror: fl
     before = turn * np.arctan(q[last - 1] / d[last - 4]) if d[last - 4] != 0 else 0.0
     return before - now, period
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #5a1ee413
 @njit(cache=True, nogil=True)
 def _cycle_all(h: Array, memory: int, turn: float, mirror: float) -> Array:
     "Change of phase and period at every row, begun `memory` bars back; shape (2, len(h))."
@@ -140,7 +140,7 @@ def _cycle_all(h: Array, memory: int, turn: float, mirror: float) -> Array:
         out[0, t], out[1, t] = _cycle(h, t - memory + 1, t, work, turn, mirror)
     return out
 
-# %% ../../nbs/features/20h_adaptive.ipynb #5d0bdba4
+# %% ../../nbs/features/20h_adaptive.ipynb #c842f4d6
 @njit(cache=True, nogil=True)
 def _mother(x: Array, gain: Array, start: int, stop: int) -> tuple[float, float]:
     "MAMA at `stop`, and FAMA, which follows it at half the gain; both begun at x[start]."
@@ -159,7 +159,7 @@ def _mother_all(x: Array, gain: Array, memory: int) -> Array:
         out[0, t], out[1, t] = _mother(x, gain, t - memory + 1, t)
     return out
 
-# %% ../../nbs/features/20h_adaptive.ipynb #89d00e89
+# %% ../../nbs/features/20h_adaptive.ipynb #e1b8d493
 _CYCLE = 120  # bars over which the cycle is measured
 
 
@@ -181,11 +181,11 @@ def mama_distance(
     level = _mother_all(close.to_numpy(dtype=float), mama_gain(close).to_numpy(), memory)[which]
     return distance(close, pd.Series(level, index=close.index))
 
-# %% ../../nbs/features/20h_adaptive.ipynb #5b2c946b
+# %% ../../nbs/features/20h_adaptive.ipynb #8f02568a
 on_columns(mama_distance, "mama_distance", "close", 367, OF_CLOSE, "averages", "Ehlers, 2001", memory=240, which=0)
 on_columns(mama_distance, "fama_distance", "close", 367, OF_CLOSE, "averages", "Ehlers, 2001", memory=240, which=1)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #5166d3a1
+# %% ../../nbs/features/20h_adaptive.ipynb #207c0e76
 def jurik_constants(
     length: int,  # bars, as the average counts them
 ) -> tuple[float, float, float, float]:  # greatest relative volatility, its exponent, log of the bands' decay, smoothing
@@ -206,7 +206,7 @@ def _unrest(work: Array, k: int, far: float, kept: float) -> tuple[float, float]
     mean = kept / min(k + 1, 66)
     return (far / mean if mean != 0 else 0.0), kept
 
-# %% ../../nbs/features/20h_adaptive.ipynb #aa24132d
+# %% ../../nbs/features/20h_adaptive.ipynb #85576d5b
 @njit(cache=True, nogil=True)
 def _jurik(x: Array, start: int, stop: int, work: Array, top: float, exponent: float, decay: float, beta: float) -> float:
     "JMA at `stop` with phase 0, begun at x[start]; `work` is scratch of 2 x bars, its first column zero."
@@ -228,7 +228,7 @@ def _jurik(x: Array, start: int, stop: int, work: Array, top: float, exponent: f
         y += step
     return y
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #bbebb4cb
 @njit(cache=True, nogil=True)
 def _jurik_all(x: Array, memory: int, top: float, exponent: float, decay: float, beta: float) -> Array:
     "The same at every row, begun `memory` bars back."
@@ -237,7 +237,7 @@ def _jurik_all(x: Array, memory: int, top: float, exponent: float, decay: float,
         out[t] = _jurik(x, t - memory + 1, t, work, top, exponent, decay, beta)
     return out
 
-# %% ../../nbs/features/20h_adaptive.ipynb #6ca75e1f
+# %% ../../nbs/features/20h_adaptive.ipynb #d2c00a72
 def jma_distance(
     close: pd.Series,  # quote currency, n bars
     length: int = 7,  # bars, as the average counts them
@@ -250,7 +250,7 @@ def jma_distance(
 
 on_columns(jma_distance, "jma_distance_7", "close", 150, OF_CLOSE, "averages", "Jurik, 1998", length=7, memory=150)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #6b9a0cf4
+# %% ../../nbs/features/20h_adaptive.ipynb #fc507901
 @njit(cache=True, nogil=True, error_model="numpy")
 def _mcginley(x: Array, start: int, stop: int, length: int) -> float:
     "McGinley's average at `stop`, begun at x[start]."
@@ -268,7 +268,7 @@ def _mcginley_all(x: Array, memory: int, length: int) -> Array:
         out[t] = _mcginley(x, t - memory + 1, t, length)
     return out
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #01732364
 def mcgd_distance(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars
@@ -280,7 +280,7 @@ def mcgd_distance(
 
 on_columns(mcgd_distance, "mcgd_distance_10", "close", 120, OF_CLOSE, "averages", "McGinley, 1990", length=10, memory=120)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #6a3ce16e
+# %% ../../nbs/features/20h_adaptive.ipynb #d8d1688a
 @njit(cache=True, nogil=True)
 def _stairs(close: Array, middle: Array, reach: Array, start: int, stop: int, side: float) -> tuple[float, float]:
     "Side and level of Supertrend at `stop`, begun at `start` on a side; NaN where a bar is missing."
@@ -300,7 +300,7 @@ def _stairs(close: Array, middle: Array, reach: Array, start: int, stop: int, si
         floor, ceiling = low, high
     return side, floor if side > 0 else ceiling
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #7f2269de
 @njit(cache=True, nogil=True)
 def _stairs_all(close: Array, middle: Array, reach: Array, memory: int) -> Array:
     "Side and level at every row, where both sides `memory` bars back lead to the same; shape (2, n)."
@@ -311,7 +311,7 @@ def _stairs_all(close: Array, middle: Array, reach: Array, memory: int) -> Array
             out[0, t], out[1, t] = side, level
     return out
 
-# %% ../../nbs/features/20h_adaptive.ipynb #5e66165c
+# %% ../../nbs/features/20h_adaptive.ipynb #20e8b1d3
 def _supertrend(high: pd.Series, low: pd.Series, close: pd.Series, length: int, multiple: float, memory: int) -> tuple[pd.Series, pd.Series]:
     "Side and level."
     reach = multiple * wilder(true_range(high, low, close), length)
@@ -330,7 +330,7 @@ def supertrend(
     "Side of the price on which Supertrend's stair runs."
     return _supertrend(high, low, close, length, multiple, memory)[0]
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #fb67bfd7
 def supertrend_distance(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -342,12 +342,12 @@ def supertrend_distance(
     "Distance of the close from Supertrend's stair."
     return distance(close, _supertrend(high, low, close, length, multiple, memory)[1])
 
-# %% ../../nbs/features/20h_adaptive.ipynb #c50ba0d6
+# %% ../../nbs/features/20h_adaptive.ipynb #29c72042
 _W = 150 + wilder_bars(7)
 on_columns(supertrend, "supertrend_7", "high low close", _W, "side, 1 or -1", "averages", "Seban, 2008", length=7, multiple=3.0, memory=150)
 on_columns(supertrend_distance, "supertrend_distance_7", "high low close", _W, OF_CLOSE, "averages", "Seban, 2008", length=7, multiple=3.0, memory=150)
 
-# %% ../../nbs/features/20h_adaptive.ipynb #743da026
+# %% ../../nbs/features/20h_adaptive.ipynb #345cbe64
 @njit(cache=True, nogil=True)
 def _last_break(close: Array, top: Array, bottom: Array, memory: int) -> Array:
     "Level set by the last break within `memory` bars and its side; shape (2, n)."
@@ -364,7 +364,7 @@ def _last_break(close: Array, top: Array, bottom: Array, memory: int) -> Array:
                 break
     return out
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #d5c5c670
 def hilo_distance(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars

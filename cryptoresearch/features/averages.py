@@ -148,7 +148,7 @@ def triple_decay(length: int) -> Array:
     e = _decay(2 / (length + 1), length)
     return 3 * (e - _through(e, e)) + _through(e, e, e)
 
-
+# %% ../../nbs/features/20g_averages.ipynb #145a1383
 def tillson(length: int) -> Array:
     "T3 with volume factor 0.7: the third to sixth average of averages."
     e, a = _decay(2 / (length + 1), length), 0.7
@@ -164,7 +164,7 @@ def zero_lag(length: int) -> Array:
     back[0], back[-1] = 2.0, back[-1] - 1
     return _through(_decay(2 / (length + 1), length), back)
 
-# %% ../../nbs/features/20g_averages.ipynb #0e146557
+# %% ../../nbs/features/20g_averages.ipynb #0726266e
 def _response(feed: tuple[float, ...], back: tuple[float, ...], taps: int) -> Array:
     "Answer of y = Σ feed·x + Σ back·(last y) to one unit of x."
     out = np.zeros(taps)
@@ -188,7 +188,7 @@ def super_smoother_3(length: int) -> Array:
     back = (b + c, -c * (1 + b), c * c)
     return _response((1 - sum(back),), back, 40 * length)
 
-# %% ../../nbs/features/20g_averages.ipynb #32bad7c5
+# %% ../../nbs/features/20g_averages.ipynb #698c3ca2
 def holt_winters(length: int) -> Array:
     "HWMA with smoothing 2/(length+1) for the level, half of it for speed and acceleration."
     a = 2 / (length + 1)
@@ -201,7 +201,7 @@ def holt_winters(length: int) -> Array:
         out[t] = level + speed + 0.5 * push
     return out
 
-# %% ../../nbs/features/20g_averages.ipynb #cbe8aa76
+# %% ../../nbs/features/20g_averages.ipynb #1a8564e2
 KINDS: dict[str, tuple[Callable[[int], Array], bool]] = {  # weights, and whether they must be cut
     "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False), "sinwma": (sine, False), "swma": (triangle, False),
     "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False), "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True),
@@ -223,7 +223,7 @@ def average_weights(
     made.flags.writeable = False
     return made
 
-
+# %% ../../nbs/features/20g_averages.ipynb #52075d5b
 def average_distance(
     close: pd.Series,  # quote currency, n bars
     kind: str,  # one of KINDS
@@ -234,7 +234,7 @@ def average_distance(
     weights = np.array(average_weights(kind, length, neglected))
     return ratio(pd.Series(behind(close.to_numpy(dtype=float), weights), index=close.index), close)
 
-# %% ../../nbs/features/20g_averages.ipynb #c7157a6e
+# %% ../../nbs/features/20g_averages.ipynb #0c81563e
 OF_CLOSE = "fraction of close"
 _SOURCES = {
     "wma": "Kaufman, 2013", "alma": "Legoux, Kouzis-Loukas, 2009", "fwma": "pandas-ta", "pwma": "pandas-ta", "sinwma": "Everget", "swma": "pandas-ta", "trima": "Kaufman, 2013", "hma": "Hull, 2005",
@@ -245,11 +245,11 @@ for _kind, _n in _LENGTHS.items():
     on_columns(average_distance, f"{_kind}_distance_{_n}", "close", len(average_weights(_kind, _n)), OF_CLOSE, "averages", _SOURCES[_kind], kind=_kind, length=_n)
 on_columns(average_distance, "smma_distance_7", "close", len(average_weights("rma", 7)), OF_CLOSE, "averages", "Wilder, 1978", kind="rma", length=7)
 
-# %% ../../nbs/features/20g_averages.ipynb #b45f08ae
+# %% ../../nbs/features/20g_averages.ipynb #aae795b6
 for _name, _n in (("jaw", 13), ("teeth", 8), ("lips", 5)):
     on_columns(average_distance, f"alligator_{_name}_{_n}", "close", len(average_weights("rma", _n)), OF_CLOSE, "averages", "Williams, 1995", kind="rma", length=_n)
 
-# %% ../../nbs/features/20g_averages.ipynb #5a60ae1a
+# %% ../../nbs/features/20g_averages.ipynb #f0c8f035
 def middle_distance(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -268,7 +268,7 @@ def mean_price_distance(
     "Distance of the close from the mean of the bar's four prices (ohlc4)."
     return distance(close, 0.25 * (open_ + high + low + close))
 
-
+# %% ../../nbs/features/20g_averages.ipynb #185c3386
 def typical_return(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -278,13 +278,13 @@ def typical_return(
     "Log return of the mean of high, low and the weighted close."
     return log_return((high + low + weight * close) / (2 + weight))
 
-# %% ../../nbs/features/20g_averages.ipynb #46573164
+# %% ../../nbs/features/20g_averages.ipynb #db731cb2
 on_columns(middle_distance, "hl2_distance", "high low close", 1, OF_CLOSE, "averages", "pandas-ta")
 on_columns(mean_price_distance, "ohlc4_distance", "open high low close", 1, OF_CLOSE, "averages", "pandas-ta")
 on_columns(typical_return, "hlc3_return", "high low close", 2, "log return", "averages", "pandas-ta", weight=1)
 on_columns(typical_return, "wcp_return", "high low close", 2, "log return", "averages", "pandas-ta", weight=2)
 
-# %% ../../nbs/features/20g_averages.ipynb #469a271f
+# %% ../../nbs/features/20g_averages.ipynb #05527940
 def middle_over(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -301,7 +301,7 @@ def midpoint_distance(
     "Distance of the close from the middle of the highest and lowest close."
     return distance(close, middle_over(close, close, length))
 
-
+# %% ../../nbs/features/20g_averages.ipynb #1c74d48b
 def midprice_distance(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -312,7 +312,7 @@ def midprice_distance(
     "Distance of the close from a midprice, maybe of some bars ago."
     return distance(close, middle_over(high, low, length).shift(before))
 
-
+# %% ../../nbs/features/20g_averages.ipynb #49628afe
 def span_a_distance(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -323,7 +323,7 @@ def span_a_distance(
     "Distance of the close from the middle of conversion and base line, long-1 bars ago."
     return distance(close, (0.5 * (middle_over(high, low, short) + middle_over(high, low, long))).shift(long - 1))
 
-# %% ../../nbs/features/20g_averages.ipynb #765ba6b8
+# %% ../../nbs/features/20g_averages.ipynb #37012636
 _HLC = "high low close"
 on_columns(midpoint_distance, "midpoint_distance_14", "close", 14, OF_CLOSE, "averages", "TA-Lib", length=14)
 on_columns(midprice_distance, "midprice_distance_14", _HLC, 14, OF_CLOSE, "averages", "TA-Lib", length=14)
@@ -332,7 +332,7 @@ on_columns(midprice_distance, "kijun_distance_26", _HLC, 26, OF_CLOSE, "averages
 on_columns(span_a_distance, "span_a_distance_26", _HLC, 51, OF_CLOSE, "averages", "Hosoda, 1969", short=9, long=26)
 on_columns(midprice_distance, "span_b_distance_52", _HLC, 77, OF_CLOSE, "averages", "Hosoda, 1969", length=52, before=25)
 
-# %% ../../nbs/features/20g_averages.ipynb #19325f4d
+# %% ../../nbs/features/20g_averages.ipynb #e04654cf
 @njit(cache=True, nogil=True)
 def _day_before(days: Array, open_: Array, high: Array, low: Array, close: Array, length: int) -> Array:
     "Open, high, low, close of the whole day before, if the last `length` bars hold it; shape (4, n)."
@@ -349,7 +349,7 @@ def _day_before(days: Array, open_: Array, high: Array, low: Array, close: Array
             out[0, t], out[1, t], out[2, t], out[3, t] = open_[first], top, bottom, close[last]
     return out
 
-# %% ../../nbs/features/20g_averages.ipynb #5968af1f
+# %% ../../nbs/features/20g_averages.ipynb #c51cc7aa
 def pivot_place(
     close_ts: pd.Series,  # end of the bar, UTC, n bars
     open_: pd.Series,  # quote currency, n bars
@@ -369,11 +369,11 @@ def pivot_place(
         raise ConfigError(problem(f"one of {', '.join(pivots)}", repr(method), "Choose another method"))
     return ratio(close - pivots[method], top - bottom)
 
-# %% ../../nbs/features/20g_averages.ipynb #1d8cc0d1
+# %% ../../nbs/features/20g_averages.ipynb #c3b3594e
 for _method, _source in (("traditional", "Person, 2004"), ("woodie", "Person, 2004"), ("demark", "DeMark, 1994"), ("camarilla", "Stott, 1989")):
     on_columns(pivot_place, f"pivot_{_method}", "close_ts open high low close", 49, "ranges of the day before", "averages", _source, method=_method, length=49)
 
-# %% ../../nbs/features/20g_averages.ipynb #9fedfc6f
+# %% ../../nbs/features/20g_averages.ipynb #2df9fa00
 @njit(cache=True, nogil=True, error_model="numpy")
 def _shape(x: Array, n: int) -> Array:
     "Mean absolute deviation, sample skewness, sample excess kurtosis of the last n values; shape (3, len(x))."
@@ -391,7 +391,7 @@ def _shape(x: Array, n: int) -> Array:
             out[2, t] = (n - 1.0) / ((n - 2.0) * (n - 3.0)) * ((n + 1.0) * n * four / (two * two) - 3.0 * (n - 1.0))
     return out
 
-# %% ../../nbs/features/20g_averages.ipynb #60c0948a
+# %% ../../nbs/features/20g_averages.ipynb #a6ac050f
 def mean_deviation(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
@@ -407,7 +407,7 @@ def variance(
     "Sample variance of the closes over the squared close."
     return ratio(std_over(close, length), close) ** 2
 
-
+# %% ../../nbs/features/20g_averages.ipynb #4095fdbc
 def sample_skew(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
@@ -423,7 +423,7 @@ def sample_kurtosis(
     "Sample excess kurtosis of the closes."
     return pd.Series(_shape(close.to_numpy(dtype=float), length)[2], index=close.index)
 
-
+# %% ../../nbs/features/20g_averages.ipynb #125b2026
 def quantile_distance(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
@@ -432,7 +432,7 @@ def quantile_distance(
     "Distance of the close from a quantile of the last closes."
     return distance(close, quantile_over(close, length, q))
 
-# %% ../../nbs/features/20g_averages.ipynb #0e83a2ac
+# %% ../../nbs/features/20g_averages.ipynb #6b3a78d5
 def entropy(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars in each of the two windows
@@ -451,7 +451,7 @@ def channel_place(
     "Close above the end of the least-squares line, in sample deviations of the closes."
     return ratio(trend_over(close, length)[2], std_over(close, length))
 
-# %% ../../nbs/features/20g_averages.ipynb #e11e3db4
+# %% ../../nbs/features/20g_averages.ipynb #b425b9e6
 _SHANNON, _TOS = "Shannon, 1948", "thinkorswim"
 on_columns(mean_deviation, "mad_30", "close", 30, OF_CLOSE, "statistics", "Gauss, 1816", length=30)
 on_columns(variance, "variance_30", "close", 30, "squared fraction of close", "statistics", "Fisher, 1918", length=30)

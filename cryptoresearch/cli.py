@@ -19,8 +19,8 @@ from rich.table import Table
 
 from . import __version__
 from .cli_data import data_app
-from .cli_research import research_app
-from .errors import CryptoResearchError, problem
+from .cli_research import read_params, research_app
+from .errors import CryptoResearchError
 from .settings import get_settings, setup_logging
 
 # %% ../nbs/60_cli.ipynb #d1fb533a
@@ -224,36 +224,19 @@ def train(
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
     from cryptoresearch.models.runs import RunConfig, load_run
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights)  # fmt: skip
+                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights)  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress)
+        done = train_report(asked, progress=progress, audit=audit)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
-
-# %% ../nbs/60_cli.ipynb #362589e8
-def _params(pairs: list[str]) -> dict[str, Any]:
-    "name=value pairs; numbers and booleans as such."
-    import json
-
-    from cryptoresearch.errors import ConfigError
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
-        try:
-            found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
 
 # %% ../nbs/60_cli.ipynb #c05b3f57
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, newest first; delete one.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'research_app', 'Symbol', 'Bars', 'Target', 'Horizon', 'Start', 'End', 'TestStart', 'Refit', 'Features',
-           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune', 'audit',
-           'evaluate', 'compare', 'promote', 'registry']
+           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune', 'read_params',
+           'show_audit', 'audit', 'evaluate', 'compare', 'promote', 'registry']
 
 # %% ../nbs/60b_cli_research.ipynb #765e7e38
 from pathlib import Path
@@ -120,31 +120,76 @@ def tune(
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #de231155
-@research_app.command()
-def audit(
-    symbol: Symbol = "BTCUSDT",
-    bars: Bars = "1h",
-    horizon: Horizon = 24,
-    start: Start = None,
-    end: End = None,
-    test_start: TestStart = None,
-    refit_every: Refit = "365D",
-    features: Features = None,
-    model: Model = "xgboost",
-    seed: Annotated[int, typer.Option()] = 0,
-) -> None:
-    "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 where it finds what cannot be."
-    from cryptoresearch.data.store import connect
-    from cryptoresearch.evaluation.audit import audit as examine
-    from cryptoresearch.models.runs import RunConfig, read_data
+def read_params(
+    pairs: list[str],  # name=value
+) -> dict[str, Any]:  # numbers, lists and booleans as such, else text
+    "Read a model's parameters from the command line; ConfigError where one has no value."
+    import json
 
-    asked = RunConfig(symbol=symbol, spec=bars, target="return", horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every, features=tuple(features or ["default"]), model=model, seed=seed)
-    with connect(read_only=True) as con, console.status("reading") as status:
-        found = examine(read_data(con, asked).bars, asked, seed=seed, progress=lambda share, text: status.update(text))
+    from cryptoresearch.errors import ConfigError, problem
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+def show_audit(bars: Any, config: Any, seed: int, draws: int) -> None:
+    "Audit a configuration on bars; exit code 2 unless it passes."
+    from cryptoresearch.evaluation.audit import audit as examine
+
+    with console.status("audit") as status:
+        found = examine(bars, config, seed=seed, draws=draws, progress=lambda share, text: status.update(text))
     show_frame(found.table.round(4))
     console.print(found.verdict, soft_wrap=True)
     if not found.passed:
         raise typer.Exit(code=2)
+
+# %% ../nbs/60b_cli_research.ipynb #b6e611e6
+@research_app.command()
+def audit(
+    run: Annotated[str | None, typer.Argument(help="Name of a run, or its beginning: audits its configuration on its bars. Without it the options say what.")] = None,
+    symbol: Symbol = "BTCUSDT",
+    bars: Bars = "1h",
+    target: Target = "return",
+    horizon: Horizon = 24,
+    source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
+    start: Start = None,
+    end: End = None,
+    test_start: TestStart = None,
+    refit_every: Annotated[str | None, typer.Option(help="A new model after each; the run's own, or 365D without a run.")] = None,
+    mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
+    train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
+    features: Features = None,
+    model: Model = "xgboost",
+    param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
+    embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
+    weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the worlds; without a run of the model too.")] = 0,
+    draws: Annotated[int, typer.Option(help="Of each world without anything to find.", min=1)] = 2,
+) -> None:
+    "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 unless it passes."
+    from dataclasses import replace
+
+    from cryptoresearch.data.store import connect
+    from cryptoresearch.models.runs import RunConfig, load_run, read_data
+
+    if run is not None:
+        stored = load_run(run, get_settings())
+        asked, pinned = stored.config if refit_every is None else replace(stored.config, refit_every=refit_every), int(stored.info["snapshot"])
+    else:
+        asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every or "365D",
+                          mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights)  # fmt: skip
+        pinned = None
+    with connect(snapshot=pinned, read_only=True) as con:
+        data = read_data(con, asked)
+    show_audit(data.bars, asked, seed, draws)
 
 # %% ../nbs/60b_cli_research.ipynb #a70b695c
 @research_app.command()
@@ -152,7 +197,7 @@ def evaluate(
     run: Run,
     fee_bps: Annotated[float | None, typer.Option(help="Cost a side in basis points; the run's own by default.", min=0)] = None,
     half_spread_bps: Annotated[float, typer.Option(help="Half of the spread, in basis points.", min=0)] = 0.0,
-    with_audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Audit the pipeline too: five times the work of training.")] = True,
+    with_audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Audit the pipeline too: nine times the work of training.")] = True,
     output: Output = None,
 ) -> None:
     "Write a page about a stored run: scores with intervals, baselines, regimes, strategies, capacity, luck, audit."

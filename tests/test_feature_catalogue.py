@@ -9,13 +9,13 @@ import pytest
 
 from cryptoresearch.data.bars import bar_frame, resample_bars
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
-from cryptoresearch.features import alpha158, frames, microstructure, volatility, windows  # noqa: F401  volatility registers
+from cryptoresearch.features import alpha158, frames, microstructure, oscillators, recursions, volatility, windows  # noqa: F401  they register
 from cryptoresearch.features.causality import live_against_batch, prove_causal
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import REGISTRY, resolve
 from cryptoresearch.settings import shared_data
 
-GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames")
+GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators")
 NEW = resolve([*GROUPS, "cycles"])
 SHORT = [f for f in NEW if f.warmup <= 400]
 

@@ -169,11 +169,11 @@ class TailModel(RegressorMixin, BaseEstimator):
             raise SchemaError("expected no log_target for a probability; found both. Use log_target=False")
 
     def _learn_residuals(self, residual: np.ndarray) -> None:
-        "Quantiles of the tail's residuals, and what brings the exponential of a logarithm to the level that QLIKE asks for on the tail."
+        "Quantiles of the tail's residuals, and what lifts a logarithm's mean to the root of the mean square."
         low, high = np.quantile(residual, [(1 - self.level) / 2, (1 + self.level) / 2])
         self.residual_quantiles_ = (float(low), float(high))
         smear = self.log_target and self.loss == "mean"
-        self.log_correction_ = float(np.log(np.mean(np.exp(2 * residual)))) / 2 if smear else 0.0
+        self.log_correction_ = float(np.log(np.mean(np.exp(2 * (residual - residual.mean()))))) / 2 if smear else 0.0
 
     def _forecast(self, X: pd.DataFrame | np.ndarray) -> np.ndarray:
         check_is_fitted(self, "booster_")

@@ -16,12 +16,12 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from ..data.bars import check_bars
 from ..errors import SchemaError, problem
-from . import adaptive, alpha158, averages, frames, indicators, microstructure, money_flow, orderflow, oscillators, recursions, trends, volatility
+from . import adaptive, alpha158, averages, decay, frames, indicators, microstructure, money_flow, orderflow, oscillators, recursions, trends, volatility
 from .registry import REGISTRY, Feature, feature, feature_names, feature_table, resolve
 
 # %% ../../nbs/features/22_pipeline.ipynb #f44f15ca
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
-MODULES = (indicators, orderflow, volatility, alpha158, microstructure, trends, money_flow, oscillators, recursions, averages, adaptive, frames)  # importing them fills the registry
+MODULES = (indicators, orderflow, volatility, alpha158, microstructure, trends, money_flow, oscillators, recursions, averages, adaptive, decay, frames)  # importing them fills the registry
 
 # %% ../../nbs/features/22_pipeline.ipynb #25aa9b50
 class DataProcessing(TransformerMixin, BaseEstimator):

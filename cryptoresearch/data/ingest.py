@@ -39,8 +39,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .. import __version__
 from .archive import local_copy
 from cryptoresearch.data.corrections import (
-    Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
-    stored_files, take_out,
+    DIGEST_VERSION, UNKNOWN, Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
+    stored_files, take_out, trade_marks,
 )  # fmt: skip
 from .formats import Block, FileSpec, inspect_file, interval_us, read_blocks
 from .store import exclusive, write
@@ -248,13 +248,31 @@ def _trade_columns(
     c, n = block.columns, len(block.line)
     out = {name: pa.array(c[name]) for name in ("trade_id", "price", "qty", "quote_qty")} | {"ts": pa.array(c["ts"].view("datetime64[us]"))}
     out["side_reported"] = pa.array(_reported(c, n)) if "buyer_maker" in c else pa.nulls(n, pa.int8())
-    out["n_trades"] = pa.array((c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32))
+    out["n_trades"] = pa.array(_counts(c, n))
     return out | {"side_tick": pa.array(side, mask=side == 0 if n and side[0] == 0 else None), "received_at": pa.nulls(n, _US)}
 
 
 def _reported(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int8
     "The aggressor's side: −1 where the buyer was the maker; 0 where the file does not tell."
     return (1 - 2 * c["buyer_maker"]).astype(np.int8) if "buyer_maker" in c else np.zeros(n, np.int8)
+
+
+def _counts(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int32
+    "How many trades each row stands for."
+    return (c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32)
+
+
+def _digested(
+    block: Block,  # checked rows
+    side: np.ndarray,  # int8, n: the tick rule's sign of trades
+    step_us: int,  # length of a candle; 0 for trades
+) -> list[np.ndarray]:
+    "What a digest of the newest version covers."
+    c, n = block.columns, len(block.line)
+    if not step_us:
+        return [*(c[name] for name in ("trade_id", "ts", "price", "qty", "quote_qty")), trade_marks(_counts(c, n), _reported(c, n), side)]
+    unknown = {"trades": np.full(n, UNKNOWN, np.int64), **dict.fromkeys(("quote_volume", "buy_volume"), np.full(n, float(UNKNOWN)))}
+    return [c["ts"], c["ts"] + step_us, *(c.get(name, unknown.get(name)) for name in _CANDLE_COLUMNS)]  # type: ignore[list-item]
 
 
 def _candle_columns(
@@ -333,7 +351,7 @@ class _Stream:
             return np.asarray(side[~repeat])
         return side
 
-    def _note(self, block: Block) -> None:
+    def _note(self, block: Block, side: np.ndarray) -> None:
         "Add a block to the facts."
         c, facts, trades = block.columns, self.facts, self.job.series.table == "trades"
         facts.refused.add(block.bad)
@@ -347,14 +365,13 @@ class _Stream:
         facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
         facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
         facts.rows += len(block.line)
-        names = ("trade_id", "ts", "price", "qty") if trades else ("ts", "open", "high", "low", "close", "volume")
-        facts.digest = (facts.digest + rows_digest([c[name] for name in names] + ([_reported(c, len(block.line))] if trades else []))) % 2**64
+        facts.digest = (facts.digest + rows_digest(_digested(block, side, self.job.step_us))) % 2**64
 
     def columns(self, blocks: Iterator[Block]) -> Iterator[dict[str, pa.Array]]:
         "Columns of the lake's table, but for those with one value."
         for block in blocks:
             side = self._followed(block)
-            self._note(block)
+            self._note(block, side)
             if len(block.line):
                 yield _trade_columns(block, side) if self.job.series.table == "trades" else _candle_columns(block, self.job.step_us)
 
@@ -610,12 +627,13 @@ _FEWER = 0.99  # share of the older version's rows that a newer one has at least
 def _older_version(
     stored: list[Older],  # files of the same series
     job: _Job,
-    facts: _Facts,
+    rows: int,  # of this file
+    digest: Callable[[int], int],  # of this file's rows, by version
 ) -> Older | None:
     "The stored version of this file, if it is another one; a file with the same rows is none."
     title = archive_title(job.uri)
     for old in reversed(stored):
-        if old.file_id == job.sha256 or (title and archive_title(old.uri) == title and (old.digest, old.rows) != (facts.digest, facts.rows)):
+        if old.file_id == job.sha256 or (title and archive_title(old.uri) == title and (old.rows != rows or old.digest != digest(old.version))):
             return old
     return None
 
@@ -694,7 +712,7 @@ def _sha256(
 
 _LEDGER = (
     "file_id, uri, sha256, bytes, kind, symbol, source, rows, rejected, first_ts, last_ts, first_id, last_id, gaps, ts_unit, code_version, ingested_at,"
-    " market, interval, duplicates, corrected, replaced_by, digest"
+    " market, interval, duplicates, corrected, replaced_by, digest, digest_version"
 )
 
 
@@ -878,12 +896,12 @@ def _plan(
     "Work out how a file meets what is stored; `SchemaError` where it may not."
     assert facts.first and facts.last  # noqa: S101  (checked before)
     stored = stored_files(cur, job.series)
-    old = _older_version(stored, job, facts)
+    old = _older_version(stored, job, facts.rows, lambda version: facts.digest if version == DIGEST_VERSION else file_digest(cur, job.series.table, file, version))
     if old and not replace and old.file_id != job.sha256:
         _check_version(job, facts, old)
     others = _overlapping(stored, job, facts, old)
     at = 1 if job.series.table == "trades" else 0
-    met = compare(cur, job.series, file, others, (facts.first[at], facts.last[at]), folder) if others else Met(())
+    met = compare(cur, job.series, file, others, (facts.first[at], facts.last[at]), folder, {"quote_qty"} - set(job.spec.columns)) if others else Met(())
     if check_symbol:
         check_same_series(met, job.series, job.name)
         if not met.duplicates:
@@ -907,7 +925,7 @@ def _insert_ledger(con: DuckDBPyConnection, job: _Job, facts: _Facts, plan: _Pla
     ids = [left.first[1], left.last[1]] if trades else [None, None]
     unit = "mixed" if len(facts.units) > 1 else next(iter(facts.units), None)
     row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, left.rows, facts.refused.count, moment(left.first[0]), moment(left.last[0]), *ids, gaps, unit]
-    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates, plan.met.corrected, None, left.digest]
+    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates, plan.met.corrected, None, left.digest, DIGEST_VERSION]
     con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
     return dict(zip(_LEDGER.split(", "), row, strict=True))
 

@@ -353,7 +353,7 @@ def local_copy(
 # %% ../../nbs/data/02_archive.ipynb #e7f44325
 KINDS = ("trades", "aggTrades", "klines")
 MARKETS = {"spot": "spot", "um": "futures/um"}  # folder of each
-INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w", "1mo")
+INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w")
 
 
 def archive_name(
@@ -446,8 +446,10 @@ def _ask(client: httpx.Client, url: str, timeout_s: float, method: str = "GET", 
     try:
         with client.stream(method, url, headers={"Accept-Encoding": "identity"} | (headers or {})) as answer:
             code = answer.status_code
-            if code in (403, 404):
+            if code == 404:
                 raise NotPublished(f"expected {_shown(url)}; found that it is not published (HTTP {code}). A day appears on the following day (UTC); check the symbol and the date")
+            if code in (401, 403):
+                raise DataNotFound(f"expected {_shown(url)}; found that access to it is refused (HTTP {code}), so whether it is published is not known. Ask whoever runs the proxy or network, or set ARCHIVE_URL to a mirror that may be read")
             if code in (408, 425, 429) or code >= 500:
                 later = _unreachable(url, f"HTTP {code}", timeout_s)
                 later.retry_after_s = _retry_after(answer.headers.get("Retry-After"))  # type: ignore[attr-defined]

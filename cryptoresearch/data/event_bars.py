@@ -19,7 +19,7 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
 
-from .bars import COLUMNS, NUMBERS, RECORD, SOURCES, TRADE_COLUMNS, Trades, _add, _begin, _complete, _stretches, _us, _utc, _vwap, record_amount, source_market
+from .bars import COLUMNS, NUMBERS, RECORD, SOURCES, TRADE_COLUMNS, Trades, _add, _begin, _complete, _stretches, _us, _utc, _vwap, check_amounts, record_amount, source_market
 from .growth import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .store import write
 from ..errors import DataNotFound, SchemaError
@@ -179,6 +179,7 @@ class EventFolder:
         t: Trades,  # in the order (ts, trade_id), behind those that were added before
     ) -> dict[str, np.ndarray]:  # columns of the bars that these trades closed
         "Follow trades."
+        check_amounts(t, self._hand[0])
         n = len(t["ts"])
         out, first, limit = np.zeros(n, RECORD), np.empty(n, np.int64), np.empty(n)
         e = self.spec

@@ -24,7 +24,10 @@ from cryptoresearch.data.bars import make_bars
 from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
+from cryptoresearch.evaluation.luck import search_luck
+from cryptoresearch.evaluation.report import number
 from cryptoresearch.models.runs import Run, RunConfig, train_run
+from cryptoresearch.models.trials import question_of, read_trials, trial_sharpes
 from cryptoresearch.serving.batch import notebook_path, outside
 from cryptoresearch.settings import Settings
 
@@ -152,8 +155,31 @@ def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, 
     for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of back-test overfitting"):
         assert part in text, part
     with connect(desk.settings, read_only=True) as con:
-        n = con.execute("SELECT count(*) FROM trials WHERE n > 0").fetchone()
-    assert n and f"trials on this symbol and these bars {n[0]}" in text  # those of the search too
+        asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))
+        counted = len(trial_sharpes(con, asked.spec))
+    assert n == 10 and f"trials of this question {n}" in text  # those of the search too
+    assert f"trials behind it {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
+    assert "models judged on these rows 1" in text and "corrected for these models p" in text
+    for cost in ("bp of half-spread a side", "square-root impact", "funding of 1 bp per 8 hours", "2 bars after the decision", "and one bar late"):
+        assert cost in text, cost
+
+
+@pytest.mark.slow
+def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
+    "Every page has the deflated ratio, the trials behind it and the probability of overfitting, or says that there is no strategy."
+    said = {name: words(page) for name, (_, page, _) in pages.items()}
+    for name in ("compare", "evaluate"):
+        for part in ("deflated Sharpe ratio (probability)", "trials behind it", "that differ in effect", "probability of back-test overfitting", "corrected for these models"):
+            assert part in said[name], (name, part)
+    for part in ("deflated Sharpe ratio of the best trial", "trials behind it", "that differ in effect, of the search", "PBO of the search"):
+        assert part in said["tune"], part
+    with connect(desk.settings, read_only=True) as con:
+        rows = read_trials(con, question_of(QUESTION))
+        study = rows.loc[rows["trial"].str.startswith("trial "), ["run_id", "origin"]].drop_duplicates()
+        found = search_luck(con, *study.iloc[0])
+    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.side.compared <= 9 and 0 <= found.side.pbo <= 1
+    assert f"PBO of the search {number(found.side.pbo, '.0%')}" in said["tune"]
+    assert said["feature_report"].count("there is no Sharpe ratio to deflate") == 1
 
 
 @pytest.mark.slow

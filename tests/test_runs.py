@@ -325,7 +325,9 @@ def test_volatility_of_real_hours(tmp_path):
         make_bars(con, "BTCUSDT", "1h")
         config = RunConfig(target="volatility", start="2023-06-01", end="2024-03-01", test_start="2023-12-01", refit_every="45D", features=("volatility", "calendar"), params=SMALL)
         run = train_run(con, config, settings)
-        assert con.execute("SELECT count(*) FROM trials").fetchone()[0] == 0  # nothing was traded
+        kept = con.execute("SELECT kind, n, sharpe, horizon, simulated, step_s, list_avg(list_filter(returns, v -> NOT isnan(v))) FROM trials").fetchall()
+    scores = run.info["scores"]  # nothing was traded; what it saved of the baseline's loss is written down
+    assert kept == [("loss", scores["model"]["n"], None, 24, False, 3600.0, pytest.approx(scores["ewma"]["qlike"] - scores["model"]["qlike"]))]
     assert run.info["strategy"] is None and not run.info["simulated"] and len(run.info["identity"]["files"]) == 1
     assert (run.predictions["prediction"] > 0).all() and run.predictions.index[0] == pd.Timestamp("2023-12-01", tz="UTC")
     assert pd.Timestamp(run.info["trained_until"]) <= pd.Timestamp("2024-03-01", tz="UTC")

@@ -247,6 +247,7 @@ NEW_COLUMNS = {  # version 2
     "coverage": ["interval VARCHAR"],
     "ingest_ledger": ["market VARCHAR", "interval VARCHAR", "duplicates BIGINT", "corrected BIGINT", "replaced_by VARCHAR", "digest UBIGINT"],
     "bars": ["first_id BIGINT", "last_id BIGINT", "threshold DOUBLE"],
+    "trials": ["symbol VARCHAR", "spec VARCHAR", "horizon INTEGER", "simulated BOOLEAN", "kind VARCHAR", "model VARCHAR", "origin VARCHAR", "first_ts TIMESTAMP", "last_ts TIMESTAMP", "step_s DOUBLE"],
 }
 NEW_TABLES = {
     "data_log": "logged_at TIMESTAMP, event VARCHAR, symbol VARCHAR, source VARCHAR, file_id VARCHAR, uri VARCHAR, start_ts TIMESTAMP, end_ts TIMESTAMP, detail VARCHAR",

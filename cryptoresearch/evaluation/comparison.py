@@ -6,26 +6,25 @@
 __all__ = ['RULES', 'Lineup', 'line_up', 'setting_table', 'Measure', 'auc', 'implied_probability', 'measures', 'score_intervals',
            'score_differences', 'interval_view', 'difference_view', 'pair_table', 'set_view', 'Finding',
            'comparison_rules', 'relative_gap', 'judge_lineup', 'baseline_table', 'baseline_view', 'regime_table',
-           'regime_view', 'strategies', 'strategy_rows', 'strategy_rows_view', 'Luck', 'chosen_from', 'luck_view',
-           'feature_ic', 'discoveries']
+           'regime_view', 'wanted_positions', 'payable', 'strategies', 'strategy_rows', 'costs_text',
+           'strategy_rows_view', 'ladder_view', 'feature_ic', 'discoveries']
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #fbed57ec
 import html
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
-import duckdb
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
 
 from ..errors import DataNotFound, SchemaError
-from .report import ALPHA, FEWEST_OUTCOMES, Table, number, p_value
+from .report import ALPHA, FEWEST_OUTCOMES, Table, deflate, number, p_value
 from .scores import REFERENCE, diebold_mariano, ic, ic_t, interval_coverage, log_loss, mse_log, qlike, qlike_loss, r2_oos, rank_ic, squared_loss
-from .significance import Interval, bootstrap_score, brier_loss, by_regime, confidence_set, effective_trials, overfitting, pinball_loss, regimes, winkler_loss
-from .strategy import StrategyResult
-from .trading import Costs, capacity, positions, random_signals, trade
+from .significance import Interval, bootstrap_score, brier_loss, by_regime, confidence_set, pinball_loss, regimes, winkler_loss
+from .strategy import ANNUAL_SECONDS, StrategyResult, max_drawdown, sharpe_ratio
+from .trading import Costs, capacity_of, positions, random_signals, trade
 from ..models.registry import question
 from ..models.runs import Run, RunConfig, load_run
 from ..settings import Settings
@@ -438,96 +437,97 @@ def regime_view(
 RULES = {"sign": "sign", "proportional": "in proportion", "interval": "interval clears the cost"}
 
 
+def wanted_positions(
+    predictions: pd.DataFrame,  # of a run on returns
+    costs: Costs,
+) -> dict[str, pd.Series]:  # by rule, -1 to 1
+    "Positions that each rule takes."
+    rows = predictions.dropna(subset=["prediction"])
+    usual = rows["prediction"].abs().expanding(20).mean()
+    sized = rows.assign(prediction=(rows["prediction"] / (2 * usual)).where(usual > 0))
+    return {"sign": positions(rows, "sign"), "proportional": positions(sized, "proportional", scale=1.0), "interval": positions(rows, "interval", cost_bps=costs.fee_bps + costs.half_spread_bps)}
+
+
+def payable(
+    costs: Costs,
+    bars: pd.DataFrame,  # bars of the run
+    first: pd.Timestamp,  # first forecast
+) -> Costs:  # without impact where no day lies before the first forecast, from which volume and volatility could be known
+    "The costs that can be computed."
+    day = first - pd.Timedelta("1D") - (bars["close_ts"].iloc[0] - bars.index[0])
+    return costs if bars.index[0] <= day else replace(costs, impact=0.0)
+
+
 def strategies(
     predictions: pd.DataFrame,  # of a run on returns
     bars: pd.DataFrame,  # bars of the run
     horizon: int,
     costs: Costs | None = None,  # 5 basis points a side when None
+    latency_bars: int = 1,  # 1 trades at the next open, 2 one bar late
 ) -> dict[str, StrategyResult]:  # by rule; rules without a trade are there too
     "Trade forecasts by each rule."
-    c = costs or Costs()
-    rows = predictions.dropna(subset=["prediction"])
-    usual = rows["prediction"].abs().expanding(20).mean()
-    sized = rows.assign(prediction=(rows["prediction"] / (2 * usual)).where(usual > 0))
-    wanted = {"sign": positions(rows, "sign"), "proportional": positions(sized, "proportional", scale=1.0), "interval": positions(rows, "interval", cost_bps=c.fee_bps + c.half_spread_bps)}
-    return {rule: trade(wanted[rule], bars, horizon, c) for rule in wanted}
+    c = payable(costs or Costs(), bars, predictions.index[0])
+    return {rule: trade(wanted, bars, horizon, c, latency_bars) for rule, wanted in wanted_positions(predictions, c).items()}
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #3cb88507
 def strategy_rows(
     results: Mapping[str, StrategyResult],  # of `strategies`
-    bars: pd.DataFrame,
+    trials: Sequence[float] = (),  # Sharpe ratios per bar of the trials in the ledger
     draws: int = 300,  # random signals
     seed: int = 0,
-) -> pd.DataFrame:  # index rule: total_return, sharpe, max_drawdown, turnover_per_day, exposure, break_even_bps, capacity, random_p
+) -> pd.DataFrame:  # index rule: total_return, sharpe (a year), deflated (probability), max_drawdown, turnover_per_day, exposure, break_even_bps, cost_per_year, capacity, random_p; the trials counted in attrs
     "Measures of each rule after costs, its capacity, and its rank among random signals of the same turnover."
-    rows = {}
-    for rule, r in results.items():
-        days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)
-        luck = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
-        rows[rule] = {"total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "max_drawdown": r.max_drawdown, "turnover_per_day": r.turnover.sum() / days, "exposure": r.position.abs().mean(), "break_even_bps": r.break_even_bps, "capacity": _capacity(r, bars) if moved else float("nan"), "random_p": luck}
+    counted = [*trials, *(sharpe_ratio(r.returns) for r in results.values())]
+    rows = {rule: _measures_of(r, counted, draws, seed) for rule, r in results.items()}
     some = next(iter(results.values()))
-    rows["holding"] = {"total_return": float(np.prod(1 + some.hold.to_numpy())) - 1, "sharpe": float(some.hold.mean() / some.hold.std() * np.sqrt(365.25 * 86_400 / some.bar_s)), "max_drawdown": float(((1 + some.hold).cumprod() / (1 + some.hold).cumprod().cummax().clip(lower=1) - 1).min()), "exposure": 1.0}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("rule")
+    years = np.sqrt(ANNUAL_SECONDS / some.bar_s)
+    rows["holding"] = {"total_return": float(np.prod(1 + some.hold.to_numpy())) - 1, "sharpe": sharpe_ratio(some.hold) * years, "max_drawdown": max_drawdown(some.hold), "exposure": 1.0}
+    out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("rule")
+    out.attrs["trials"] = int(np.isfinite(counted).sum())
+    return out
 
 
-def _capacity(result: StrategyResult, bars: pd.DataFrame) -> float:
-    "Capital at which square-root impact (Y = 1) takes all that is left after the fee."
-    day = max(1, round(86_400 / result.bar_s))
-    if len(bars.loc[: result.position.index[0]]) <= day:
-        return float("nan")
-    moved = result.position.shift(-1).fillna(0.0)  # as decided one bar before; the position is already an average of slices
-    return capacity(moved, bars, 1, Costs(fee_bps=result.fee_bps))
+def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: int) -> dict[str, float]:
+    "One rule."
+    days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)
+    luck = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
+    paid = float("nan") if r.costs is None else float(r.costs.sum().sum()) / days * 365
+    return {"total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(r, trials)[0], "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()), "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": luck}
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #60daab1a
+def costs_text(
+    costs: Costs,
+    latency_bars: int = 1,
+) -> str:
+    "Say what trading costs."
+    funding = "funding as charged" if isinstance(costs.funding_bps, pd.Series) else f"funding of {number(costs.funding_bps, 'g')} bp per 8 hours that long positions pay and short ones get" if costs.funding_bps else "no funding"
+    impact = f"square-root impact (Y = {number(costs.impact, 'g')}) at a capital of {number(costs.capital, ',.0f')}" if costs.impact else "no impact"
+    return f"a fee of {number(costs.fee_bps, 'g')} bp and {number(costs.half_spread_bps, 'g')} bp of half-spread a side, {impact}, {funding}, entered at the {'next open' if latency_bars == 1 else f'open {latency_bars} bars after the decision' }"
+
+
 def strategy_rows_view(
     table: pd.DataFrame,  # of strategy_rows
-    fee_bps: float,
+    costs: Costs,
+    latency_bars: int = 1,
 ) -> Table:
-    "Show what each rule would have earned."
-    forms = {"return": ("total_return", ".1%"), "Sharpe a year": ("sharpe", ".2f"), "worst fall": ("max_drawdown", ".1%"), "turnover a day": ("turnover_per_day", ".2f"), "exposure": ("exposure", ".0%"), "break-even, bp": ("break_even_bps", ".1f"), "capacity": ("capacity", ",.0f"), "random as good": ("random_p", ".0%")}
+    "Show what each rule would have earned, the Sharpe ratio never without the deflated one."
+    forms = {"return": ("total_return", ".1%"), "Sharpe a year": ("sharpe", ".2f"), "deflated": ("deflated", ".2f"), "worst fall": ("max_drawdown", ".1%"), "turnover a day": ("turnover_per_day", ".2f"), "exposure": ("exposure", ".0%"), "break-even, bp": ("break_even_bps", ".1f"), "costs a year": ("cost_per_year", ".1%"), "capacity": ("capacity", ",.0f"), "random as good": ("random_p", ".0%")}
     view = pd.DataFrame({name: table[c].map(lambda v, f=f: number(v, f)) for name, (c, f) in forms.items()})
     view.index = [RULES.get(str(i), str(i)) for i in table.index]
-    return Table(view, note=f"After {number(fee_bps, 'g')} bp a side, entered at the next open, held in overlapping slices. Capacity: capital in the quote currency at which square-root impact takes what is left. Random as good: share of the same positions, moved along time, that earned at least as much for their risk.")
+    return Table(view, note=f"After {costs_text(costs, latency_bars)}; held in overlapping slices. Deflated: probability that the Sharpe ratio is more than the best of {table.attrs['trials']:,} trials would show by luck (the ledger's and the rules of this table; holding was not chosen). Break-even: cost of a unit of turnover that eats the return before costs. Capacity: capital in the quote currency at which impact takes what the other costs leave. Random as good: share of the same positions, moved along time and with the same costs, that earned at least as much for their risk.")
 
-# %% ../../nbs/evaluation/42a_comparison.ipynb #13ae69a8
-@dataclass(frozen=True)
-class Luck:
-    "How much of a choice is luck."
-
-    n_trials: int  # trials in the ledger on this symbol and these bars
-    compared: int  # of them with as many returns as the run
-    effective: int  # clusters that these form
-    pbo: float  # probability of back-test overfitting; NaN with fewer than 2 comparable trials
-    n_blocks: int
-
-
-def chosen_from(
-    con: duckdb.DuckDBPyConnection,  # the store
-    run: Run,
-    n_blocks: int = 10,  # of CSCV
-) -> Luck:
-    "What the trial ledger says about the choice of a run."
-    prefix = "-".join(run.id.split("-")[:2]) + "-"
-    rows = con.execute("SELECT run_id, trial, returns FROM trials WHERE starts_with(run_id, ?) AND n > 0 ORDER BY run_id, trial", [prefix]).fetchall()
-    size = {(r, t): len(v) for r, t, v in rows}
-    mine = next((n for (r, _), n in size.items() if r == run.id), 0)
-    table = pd.DataFrame({f"{r} {t}": v for r, t, v in rows if len(v) == mine}).T.drop_duplicates().T.astype(float)
-    table = table.loc[:, table.std() > 0] if len(table) else table
-    if table.shape[1] < 2 or len(table) < 2 * n_blocks:
-        return Luck(len(rows), table.shape[1], table.shape[1], float("nan"), n_blocks)
-    return Luck(len(rows), table.shape[1], effective_trials(table), overfitting(table, n_blocks).pbo, n_blocks)
-
-# %% ../../nbs/evaluation/42a_comparison.ipynb #49d0473e
-def luck_view(
-    luck: Luck,  # of chosen_from
-    deflated: float | None,  # deflated Sharpe ratio of the sign strategy
+# %% ../../nbs/evaluation/42a_comparison.ipynb #04577b3d
+def ladder_view(
+    results: Mapping[str, StrategyResult],  # of cost_ladder
+    costs: Costs,
+    trials: Sequence[float] = (),  # Sharpe ratios per bar of the trials in the ledger
+    latency_bars: int = 2,
 ) -> Table:
-    "Show what the ledger says."
-    rows = {
-        "trials on this symbol and these bars": f"{luck.n_trials:,}", "of them over the same stretch": f"{luck.compared:,}", "that differ in effect": f"{luck.effective:,}",
-        "deflated Sharpe ratio (probability)": number(deflated, ".2f"), "probability of back-test overfitting": number(luck.pbo, ".0%"),
-    }  # fmt: skip
-    return Table(pd.DataFrame({"": rows}), words=True, note=f"PBO by CSCV in {luck.n_blocks} blocks over trials with as many returns as this run; a dash where fewer than two can be compared. Trials outside this store's ledger are not counted.")
+    "Show what is left after each cost."
+    added = {"fee": f"fee of {number(costs.fee_bps, 'g')} bp", "spread": f"and {number(costs.half_spread_bps, 'g')} bp of half-spread", "impact": f"and impact at {number(costs.capital, ',.0f')}", "funding": "and funding", "latency": "and one bar late" if latency_bars == 2 else f"and {latency_bars - 1} bars late"}
+    counted = [*trials, *(sharpe_ratio(r.returns) for r in results.values())]
+    rows = {added[k]: {"return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe a year": number(r.sharpe, ".2f"), "deflated": number(deflate(r, counted)[0], ".2f"), "worst fall": number(r.max_drawdown, ".1%")} for k, r in results.items()}
+    return Table(pd.DataFrame(rows).T, note=f"The sign of each forecast; each row pays what the rows above pay, too. Deflated by {int(np.isfinite(counted).sum()):,} trials: the ledger's and these.")
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #42c48eff
 def feature_ic(

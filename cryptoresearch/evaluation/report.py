@@ -168,13 +168,13 @@ def verdict(
 
 # %% ../../nbs/evaluation/42_report.ipynb #00000016
 def deflate(
-    strategy: StrategyResult,  # after costs
+    strategy: StrategyResult | Mapping[str, float],  # after costs, or what return_moments says of its returns
     trials: Sequence[float],  # Sharpe ratio per bar of each trial, this one included
 ) -> tuple[float, int]:  # deflated Sharpe ratio (a probability; NaN without a trade), trials counted
     "Deflate the strategy's Sharpe ratio by the trials in the ledger."
     known = np.array([s for s in trials if np.isfinite(s)], dtype=float)
     count = max(len(known), 1)
-    m = strategy.moments()
+    m = strategy.moments() if isinstance(strategy, StrategyResult) else strategy
     variance = float(known.var(ddof=1)) if len(known) > 1 else 0.0
     return deflated_sharpe(m["sr"], int(m["n"]), m["skew"], m["kurtosis"], count, variance), count
 

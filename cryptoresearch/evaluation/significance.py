@@ -9,7 +9,7 @@ __all__ = ['pinball_loss', 'winkler_loss', 'brier_loss', 'Interval', 'block_leng
 # %% ../../nbs/evaluation/40a_significance.ipynb #37060d3e
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -117,20 +117,21 @@ class Overfitting(NamedTuple):
 
 
 def overfitting(
-    returns: pd.DataFrame | np.ndarray,  # T periods x N trials, in order of time
+    returns: pd.DataFrame | np.ndarray,  # T periods x N trials, in order of time: returns, or loss saved; more is better
     n_blocks: int = 10,  # even; C(n, n/2) choices
+    measure: Literal["sharpe", "mean"] = "sharpe",  # by which the best is chosen and ranked
 ) -> Overfitting:  # pbo between 0 and 1
-    "Probability of back-test overfitting by CSCV, with the Sharpe ratio as the measure."
+    "Probability of back-test overfitting by CSCV, with the Sharpe ratio or the mean as the measure."
     r = np.asarray(returns, dtype=np.float64)
     if r.ndim != 2 or r.shape[1] < 2 or n_blocks < 2 or n_blocks % 2 or len(r) < 2 * n_blocks or np.isnan(r).any():
         raise SchemaError(f"expected a full table of at least {2 * n_blocks} periods and 2 trials, and an even number of blocks; found {r.shape} and {n_blocks}. Join the trials on their common periods")
     blocks = np.array_split(r, n_blocks)
     sums, squares, counts = np.array([b.sum(0) for b in blocks]), np.array([(b**2).sum(0) for b in blocks]), np.array([len(b) for b in blocks])
-    logits = []
+    logits, value = [], _sharpe if measure == "sharpe" else _block_mean
     for chosen in combinations(range(n_blocks), n_blocks // 2):
         inside = np.isin(np.arange(n_blocks), chosen)
-        best = int(np.argmax(_sharpe(sums[inside], squares[inside], counts[inside])))
-        rest = _sharpe(sums[~inside], squares[~inside], counts[~inside])
+        best = int(np.argmax(value(sums[inside], squares[inside], counts[inside])))
+        rest = value(sums[~inside], squares[~inside], counts[~inside])
         w = ((rest < rest[best]).sum() + ((rest == rest[best]).sum() + 1) / 2) / (len(rest) + 1)
         logits.append(np.log(w / (1 - w)))
     return Overfitting(float(np.mean(np.array(logits) <= 0)), np.array(logits), r.shape[1], n_blocks)
@@ -142,6 +143,11 @@ def _sharpe(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.nda
     mean = sums.sum(0) / n
     variance = np.maximum(squares.sum(0) / n - mean**2, 0) * n / (n - 1)
     return np.divide(mean, np.sqrt(variance), out=np.zeros_like(mean), where=variance > 1e-30)
+
+
+def _block_mean(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    "Mean of each trial from the sums of some blocks."
+    return np.asarray(sums.sum(0) / counts.sum())
 
 # %% ../../nbs/evaluation/40a_significance.ipynb #6fcb3a43
 def effective_trials(

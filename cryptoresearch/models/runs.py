@@ -6,8 +6,8 @@
 __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'LEAST_KNOWN', 'Progress', 'LABELS', 'RunConfig', 'canonical', 'frame_digest',
            'code_version', 'library_versions', 'own_features', 'RunData', 'read_data', 'identity', 'run_name',
            'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test', 'sample_weights', 'fit_rows',
-           'walk_forward', 'record_trial', 'trial_sharpes', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run',
-           'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
+           'walk_forward', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run', 'train_run', 'load_run',
+           'list_runs', 'first_difference', 'reproduce']
 
 # %% ../../nbs/models/34_runs.ipynb #e3792a07
 import ast
@@ -37,7 +37,7 @@ import pandas as pd
 import cryptoresearch
 import cryptoresearch.models.peers  # its models join MODELS
 from ..data.bars import bar_length, read_bars
-from ..data.store import connect, snapshot, write
+from ..data.store import connect, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, RunMismatch, problem
 from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
@@ -45,11 +45,12 @@ from ..evaluation.strategy import StrategyResult, sign_strategy
 from ..features.pipeline import DataProcessing
 from ..features.registry import OnColumns, resolve
 from .barriers import recency, uniqueness
-from .baselines import baselines
+from .baselines import baselines, har_volatility
 from .boosting import TailModel
 from .estimators import MODELS
 from .labels import Target, fixed_horizon, sample_intervals
 from .splits import WalkForward
+from .trials import model_text, question_of, record_trial, saved_loss, trial_sharpes
 from ..settings import Settings, get_settings
 
 # %% ../../nbs/models/34_runs.ipynb #34a2423e
@@ -311,6 +312,8 @@ def prepare(
     X = raw.loc[:, known]
     target: Any = config.target
     labels, base = fixed_horizon(bars, config.horizon, target), baselines(bars, config.horizon, target)
+    if target == "volatility":
+        base["har"] = har_volatility(bars, config.horizon)
     warmup = max(f.warmup for f in resolve(list(X.columns)))
     rows = usable_rows(X, bars)
     intervals = sample_intervals(labels, bars, warmup)
@@ -381,41 +384,6 @@ def walk_forward(
         if progress:
             progress(k / (total + 1), f"fold {k} of {total}")
     return pd.concat(parts).rename_axis("ts"), folds
-
-# %% ../../nbs/models/34_runs.ipynb #e0d7d8e2
-def record_trial(
-    con: duckdb.DuckDBPyConnection,  # the store
-    run_id: str,  # whose
-    strategy: StrategyResult | None,  # out of sample, after costs; None for what is not traded, which leaves a row without returns
-    trial: str = "walk-forward",  # name within the run
-    simulated: bool = False,  # from the simulated exchange: kept apart
-) -> None:  # a row in `trials`, once
-    "Write a strategy's returns into the trial ledger, unless they are there."
-    m = {"n": 0, "sr": np.nan, "skew": np.nan, "kurtosis": np.nan} if strategy is None else strategy.moments()
-    known = [None if not np.isfinite(m[k]) else float(m[k]) for k in ("sr", "skew", "kurtosis")]
-    kind, returns = ("volatility", []) if strategy is None else (_kind(simulated), strategy.returns.astype(float).tolist())
-    row = [run_id, trial, kind, datetime.now(UTC).replace(tzinfo=None), int(m["n"]), *known, returns]
-
-    def insert(c: duckdb.DuckDBPyConnection) -> None:
-        if not c.execute("SELECT 1 FROM trials WHERE run_id = ? AND trial = ? LIMIT 1", [run_id, trial]).fetchone():
-            c.execute("INSERT INTO trials (run_id, trial, target, created_at, n, sharpe, skew, kurtosis, returns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-
-    write(con, insert)
-
-
-def _kind(simulated: bool) -> str:
-    "What the ledger calls a trial on returns."
-    return "simulated return" if simulated else "return"
-
-
-def trial_sharpes(
-    con: duckdb.DuckDBPyConnection,  # the store
-    spec: str,  # bar length that the ratios are wanted for
-    simulated: bool = False,  # those on simulated data instead of those on real ones
-) -> list[float]:  # Sharpe ratio per bar of `spec`, each distinct trial once
-    "Read the Sharpe ratios of all trials on returns."
-    rows = con.execute("SELECT DISTINCT ON (n, sharpe, skew, kurtosis) run_id, sharpe FROM trials WHERE target = ? AND sharpe IS NOT NULL ORDER BY n, sharpe, skew, kurtosis, run_id", [_kind(simulated)]).fetchall()
-    return [float(sharpe) * float(np.sqrt(bar_length(spec) / bar_length(run_id.split("-")[1]))) for run_id, sharpe in rows]
 
 # %% ../../nbs/models/34_runs.ipynb #99f62a02
 @dataclass(frozen=True)
@@ -527,11 +495,10 @@ def run_strategy(
 
 def _assess(con: duckdb.DuckDBPyConnection, run_id: str, config: RunConfig, data: RunData, predictions: pd.DataFrame) -> dict[str, Any]:
     "Scores, strategy and verdict for run.json; the trial is recorded."
-    trials: list[float] = []
-    if (strategy := run_strategy(predictions, data.bars, config)) is not None:
-        record_trial(con, run_id, strategy, simulated=data.simulated)
-        trials = trial_sharpes(con, config.spec, data.simulated)
-    return _judged(config, data, predictions, trials)
+    strategy = run_strategy(predictions, data.bars, config)
+    values = saved_loss(predictions, config.target) if strategy is None else strategy.returns
+    record_trial(con, run_id, values, question_of(config, data.simulated), kind="loss" if strategy is None else "return", model=model_text(config))
+    return _judged(config, data, predictions, [] if strategy is None else trial_sharpes(con, config.spec, data.simulated))
 
 
 def _judged(config: RunConfig, data: RunData, predictions: pd.DataFrame, trials: list[float]) -> dict[str, Any]:

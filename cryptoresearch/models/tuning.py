@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACES', 'Search', 'inner_search', 'fold_loss', 'study_name', 'open_storage', 'open_study', 'Tuned', 'tune',
-           'trial_table']
+           'study_origin', 'trial_table']
 
 # %% ../../nbs/models/34a_tuning.ipynb #42cd427b
 import hashlib
@@ -26,9 +26,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ..errors import ConfigError, DataNotFound, problem
 from ..evaluation.scores import ic, qlike
 from cryptoresearch.models.runs import (
-    RunConfig, RunData, Samples, canonical, first_test, fit_rows, identity, prepare, read_data, record_trial, run_strategy, runs_folder,
+    RunConfig, RunData, Samples, canonical, first_test, fit_rows, identity, prepare, read_data, run_strategy, runs_folder,
 )  # fmt: skip
 from .splits import WalkForward
+from .trials import model_text, question_of, record_trial, saved_loss
 from ..settings import Settings
 
 # %% ../../nbs/models/34a_tuning.ipynb #c66e93bf
@@ -116,7 +117,7 @@ def fold_loss(
 def _objective(
     trial: optuna.Trial,
     search: Search,
-    record: Callable[[int, pd.Series], None],  # told the trial's number and its out-of-sample forecasts
+    record: Callable[[RunConfig, optuna.Trial, pd.Series], None],  # told what was tried and its out-of-sample forecasts
 ) -> float:  # mean loss over the folds
     "Mean loss over the inner folds; pruned where it is hopeless."
     c = search.config
@@ -129,9 +130,9 @@ def _objective(
         losses.append(fold_loss(c.target, forecast, search.samples.labels["y"].to_numpy()[test]))
         trial.report(float(np.mean(losses)), k)
         if trial.should_prune() and k + 1 < len(search.folds):
-            record(trial.number, pd.concat(parts))
+            record(asked, trial, pd.concat(parts))
             raise optuna.TrialPruned
-    record(trial.number, pd.concat(parts))
+    record(asked, trial, pd.concat(parts))
     return float(np.mean(losses))
 
 # %% ../../nbs/models/34a_tuning.ipynb #eeb90f30
@@ -210,7 +211,7 @@ def tune(
     samples, test_start = prepare(data.bars, config), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)
     study = open_study(name, storage, settings, config.seed)
-    record = partial(_record_trial, con, name, config, data, test_start)
+    record = partial(_record_trial, con, data, search, test_start)
 
     def told(study: optuna.Study, trial: FrozenTrial) -> None:
         if progress:
@@ -228,11 +229,22 @@ def _best(study: optuna.Study) -> float:
     return min(values, default=float("nan"))
 
 
-def _record_trial(con: duckdb.DuckDBPyConnection, name: str, config: RunConfig, data: RunData, test_start: pd.Timestamp, number: int, forecasts: pd.Series) -> None:
-    "Write a trial's out-of-sample returns into the ledger."
+def study_origin(
+    study: optuna.Study,
+) -> str:  # the same in every process that shares the study
+    "What tells a study from one of the same name in another storage: when its first trial began."
+    begun = study.get_trials(deepcopy=False)[0].datetime_start
+    return hashlib.sha256(f"{study.study_name} {begun}".encode()).hexdigest()[:8]
+
+
+def _record_trial(con: duckdb.DuckDBPyConnection, data: RunData, search: Search, test_start: pd.Timestamp, asked: RunConfig, trial: optuna.Trial, forecasts: pd.Series) -> None:
+    "Write what a trial earned or saved on the inner folds into the ledger."
     before = data.bars.loc[: test_start - pd.Timedelta("1us")]
     frame = pd.DataFrame({"prediction": forecasts[forecasts.index.isin(before.index)]})
-    record_trial(con, name, run_strategy(frame, before, config), f"trial {number}", data.simulated)
+    strategy = run_strategy(frame, before, asked)
+    values = saved_loss(frame.join(search.samples.labels["y"]).join(search.samples.base), asked.target) if strategy is None else strategy.returns
+    about = {"kind": "loss" if strategy is None else "return", "trial": f"trial {trial.number}", "model": model_text(asked), "origin": study_origin(trial.study)}
+    record_trial(con, trial.study.study_name, values, question_of(asked, data.simulated), **about)  # type: ignore[arg-type]
 
 # %% ../../nbs/models/34a_tuning.ipynb #3fb07bf2
 def trial_table(

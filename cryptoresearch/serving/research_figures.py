@@ -58,13 +58,17 @@ def loss_difference_figure(
 def equities_figure(
     results: Mapping[str, StrategyResult],  # by name
     max_points: int = 1500,  # points a line at most
+    band: pd.DataFrame | None = None,  # of random_equity: capital at 5 %, 50 % and 95 % of random signals
 ) -> go.Figure:  # return after costs over time, and that of holding
-    "Draw several strategies after costs, and holding."
+    "Draw several strategies after costs, holding, and what random signals of the same turnover reach."
     lines = {name: (1 + r.returns).cumprod() - 1 for name, r in results.items()}
     longest = max(results.values(), key=lambda r: len(r.returns))
     capital = pd.DataFrame({**lines, "holding": (1 + longest.hold).cumprod() - 1})
     shown, note = thin(capital, max_points)
     fig = go.Figure()
+    if band is not None:
+        fig.add_scatter(x=band.index, y=band["5 %"] - 1, line={"width": 0}, showlegend=False, hoverinfo="skip")
+        fig.add_scatter(x=band.index, y=band["95 %"] - 1, name="random signals, 5 to 95 %", line={"width": 0}, fill="tonexty", fillcolor="rgba(138,143,152,0.2)", hoverinfo="skip")
     for name, color in zip(lines, _COLORS[:1] + _COLORS[2:] * len(lines), strict=False):
         fig.add_scatter(x=shown.index, y=shown[name], name=name, line={"color": color, "width": 1.5})
     fig.add_scatter(x=shown.index, y=shown["holding"], name="holding", line={"color": BASELINE, "width": 1, "dash": "dot"})

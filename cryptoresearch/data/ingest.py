@@ -37,7 +37,7 @@ from numba import njit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import __version__
-from .archive import local_copy
+from .archive import local_file
 from cryptoresearch.data.corrections import (
     DIGEST_VERSION, SHORT_HOLE, UNKNOWN, Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
     stored_files, take_out, taken_back, trade_marks,
@@ -1148,12 +1148,12 @@ def process_file(
     replace: bool = False,  # let a newer version of a file replace one that has more
 ) -> IngestResult:  # rows, rejected, bounds, gaps; already_loaded where nothing was to be done
     "Load one file of trades or candles into the store, wholly or not at all. Errors: `DataNotFound`, `SchemaError`, `StoreBusy`."
-    with local_copy(uri, settings) as path, ThreadPoolExecutor(1, "ingest-hash") as pool:
+    with local_file(uri, settings) as (path, digest), ThreadPoolExecutor(1, "ingest-hash") as pool:
         spec: FileSpec | None = None
         try:
             spec = inspect_file(path, str(uri), symbol=symbol, kind=kind, interval=interval, market=market)
             given = source or _default_source(spec, _says_simulated(path, str(uri)))
-            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path), given, spec, secrets.token_hex(32))
+            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path) if digest is None else pool.submit(str, digest), given, spec, secrets.token_hex(32))
             if _size_known(con, job.bytes) and (loaded := _loaded(con, job, replace)):
                 return loaded
             with _progress(path.name, progress) as report:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Held', 'held_data', 'swap_held']
 
-# %% ../../nbs/features/22a_held.ipynb #69ac80d2
+# %% ../../nbs/features/22a_held.ipynb #a3a3d9af
 import dis
 import sys
 import types
@@ -17,14 +17,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.utils import get_tags
 
-# %% ../../nbs/features/22a_held.ipynb #80414731
+# %% ../../nbs/features/22a_held.ipynb #0084fc77
 _MANY = 100  # numbers from which a collection counts as data
 
 
 def _is_fitted(value: Any) -> bool:
     "Whether an estimator has learned something, by the underscores of scikit-learn."
-    return hasattr(value, "fit") and hasattr(value, "__dict__") and any(k.endswith("_") and not k.startswith("_") for k in vars(value))
+    if not hasattr(value, "fit") or not hasattr(value, "__dict__") or (hasattr(value, "__sklearn_tags__") and not get_tags(value).requires_fit):
+        return False
+    return any(k.endswith("_") and not k.startswith("_") for k in vars(value))
 
 
 def _what(value: Any) -> str:  # such as 'DataFrame, 200 rows'; empty for what is no data

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'research_app', 'Symbol', 'Bars', 'Target', 'Horizon', 'Start', 'End', 'TestStart', 'Refit', 'Features',
-           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune', 'read_params',
-           'show_audit', 'audit', 'evaluate', 'compare', 'promote', 'registry']
+           'Modules', 'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune',
+           'read_params', 'show_audit', 'audit', 'evaluate', 'compare', 'promote', 'registry']
 
 # %% ../nbs/60b_cli_research.ipynb #765e7e38
 from pathlib import Path
@@ -29,7 +29,8 @@ End = Annotated[str | None, typer.Option(help="Bars open before this.")]
 TestStart = Annotated[str | None, typer.Option(help="First bar to forecast; after 60 % by default.")]
 Refit = Annotated[str, typer.Option(help="A new model after each, such as 90D.")]
 Features = Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")]
-Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge or ensemble.")]
+Modules = Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")]
+Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge or ensemble.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, or its beginning.")]
 Report = Annotated[bool, typer.Option("--report", help="Write a page with pictures.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of the page and the executed notebook; below reports, beside the runs, by default.")]
@@ -62,6 +63,7 @@ def make_report(
 @research_app.command("features")
 def list_features(
     features: Features = None,
+    modules: Modules = None,
     report: Report = False,
     symbol: Symbol = "BTCUSDT",
     bars: Bars = "1h",
@@ -76,12 +78,14 @@ def list_features(
 ) -> None:
     "List features; with --report a page: what they carry, how steadily, their drift, and the proof that none looks ahead."
     import cryptoresearch.features.pipeline  # noqa: F401  (registers all features)
+    from cryptoresearch.features.own import import_modules, whole_paths
     from cryptoresearch.features.registry import feature_table, resolve
 
-    chosen = [f.name for f in resolve(features or ["default"])]
+    import_modules(modules or [])
+    chosen = resolve(features or ["default"])
     if not report:
-        return show_frame(feature_table().loc[chosen, ["group", "unit", "warmup", "source"]])
-    asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "model": model, "seed": seed}
+        return show_frame(feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]])
+    asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "modules": list(whole_paths(modules or [])), "model": model, "seed": seed}
     make_report("feature_report", f"{symbol}-{bars}-{target}{horizon}", asked, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #c5413b73
@@ -95,6 +99,7 @@ def tune(
     end: End = None,
     test_start: TestStart = None,
     features: Features = None,
+    modules: Modules = None,
     model: Model = "xgboost",
     trials: Annotated[int, typer.Option(help="That the study shall have in all.", min=1)] = 50,
     folds: Annotated[int, typer.Option(help="Inner folds, all before the test.", min=2)] = 4,
@@ -105,10 +110,11 @@ def tune(
 ) -> None:
     "Search a model's parameters on what lies before the test; start it several times to use more cores, again to go on."
     from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.features.own import whole_paths
     from cryptoresearch.models.runs import RunConfig
     from cryptoresearch.models.tuning import tune as search
 
-    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, features=tuple(features or ["default"]), model=model, seed=seed)
+    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, features=tuple(features or ["default"]), model=model, seed=seed, modules=whole_paths(modules or []))
     with console.status("searching") as status, init_duckdb() as con:
         found = search(con, asked, trials, n_folds=folds, storage=storage, progress=lambda share, text: status.update(text))
     show_frame(found.table.head(10).round(5))
@@ -116,7 +122,7 @@ def tune(
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    --model {model} {best}", soft_wrap=True, markup=False)
     if report:
-        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "model": model, "seed": seed}
+        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "modules": list(asked.modules), "model": model, "seed": seed}
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #de231155
@@ -170,6 +176,7 @@ def audit(
     mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
     train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
     features: Features = None,
+    modules: Modules = None,
     model: Model = "xgboost",
     param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
@@ -181,6 +188,7 @@ def audit(
     from dataclasses import replace
 
     from cryptoresearch.data.store import connect
+    from cryptoresearch.features.own import whole_paths
     from cryptoresearch.models.runs import RunConfig, load_run, read_data
 
     stored = None if run is None else load_run(run, get_settings())
@@ -188,7 +196,7 @@ def audit(
         asked, pinned = stored.config if refit_every is None else replace(stored.config, refit_every=refit_every), int(stored.info["snapshot"])
     else:
         asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every or "365D",
-                          mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights)  # fmt: skip
+                          mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights, modules=whole_paths(modules or []))  # fmt: skip
         pinned = None
     with connect(snapshot=pinned, read_only=True) as con:
         data = read_data(con, asked)

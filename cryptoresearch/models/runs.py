@@ -21,7 +21,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache, partial
@@ -42,6 +42,8 @@ from ..errors import ConfigError, CryptoResearchError, DataNotFound, RunMismatch
 from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, sign_strategy
+from ..features.joined import join_needed
+from ..features.own import import_modules
 from ..features.pipeline import DataProcessing
 from ..features.registry import OnColumns, resolve
 from .barriers import recency, uniqueness
@@ -76,10 +78,12 @@ class RunConfig:
     train_window: str | None = None  # length of the sliding window
     embargo: str = "0h"  # extra distance between training and test
     weights: str | None = None  # of training samples: uniqueness, recency:365D, or both with a comma between; all alike when None
+    modules: tuple[str, ...] = ()  # files or modules with features of one's own, imported before the run is trained
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the dataclass is frozen for everybody else
         set_(self, "features", (self.features,) if isinstance(self.features, str) else tuple(self.features))
+        set_(self, "modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
         set_(self, "params", dict(self.params or {}))
         for name in ("start", "end", "test_start"):
             set_(self, name, _utc_text(name, getattr(self, name)))
@@ -240,13 +244,15 @@ def read_data(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # which bars
 ) -> RunData:  # bars and their origin, all as of one snapshot
-    "Read a run's bars and the checksums of the files behind them."
+    "Read a run's bars, what its features need beside them, and the checksums of the files behind all of it."
     con.execute("BEGIN")
     try:
         bars = read_bars(con, config.symbol, config.spec, start=config.start, end=config.end, source=config.source)
         sources = tuple(sorted(bars.attrs.get("sources") or ([config.source] if config.source else [])))
-        span = [config.symbol, bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
-        files = con.execute("SELECT DISTINCT source, sha256 FROM ingest_ledger WHERE symbol = ? AND last_ts >= ? AND first_ts < ? ORDER BY ALL", span).fetchall()
+        bars, beside = join_needed(con, bars, config.features)  # of the trades inside the bars, and of other symbols
+        sources = tuple(sorted({*sources, *(s for used in beside.values() for s in used)}))
+        span = [[config.symbol, *beside], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
+        files = con.execute("SELECT DISTINCT source, sha256 FROM ingest_ledger WHERE list_contains(?::VARCHAR[], symbol) AND last_ts >= ? AND first_ts < ? ORDER BY ALL", span).fetchall()
         pinned = snapshot(con)
     finally:
         con.execute("ROLLBACK")
@@ -260,10 +266,10 @@ def identity(
 ) -> dict[str, Any]:  # everything that the result depends on, as JSON
     "Collect what makes a run this run."
     return {
-        "config": json.loads(canonical(asdict(config))),
+        "config": json.loads(canonical(asdict(config) | {"modules": [Path(m).name for m in config.modules]})),  # wherever they lie
         "bars": frame_digest(data.bars.drop(columns="symbol")),
         "files": list(data.ledger),
-        "own_features": own_features(config.features),
+        "own_features": own_features(config.features) | import_modules(config.modules),
         "code": code_version(),
         "libraries": library_versions(),
     }
@@ -401,6 +407,8 @@ class Run:
     @cached_property
     def pipeline(self) -> DataProcessing:
         "Features of the model, in its order."
+        if others := [name for name in self.config.features if ":" in name]:
+            resolve(others)  # ETHUSDT:ret_24 registers ethusdt_ret_24
         return DataProcessing(features=[f["name"] for f in self.info["features"]])
 
     def predict(
@@ -439,7 +447,15 @@ def summary(
         "data": f"{'SIMULATED: ' if info['simulated'] else ''}{', '.join(d['sources'])}; {d['bars']:,} bars, {d['gap_bars']:,} missing, {d['first'][:10]} to {d['last_close'][:10]}",
         "method": f"{c['model']} on {len(info['features'])} features, seed {c['seed']}, {len(info['folds'])} folds of {c['refit_every']}, {c['mode']}",
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
-    }
+    } | _no_days(info)
+
+
+def _no_days(info: Mapping[str, Any]) -> dict[str, str]:
+    "A warning where terms named by hours are computed on bars of another length."
+    spec, terms = info["config"]["spec"], [f["name"] for f in info["features"] if f["group"] == "har" or f["name"].startswith("seasonal_")]
+    if not terms or ":" in spec or bar_length(spec) == pd.Timedelta("1h"):
+        return {}
+    return {"beware": f"{', '.join(terms[:3])}{' …' * (len(terms) > 3)} count bars, and 24 bars of {spec} are {24 * bar_length(spec)}, not a day: HAR's day, week and month hold for bars of 1h"}
 
 # %% ../../nbs/models/34_runs.ipynb #eea97f3b
 def runs_folder(settings: Settings | None = None) -> Path:  # absolute
@@ -552,6 +568,7 @@ def find_run(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> tuple[str, bool]:  # the name the run has or would have, and whether it is there
     "Name the run that answers a question on the data as they are."
+    import_modules(config.modules)
     run_id = run_name(config, identity(config, read_data(con, config)))
     return run_id, (runs_folder(settings) / run_id / "run.json").is_file()
 
@@ -565,6 +582,7 @@ def train_run(
     "Train a run, unless the same was trained before; errors: ConfigError, DataNotFound, SchemaError."
     tell = progress or (lambda fraction, text: None)
     tell(0.0, "reading bars")
+    import_modules(config.modules)
     data = read_data(con, config)
     parts = identity(config, data)
     folder = runs_folder(settings) / run_name(config, parts)
@@ -724,6 +742,7 @@ def reproduce(
     run_id: str,  # name, or the beginning of it
     settings: Settings | None = None,  # store and runs; from the environment when None
     progress: Progress | None = None,  # told what is being done
+    modules: Iterable[str] = (),  # where the run's own features lie; never taken from the record, which may run no code
 ) -> pd.DataFrame:  # index check: expected, found, same; differences that explain nothing are only noted
     "Make a run again and compare; RunMismatch names the first difference."
     folder = _find_folder(run_id, settings)
@@ -734,8 +753,10 @@ def reproduce(
     for name, then in parts["libraries"].items():
         checks.note(name, then, library_versions().get(name, "absent"))
     checks.note("code", parts["code"], code_version())
-    config = RunConfig(**info["config"])
-    checks.must("own features", parts["own_features"], own_features(config.features))
+    config, given = RunConfig(**info["config"]), import_modules(modules)
+    if left := [m for m in config.modules if m not in given]:
+        raise ConfigError(problem(f"the modules of run {folder.name}", f"no {', '.join(left)}", f"Say where they lie: {' '.join(f'--module {m}' for m in left)}"))
+    checks.must("own features", parts["own_features"], own_features(config.features) | given)
     data = _data_then(info, config, checks, settings)
     _compare_files(folder, info, checks)
     samples, start = prepare(data.bars, config), first_test(config, data.bars)

@@ -24,6 +24,7 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ConfigError, DataNotFound, problem
+from ..features.own import import_modules
 from ..evaluation.scores import ic, qlike
 from cryptoresearch.models.runs import (
     RunConfig, RunData, Samples, canonical, first_test, fit_rows, identity, prepare, read_data, run_strategy, runs_folder,
@@ -207,6 +208,7 @@ def tune(
     "Search for a model's parameters on what lies before the test; each trial goes to the trial ledger."
     if config.model not in SPACES:
         raise ConfigError(problem(f"a model with parameters to search: {', '.join(SPACES)}", repr(config.model), "Train it as it is, or add its space to SPACES"))
+    import_modules(config.modules)
     data = read_data(con, config)
     samples, test_start = prepare(data.bars, config), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)

@@ -20,6 +20,8 @@ from cryptoresearch.data.bars import bar_frame, make_bars
 from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch
+from cryptoresearch.features.frames import lagged, of_symbol, on_frame, register
+from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns
 from cryptoresearch.models import runs
 from cryptoresearch.models.runs import RunConfig, list_runs, load_run, reproduce, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
@@ -331,3 +333,77 @@ def test_volatility_of_real_hours(tmp_path):
     assert pd.Timestamp(run.info["trained_until"]) <= pd.Timestamp("2024-03-01", tz="UTC")
     assert 0.2 < run.info["scores"]["model"]["ic"] < 1
     assert reproduce(run.id, settings)["same"].all()
+
+
+FACTOR = 2.0
+
+
+def _times(column, by):
+    return column * by
+
+
+def _from_file(bars):
+    return _times(bars["close"], FACTOR)
+
+
+def _closing_over(value):
+    return lambda bars: bars["close"] * value
+
+
+class _Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, bars):
+        return bars["close"] * self.by
+
+
+def _feature(fn, name="mine"):
+    return Feature(name, ("close", "close_ts"), 2, "1", "own", "own", fn)
+
+
+def _digest(f):
+    return runs.own_features((f,))[f.name]
+
+
+def test_a_feature_is_what_it_is_made_of(monkeypatch):
+    "Equal parts give one digest, any other part another; a made feature takes those of what is inside it."
+    eth = bar_frame(random_walk(), "1h", symbol="ETH")
+    other = eth.assign(close=eth["close"].where(np.arange(len(eth)) != 700, eth["low"]))
+    pairs = {
+        "closure": (_closing_over(1.0), _closing_over(2.0)),
+        "a frame in the closure": (_closing_over(eth["close"]), _closing_over(other["close"])),
+        "slots": (_Slotted(1.0), _Slotted(2.0)),
+        "parameters": (OnColumns(_times, ("close",), (("by", 1.0),)), OnColumns(_times, ("close",), (("by", 2.0),))),
+    }
+    for name, (a, b) in pairs.items():
+        for wrap in (lambda f: f, lambda f: lagged(f, 1), lambda f: on_frame("4x", f), lambda f: of_symbol("ETH", f, eth), lambda f: lagged(on_frame("4x", f), 2)):
+            assert _digest(wrap(_feature(a))) == _digest(wrap(_feature(a))), name
+            assert _digest(wrap(_feature(a))) != _digest(wrap(_feature(b))), name
+    assert _digest(of_symbol("ETH", "ret_24", eth)) == _digest(of_symbol("ETH", "ret_24", eth.copy()))
+    assert _digest(of_symbol("ETH", "ret_24", eth)) != _digest(of_symbol("ETH", "ret_24", other))
+    before = _digest(_feature(_from_file))
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert _digest(_feature(_from_file)) != before
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert _digest(_feature(_from_file)) == before
+    monkeypatch.setitem(globals(), "_times", _closing_over)
+    assert _digest(_feature(_from_file)) != before
+
+
+def test_the_packages_own_features_are_not_own_until_somebody_takes_their_name():
+    assert runs.own_features(("all",)) == {}
+    held = REGISTRY["ret_1_lag_1"]
+    try:
+        register(Feature(held.name, held.inputs, held.warmup, held.unit, held.group, held.source, lagged(_feature(_closing_over(1.0)), 1).fn), replace=True)
+        assert list(runs.own_features(("ret_1_lag_1", "ret_1"))) == ["ret_1_lag_1"]
+    finally:
+        REGISTRY[held.name] = held
+
+
+def test_a_digest_is_the_same_in_another_process():
+    text = "from cryptoresearch.models.runs import own_features; import sys; sys.path.insert(0, %r); import test_runs as t; from cryptoresearch.features.frames import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))" % str(Path(__file__).parent)
+    found = {subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    assert len(found) == 1

@@ -19,6 +19,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from functools import cached_property, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any, get_args
 
 import duckdb
@@ -43,7 +45,7 @@ from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, sign_strategy
 from ..features.pipeline import DataProcessing
-from ..features.registry import OnColumns, resolve
+from ..features.registry import Feature, resolve
 from .barriers import recency, uniqueness
 from .baselines import baselines
 from .boosting import TailModel
@@ -204,24 +206,79 @@ def library_versions() -> dict[str, str]:  # name: version
             found[name] = "absent"
     return found
 
+# %% ../../nbs/models/34_runs.ipynb #2e5cfe00
+def _names_of(code: CodeType) -> set[str]:
+    "Global names that a function reads, those of functions inside it too."
+    return set(code.co_names).union(*(_names_of(c) for c in code.co_consts if isinstance(c, CodeType)))
 
-SHIPPED = frozenset(f.name for f in resolve("all"))  # registered before any user could
+
+def _function_parts(fn: Any, seen: frozenset[int]) -> Any:
+    "Source of a user's function with all that is fixed in it; of the package's own its name, since `code_version` has the rest."
+    name = f"{fn.__module__}.{fn.__qualname__}"
+    held = [_parts(cell.cell_contents, seen) for cell in fn.__closure__ or ()]
+    fixed = [_parts(fn.__defaults__, seen), _parts(fn.__kwdefaults__, seen), held]
+    if name.startswith("cryptoresearch."):
+        return [name, fixed]
+    beside = {k: fn.__globals__[k] for k in sorted(_names_of(fn.__code__)) if k in fn.__globals__}
+    near = {k: _parts(v, seen) for k, v in beside.items() if isinstance(v, int | float | str | bytes | tuple | None) or getattr(v, "__module__", "") == fn.__module__}
+    return [_source(fn), fixed, near]
 
 
-def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest of the source by name, of features from outside the package
-    "Digest the features that a user wrote."
-    found = {}
-    for f in resolve(names):
-        fn: Any = f.fn
-        fixed: list[Any] = [f.inputs, f.warmup]
-        while isinstance(fn, OnColumns | partial):
-            fixed.append((fn.columns, fn.params) if isinstance(fn, OnColumns) else (fn.args, sorted(fn.keywords.items())))
-            fn = fn.fn if isinstance(fn, OnColumns) else fn.func
-        fn = fn if hasattr(fn, "__code__") else type(fn)  # of an object with __call__ its class
-        own = not str(fn.__module__).startswith("cryptoresearch.")
-        if own or f.name not in SHIPPED:
-            found[f.name] = _sha(repr(fixed) + (inspect.getsource(fn) if own else fn.__qualname__))
-    return found
+def _parts(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+    "What a value of a feature is made of, as JSON."
+    if id(value) in seen:
+        return "itself"
+    seen = seen | {id(value)}
+    if isinstance(value, pd.DataFrame | pd.Series):
+        return frame_digest(value if isinstance(value, pd.DataFrame) else value.to_frame("value"))
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, _sha(np.ascontiguousarray(value).tobytes())]
+    if isinstance(value, partial):
+        return ["partial", _parts(value.func, seen), _parts(value.args, seen), _parts(value.keywords, seen)]
+    if isinstance(value, Mapping):
+        return {str(k): _parts(v, seen) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_parts(v, seen) for v in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+    return _parts_of_object(value, seen)
+
+# %% ../../nbs/models/34_runs.ipynb #3989f589
+_PLAIN = {"builtins", "numpy", "pandas"} | sys.stdlib_module_names  # their values say in words what they are
+
+
+def _source(kind: Any) -> Any:
+    "Text of a function or class; the compiled form where no file has it."
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        code = getattr(kind, "__code__", None)
+        return [kind.__qualname__, *([code.co_code.hex(), [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]] if code else [])]
+
+
+def _parts_of_object(value: Any, seen: frozenset[int]) -> Any:
+    "The same of a function, a method, a class or an object with fields."
+    if hasattr(value, "__func__"):
+        return [_parts(value.__func__, seen), _parts(value.__self__, seen)]
+    if hasattr(value, "__code__"):
+        return _function_parts(value, seen)
+    if hasattr(value, "py_func"):  # compiled by numba
+        return _parts(value.py_func, seen)
+    kind = value if isinstance(value, type) else type(value)
+    root = kind.__module__.split(".")[0]
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, type):
+        return name if root in _PLAIN | {"cryptoresearch"} else _source(value)
+    if root in _PLAIN and root != "__main__":
+        return [name, value.__name__ if isinstance(value, ModuleType) else repr(value)]
+    slots = {s: getattr(value, s) for k in kind.__mro__ for s in getattr(k, "__slots__", ()) if hasattr(value, s)}
+    return [name if root == "cryptoresearch" else _source(kind), _parts(getattr(value, "__dict__", {}) | slots, seen)]
+
+
+SHIPPED = {f.name: f for f in resolve("all")}  # registered before any user could
+
+
+def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest by name, of features from outside the package
+    "Digest the features that a user wrote or made."
+    return {f.name: _sha(canonical(_parts(f))) for f in resolve(names) if f is not SHIPPED.get(f.name)}
 
 # %% ../../nbs/models/34_runs.ipynb #2cf4db92
 @dataclass(frozen=True)

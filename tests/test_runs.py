@@ -404,6 +404,6 @@ def test_the_packages_own_features_are_not_own_until_somebody_takes_their_name()
 
 
 def test_a_digest_is_the_same_in_another_process():
-    text = "from cryptoresearch.models.runs import own_features; import sys; sys.path.insert(0, %r); import test_runs as t; from cryptoresearch.features.frames import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))" % str(Path(__file__).parent)
+    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runs as t; from cryptoresearch.features.frames import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))"
     found = {subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
     assert len(found) == 1

@@ -59,7 +59,7 @@ def fixed_horizon(
 
 # %% ../../nbs/models/30_labels.ipynb #00000011
 def sample_intervals(
-    labels: pd.DataFrame,  # of fixed_horizon, n rows
+    labels: pd.DataFrame,  # of fixed_horizon, or others with end_ts and, where the end depends on the path, planned_ts; n rows
     bars: pd.DataFrame,  # the bars they were made of, n rows
     warmup: int,  # bars that a feature row looks back, the current one included
 ) -> pd.DataFrame:  # index ts, n rows: start_ts, end_ts (NaT where the label ends after the data)
@@ -69,4 +69,5 @@ def sample_intervals(
     if warmup < 1:
         raise SchemaError(f"expected a warm-up of at least 1 bar; found {warmup}. Take it from DataProcessing.warmup")
     first = np.maximum(np.arange(len(bars)) - (warmup - 1), 0)
-    return pd.DataFrame({"start_ts": bars.index[first], "end_ts": labels["end_ts"].array}, index=bars.index)
+    end = labels["planned_ts" if "planned_ts" in labels else "end_ts"]  # planned: to keep what ended early would choose by the outcome
+    return pd.DataFrame({"start_ts": bars.index[first], "end_ts": end.array}, index=bars.index)

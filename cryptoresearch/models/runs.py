@@ -45,7 +45,7 @@ from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, sign_strategy
 from ..features.pipeline import DataProcessing
-from ..features.registry import Feature, resolve
+from ..features.registry import resolve
 from .barriers import recency, uniqueness
 from .baselines import baselines
 from .boosting import TailModel

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
+from ..data.event_frames import is_event_frame
 from ..errors import SchemaError
 
 # %% ../../nbs/models/30a_barriers.ipynb #9003ac2e
@@ -86,8 +87,8 @@ def _bounds(
     trades: pd.DataFrame,  # in order of ts, and of trade_id
 ) -> tuple[np.ndarray, np.ndarray]:  # first row of each bar's trades, and the row behind the last, n each
     "Where each bar's trades are: by id for event bars, whose neighbours may share a moment, else by time."
-    _check_order(trades, "threshold" in bars)
-    if "threshold" not in bars:
+    _check_order(trades, is_event_frame(bars))
+    if not is_event_frame(bars):
         close = pd.DatetimeIndex(bars["close_ts"])
         return trades["ts"].searchsorted(bars.index), trades["ts"].searchsorted(close)
     ids = trades["trade_id"].to_numpy()

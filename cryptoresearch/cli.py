@@ -207,8 +207,8 @@ def _progress(text: str) -> Any:
 @app.command()
 def train(
     symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
-    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h.")] = "1h",
-    target: Annotated[str, typer.Option(help="return or volatility.")] = "return",
+    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h; or event bars that were built, such as dollar:1e6.")] = "1h",
+    target: Annotated[str, typer.Option(help="return, volatility, scaled_return, direction, triple_barrier, trend or meta.")] = "return",
     horizon: Annotated[int, typer.Option(help="Bars ahead.", min=1)] = 24,
     source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
     start: Annotated[str | None, typer.Option(help="First bar, such as 2018-01-01.")] = None,
@@ -224,13 +224,14 @@ def train(
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
     from cryptoresearch.models.runs import RunConfig, load_run
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights)  # fmt: skip
+                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, label=_params(label or [], "--label up=2"))  # fmt: skip
     with _progress("training") as progress:
         done = train_report(asked, progress=progress)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
@@ -238,7 +239,7 @@ def train(
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
 
 # %% ../nbs/60_cli.ipynb #362589e8
-def _params(pairs: list[str]) -> dict[str, Any]:
+def _params(pairs: list[str], example: str = "--param max_depth=3") -> dict[str, Any]:
     "name=value pairs; numbers and booleans as such."
     import json
 
@@ -248,7 +249,7 @@ def _params(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
+            raise ConfigError(problem(f"{example.split()[0]} name=value", repr(pair), f"For example: {example}"))
         try:
             found[name.strip()] = json.loads(value)
         except json.JSONDecodeError:

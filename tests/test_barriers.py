@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cryptoresearch.data.bars import trades_to_bars
 from cryptoresearch.errors import SchemaError
+from cryptoresearch.evaluation.strategy import slices
 from cryptoresearch.models.barriers import covered_bars, doubtful_bars, trend_scanning, triple_barrier, uniqueness
 from cryptoresearch.models.labels import sample_intervals
 from cryptoresearch.models.splits import WalkForward
@@ -184,3 +185,18 @@ def test_who_is_trained_on_does_not_depend_on_the_outcome(seed: int, horizon: in
         (train, _), *_ = WalkForward(bars.index[50], "100D").split(intervals)
         rows.append([t for t in train if pd.notna(labels["y"].iloc[t])])
     assert rows[0] == rows[1]
+
+
+@few
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 2))
+def test_slices_are_held_as_long_as_their_trades(seed: int, horizon: int, latency: int) -> None:
+    "Each decision's slice, put bar by bar into the position; with every slice held to the horizon, the usual strategy."
+    bars, rng = random_bars(50, seed, 0), np.random.default_rng(seed)
+    wanted = pd.Series(rng.choice([-1.0, 0.0, 1.0], 30), bars.index[8:38])
+    held = pd.Series(rng.integers(1, horizon + 1, 30).astype(float), wanted.index)
+    position = np.zeros(60)
+    for k, (w, h) in enumerate(zip(wanted, held, strict=True)):
+        position[8 + k + latency : 8 + k + latency + int(h)] += w / horizon
+    got = slices(wanted, bars, horizon, latency, held)["position"]
+    assert np.allclose(got, position[8 : 8 + len(got)], atol=1e-9)
+    assert slices(wanted, bars, horizon, latency, held * 0 + horizon)["position"].round(9).equals(slices(wanted, bars, horizon, latency)["position"].round(9))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import SchemaError
-from .strategy import ANNUAL_SECONDS, StrategyResult, sharpe_ratio, slices
+from .strategy import ANNUAL_SECONDS, StrategyResult, bar_seconds, sharpe_ratio, slices
 
 # %% ../../nbs/evaluation/41a_trading.ipynb #7ffa8ad1
 Rule = Literal["sign", "proportional", "interval"]
@@ -70,21 +70,24 @@ def trade(
     horizon: int = 1,  # bars that each slice of 1/horizon is held
     costs: Costs | None = None,  # a fee of 5 basis points when None
     latency_bars: int = 1,  # 1 trades at the next open, 2 one bar late
+    held: pd.Series | None = None,  # bars after which each slice is closed; `horizon` when None
 ) -> StrategyResult:  # with `costs` by kind
     "Trade positions in overlapping slices and pay for all of it."
-    c, held = costs or Costs(), slices(wanted, bars, horizon, latency_bars)
-    bar_s = float((bars["close_ts"] - bars.index).dt.total_seconds().median())
-    turnover = held["position"].diff().fillna(held["position"]).abs().rename("turnover")
-    paid = {"fee": turnover * c.fee_bps / 1e4, "spread": turnover * c.half_spread_bps / 1e4, "funding": held["position"] * c.funding_bps / 1e4 * bar_s / 28_800}
+    c, open_ = costs or Costs(), slices(wanted, bars, horizon, latency_bars, held)
+    bar_s = bar_seconds(bars)
+    turnover = open_["position"].diff().fillna(open_["position"]).abs().rename("turnover")
+    paid = {"fee": turnover * c.fee_bps / 1e4, "spread": turnover * c.half_spread_bps / 1e4, "funding": open_["position"] * c.funding_bps / 1e4 * bar_s / 28_800}
+    if c.impact and not bars.index.is_unique:
+        raise SchemaError("expected time bars for impact, which needs the volume of days; found event bars. Use impact=0")
     if c.impact:
-        volume, sigma = (s.reindex(held.index) for s in _market_size(bars, bar_s))
+        volume, sigma = (s.reindex(open_.index) for s in _market_size(bars, bar_s))
         paid["impact"] = (turnover * c.impact * sigma * np.sqrt(turnover * c.capital / volume.where(volume > 0))).where(turnover > 0, 0.0)
         if paid["impact"].isna().any():
             raise SchemaError(f"expected volume and prices of at least a day before the first trade; found none for {int(paid['impact'].isna().sum())} trades. Pass earlier bars too, or impact=0")
     table = pd.DataFrame(paid)
-    gross = (held["position"] * held["market"]).rename("gross")
+    gross = (open_["position"] * open_["market"]).rename("gross")
     fee = c.fee_bps + c.half_spread_bps
-    return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, held["position"], turnover, held["market"].rename("hold"), horizon, fee, bar_s, table)
+    return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, open_["position"], turnover, open_["market"].rename("hold"), horizon, fee, bar_s, table)
 
 # %% ../../nbs/evaluation/41a_trading.ipynb #ba15492f
 def capacity(

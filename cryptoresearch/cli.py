@@ -207,8 +207,8 @@ def _progress(text: str) -> Any:
 @app.command()
 def train(
     symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
-    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h.")] = "1h",
-    target: Annotated[str, typer.Option(help="return or volatility.")] = "return",
+    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h; or event bars that were built, such as dollar:1e6.")] = "1h",
+    target: Annotated[str, typer.Option(help="return, volatility, scaled_return, direction, triple_barrier, trend or meta.")] = "return",
     horizon: Annotated[int, typer.Option(help="Bars ahead.", min=1)] = 24,
     source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
     start: Annotated[str | None, typer.Option(help="First bar, such as 2018-01-01.")] = None,
@@ -225,6 +225,7 @@ def train(
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
     audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
@@ -233,7 +234,7 @@ def train(
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []))  # fmt: skip
+                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"))  # fmt: skip
     with _progress("training") as progress:
         done = train_report(asked, progress=progress, audit=audit)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")

@@ -128,6 +128,7 @@ def tune(
 # %% ../nbs/60b_cli_research.ipynb #de231155
 def read_params(
     pairs: list[str],  # name=value
+    example: str = "--param max_depth=3",  # of the option, for the error
 ) -> dict[str, Any]:  # numbers, lists and booleans as such, else text
     "Read a model's parameters from the command line; ConfigError where one has no value."
     import json
@@ -138,7 +139,7 @@ def read_params(
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
+            raise ConfigError(problem(f"{example.split()[0]} name=value", repr(pair), f"For example: {example}"))
         try:
             found[name.strip()] = json.loads(value)
         except json.JSONDecodeError:

@@ -309,6 +309,10 @@ def audit(
     progress: Callable[[float, str], None] | None = None,  # told before each training
 ) -> Audit:  # one row a world
     "Run the whole pipeline in worlds whose answer is known."
+    if ":" in config.spec:
+        raise ConfigError(f"expected a run on bars of equal length to audit; found {config.spec}. Audit the same features on time bars")
+    if config.target not in ("return", "volatility"):
+        raise ConfigError(f"expected a run on returns or volatility to audit; found the target {config.target!r}. Audit the same features with --target return")
     tell, forecast, start = progress or (lambda fraction, text: None), pipeline or _walk_forward, first_test(config, bars)
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
 

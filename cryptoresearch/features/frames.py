@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.bars import NUMBERS, PRICES, bar_length, combine_bars
+from ..data.event_frames import is_event_frame
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 from . import indicators, orderflow
 from .indicators import log_return
@@ -104,7 +105,10 @@ class OnFrame:
         close = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         out: Array = np.full(len(bars), np.nan)
         if len(bars):
-            length = int(close[0] - pd.DatetimeIndex(bars.index).as_unit("us").asi8[0])
+            lengths = close - pd.DatetimeIndex(bars.index).as_unit("us").asi8
+            length = int(lengths[0])
+            if (lengths != length).any():
+                raise SchemaError(problem(f"bars of one length for {self.inner.name} on longer bars", "several lengths", "Longer bars of event bars have no meaning; build event bars with a larger threshold"))
             if self.base_us not in (None, length):
                 raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us or 0)} for {self.inner.name} on longer bars", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the bars at hand"))
             out = self._last_closed(bars, close, length)
@@ -164,6 +168,8 @@ def with_symbol(
     other: pd.DataFrame,  # bar frame of the other, bars of the same length
 ) -> pd.DataFrame:  # the frame with the other's numbers as columns symbol_close …; NaN where the other has no bar
     "Join another symbol's bars to a frame on `close_ts`."
+    if is_event_frame(bars) or is_event_frame(other):
+        raise SchemaError(problem("time bars, which close together", "event bars", f"Hand time bars of {symbol} over: of_symbol({symbol!r}, feature, other)"))
     a, b = ((f["close_ts"] - f.index.to_series()).head(1).tolist() for f in (bars, other))
     if a and b and a != b:
         raise SchemaError(problem(f"bars of {symbol} of the same length, {a[0]}", f"bars of {b[0]}", "Hand the frame over: of_symbol(symbol, feature, other)"))

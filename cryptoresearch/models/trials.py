@@ -23,7 +23,7 @@ from ..data.bars import bar_length
 from ..data.store import write
 from ..errors import SchemaError
 from ..evaluation.scores import REFERENCE, qlike_loss, squared_loss
-from ..evaluation.strategy import return_moments
+from ..evaluation.strategy import CLOCK, return_moments
 
 # %% ../../nbs/models/33_trials.ipynb #ff88988e
 Kind = Literal["return", "loss"]
@@ -67,12 +67,19 @@ def saved_loss(
     return pd.Series(saved, rows.index, name="saved").dropna()
 
 # %% ../../nbs/models/33_trials.ipynb #e9e4d793
+def _step(
+    spec: str,  # bar length, or the name of event bars
+) -> pd.Timedelta:
+    "Time that a return of the ledger spans: returns on event bars are written down by the hour."
+    return bar_length(CLOCK if ":" in spec else spec)
+
+
 def _on_grid(
     values: pd.Series,  # index ts, UTC, in order of time
     spec: str,  # bar length
 ) -> tuple[pd.Series, float | None]:  # on every bar from the first to the last, and the step in seconds; as it was and None where the times are on no grid
     "Values on the grid of their bars, NaN between."
-    step = bar_length(spec)
+    step = _step(spec)
     if values.empty or not (values.index.is_monotonic_increasing and values.index.is_unique) or not ((values.index - values.index[0]) % step == pd.Timedelta(0)).all():
         return values, None
     return values.reindex(pd.date_range(values.index[0], values.index[-1], freq=step)), step.total_seconds()
@@ -158,7 +165,7 @@ def tried_sharpes(
     "Sharpe ratios of all trials on returns of bars of one length, each distinct trial once."
     rows = read_trials(con)
     rows = rows[rows["kind"].eq("return") & rows["simulated"].eq(simulated) & rows["sharpe"].notna()].drop_duplicates(["n", "sharpe", "skew", "kurtosis"])
-    mine = rows["spec"].map(bar_length) == bar_length(spec)
+    mine = rows["spec"].map(_step) == _step(spec)
     return Tried(rows.loc[mine].sort_values(["n", "sharpe", "skew", "kurtosis"])["sharpe"].tolist(), int((~mine).sum()))
 
 

@@ -145,7 +145,7 @@ def study_name(
     "Name of the study that answers a question on these data."
     parts = identity(config, data) | {"n_folds": n_folds}
     symbol = "".join(ch for ch in config.symbol.lower() if ch.isalnum())
-    return f"{symbol}-{config.spec.lower()}-{config.target}{config.horizon}-tune{hashlib.sha256(canonical(parts).encode()).hexdigest()[:8]}"
+    return f"{symbol}-{config.spec.lower().replace(':', '_')}-{config.target}{config.horizon}-tune{hashlib.sha256(canonical(parts).encode()).hexdigest()[:8]}"
 
 
 def open_storage(

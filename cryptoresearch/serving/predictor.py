@@ -39,6 +39,8 @@ class Predictor:
         source: str = "replay",  # of the live bars, noted in every row
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),  # for made_at
     ) -> None:
+        if ":" in run.config.spec:
+            raise ConfigError(problem("a run on bars of equal length to predict live", f"event bars, {run.config.spec}", "Choose a run on time bars; make its forecasts with run.predict"))
         if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
             raise ConfigError(problem("a run whose features need its own bars alone", f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}", "Live bars have no columns of other symbols or of the trades inside them; train without such features"))
         self.run, self.source, self.clock = run, source, clock
@@ -206,6 +208,7 @@ class _Live:
     "State of one `predict_live`."
 
     def __init__(self, con: duckdb.DuckDBPyConnection, run: Run, source: str) -> None:
+        Predictor(run, pd.DataFrame())  # refuses what it cannot follow, before anything is awaited
         self.con, self.run, self.source = con, run, source
         self.follow = _Follower(con, run.config.symbol, source)
         self.bars: LiveBars | None = None

@@ -8,6 +8,7 @@ __all__ = ['LOOK_BACK', 'FEWEST', 'known_quantiles', 'scorecard', 'scorecard_vie
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #26f104cf
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,18 +27,21 @@ FEWEST = 50  # outcomes before anything is said
 def known_quantiles(
     predictions: pd.DataFrame,  # of a run: known_ts
     bars: pd.DataFrame,  # bars of the run, from before the first forecast
-    target: Target,
+    target: str,  # return and volatility from the bars; of another target the outcomes of the predictions themselves
     horizon: int,  # bars that an outcome spans
     level: float = 0.9,  # probability that the interval shall hold
 ) -> pd.DataFrame:  # index as given: naive_lower, naive_upper (label's unit), base_rate (0 to 1); NaN before 50 outcomes are known
     "Quantiles of the last 90 days' outcomes and the share of rises so far, as known at each forecast."
-    past = fixed_horizon(bars, horizon, target)[["end_ts", "y"]].dropna().set_index("end_ts")["y"]
+    of_bars: Any = target if target in get_args(Target) and bars.index.is_unique else None
+    labels = predictions if of_bars is None else fixed_horizon(bars, horizon, of_bars)
+    past = labels[["end_ts", "y"]].dropna().sort_values("end_ts", kind="stable").set_index("end_ts")["y"]
+    if past.empty:
+        return pd.DataFrame(np.nan, predictions.index, ["naive_lower", "naive_upper", "base_rate"])
     tails = [past.rolling(LOOK_BACK, min_periods=FEWEST).quantile(q) for q in ((1 - level) / 2, (1 + level) / 2)]
     rate = (past > 0).astype(float).expanding(FEWEST).mean()
     told = pd.DataFrame({"naive_lower": tails[0], "naive_upper": tails[1], "base_rate": rate})
     at = np.searchsorted(past.index.to_numpy(), predictions["known_ts"].to_numpy(), "right") - 1
-    out = told.iloc[np.maximum(at, 0)].set_axis(predictions.index)
-    return out[at >= 0].reindex(predictions.index)
+    return told.iloc[np.maximum(at, 0)].set_axis(predictions.index).where(np.repeat(at[:, None] >= 0, 3, axis=1))
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #f182ce58
 def _rivals(m: Measure, have: Sequence[str], reference: str) -> dict[str, tuple[str, ...]]:  # by name: its columns

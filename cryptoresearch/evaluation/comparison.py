@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RULES', 'Lineup', 'line_up', 'setting_table', 'Measure', 'implied_probability', 'measures', 'score_intervals',
            'score_differences', 'interval_view', 'difference_view', 'pair_table', 'set_view', 'Finding',
-           'comparison_rules', 'relative_gap', 'judge_lineup', 'baseline_table', 'baseline_view', 'regime_table',
-           'regime_view', 'wanted_positions', 'payable', 'strategies', 'strategy_rows', 'costs_text',
+           'comparison_rules', 'relative_gap', 'judge_lineup', 'known_baselines', 'baseline_table', 'baseline_view',
+           'regime_table', 'regime_view', 'wanted_positions', 'payable', 'strategies', 'strategy_rows', 'costs_text',
            'strategy_rows_view', 'ladder_view', 'feature_ic', 'discoveries']
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #fbed57ec
@@ -21,7 +21,7 @@ from scipy.stats import norm, rankdata
 
 from ..errors import DataNotFound, SchemaError
 from .report import ALPHA, FEWEST_OUTCOMES, Table, deflate, loss_name, number, p_value
-from .scores import REFERENCE, auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, log_loss, mse_log, qlike, qlike_loss, r2_oos, rank_ic, squared_loss
+from .scores import LEAST_COVER, REFERENCE, auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, log_loss, mse_log, qlike, qlike_loss, r2_oos, rank_ic, squared_loss
 from .significance import Interval, bootstrap_score, brier_loss, by_regime, confidence_set, pinball_loss, regimes, winkler_loss
 from .strategy import ANNUAL_SECONDS, StrategyResult, max_drawdown, on_bars, on_clock, sharpe_ratio
 from .trading import Costs, capacity_of, positions, random_signals, trade
@@ -350,6 +350,14 @@ def judge_lineup(
     return Finding("not told apart", "", f"{prefix}{lead}: luck can explain the order; {_beats_baseline(line)}.")
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #ddf7e1b4
+def known_baselines(
+    predictions: pd.DataFrame,  # of a run
+) -> list[str]:  # columns
+    "Baselines that know nearly all rows of the model; one that the data are too short for would take the others' rows away."
+    asked = predictions[["y", "prediction"]].notna().all(axis=1)
+    return [c for c in map(str, predictions) if c in _BASELINES and predictions.loc[asked, c].notna().mean() > LEAST_COVER]
+
+
 def baseline_table(
     predictions: pd.DataFrame,  # of a run
     target: str,
@@ -359,7 +367,7 @@ def baseline_table(
     seed: int = 0,
 ) -> pd.DataFrame:  # index forecaster (model first): loss, saved (share of its loss that the model saves), lower, upper, dm_stat, dm_p, mcs_p, in_set
     "The model beside each baseline."
-    names = ["prediction", *(c for c in predictions if c in _BASELINES)]
+    names = ["prediction", *known_baselines(predictions)]
     rows = predictions[["y", *names]].dropna()
     every = {n: pd.Series(_loss(target)(rows[n], rows["y"]), rows.index) for n in names}
     losses = pd.DataFrame({n: loss for n, loss in every.items() if np.isfinite(loss).all()}).rename(columns={"prediction": "model"})

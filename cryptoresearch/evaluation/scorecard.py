@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
-from .comparison import _BASELINES, Measure, _columns, measures
+from .comparison import Measure, _columns, known_baselines, measures
 from .report import Table, number, p_value
 from .scores import REFERENCE, diebold_mariano, ic, ic_t, rank_ic
 from .significance import bootstrap_score
@@ -44,15 +44,15 @@ def known_quantiles(
     return told.iloc[np.maximum(at, 0)].set_axis(predictions.index).where(np.repeat(at[:, None] >= 0, 3, axis=1))
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #f182ce58
-def _rivals(m: Measure, have: Sequence[str], reference: str) -> dict[str, tuple[str, ...]]:  # by name: its columns
+def _rivals(m: Measure, have: Sequence[str], columns: Sequence[str], reference: str) -> dict[str, tuple[str, ...]]:  # by name: its columns
     "Baselines that can be scored by a measure."
     if "prediction" in m.columns:
-        names = [b for b in _BASELINES if b in have and not (reference in m.columns and b == reference)]
+        names = [b for b in have if not (reference in m.columns and b == reference)]
         return {b: tuple(b if c == "prediction" else c for c in m.columns) for b in names}
     naive = {"lower": "naive_lower", "upper": "naive_upper", "probability": "base_rate"}
     name = "base rate" if "probability" in m.columns else "quantiles of 90 days"
-    columns = tuple(naive.get(c, c) for c in m.columns)
-    return {name: columns} if set(columns) <= set(have) else {}
+    asked = tuple(naive.get(c, c) for c in m.columns)
+    return {name: asked} if set(asked) <= set(columns) else {}
 
 
 def scorecard(
@@ -65,11 +65,11 @@ def scorecard(
     seed: int = 0,
 ) -> pd.DataFrame:  # index measure, forecaster (model first): value, lower, upper (95 % interval), dm_p (of the model against it)
     "Every score of the model and of each baseline, on the rows that both know, with its interval."
-    out = {}
+    out, have = {}, known_baselines(predictions)
     for name, m in measures(target, level).items():
         mine = _columns(predictions, m.columns, level)
         out[name, "model"] = [*bootstrap_score(m.score, *mine, horizon=horizon, draws=draws, seed=seed), np.nan]
-        for rival, columns in _rivals(m, list(map(str, predictions)), REFERENCE[target]).items():
+        for rival, columns in _rivals(m, have, list(map(str, predictions)), REFERENCE[target]).items():
             theirs = _columns(predictions, columns, level)
             if np.isnan(m.score(*(c[~np.isnan(np.array(theirs)).any(axis=0)] for c in theirs))):
                 continue  # a constant orders nothing

@@ -214,7 +214,7 @@ def score_table(
     if missing := [c for c in ("y", "prediction", reference) if c not in predictions]:
         raise SchemaError(f"expected predictions with y, prediction and {reference}; found none of {', '.join(missing)}. Join baselines of models.baselines")
     asked = predictions[["y", "prediction", reference]].notna().all(axis=1)  # a baseline that the data are too short for does not take the others' rows away
-    names = ["prediction", *(c for c in _BASELINES[reference] if c in predictions and predictions.loc[asked, c].notna().mean() > LEAST_COVER)]
+    names = ["prediction", *(c for c in _BASELINES[reference] if c in predictions and (c == reference or not asked.any() or predictions.loc[asked, c].notna().mean() > LEAST_COVER))]
     rows = predictions[["y", *names]].dropna()
     if target == "volatility":
         rows = rows[rows["y"] > 0]

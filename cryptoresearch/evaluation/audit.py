@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOUD', 'SHARE', 'Pipeline', 'Maker', 'COLUMNS', 'coin_tossed', 'shuffled_bars', 'planted', 'planted_volatility',
-           'other_outcomes', 'reversed_blocks', 'leaked', 'independent_outcomes', 'Audit', 'audit_view', 'audited',
-           'empty_worlds', 'audit']
+           'other_outcomes', 'reversed_blocks', 'leaked', 'independent_outcomes', 'Audit', 'audit_view', 'auditable',
+           'audited', 'empty_worlds', 'audit']
 
 # %% ../../nbs/evaluation/43_audit.ipynb #ef025dcf
 import html
@@ -272,12 +272,21 @@ def audit_view(
     return Table(view, words=True, note=f"{note} {rule}".strip())
 
 # %% ../../nbs/evaluation/43_audit.ipynb #5b67297c
+def auditable(
+    config: RunConfig,
+) -> bool:  # whether there are worlds for it: returns and volatility of time bars
+    "Whether a run can be audited."
+    return config.target in ("return", "volatility") and ":" not in config.spec
+
+
 def audited(
     said: Judgement,  # of the run by its scores
     examined: Audit | None,  # None where nothing was audited
-    run: str,  # its name
+    run: str | None,  # its name; None where it cannot be audited
 ) -> Judgement:  # suspicious where something was found that cannot be
     "A run's verdict beside what the audit says."
+    if run is None:
+        return replace(said, sentence=f"{said.sentence} Not audited: only returns and volatility of time bars can be; audit the same features with --target return.")
     if examined is None:
         return replace(said, sentence=f"{said.sentence} Not audited; to see whether this pipeline finds something where nothing is: cryptoresearch audit {run}")
     return Judgement("suspicious" if examined.leaks else said.level, f"{said.sentence} The {examined.verdict}.")
@@ -309,10 +318,8 @@ def audit(
     progress: Callable[[float, str], None] | None = None,  # told before each training
 ) -> Audit:  # one row a world
     "Run the whole pipeline in worlds whose answer is known."
-    if ":" in config.spec:
-        raise ConfigError(f"expected a run on bars of equal length to audit; found {config.spec}. Audit the same features on time bars")
-    if config.target not in ("return", "volatility"):
-        raise ConfigError(f"expected a run on returns or volatility to audit; found the target {config.target!r}. Audit the same features with --target return")
+    if not auditable(config):
+        raise ConfigError(f"expected a run on returns or volatility of time bars to audit; found {config.target} on {config.spec}. Audit the same features with --target return")
     tell, forecast, start = progress or (lambda fraction, text: None), pipeline or _walk_forward, first_test(config, bars)
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
 

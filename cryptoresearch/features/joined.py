@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..data.bars import SOURCES, Trades, bar_length, read_bars, source_market
 from ..data.growth import fold_ordered
+from ..errors import ConfigError, problem
 from .frames import symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
 from .registry import resolve
@@ -79,6 +80,10 @@ def join_needed(
     "Join the columns that the features need and the bars do not have."
     names, beside = list(features), dict[str, tuple[str, ...]]()
     missing = {c for f in resolve(names) for c in f.inputs} - set(bars)
+    if not bars.index.is_unique or ":" in str(bars.attrs.get("spec", "")):
+        if other_symbols(names) or missing & set(TRADE_COLUMNS):
+            raise ConfigError(problem("features of the event bars themselves", f"{', '.join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])}", "Columns of trades and of other symbols are joined to time bars only"))
+        return bars, beside
     out = bars.join(read_trade_columns(con, bars)) if missing & set(TRADE_COLUMNS) else bars
     used, length = list(bars.attrs["sources"]), bar_length(bars.attrs["spec"])
     for symbol in other_symbols(names):

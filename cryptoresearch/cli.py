@@ -19,7 +19,7 @@ from rich.table import Table
 
 from . import __version__
 from .cli_data import data_app
-from .cli_research import parse_params, research_app
+from .cli_research import read_params, research_app
 from .errors import CryptoResearchError
 from .settings import get_settings, setup_logging
 
@@ -207,8 +207,8 @@ def _progress(text: str) -> Any:
 @app.command()
 def train(
     symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
-    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h.")] = "1h",
-    target: Annotated[str, typer.Option(help="return or volatility.")] = "return",
+    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h; or event bars that were built, such as dollar:1e6.")] = "1h",
+    target: Annotated[str, typer.Option(help="return, volatility, scaled_return, direction, triple_barrier, trend or meta.")] = "return",
     horizon: Annotated[int, typer.Option(help="Bars ahead.", min=1)] = 24,
     source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
     start: Annotated[str | None, typer.Option(help="First bar, such as 2018-01-01.")] = None,
@@ -218,21 +218,25 @@ def train(
     mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
     train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
     features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge or ensemble.")] = "xgboost",
+    modules: Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")] = None,
+    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge or ensemble.")] = "xgboost",
     param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
+    from cryptoresearch.features.own import whole_paths
     from cryptoresearch.models.runs import RunConfig, load_run
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=parse_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights)  # fmt: skip
+                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"))  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress)
+        done = train_report(asked, progress=progress, audit=audit)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
@@ -274,12 +278,15 @@ def delete(
 
 
 @app.command()
-def reproduce(run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")]) -> None:
+def reproduce(
+    run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")],
+    modules: Annotated[list[str] | None, typer.Option("--module", help="Where the run's own features lie; may be given several times.")] = None,
+) -> None:
     "Make a run again from the same data and compare it bit for bit; exit code 2 names the first difference."
     from cryptoresearch.models.runs import reproduce as again
 
     with _progress("reproducing") as progress:
-        checks = again(run, progress=progress)
+        checks = again(run, progress=progress, modules=modules or [])
     short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)
     _show(short, "the same, bit for bit")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'research_app', 'Symbol', 'Bars', 'Target', 'Horizon', 'Start', 'End', 'TestStart', 'Refit', 'Features',
-           'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'parse_params', 'list_features', 'tune',
-           'audit', 'evaluate', 'compare', 'promote', 'registry']
+           'Modules', 'Model', 'Run', 'Report', 'Output', 'show_frame', 'make_report', 'list_features', 'tune',
+           'read_params', 'show_audit', 'audit', 'evaluate', 'compare', 'promote', 'registry']
 
 # %% ../nbs/60b_cli_research.ipynb #765e7e38
 from pathlib import Path
@@ -29,7 +29,8 @@ End = Annotated[str | None, typer.Option(help="Bars open before this.")]
 TestStart = Annotated[str | None, typer.Option(help="First bar to forecast; after 60 % by default.")]
 Refit = Annotated[str, typer.Option(help="A new model after each, such as 90D.")]
 Features = Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")]
-Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge or ensemble.")]
+Modules = Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")]
+Model = Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge or ensemble.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, or its beginning.")]
 Report = Annotated[bool, typer.Option("--report", help="Write a page with pictures.")]
 Output = Annotated[Path | None, typer.Option(help="Folder of the page and the executed notebook; below reports, beside the runs, by default.")]
@@ -58,30 +59,11 @@ def make_report(
     console.print(f"report  {page}", soft_wrap=True, markup=False)
     return page
 
-
-def parse_params(
-    pairs: list[str],  # such as max_depth=3
-) -> dict[str, Any]:  # by name; values that are JSON as such, others as text
-    "Read name=value pairs."
-    import json
-
-    from cryptoresearch.errors import ConfigError, problem
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(problem("--param name=value", repr(pair), "For example: --param max_depth=3"))
-        try:
-            found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
-
 # %% ../nbs/60b_cli_research.ipynb #65b9c202
 @research_app.command("features")
 def list_features(
     features: Features = None,
+    modules: Modules = None,
     report: Report = False,
     symbol: Symbol = "BTCUSDT",
     bars: Bars = "1h",
@@ -96,12 +78,14 @@ def list_features(
 ) -> None:
     "List features; with --report a page: what they carry, how steadily, their drift, and the proof that none looks ahead."
     import cryptoresearch.features.pipeline  # noqa: F401  (registers all features)
+    from cryptoresearch.features.own import import_modules, whole_paths
     from cryptoresearch.features.registry import feature_table, resolve
 
-    chosen = [f.name for f in resolve(features or ["default"])]
+    import_modules(modules or [])
+    chosen = resolve(features or ["default"])
     if not report:
-        return show_frame(feature_table().loc[chosen, ["group", "unit", "warmup", "source"]])
-    asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "model": model, "seed": seed}
+        return show_frame(feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]])
+    asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "modules": list(whole_paths(modules or [])), "model": model, "seed": seed}
     make_report("feature_report", f"{symbol}-{bars}-{target}{horizon}", asked, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #c5413b73
@@ -115,6 +99,7 @@ def tune(
     end: End = None,
     test_start: TestStart = None,
     features: Features = None,
+    modules: Modules = None,
     model: Model = "xgboost",
     trials: Annotated[int, typer.Option(help="That the study shall have in all.", min=1)] = 50,
     folds: Annotated[int, typer.Option(help="Inner folds, all before the test.", min=2)] = 4,
@@ -129,11 +114,12 @@ def tune(
 ) -> None:
     "Search a model's parameters on what lies before the test; start it several times to use more cores, again to go on."
     from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.features.own import whole_paths
     from cryptoresearch.models.runs import RunConfig
     from cryptoresearch.models.tuning import param_options
     from cryptoresearch.models.tuning import tune as search
 
-    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit, features=tuple(features or ["default"]), model=model, params=parse_params(param or []), seed=seed, embargo=embargo, weights=weights)
+    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights, modules=whole_paths(modules or []))
     with console.status("searching") as status, init_duckdb() as con:
         found = search(con, asked, trials, n_folds=folds, storage=storage, progress=lambda share, text: status.update(text))
     show_frame(found.table.head(10).round(5))
@@ -141,37 +127,88 @@ def tune(
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    --model {model} {best}", soft_wrap=True, markup=False)
     if report:
-        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "model": model, "params": dict(asked.params), "seed": seed, "embargo": embargo, "weights": weights, "refit_every": refit}
+        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "modules": list(asked.modules), "model": model, "params": dict(asked.params), "seed": seed, "embargo": embargo, "weights": weights, "refit_every": refit}
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #de231155
-@research_app.command()
-def audit(
-    symbol: Symbol = "BTCUSDT",
-    bars: Bars = "1h",
-    horizon: Horizon = 24,
-    start: Start = None,
-    end: End = None,
-    test_start: TestStart = None,
-    refit_every: Refit = "365D",
-    features: Features = None,
-    model: Model = "xgboost",
-    seed: Annotated[int, typer.Option()] = 0,
-) -> None:
-    "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 where it finds what cannot be."
-    from cryptoresearch.data.store import connect
-    from cryptoresearch.evaluation.audit import audit as examine
-    from cryptoresearch.models.runs import RunConfig, read_data
+def read_params(
+    pairs: list[str],  # name=value
+    example: str = "--param max_depth=3",  # of the option, for the error
+) -> dict[str, Any]:  # numbers, lists and booleans as such, else text
+    "Read a model's parameters from the command line; ConfigError where one has no value."
+    import json
 
-    asked = RunConfig(symbol=symbol, spec=bars, target="return", horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every, features=tuple(features or ["default"]), model=model, seed=seed)
-    with connect(read_only=True) as con, console.status("reading") as status:
-        found = examine(read_data(con, asked).bars, asked, seed=seed, progress=lambda share, text: status.update(text))
+    from cryptoresearch.errors import ConfigError, problem
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(problem(f"{example.split()[0]} name=value", repr(pair), f"For example: {example}"))
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value
+    return found
+
+
+def show_audit(bars: Any, config: Any, seed: int, draws: int, run: Any = None) -> None:
+    "Audit a configuration on bars; exit code 2 unless it passes."
+    from cryptoresearch.evaluation.audit import audit as examine
+    from cryptoresearch.models.registry import save_audit
+
+    with console.status("audit") as status:
+        found = examine(bars, config, seed=seed, draws=draws, progress=lambda share, text: status.update(text))
+    if run is not None and config == run.config:
+        save_audit(run, found)  # the registry's gate asks for it
     show_frame(found.table.round(4))
     console.print(found.verdict, soft_wrap=True)
     if not found.passed:
         raise typer.Exit(code=2)
 
-# %% ../nbs/60b_cli_research.ipynb #a70b695c
+# %% ../nbs/60b_cli_research.ipynb #b6e611e6
+@research_app.command()
+def audit(
+    run: Annotated[str | None, typer.Argument(help="Name of a run, or its beginning: audits its configuration on its bars. Without it the options say what.")] = None,
+    symbol: Symbol = "BTCUSDT",
+    bars: Bars = "1h",
+    target: Target = "return",
+    horizon: Horizon = 24,
+    source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
+    start: Start = None,
+    end: End = None,
+    test_start: TestStart = None,
+    refit_every: Annotated[str | None, typer.Option(help="A new model after each; the run's own, or 365D without a run.")] = None,
+    mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
+    train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
+    features: Features = None,
+    modules: Modules = None,
+    model: Model = "xgboost",
+    param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
+    embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
+    weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the worlds; without a run of the model too.")] = 0,
+    draws: Annotated[int, typer.Option(help="Of each world without anything to find.", min=1)] = 2,
+) -> None:
+    "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 unless it passes."
+    from dataclasses import replace
+
+    from cryptoresearch.data.store import connect
+    from cryptoresearch.features.own import whole_paths
+    from cryptoresearch.models.runs import RunConfig, load_run, read_data
+
+    stored = None if run is None else load_run(run, get_settings())
+    if stored is not None:
+        asked, pinned = stored.config if refit_every is None else replace(stored.config, refit_every=refit_every), int(stored.info["snapshot"])
+    else:
+        asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every or "365D",
+                          mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights, modules=whole_paths(modules or []))  # fmt: skip
+        pinned = None
+    with connect(snapshot=pinned, read_only=True) as con:
+        data = read_data(con, asked)
+    show_audit(data.bars, asked, seed, draws, stored)
+
+# %% ../nbs/60b_cli_research.ipynb #095c68cd
 @research_app.command()
 def evaluate(
     run: Run,
@@ -181,7 +218,7 @@ def evaluate(
     capital: Annotated[float, typer.Option(help="In the quote currency; matters for impact only.", min=1)] = 100_000.0,
     funding_bps: Annotated[float, typer.Option(help="Basis points that long positions pay and short ones get every 8 hours; 0 for spot.")] = 1.0,
     latency_bars: Annotated[int, typer.Option(help="1 trades at the next open, 2 one bar late.", min=1)] = 2,
-    with_audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Audit the pipeline too: five times the work of training.")] = True,
+    with_audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Audit the pipeline too: nine times the work of training.")] = True,
     output: Output = None,
 ) -> None:
     "Write a page about a stored run: scores with intervals, baselines, regimes, strategies, capacity, luck, audit."

@@ -10,7 +10,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
 
 from cryptoresearch.errors import SchemaError
-from cryptoresearch.models.crossval import CombinatorialPurged, OnIntervals, PurgedKFold, assemble_paths, path_table
+from cryptoresearch.models.crossval import CombinatorialPurged, OnIntervals, PurgedKFold, assemble_paths, intervals_of, path_table
+from cryptoresearch.models.splits import WalkForward, overlaps
 
 HOUR = pd.Timedelta("1h")
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -78,3 +79,51 @@ def test_a_search_of_scikit_learn_uses_it() -> None:
     search = GridSearchCV(Ridge(), {"alpha": [0.1, 1e4]}, cv=OnIntervals(PurgedKFold(4), intervals)).fit(X, 2 * X["a"])
     assert search.best_params_ == {"alpha": 0.1}
     assert search.n_splits_ == 4
+
+
+@st.composite
+def tied_intervals(draw: st.DrawFn) -> pd.DataFrame:
+    "Samples of which several begin at one moment, as those of event bars do."
+    n = draw(st.integers(40, 100))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    ts = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.cumsum(rng.choice([0, 0, 1, 3], n)), "h")
+    ends = ts + pd.to_timedelta(rng.integers(0, 5, n), "h")
+    ends = pd.Series(ends).mask(rng.random(n) < draw(st.sampled_from([0.0, 0.05])))
+    return pd.DataFrame({"start_ts": ts - pd.to_timedelta(rng.integers(0, 4, n), "h"), "end_ts": pd.DatetimeIndex(ends)}, index=pd.DatetimeIndex(ts, name="ts"))
+
+
+@few
+@given(tied_intervals(), st.integers(0, 10_000))
+def test_rows_of_one_moment_are_split_by_position(intervals: pd.DataFrame, seed: int) -> None:
+    "All rows: the splits of the intervals themselves. Some rows: never narrower than the truth, so nothing leaks."
+    assert intervals_of(intervals.index, intervals).equals(intervals)
+    answered = intervals.dropna()
+    X = pd.DataFrame({"a": np.arange(len(answered))}, index=answered.index)
+    tied, split = OnIntervals(PurgedKFold(4), answered), PurgedKFold(4)
+    try:
+        expected = list(split.split(answered))
+    except SchemaError:
+        assume(False)
+    for (a, b), (c, d) in zip(tied.split(X), expected, strict=True):
+        assert a.tolist() == c.tolist() and b.tolist() == d.tolist()
+    some = np.sort(np.random.default_rng(seed).choice(len(intervals), int(0.8 * len(intervals)), replace=False))
+    got, truth = intervals_of(intervals.index[some], intervals), intervals.iloc[some]
+    assert len(got) == len(some)
+    assert (got["start_ts"] <= truth["start_ts"]).all() and (got["end_ts"].isna() | (got["end_ts"] >= truth["end_ts"])).all()
+    few_rows = np.sort(np.random.default_rng(seed).choice(len(answered), int(0.8 * len(answered)), replace=False))
+    part, truth = X.iloc[few_rows], answered.iloc[few_rows]
+    try:
+        folds = list(OnIntervals(PurgedKFold(3), answered).split(part))
+    except SchemaError:
+        assume(False)
+    for train, test in folds:
+        assert max(train.max(), test.max()) < len(part)
+        assert not overlaps(truth.iloc[train], truth.iloc[test]).any()
+
+
+def test_walk_forward_on_intervals_counts_its_fits() -> None:
+    ts = pd.date_range("2024-01-01", periods=300, freq="h", tz="UTC", name="ts")
+    intervals = pd.DataFrame({"start_ts": ts, "end_ts": ts + HOUR}, index=ts)
+    cv = OnIntervals(WalkForward("2024-01-06", "2D"), intervals)
+    X = pd.DataFrame({"a": 0.0}, index=ts)
+    assert cv.get_n_splits() == cv.get_n_splits(X) == len(list(cv.split(X))) == 4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cryptoresearch.data.bars import TRADE_COLUMNS, _complete
 from cryptoresearch.data.event_bars import EventFolder, event_bars, event_spec, make_event_bars, read_event_bars
 from cryptoresearch.data.ingest import forget_file, process_file
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import init_duckdb, snapshot
 from cryptoresearch.settings import Settings
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -78,7 +78,7 @@ def test_bars_are_the_loop(spec: str, seed: int, holes: int) -> None:
     at = sorted(rng.choice(np.arange(1, 400), holes, replace=False))
     t["trade_id"] += np.searchsorted(at, np.arange(400), side="right")  # an id is missing before each of these rows
     cuts = {int(t["trade_id"].iloc[i]) for i in at}
-    folder = EventFolder(spec, by_id=True)
+    folder = EventFolder(spec, missing=[c - 1 for c in cuts])
     got = folder.add(_complete(t))
     want = by_the_book(t, spec, cuts)
     assert len(got["ts"]) == len(want)
@@ -130,7 +130,7 @@ def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, order: tuple[int
     corrected = t.iloc[500:1000].copy()
     corrected.loc[corrected.index[7], "qty"] += 5
     options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}
-    specs = ("tick:60", "dollar:5000", "volume_imbalance:40")
+    specs = ("tick:60", "dollar:5000", "volume_imbalance:40", "dollar_run:40")
 
     def bars(con: Any) -> dict[str, pd.DataFrame]:
         return {spec: read_event_bars(con, "SIMUSDT", spec) for spec in specs}
@@ -167,6 +167,44 @@ def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, order: tuple[int
         gone, fewer = bars(con), anew(*(files[k] for k in order if k != 3), late)
         for spec in specs:
             pd.testing.assert_frame_equal(gone[spec], fewer[spec], check_exact=True)
+
+
+def test_ids_out_of_order_in_time_are_no_hole(tmp_path: Path) -> None:
+    "Two trades whose times are exchanged lose nothing; an id that is missing still ends the bar at hand."
+    t = random_trades(40, 6).assign(n_trades=1)
+    t["ts"] = pd.date_range("2024-03-01", periods=40, freq="1s", tz="UTC")
+    t["trade_id"] = np.arange(1, 41)
+    t.loc[t.index[[5, 6]], "ts"] = t["ts"].iloc[[6, 5]].to_numpy()
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"))) as con:
+        process_file(con, write_day(tmp_path / "files", t, "swapped"), symbol="SIMUSDT", kind="trades", source="simulated")
+        make_event_bars(con, "SIMUSDT", "tick:4")
+        bars = read_event_bars(con, "SIMUSDT", "tick:4")
+    assert bars["trades"].sum() == 40
+    assert bars["volume"].sum() == pytest.approx(t["qty"].sum())
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "holed" / "catalog.sqlite"))) as con:
+        process_file(con, write_day(tmp_path / "files", t.drop(t.index[20]), "holed"), symbol="SIMUSDT", kind="trades", source="simulated")
+        make_event_bars(con, "SIMUSDT", "tick:4")
+        bars = read_event_bars(con, "SIMUSDT", "tick:4")
+    assert not ((bars["first_id"] < 21) & (bars["last_id"] > 21)).any()
+    assert 22 in set(bars["first_id"])
+
+
+def test_a_correction_rewrites_only_what_differs(tmp_path: Path) -> None:
+    "Bars before the corrected trade stay as they lie in the store."
+    t = random_trades(2000, 4).assign(n_trades=1)
+    files = [write_day(tmp_path / "files", t.iloc[500 * k : 500 * k + 500], f"part{k}") for k in range(4)]
+    corrected = t.iloc[1500:].copy()
+    corrected.loc[corrected.index[7], "qty"] += 5
+    options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"))) as con:
+        for file in files:
+            process_file(con, file, **options)
+        total = make_event_bars(con, "SIMUSDT", "volume:20")
+        process_file(con, write_day(tmp_path / "late", corrected, "corrected"), **options)
+        before = snapshot(con)
+        make_event_bars(con, "SIMUSDT", "volume:20")
+        gone = con.execute(f"SELECT count(*) FROM ducklake_table_deletions('lake', 'main', 'bars', {before + 1}, {snapshot(con)})").fetchall()[0][0]
+    assert 0 < gone < total / 3
 
 
 def test_names_have_one_spelling() -> None:

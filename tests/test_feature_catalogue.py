@@ -9,13 +9,13 @@ import pytest
 
 from cryptoresearch.data.bars import bar_frame, resample_bars
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
-from cryptoresearch.features import alpha158, frames, microstructure, volatility, windows  # noqa: F401  volatility registers
-from cryptoresearch.features.causality import live_against_batch, prove_causal
+from cryptoresearch.features import alpha158, frames, microstructure, oscillators, recursions, volatility, windows  # noqa: F401  they register
+from cryptoresearch.features.causality import live_across_gap, prove_causal
 from cryptoresearch.features.pipeline import DataProcessing
-from cryptoresearch.features.registry import REGISTRY, resolve
+from cryptoresearch.features.registry import REGISTRY, Feature, resolve
 from cryptoresearch.settings import shared_data
 
-GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames")
+GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators", "averages", "statistics", "decay", "breakout")
 NEW = resolve([*GROUPS, "cycles"])
 SHORT = [f for f in NEW if f.warmup <= 400]
 
@@ -116,10 +116,27 @@ def test_no_two_features_are_the_same() -> None:
     assert pairs - known == set(), pairs - known
 
 
-def test_live_equals_batch() -> None:
-    some = [f for f in SHORT if f.group != "alpha158"] + resolve(["alpha_cord_60", "alpha_rank_60", "alpha_imxd_60", "alpha_resi_30"])
-    bars = make_bars(480, gaps=(30,), dead=(452, 458))
-    assert live_against_batch(DataProcessing(some), bars, rows=4)["equal"].all()
+def test_live_equals_batch_across_a_gap() -> None:
+    "Every registered feature, from its last bars and from a growing window, before, in and behind a gap."
+    bars = make_bars(2150, gaps=(1070, 1071), dead=(1100, 1106))
+    drawn = np.random.default_rng(2).random((len(bars), len(microstructure.TRADE_COLUMNS)))
+    bars = bars.assign(**{c: np.where(bars["gap"], np.nan, drawn[:, i]) for i, c in enumerate(microstructure.TRADE_COLUMNS)})
+    table = live_across_gap(["all", "trades"], bars)
+    assert set(table.index) >= {n for n, f in REGISTRY.items() if f.group not in ("own", "test")} and len(table) >= 476 + 36
+    assert table["equal"].all() and table["worst_error"].max() <= 1e-9, table[~table["equal"]]
+    assert table["compared"].min() >= 8 and table["behind"].min() >= 4, table.nsmallest(5, "compared")  # values, not NaN beside NaN
+    assert (table.loc[table["warmup"] <= 50, "compared"] >= 40).all()
+
+
+def test_live_across_a_gap_finds_what_differs() -> None:
+    bars = make_bars(400, gaps=(200,))
+    endless = Feature("endless", ("close",), 30, "1", "own", "own", lambda b: b["close"].ewm(span=20).mean())
+    loose = Feature("loose", ("close",), 30, "1", "own", "own", endless.fn, tolerance=0.5)
+    whole = Feature("whole", ("close",), 2, "1", "own", "own", lambda b: b["close"] / b["close"].max())
+    table = live_across_gap([endless, loose, whole, "ret_3"], bars)
+    assert table["equal"].tolist() == [False, True, False, True]
+    with pytest.raises(SchemaError, match="bars with a gap"):
+        live_across_gap("ret_3", make_bars(50))
 
 
 # ------------------------------------------------------------------ windows

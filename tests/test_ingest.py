@@ -159,7 +159,7 @@ def test_kline_dump(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
     hour = 3_600_000
     lines = [f"{1704067200000 + i * hour},10,12,9,11,5.5,{1704067200000 + (i + 1) * hour - 1},60.5,42,2.5,27.5,0" for i in (0, 1, 2, 5, 6)]
     result = process_file(con, put(tmp_path / "BTCUSDT-1h-2024-01.csv", [*lines, lines[0], "x"]), max_rejected=0.5)
-    assert (result.rows, result.rejected, result.gaps) == (5, 2, 1)
+    assert (result.rows, result.rejected, result.gaps) == (5, 1, 1)  # the repeated line counts as a duplicate
     assert one(con, "SELECT trades, buy_volume, quote_volume, close_ts - ts = INTERVAL 1 HOUR FROM candles LIMIT 1") == (42, 2.5, 60.5, True)
     assert one(con, "SELECT start_ts::VARCHAR, end_ts::VARCHAR FROM gaps") == ("2024-01-01 03:00:00", "2024-01-01 05:00:00")
     assert one(con, "SELECT end_ts::VARCHAR FROM coverage") == ("2024-01-01 07:00:00",)
@@ -176,12 +176,11 @@ def test_dirty_rows_are_kept_with_line_and_reason(con: duckdb.DuckDBPyConnection
     lines[39] = lines[39].replace("50.00000000", "1e400")
     lines[49] = "9" * 300 + lines[49]
     result = process_file(con, put(tmp_path / "BTCUSDT-trades-2024-01-01.csv", lines))
-    assert (result.rows, result.rejected, result.gaps) == (1995, 5, 5)
+    assert (result.rows, result.rejected, result.duplicates, result.gaps) == (1995, 4, 1, 5)
     kept = con.execute("SELECT line, raw, reason FROM quarantine ORDER BY line").fetchall()
     assert [(line, reason) for line, _, reason in kept] == [
         (10, "qty is not a finite number above zero"),
         (20, "3 columns instead of 7"),
-        (30, "trade_id is repeated"),
         (40, "quote_qty is not a finite number from zero on"),
         (50, "trade_id cannot be read"),
     ]

@@ -31,10 +31,16 @@ def clean_lines(first_id: int, n: int) -> list[bytes]:
     return [f"{first_id + i},{100 + i % 7}.25000000,0.50000000,{(100 + i % 7) * 0.5 + 0.125:.8f},{1_704_067_200_000 + 37 * i},{i % 3 == 0},True".encode() for i in range(n)]
 
 
+def clean_candles(first: int, n: int) -> list[bytes]:
+    "Candles of a minute from a day on."
+    begin = [1_577_836_800_000 + first % 1000 * 86_400_000 + i * 60_000 for i in range(n)]
+    return [f"{t},{100 + i % 7}.5,{110 + i % 7},{90 + i % 5},{101 + i % 7},{i % 4}.25,{t + 59_999},{i * 10}.5,{i},{i % 4}.125,{i},0".encode() for i, t in enumerate(begin)]
+
+
 @st.composite
-def dirty_text(draw: st.DrawFn) -> bytes:
-    "Lines of trades after some accidents."
-    lines = clean_lines(draw(st.integers(0, 10**12)), draw(st.integers(0, 80)))
+def dirty_text(draw: st.DrawFn, kind: str = "trades") -> bytes:
+    "Lines of trades or candles after some accidents."
+    lines = (clean_lines if kind == "trades" else clean_candles)(draw(st.integers(0, 10**12)), draw(st.integers(0, 80)))
     for _ in range(draw(st.integers(0, 6))):
         at = draw(st.integers(0, max(len(lines), 1))) if lines else 0
         what = draw(st.sampled_from(["junk", "field", "cut", "repeat", "swap", "drop", "unit", "shuffle", "byte"]))
@@ -54,7 +60,7 @@ def dirty_text(draw: st.DrawFn) -> bytes:
         elif what == "drop":
             del lines[at : at + draw(st.integers(1, 5))]
         elif what == "unit":
-            lines[at:] = [line.replace(b"17040672", b"1704067200", 1) for line in lines[at:]]
+            lines[at:] = [line.replace(b"17040672", b"1704067200", 1) if kind == "trades" else line.replace(b",", b"000,", 1) for line in lines[at:]]
         elif what == "shuffle":
             lines = draw(st.permutations(lines)) if len(lines) < 30 else lines[::-1]
         else:
@@ -77,48 +83,52 @@ def of(con: duckdb.DuckDBPyConnection, table: str, symbol: str) -> int:
     return con.execute(f"SELECT count(*) FROM {table} WHERE symbol = ?", [symbol]).fetchall()[0][0]
 
 
-def check(con: duckdb.DuckDBPyConnection, path: Path, symbol: str, lines: int | None, limit: float) -> None:
+def check(con: duckdb.DuckDBPyConnection, path: Path, symbol: str, lines: int | None, limit: float, kind: str = "trades") -> None:
     "Load a file and look at what it left."
+    table, key = ("trades", "trade_id") if kind == "trades" else ("candles", "epoch_us(ts) // 60000000")
     try:
-        result = process_file(con, path, symbol=symbol, kind="trades", max_rejected=limit)
+        result = process_file(con, path, symbol=symbol, kind=kind, interval="1m" if kind == "klines" else None, max_rejected=limit)
     except (SchemaError, DataNotFound) as e:
-        assert [of(con, t, symbol) for t in ("trades", "gaps", "coverage", "ingest_ledger")] == [0, 0, 0, 0]
+        assert [of(con, t, symbol) for t in ("trades", "candles", "gaps", "coverage", "ingest_ledger")] == [0, 0, 0, 0, 0]
         assert con.execute("SELECT count(*) FROM data_log WHERE event = 'refused' AND detail = ?", [str(e)]).fetchall()[0][0] >= 1
         return
-    assert result.rows == of(con, "trades", symbol) > 0
+    assert result.rows == of(con, table, symbol) > 0
     if lines is not None:
         assert result.rows + result.rejected + result.duplicates == lines
-    row = con.execute("SELECT rows, rejected, gaps, digest FROM ingest_ledger WHERE symbol = ?", [symbol]).fetchall()
-    assert row == [(result.rows, result.rejected, result.gaps, stored_digest(con, "trades", result.sha256))]
+    row = con.execute("SELECT rows, rejected, duplicates, gaps, digest FROM ingest_ledger WHERE symbol = ?", [symbol]).fetchall()
+    assert row == [(result.rows, result.rejected, result.duplicates, result.gaps, stored_digest(con, table, result.sha256))]
     assert con.execute("SELECT count(*) FROM quarantine WHERE file_id = ?", [result.sha256]).fetchall()[0][0] == result.rejected
-    ids = [r[0] for r in con.execute("SELECT trade_id FROM trades WHERE symbol = ? ORDER BY ts, trade_id", [symbol]).fetchall()]
-    assert len(set(ids)) == len(ids)
-    missing = max(ids) - min(ids) + 1 - len(ids)
-    assert con.execute("SELECT coalesce(sum(last_missing_id - first_missing_id + 1), 0) FROM gaps WHERE symbol = ?", [symbol]).fetchall()[0][0] == missing
+    keys = [r[0] for r in con.execute(f"SELECT {key} FROM {table} WHERE symbol = ? ORDER BY ALL", [symbol]).fetchall()]
+    assert len(set(keys)) == len(keys)
+    missing = max(keys) - min(keys) + 1 - len(keys)
+    size = "last_missing_id - first_missing_id + 1" if kind == "trades" else "(epoch_us(end_ts) - epoch_us(start_ts)) // 60000000"
+    assert con.execute(f"SELECT coalesce(sum({size}), 0) FROM gaps WHERE symbol = ?", [symbol]).fetchall()[0][0] == missing
 
 
-def count_lines(text: bytes) -> int:
-    "Lines that say something, but for a header at the top."
+def count_lines(text: bytes, kind: str) -> int:
+    "Lines that say something, but for a header of trades at the top of trades."
     lines = [line.rstrip(b"\r") for line in text.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
     lines = [line for line in lines if line]
-    return len(lines) - (1 if lines and lines[0] == JUNK[3] else 0)
+    return len(lines) - (1 if kind == "trades" and lines and lines[0] == JUNK[3] else 0)
 
 
+@pytest.mark.parametrize("kind", ["trades", "klines"])
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(text=dirty_text(), form=st.sampled_from(["csv", "csv", "zip"]), limit=st.sampled_from([0.01, 0.5, 1.0]))
-def test_every_line_of_a_dirty_file_is_accounted_for(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, text: bytes, form: str, limit: float) -> None:
+@given(data=st.data(), form=st.sampled_from(["csv", "csv", "zip"]), limit=st.sampled_from([0.01, 0.5, 1.0]))
+def test_every_line_of_a_dirty_file_is_accounted_for(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject, form: str, limit: float) -> None:
+    text = data.draw(dirty_text(kind))
     symbol = f"F{next(numbers)}USDT"
     path = tmp_path_factory.getbasetemp() / f"{symbol}-fuzzed.{form}"
     path.write_bytes(text if form == "csv" else zipped(text, f"{symbol}-fuzzed"))
-    check(con, path, symbol, count_lines(text), limit)
+    check(con, path, symbol, count_lines(text, kind), limit, kind)
     path.unlink()
 
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), form=st.sampled_from(["csv", "zip", "random"]))
-def test_no_bytes_do_harm(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: str) -> None:
+@given(data=st.data(), form=st.sampled_from(["csv", "zip", "random"]), kind=st.sampled_from(["trades", "klines"]))
+def test_no_bytes_do_harm(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: str, kind: str) -> None:
     symbol = f"B{next(numbers)}USDT"
-    text = b"\n".join(clean_lines(data.draw(st.integers(0, 10**9)), 50))
+    text = b"\n".join((clean_lines if kind == "trades" else clean_candles)(data.draw(st.integers(0, 10**9)), 50))
     raw = bytearray({"csv": text, "zip": zipped(text, symbol), "random": data.draw(st.binary(max_size=300))}[form])
     for _ in range(data.draw(st.integers(0, 12))):
         if raw:
@@ -126,5 +136,5 @@ def test_no_bytes_do_harm(con: duckdb.DuckDBPyConnection, tmp_path_factory: pyte
     raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
     path = tmp_path_factory.getbasetemp() / f"{symbol}-mutated.{'zip' if form == 'zip' else 'csv'}"
     path.write_bytes(bytes(raw))
-    check(con, path, symbol, None, data.draw(st.sampled_from([0.01, 1.0])))
+    check(con, path, symbol, None, data.draw(st.sampled_from([0.01, 1.0])), kind)
     path.unlink()

@@ -8,14 +8,23 @@ import pandas as pd
 import pandas_ta as ta
 import pytest
 from scipy.signal import filtfilt, hilbert, lfilter, savgol_filter
+from scipy.signal import oaconvolve
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
+from sklearn.tree import DecisionTreeRegressor
+from sklearn.feature_selection import SelectKBest, f_regression
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, QuantileTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, QuantileTransformer, StandardScaler, TargetEncoder
 
-from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.bars import bar_frame, resample_bars
+from cryptoresearch.errors import ConfigError, SchemaError
 from cryptoresearch.features.causality import prove_causal
+from cryptoresearch.features.frames import lagged, of_symbol, on_frame
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature
+from cryptoresearch.models.labels import fixed_horizon
 
 Bars = pd.DataFrame
 
@@ -193,11 +202,245 @@ def test_pipelines_that_learn_from_everything_are_caught(name: str, fitted: bool
 @pytest.mark.parametrize("name", LEARNING)
 def test_pipelines_that_learn_from_the_past_pass(name: str) -> None:
     assert prove_causal(LEARNING[name](), BARS, train_bars=600, cuts=4, search=16)["causal"].all()
-    assert prove_causal(LEARNING[name]().fit(BARS.iloc[:600]).transform, BARS, cuts=4, search=16)["causal"].all()
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_was_fitted_elsewhere_is_named(name: str) -> None:
+    "Whether it was fitted on the past or on everything, nobody can see from its method."
+    for fitted_on in (BARS.iloc[:600], BARS):
+        with pytest.warns(UserWarning, match="not proved"):
+            table = prove_causal(LEARNING[name]().fit(fitted_on).transform, BARS, cuts=4, search=16)
+        assert table["causal"].isna().all() and table["truncation_ok"].all() and table["perturbation_ok"].all()
+        assert table["unseen"].str.contains("fitted").all()
 
 
 def test_a_pipeline_without_learning_passes() -> None:
     assert prove_causal(make_pipeline(DataProcessing(["ret_3", "rv_24"]), FunctionTransformer(np.tanh)), BARS, cuts=2, search=16)["causal"].all()
+
+
+# ------------------------------------------------------------------ pipelines that learn from outcomes
+def next_return(b: Bars) -> pd.Series:
+    "Return of the next five bars."
+    return b["close"].shift(-5) / b["close"] - 1
+
+
+def hours(b: Bars) -> pd.DataFrame:
+    return pd.DataFrame({"hour": b.index.hour}, index=b.index)
+
+
+class ScaledByOutcome(TransformerMixin, BaseEstimator):
+    "A scaler that learns the sign of each column from the outcomes."
+
+    def fit(self, X: Any, y: Any) -> "ScaledByOutcome":
+        self.sign_ = np.sign(np.nansum(np.asarray(X) * np.asarray(y)[:, None], axis=0)) * np.abs(np.asarray(y)).sum() / max(len(y), 1)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        return np.asarray(X) * self.sign_
+
+
+SOME = ["ret_1", "ret_3", "rv_24", "place_24"]
+SUPERVISED: dict[str, tuple[Callable[[], Any], list[str]]] = {  # pipeline, columns that it must name
+    "best columns": (lambda: make_pipeline(DataProcessing(SOME), SelectKBest(f_regression, k=2), StandardScaler()), []),
+    "target encoder": (lambda: make_pipeline(FunctionTransformer(hours), TargetEncoder(random_state=0, target_type="continuous")), []),
+    "scaled by the outcome": (lambda: make_pipeline(DataProcessing(SOME), ScaledByOutcome()), []),
+    "ridge": (lambda: make_pipeline(DataProcessing(SOME), SimpleImputer(), Ridge()), ["prediction"]),
+    "ridge without an imputer": (lambda: make_pipeline(DataProcessing(SOME), StandardScaler(), Ridge()), ["prediction"]),
+    "tree": (lambda: make_pipeline(DataProcessing(SOME), DecisionTreeRegressor(max_depth=3, random_state=0)), ["prediction"]),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_steps_that_learn_from_everything_are_caught(name: str) -> None:
+    make, columns = SUPERVISED[name]
+    table = prove_causal(make(), BARS, y=next_return, cuts=2, search=0)
+    assert not table["causal"].any() and (table["note"] == "reads the whole sample").all(), table
+    assert not columns or table.index.tolist() == columns
+    assert table["through"].str.contains("close|prices").any()
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_steps_that_learn_from_the_past_pass(name: str) -> None:
+    labels = prove_causal(SUPERVISED[name][0](), BARS, y=lambda b: fixed_horizon(b, 5, "return"), train_bars=600, cuts=3, search=8)
+    assert labels["causal"].all() and not labels["unseen"].any(), labels  # purged by the labels' ends
+    known = prove_causal(SUPERVISED[name][0](), BARS, y=fixed_horizon(BARS, 5, "return"), train_bars=600, cuts=3, search=8)
+    assert known["causal"].all() and not known["unseen"].any(), known
+
+
+@pytest.mark.parametrize("name", ["ridge", "scaled by the outcome", "target encoder"])
+def test_a_training_that_its_outcomes_reach_over_is_caught(name: str) -> None:
+    "Outcomes of five bars, learned from up to the last bar of the training: it knows five bars more."
+    table = prove_causal(SUPERVISED[name][0](), BARS, y=next_return, train_bars=600, cuts=2, search=0)
+    assert not table["causal"].any() and (BARS.index.get_indexer(table["where"]) == 600).all(), table
+
+
+def test_outcomes_given_as_values_are_cut_and_said_to_be_unseen() -> None:
+    y = next_return(BARS)
+    caught = prove_causal(SUPERVISED["ridge"][0](), BARS, y=y, cuts=2, search=0).iloc[0]
+    assert caught["causal"] is np.False_ or caught["causal"] is False
+    assert "y" in caught["through"].split()
+    with pytest.warns(UserWarning, match=r"y \(given as values\)"):
+        past = prove_causal(SUPERVISED["ridge"][0](), BARS, y=y.to_numpy(), train_bars=600, cuts=2, search=0).iloc[0]
+    assert past["causal"] is pd.NA and past["truncation_ok"] and past["perturbation_ok"]
+
+
+def test_a_classifier_is_proven_on_its_probabilities() -> None:
+    model = make_pipeline(DataProcessing(SOME), StandardScaler(), LogisticRegression())
+    up = lambda b: pd.Series(np.where(next_return(b) > 0, "up", "down"), b.index).where(next_return(b).notna())
+    table = prove_causal(model, BARS, y=up, cuts=2, search=0)
+    assert table.index.tolist() == ["probability of down", "probability of up"] and not table["causal"].any()
+    purged = lambda b: fixed_horizon(b, 5, "return").assign(y=lambda t: np.where(t["y"] > 0, "up", "down")).where(next_return(b).notna())
+    assert prove_causal(model, BARS, y=purged, train_bars=600, cuts=2, search=8)["causal"].all()
+
+
+def test_columns_of_a_pipeline_bear_their_names() -> None:
+    table = prove_causal(make_pipeline(DataProcessing(["ret_3", "rv_24"]), StandardScaler()), BARS, cuts=2, search=0)
+    assert table.index.tolist() == ["ret_3", "rv_24"]
+
+
+def test_only_the_learning_column_is_named() -> None:
+    half = make_pipeline(DataProcessing(["ret_1", "rv_24"]), FunctionTransformer(np.nan_to_num), KBinsDiscretizer(4, encode="ordinal", quantile_method="averaged_inverted_cdf"))
+    assert not prove_causal(half, BARS, cuts=2, search=0)["causal"].any()
+    codes = make_pipeline(FunctionTransformer(hours), OneHotEncoder(sparse_output=True, categories=[range(24)]))
+    assert prove_causal(codes, BARS, cuts=2, search=8)["causal"].all()  # fitted, and there was nothing to learn
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: prove_causal(SUPERVISED["best columns"][0](), BARS), "needs y="),
+        (lambda: prove_causal(SUPERVISED["ridge"][0](), BARS), "needs y="),
+        (lambda: prove_causal(SUPERVISED["ridge"][0](), BARS, y=[1.0, 2.0]), "outcomes for"),
+        (lambda: prove_causal(SUPERVISED["ridge"][0](), BARS, y=pd.Series([1.0, 2.0])), "on another index"),
+        (lambda: prove_causal(lambda b: b["closes"], BARS), "KeyError: 'closes'"),
+        (lambda: prove_causal(lambda b: pd.Series(np.where(b["close"] > 1, "up", "down"), b.index, name="side"), BARS), "column 'side', such as 'up'"),
+        (lambda: prove_causal(lambda b: pd.cut(b["close"], [0, 1, 1e9]), BARS), "category in column 'close'"),
+        (lambda: prove_causal(lambda b: b["close_ts"], BARS), "numbers; found datetime"),
+    ],
+)
+def test_errors_are_typed_and_say_what_to_do(wrong: Callable[[], Any], told: str) -> None:
+    with pytest.raises(SchemaError, match=told):
+        wrong()
+    with pytest.raises(ConfigError, match="to fit, with y"):
+        prove_causal("ret_3", BARS, y=next_return)
+
+
+# ------------------------------------------------------------------ data that a function holds
+OTHER = make_bars(seed=1)
+DAYS = resample_bars(OTHER, "1d")
+FUNDING = pd.Series(np.random.default_rng(3).normal(0, 1e-4, len(BARS) // 8), BARS.index[::8][: len(BARS) // 8])  # known at its stamp
+RAMP = np.arange(2000.0)
+HOURLY_MEANS = ret(BARS).shift(-1).groupby(BARS.index.hour).mean()
+
+
+class Keeps:
+    "An object with a frame."
+
+    def __init__(self, frame: Any) -> None:
+        self.frame = frame
+
+    def __call__(self, b: Bars) -> pd.Series:
+        return self.frame["close"].resample("1D").last().reindex(b.index, method="ffill")
+
+
+def as_default(b: Bars, frame: Bars = OTHER) -> pd.Series:
+    return frame["close"].shift(-1).reindex(b.index)
+
+
+HELD_DAYS = Feature("held_days", ("close",), 1, "1", "own", "own", lambda b: b["close"] / DAYS["close"].reindex(b.index, method="ffill"))
+
+HELD_LEAKS: dict[str, tuple[Any, str]] = {
+    "days of another frame, joined on their start": (lambda b: OTHER["close"].resample("1D").last().reindex(b.index, method="ffill"), "OTHER.close"),
+    "days themselves, joined on their start": (lambda b: DAYS["close"].reindex(b.index, method="ffill"), "DAYS.close"),
+    "the very bars, from outside": (lambda b: BARS["close"].shift(-1).reindex(b.index), "BARS.close"),
+    "a frame as a default": (as_default, "frame.close"),
+    "an object with a frame": (Keeps(OTHER), "frame.close"),
+    "a step of a pipeline": (make_pipeline(FunctionTransformer(Keeps(OTHER))), "frame.close"),
+    "a feature": ([HELD_DAYS], "DAYS.close"),
+    "another symbol's leaky feature": ([of_symbol("ETH", Feature("next", ("close",), 2, "1", "own", "own", lambda b: b["close"].shift(-1)), OTHER)], "other.close"),
+    "that, lagged too little": ([lagged(of_symbol("ETH", Feature("third", ("close",), 2, "1", "own", "own", lambda b: b["close"].shift(-3)), OTHER), 2)], "other.close"),
+}
+
+
+@pytest.mark.parametrize("name", HELD_LEAKS)
+def test_leaks_through_frames_that_a_function_holds_are_caught(name: str) -> None:
+    held, through = HELD_LEAKS[name]
+    row = prove_causal(held, BARS, search=0).iloc[0]
+    assert row["causal"] is not pd.NA and not row["causal"]
+    assert through in row["through"].split(), row["through"]
+    assert not row["unseen"]
+
+
+def days_closed(b: Bars) -> pd.Series:
+    "The other's day, from its close on."
+    day = DAYS.set_index("close_ts")["close"]
+    return pd.Series(day.reindex(pd.DatetimeIndex(b["close_ts"]), method="ffill").to_numpy(), b.index)
+
+
+HELD_INNOCENTS: dict[str, Any] = {
+    "days joined on their close": days_closed,
+    "another symbol": [of_symbol("ETH", "rsi_14", OTHER), of_symbol("ETH", "ret_1", DAYS), lagged(of_symbol("ETH", "ret_1", DAYS), 3)],
+    "longer bars of another symbol": [of_symbol("ETH", on_frame("4h", "ret_1"), OTHER)],
+    "the same hour of another frame": lambda b: OTHER["close"].reindex(b.index) / b["close"],
+}
+
+
+@pytest.mark.parametrize("name", HELD_INNOCENTS)
+def test_frames_that_a_function_holds_innocently_pass(name: str) -> None:
+    table = prove_causal(HELD_INNOCENTS[name], BARS, search=16)
+    assert table["causal"].all() and not table["unseen"].any(), table.to_string()
+
+
+def test_a_frame_handed_over_as_an_argument() -> None:
+    def on_start(b: Bars, daily: Bars) -> pd.Series:
+        return daily["close"].reindex(b.index, method="ffill")
+
+    bare = DAYS.drop(columns=["close_ts"])  # nobody says when its rows are known but their index
+    row = prove_causal(on_start, BARS, others={"daily": DAYS}, search=0).iloc[0]
+    assert not row["causal"] and row["through"] == "daily.close"
+    at_close = bare.set_index(pd.DatetimeIndex(DAYS["close_ts"]))
+    assert prove_causal(on_start, BARS, others={"daily": at_close}, search=0)["causal"].all()
+    funding = prove_causal(lambda b: FUNDING.reindex(b.index, method="bfill"), BARS, others={"funding": FUNDING}, search=0).iloc[0]
+    assert not funding["causal"] and funding["through"] == "funding"
+    assert prove_causal(lambda b: FUNDING.reindex(b.index, method="ffill"), BARS, others={"funding": FUNDING}, search=0)["causal"].all()
+    with pytest.raises(ConfigError, match="reads 'weekly'"):
+        prove_causal(on_start, BARS, others={"weekly": DAYS})
+    with pytest.raises(SchemaError, match="a time index"):
+        prove_causal(on_start, BARS, others={"daily": DAYS.drop(columns="close_ts").reset_index(drop=True)})
+
+
+UNSEEN: dict[str, tuple[Any, str]] = {
+    "a series without times": (lambda b: pd.Series(b.index.hour, b.index).map(HOURLY_MEANS), "HOURLY_MEANS (Series, 24 rows)"),
+    "a series that nobody vouched for": (lambda b: FUNDING.reindex(b.index, method="ffill"), "FUNDING (Series, 125 rows)"),
+    "an array": (lambda b: pd.Series(RAMP[: len(b)], b.index), "RAMP (ndarray, 2,000 values)"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_data_that_were_not_changed_are_named(name: str) -> None:
+    fn, told = UNSEEN[name]
+    with pytest.warns(UserWarning, match="not proved causal"):
+        row = prove_causal(fn, BARS, search=0).iloc[0]
+    assert row["causal"] is pd.NA and row["unseen"] == told and "not proved" in row["note"]
+
+
+def test_a_leak_is_a_leak_beside_unseen_data() -> None:
+    with pytest.warns(UserWarning, match="not proved causal"):
+        row = prove_causal(lambda b: b["close"].shift(-1) + FUNDING.mean(), BARS, search=0).iloc[0]
+    assert row["causal"] is not pd.NA and not row["causal"] and row["unseen"]
+
+
+def test_another_symbol_on_finer_bars_has_the_warmup_that_it_needs() -> None:
+    quarters = bar_frame(BARS[["open", "high", "low", "close", "volume"]].resample("15min").ffill().dropna(), "15m")
+    f = of_symbol("ETH", "ret_24", OTHER, base="15m")
+    assert f.warmup == 25 * 4 + 3
+    assert prove_causal([f], quarters.iloc[:2000], cuts=2, search=0)["causal"].all()
+    with pytest.raises(SchemaError, match="base="):
+        of_symbol("ETH", "ret_24", OTHER)(quarters)
+    short = Feature(f.name, f.inputs, f.warmup - 1, f.unit, f.group, f.source, f.fn)
+    assert not prove_causal([short], quarters.iloc[:2000], cuts=2, search=0)["warmup_ok"].any()
+    finer = of_symbol("ETH", "ret_24", quarters, base="1h")  # 25 quarters are less than 7 hours
+    assert finer.warmup == 7 and prove_causal([finer], BARS.iloc[:400], cuts=2, search=0)["causal"].all()
 
 
 # ------------------------------------------------------------------ innocents
@@ -288,6 +531,27 @@ INNOCENTS: dict[str, Any] = {
 }
 
 
+EVERYDAY: dict[str, Any] = {  # pandas and SciPy as everybody uses them; some round by the whole sample
+    "skew of returns": lambda b: ret(b).rolling(72).skew(),
+    "kurtosis of returns": lambda b: ret(b).rolling(72).kurt(),
+    "kurtosis of seven": lambda b: ret(b).fillna(0.0).rolling(7).kurt(),
+    "skew of volume": lambda b: b["volume"].rolling(24).skew(),
+    "kurtosis of volume": lambda b: b["volume"].rolling(24).kurt(),
+    "expanding skew": lambda b: ret(b).expanding(30).skew(),
+    "rolling variance": lambda b: b["close"].rolling(24).var(),
+    "rolling covariance": lambda b: b["volume"].rolling(24).cov(b["close"]),
+    "rolling median": lambda b: b["close"] / b["close"].rolling(24).median(),
+    "rolling autocorrelation": lambda b: ret(b).rolling(48).corr(ret(b).shift(1)),
+    "exponential deviation": lambda b: ret(b).ewm(span=24).std(),
+    "rolling sum of tiny and huge": lambda b: (b["volume"] * 1e9 + ret(b)).rolling(24).sum() - (b["volume"] * 1e9).rolling(24).sum(),
+    "convolution by Fourier": lambda b: oaconvolve(known(ret(b)), np.ones(20) / 20)[: len(b)],
+    "money": lambda b: (b["close"] * b["volume"]).rolling(24).mean() / (b["close"] * b["volume"]).rolling(240).mean(),
+    "pandas-ta bollinger": lambda b: ta.bbands(b["close"].ffill()) if len(b) > 60 else None,
+    "pandas-ta skew": lambda b: ta.skew(b["close"].ffill()) if len(b) > 60 else None,
+}
+INNOCENTS |= EVERYDAY
+
+
 @pytest.mark.parametrize("name", INNOCENTS)
 def test_innocents_are_not_accused(name: str) -> None:
     table = prove_causal(INNOCENTS[name], BARS)
@@ -303,3 +567,30 @@ def test_a_true_warmup_passes_and_a_false_one_does_not() -> None:
     good, bad = (Feature(f"mean_{w}", ("close",), w, "1", "own", "own", mean if w == 9 else lambda b: b["close"].rolling(9, min_periods=1).mean()) for w in (9, 5))
     table = prove_causal([good, bad], BARS, cuts=2, search=0)
     assert table["warmup_ok"].tolist() == [True, False] and table["truncation_ok"].all()
+
+
+# ------------------------------------------------------------------ rounding and small leaks
+@pytest.mark.parametrize("name", ["skew of returns", "kurtosis of returns"])
+def test_rounding_that_depends_on_the_sample_is_told_from_a_leak(name: str) -> None:
+    row = prove_causal(EVERYDAY[name], BARS).iloc[0]
+    assert row["causal"] and 1e-9 < row["worst_error"] < 1e-4
+    assert row["note"].startswith("rounding that depends on the sample (1e-0") and "features.windows" in row["note"]
+
+
+SMALL: dict[str, Any] = {  # each about a hundred-millionth of its column
+    "sign of tomorrow": lambda b: ret(b) * (1 + 1e-8 * np.sign(ret(b).shift(-1).fillna(0.0))),
+    "tomorrow's return": lambda b: b["close"] * (1 + 1e-7 * ret(b).shift(-1).fillna(0.0)),
+    "mean of all": lambda b: ret(b) * (1 + 1e-8 * b["close"].mean() / b["close"]),
+    "rank over all": lambda b: ret(b) * (1 + 3e-8 * b["close"].rank(pct=True)),
+    "deviation of all": lambda b: (ret(b) + 1e-8 * ret(b).std()).rolling(24).mean(),
+    "centred mean": lambda b: b["close"] + 1e-6 * (b["close"].rolling(9, center=True).mean() - b["close"]),
+    "beside rounding": lambda b: ret(b).rolling(72).skew() * (1 + 1e-8 * np.sign(ret(b).shift(-1).fillna(0.0))),
+    "within rounding": lambda b: ret(b).rolling(72).kurt() + 1e-6 * np.sign(ret(b).shift(-1).fillna(0.0)),
+    "rare, beside rounding": lambda b: ret(b).rolling(72).skew() * (1 + 1e-3 * (ret(b).shift(-1) < 0) * (ret(b) < -0.025)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_leaks_are_caught_and_not_taken_for_rounding(name: str) -> None:
+    row = prove_causal(SMALL[name], BARS).iloc[0]
+    assert not row["causal"] and "rounding" not in row["note"] and row["through"] == "close", row

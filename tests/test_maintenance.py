@@ -211,6 +211,27 @@ def test_verify_names_tampered_rows(settings: Settings, shared: Path) -> None:
     assert "not in the ledger" in verify(con).bad.detail.tolist()[0]
 
 
+def test_orphans_show_on_the_command_line(settings: Settings, shared: Path) -> None:
+    "The command opens the store to read only; DuckLake's own listing of orphans refuses that."
+    con = init_duckdb(settings)
+    for day in ("08", "09"):
+        process_file(con, shared / f"BTCUSDT-trades-2024-08-{day}.csv")
+    tidy(con, settings, keep="0s")  # leaves files that are on their way out
+    orphan = Path(settings.duckdb_path).parent / "lake" / "main" / "trades" / "left-over.parquet"
+    orphan.write_bytes(b"half a file")
+    for file in orphan.parent.glob("*.parquet"):
+        os.utime(file, (time.time() - 3 * 86_400,) * 2)
+    with connect(settings, read_only=True) as reader:
+        found = verify(reader)
+    assert found.ok
+    assert found.table.query("state == 'orphan'").what.tolist() == ["left-over.parquet"]
+    run = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli_data import data_app; data_app()", "verify"], capture_output=True, text=True, check=False, env=os.environ | {"DUCKDB_PATH": settings.duckdb_path, "COLUMNS": "200"})
+    assert run.returncode == 0, run.stderr
+    assert "left-over.parquet" in run.stdout
+    tidy(con, settings, keep="0s", delete_after="0s")
+    assert not orphan.exists()
+
+
 def test_verify_ends_with_2_on_the_command_line(settings: Settings, shared: Path) -> None:
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
@@ -309,7 +330,7 @@ def test_status_of_an_old_snapshot(settings: Settings, shared: Path) -> None:
     "A snapshot of schema version 1 has neither intervals nor digests; it can be asked all the same."
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
-    for column in ("market", "interval", "duplicates", "corrected", "replaced_by", "digest"):
+    for column in ("market", "interval", "duplicates", "corrected", "replaced_by", "digest", "digest_version"):
         write(con, lambda c, column=column: c.execute(f"ALTER TABLE ingest_ledger DROP COLUMN {column}"))
     for table in ("coverage", "gaps"):
         write(con, lambda c, table=table: c.execute(f"ALTER TABLE {table} DROP COLUMN interval"))

@@ -207,10 +207,15 @@ def test_a_month_without_its_file_is_its_days(archive: Archive, tmp_path: Path) 
     assert Counter(f.state for f in mirror(archive, tmp_path, "2024-02", "2024-02").files) == {"there": 29} and archive.asked == []
 
 
-def test_403_is_not_published_either(archive: Archive, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [401, 403])
+def test_refused_access_is_not_told_as_not_published(archive: Archive, tmp_path: Path, code: int) -> None:
     name = archive.publish("2024-01-05")
-    archive.always[f"{name}.CHECKSUM"] = lambda request, body, start: request.head(403, 0)
-    assert [f.state for f in mirror(archive, tmp_path, "2024-01-05", "2024-01-05").files] == ["not published"]
+    archive.always[f"{name}.CHECKSUM"] = lambda request, body, start: request.head(code, 0)
+    (file,) = mirror(archive, tmp_path, "2024-01-05", "2024-01-06").failed
+    assert file.first.day == 5
+    assert f"access to it is refused (HTTP {code})" in file.reason
+    assert sum(path.endswith(f"{Path(name).name}.CHECKSUM") for _, path, _ in archive.asked) == 1  # asking again changes nothing
+    assert not list(tmp_path.rglob("*.zip*"))
 
 
 def test_a_dry_run_tells_sizes_and_fetches_nothing(archive: Archive, tmp_path: Path) -> None:

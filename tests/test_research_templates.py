@@ -159,7 +159,7 @@ def test_the_feature_report_names_every_feature_and_proves_them(pages: dict[str,
 def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
     text = words(pages["evaluate"][1])
     assert desk.runs[2].id in text
-    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "planted signal", "probability of back-test overfitting"):
+    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of back-test overfitting"):
         assert part in text, part
     with connect(desk.settings, read_only=True) as con:
         asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))
@@ -190,6 +190,29 @@ def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, s
     assert len(study) == 1 and found.n_trials == 9 and 2 <= found.side.compared <= 9 and 0 <= found.side.pbo <= 1
     assert f"PBO of the search {number(found.side.pbo, '.0%')}" in said["tune"]
     assert said["feature_report"].count("there is no Sharpe ratio to deflate") == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_audited_as_it_is(desk: Desk) -> None:
+    for run in (desk.runs[0], desk.runs[2]):
+        done = desk.call("audit", run.id, "--draws", "1")
+        good = "audit passed" in done.stdout
+        assert done.returncode == (0 if good else 2) and (good or (run.config.target == "return" and "found no leak" in done.stdout)), done.stdout + done.stderr[-2000:]  # two months of returns may be too few for a weak signal
+        found = dict(re.findall(r"^ *(as it is|planted leak|random walk) .* (\d{3,}) ", done.stdout, re.MULTILINE))
+        n = str(run.info["scores"]["model"]["n"])
+        assert found["as it is"] == n and abs(int(found["planted leak"]) - int(n)) < 30, done.stdout  # the run's own test, in every world
+
+
+@pytest.mark.slow
+def test_a_report_says_whether_it_was_audited(desk: Desk) -> None:
+    asked = ["train", *OPTIONS, "--refit-every", "30D", "--model", "ridge"]
+    first, run = desk.call(*asked), desk.runs[2].id
+    page = desk.settings.path(desk.settings.runs_dir) / run / "report.html"
+    assert first.returncode == 0 and f"Not audited; to see whether this pipeline finds something where nothing is: cryptoresearch audit {run}" in words(page.read_text(encoding="utf-8")), first.stderr[-2000:]
+    second = desk.call(*asked, "--audit")
+    assert second.returncode == 0 and "The audit" in words(page.read_text(encoding="utf-8")) and "Not audited" not in words(page.read_text(encoding="utf-8")), second.stderr[-2000:]
+    again = desk.call(*asked)
+    assert "nothing to do" in again.stdout and "planted leak" in words(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow

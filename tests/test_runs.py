@@ -18,11 +18,16 @@ import pytest
 
 from cryptoresearch.data.bars import bar_frame, make_bars
 from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb, write
-from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch
+from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
+from cryptoresearch.features.frames import lagged, of_symbol, on_frame, register, with_symbol
+from cryptoresearch.features.pipeline import DataProcessing
+from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns
 from cryptoresearch.models import runs
 from cryptoresearch.models.runs import RunConfig, list_runs, load_run, reproduce, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
+from cryptoresearch.serving.predictor import Predictor, predict_live
 from cryptoresearch.settings import Settings, shared_data
 
 SMALL = {"n_estimators": 40, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
@@ -333,3 +338,208 @@ def test_volatility_of_real_hours(tmp_path):
     assert pd.Timestamp(run.info["trained_until"]) <= pd.Timestamp("2024-03-01", tz="UTC")
     assert 0.2 < run.info["scores"]["model"]["ic"] < 1
     assert reproduce(run.id, settings)["same"].all()
+
+
+FACTOR = 2.0
+
+
+def _times(column, by):
+    return column * by
+
+
+def _from_file(bars):
+    return _times(bars["close"], FACTOR)
+
+
+def _closing_over(value):
+    return lambda bars: bars["close"] * value
+
+
+class _Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, bars):
+        return bars["close"] * self.by
+
+
+def _feature(fn, name="mine"):
+    return Feature(name, ("close", "close_ts"), 2, "1", "own", "own", fn)
+
+
+def _digest(f):
+    return runs.own_features((f,))[f.name]
+
+
+def test_a_feature_is_what_it_is_made_of(monkeypatch):
+    "Equal parts give one digest, any other part another; a made feature takes those of what is inside it."
+    eth = bar_frame(random_walk(), "1h", symbol="ETH")
+    other = eth.assign(close=eth["close"].where(np.arange(len(eth)) != 700, eth["low"]))
+    pairs = {
+        "closure": (_closing_over(1.0), _closing_over(2.0)),
+        "a frame in the closure": (_closing_over(eth["close"]), _closing_over(other["close"])),
+        "slots": (_Slotted(1.0), _Slotted(2.0)),
+        "parameters": (OnColumns(_times, ("close",), (("by", 1.0),)), OnColumns(_times, ("close",), (("by", 2.0),))),
+    }
+    for name, (a, b) in pairs.items():
+        for wrap in (lambda f: f, lambda f: lagged(f, 1), lambda f: on_frame("4x", f), lambda f: of_symbol("ETH", f, eth), lambda f: lagged(on_frame("4x", f), 2)):
+            assert _digest(wrap(_feature(a))) == _digest(wrap(_feature(a))), name
+            assert _digest(wrap(_feature(a))) != _digest(wrap(_feature(b))), name
+    assert _digest(of_symbol("ETH", "ret_24", eth)) == _digest(of_symbol("ETH", "ret_24", eth.copy()))
+    assert _digest(of_symbol("ETH", "ret_24", eth)) != _digest(of_symbol("ETH", "ret_24", other))
+    before = _digest(_feature(_from_file))
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert _digest(_feature(_from_file)) != before
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert _digest(_feature(_from_file)) == before
+    monkeypatch.setitem(globals(), "_times", _closing_over)
+    assert _digest(_feature(_from_file)) != before
+
+
+def test_the_packages_own_features_are_not_own_until_somebody_takes_their_name():
+    assert runs.own_features(("all",)) == {}
+    held = REGISTRY["ret_1_lag_1"]
+    try:
+        register(Feature(held.name, held.inputs, held.warmup, held.unit, held.group, held.source, lagged(_feature(_closing_over(1.0)), 1).fn), replace=True)
+        assert list(runs.own_features(("ret_1_lag_1", "ret_1"))) == ["ret_1_lag_1"]
+    finally:
+        REGISTRY[held.name] = held
+
+
+def test_a_digest_is_the_same_in_another_process():
+    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runs as t; from cryptoresearch.features.frames import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))"
+    found = {subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    assert len(found) == 1
+
+
+LABELS = {"scaled_return": {"window": 48}, "direction": {}, "triple_barrier": {"window": 48, "up": 2.0}, "trend": {"least": 3}, "meta": {"window": 48, "primary": "-ret_24", "cost_bps": 10.0}}
+
+
+@pytest.mark.parametrize("target", LABELS)
+def test_every_kind_of_label_is_trained_reported_and_made_again(trained, tmp_path, target):
+    settings, _ = trained
+    mine = settings.model_copy(update={"runs_dir": str(tmp_path / "runs")})
+    asked = replace(WALK, target=target, label=LABELS[target])
+    done = train_report(asked, mine)
+    run = load_run(done.run_id, mine)
+    assert done.run_id.startswith(f"walkusdt-1h-{target}6-")
+    page = done.report.read_text()
+    assert "Verdict" in page and run.info["verdict"].split(":")[0] in page and outside(page) == []
+    assert run.info["level"] in ("none", "weak", "skill", "unclear", "suspicious") and run.info["verdict"].count(". ") <= 1
+    assert run.info["strategy"]["n_trials"] >= 1  # each was traded, and counts
+    p, model = run.predictions, run.info["scores"]["model"]
+    if target == "scaled_return":
+        assert p["lower"].notna().all() and model["rmse"] > 0.3  # in volatilities
+    else:
+        assert p["prediction"].between(0, 1).all() and p["lower"].isna().all() and run.model.loss == "probability"
+        assert {"auc", "brier", "log_loss", "ic"} <= set(model) and set(run.info["scores"]) == {"model", "base", "half"}
+        assert p.groupby("fold")["base"].nunique().eq(1).all()
+    if target in ("triple_barrier", "meta"):
+        assert p["held"].between(1, 6).all() and (p["held"] < 6).any()
+        assert ((p["end_ts"] - p["known_ts"])[p["y"].notna()] == pd.to_timedelta(p["held"][p["y"].notna()], "h")).all()
+    checks = reproduce(done.run_id, mine)
+    assert checks["same"].all(), checks[~checks["same"]]
+    late = run.predict(read_walk(settings).iloc[-(run.info["warmup"] + 5) :]).tail(3)
+    assert np.allclose(late["prediction"], run.predict(read_walk(settings)).tail(3)["prediction"], rtol=1e-6)
+
+
+def read_walk(settings):
+    with connect(settings) as con:
+        return runs.read_data(con, WALK).bars
+
+
+def test_label_parameters_are_part_of_the_question(trained):
+    settings, _ = trained
+    asked = [replace(WALK, target="triple_barrier", label=label) for label in ({}, {"up": 1}, {"up": 1.5}, {"window": 100}, {"timeout": "zero"})]
+    with connect(settings) as con:
+        names = [runs.find_run(con, c, settings)[0] for c in asked]
+    assert names[0] == names[1] and len(set(names)) == 4
+    for wrong in ({"up": 0}, {"up": True}, {"window": 1.5}, {"timeout": "drop"}, {"primary": "ret_24"}):
+        with pytest.raises(ConfigError):
+            replace(WALK, target="triple_barrier", label=wrong)
+    with pytest.raises(ConfigError, match="none"):
+        replace(WALK, label={"up": 1})
+
+
+def test_a_label_s_own_inputs_are_purged(trained):
+    "The volatility behind a barrier and the primary rule reach further back than the features do."
+    bars = read_walk(trained[0])
+    short = replace(WALK, target="triple_barrier", label={"window": 300})
+    samples = runs.prepare(bars, short)
+    reach = bars.index.get_indexer(samples.X.index) - bars.index.get_indexer(samples.intervals["start_ts"])
+    assert reach.max() == 300 > max(f.warmup for f in runs.resolve(list(samples.X.columns)))
+    assert (samples.intervals["end_ts"].dropna() - samples.labels["known_ts"][samples.intervals["end_ts"].notna()] == pd.Timedelta("6h")).all()  # the planned end
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    "Event bars of simulated trades of three days, the second of which is missing."
+    folder = tmp_path_factory.mktemp("events")
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        files = simulate_trades(folder / "sim", "SIMUSDT", days=3, trades_per_day=40_000)
+        for file in (files[0], files[2]):
+            process_file(con, str(file))
+        for spec in ("tick:50", "dollar:1e5"):
+            make_bars(con, "SIMUSDT", spec)
+    return settings
+
+
+EVENTS = RunConfig("SIMUSDT", "tick:50", horizon=8, refit_every="12h", features=("returns", "calendar"), params=SMALL)
+
+
+@pytest.mark.parametrize("target, spec, label", [("return", "tick:50", {}), ("triple_barrier", "dollar:100k", {"window": 100, "trades": True})])
+def test_event_bars_are_trained_and_made_again(events, target, spec, label):
+    asked = replace(EVENTS, target=target, spec=spec, label=label)
+    with connect(events) as con:
+        bars = runs.read_data(con, asked).bars
+        run = train_run(con, asked, events)
+        assert train_run(con, replace(asked, spec="dollar:1e5" if ":100" in spec else spec), events).reused
+        sharpes = runs.trial_sharpes(con, spec, simulated=True)
+        ledger = con.execute("SELECT n FROM trials WHERE run_id = ?", [run.id]).fetchone()[0]
+    assert bars["gap"].sum() == 1 and not bars.index.is_unique and bars["first_id"].is_unique
+    p, at = run.predictions, pd.Index(bars["first_id"]).get_indexer(run.predictions["first_id"])
+    assert (np.diff(at) > 0).all() and (p.index == bars.index[at]).all() and (p["known_ts"].to_numpy() == bars["close_ts"].to_numpy()[at]).all()
+    if target == "return":  # the outcome is that of the bars behind, by position
+        y, last = p["y"].to_numpy(), at + 8
+        known = ~np.isnan(y)
+        assert np.allclose(y[known], (bars["close"].to_numpy()[last[known]] / bars["open"].to_numpy()[at[known] + 1] - 1), rtol=1e-12)
+        assert (p["end_ts"].to_numpy()[known] == bars["close_ts"].to_numpy()[last[known]]).all()
+    for fold in run.info["folds"]:
+        assert pd.Timestamp(fold["train_end"]) < pd.Timestamp(fold["test_start"])
+    assert ledger < 60 < len(p) and len(sharpes) >= 1  # hours, not bars
+    checks = reproduce(run.id, events)
+    assert checks["same"].all(), checks[~checks["same"]]
+    late = run.predict(bars.iloc[-(run.info["warmup"] + 5) :]).tail(3)
+    assert np.allclose(late["prediction"], run.predict(bars).tail(3)["prediction"], rtol=1e-6)
+
+
+def test_a_hole_is_spanned_by_no_label_and_no_feature(events):
+    with connect(events) as con:
+        bars = runs.read_data(con, EVENTS).bars
+    samples, k = runs.prepare(bars, EVENTS), int(np.flatnonzero(bars["gap"])[0])
+    at = pd.Index(bars["first_id"]).get_indexer(samples.labels["first_id"])
+    y = pd.Series(samples.labels["y"].to_numpy(), at)
+    assert k not in at and y[(at >= k - 8) & (at < k)].isna().all() and y[at == k - 9].notna().all()
+    one = DataProcessing(["ret_24"]).process_data(bars)["ret_24"].to_numpy()
+    assert np.isnan(one[k : k + 24]).all() and np.isfinite(one[k + 25])
+
+
+def test_what_has_no_meaning_on_event_bars_is_refused(events):
+    with connect(events) as con:
+        run, bars = train_run(con, EVENTS, events), runs.read_data(con, EVENTS).bars
+    with pytest.raises(ConfigError, match="bars of equal length to predict live"):
+        Predictor(run, pd.DataFrame())
+    with pytest.raises(ConfigError, match="bars of equal length to predict live"):
+        predict_live(events, run.id)
+    for asked in ("frames", "realised"):
+        with pytest.raises(SchemaError, match="no common one"):
+            DataProcessing(asked).process_data(bars)
+    with pytest.raises(SchemaError, match="several lengths"):
+        on_frame("4x", "ret_24")(bars)
+    with pytest.raises(SchemaError, match="event bars"):
+        with_symbol(bars, "ETH", bars)
+    with pytest.raises(SchemaError):
+        replace(EVENTS, spec="ticks:100")

@@ -55,7 +55,10 @@ def rows_of(path: Path) -> list[list[str]]:
 
 
 def stored(con: duckdb.DuckDBPyConnection) -> list[Any]:
-    return con.execute("SELECT trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades FROM trades ORDER BY trade_id").fetchall()
+    "Trades by id, or candles by open time (µs); the tick rule's side comes last."
+    if con.execute("SELECT count(*) FROM candles").fetchall() != [(0,)]:
+        return con.execute("SELECT epoch_us(ts), ts, close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, NULL FROM candles ORDER BY ts").fetchall()
+    return con.execute("SELECT trade_id, ts, price, qty, quote_qty, side_reported, n_trades, side_tick FROM trades ORDER BY trade_id").fetchall()
 
 
 # --- dirt through the loader ----------------------------------------------------------------------------------------------------------------
@@ -65,16 +68,18 @@ def stored(con: duckdb.DuckDBPyConnection) -> list[Any]:
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "A day of simulated trades, the same as aggregated trades, the day before, and another month's day."
     folder = tmp_path_factory.mktemp("clean")
+    candles = simulate_archive(folder / "k", "SIMUSDT", "2024-01-01", 2, 6_000, kinds=("klines",), form="csv")
+    (other_candles,) = simulate_archive(folder / "l", "SIMUSDT", "2023-11-20", 1, 6_000, seed=1, kinds=("klines",), form="csv")
     before, trades, _, aggregates = simulate_archive(folder / "a", "SIMUSDT", "2024-01-01", 2, 6_000, kinds=("trades", "aggTrades"), form="csv")
     other = simulate_archive(folder / "b", "SIMUSDT", "2023-11-20", 1, 6_000, seed=1, kinds=("trades", "aggTrades"), form="csv")
     (futures,) = simulate_archive(folder / "um", "SIMUSDT", DAY, 1, 6_000, venue="um", form="csv")
-    return {"trades": trades, "aggTrades": aggregates, "um": futures, "other trades": other[0], "other aggTrades": other[1], "before": before}
+    return {"trades": trades, "aggTrades": aggregates, "um": futures, "other trades": other[0], "other aggTrades": other[1], "before": before, "klines": candles[1], "candles before": candles[0], "other klines": other_candles}
 
 
 @pytest.fixture(scope="module")
 def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     out = {}
-    for kind in ("trades", "aggTrades", "um"):
+    for kind in ("trades", "aggTrades", "um", "klines"):
         with new_store(tmp_path_factory.mktemp("store")) as con:
             process_file(con, clean[kind])
             out[kind] = stored(con)
@@ -86,7 +91,7 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Dirt, rows: list[Any]) -> None:
     if dirt.outcome == "refused":
         with pytest.raises(SchemaError, match=r"expected .*; found "):
             process_file(con, dirt.path)
-        assert con.execute("SELECT count(*) FROM trades").fetchone() == (0,)
+        assert con.execute("SELECT (SELECT count(*) FROM trades), (SELECT count(*) FROM candles)").fetchone() == (0, 0)
         assert con.execute("SELECT coalesce(sum(rows), 0) FROM ingest_ledger").fetchone() == (0,)
         assert con.execute("SELECT count(*) FROM coverage").fetchone() == (0,)
         return
@@ -94,12 +99,12 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Dirt, rows: list[Any]) -> None:
     have = stored(con)
     assert result.source == "simulated"
     assert result.rows == len(have) == dirt.rows
-    lost = {i for first, last in dirt.lost for i in range(first, last + 1)}
+    step = 1 if result.kind != "klines" else 60_000_000
+    lost = {i for first, last in dirt.lost for i in range(first, last + 1, step)}
     ends = {row[0] for row in rows} - {row[0] for row in have} - lost  # behind the last good row
     assert {row[0] for row in have} | lost | ends == {row[0] for row in rows}
     whole = {row[0]: row for row in rows}
-    columns = (0, 1, 2, 3, 4, 5, 7)  # the tick rule's side depends on the rows before
-    assert all(tuple(row[i] for i in columns) == tuple(whole[row[0]][i] for i in columns) for row in have)
+    assert all(row[:-1] == whole[row[0]][:-1] for row in have)  # the tick rule's side depends on the rows before
     # each bad line is accounted for: in quarantine with its number, or as a repetition word for word
     lines = {row[0] for row in con.execute("SELECT line FROM quarantine").fetchall()}
     (duplicates,) = con.execute("SELECT coalesce(sum(duplicates), 0) FROM ingest_ledger").fetchone() or (0,)
@@ -108,10 +113,12 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Dirt, rows: list[Any]) -> None:
     if dirt.kind != "repeated_ids":
         assert lines == set(dirt.bad)
     gaps = con.execute("SELECT first_missing_id, last_missing_id FROM gaps WHERE first_missing_id IS NOT NULL ORDER BY 1").fetchall()
+    if result.kind == "klines":
+        gaps = con.execute("SELECT epoch_us(start_ts), epoch_us(end_ts) - ? FROM gaps ORDER BY 1", [step]).fetchall()
     assert [g for g in gaps if g[0] <= have[-1][0]] == list(dirt.lost)
 
 
-@pytest.mark.parametrize("layout", ["trades", "aggTrades"])
+@pytest.mark.parametrize("layout", ["trades", "aggTrades", "klines"])
 @pytest.mark.parametrize("kind", [k for k in DIRT if k not in ("corrected", "renamed", "other_prices", "ends_early")])
 def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
     dirt = soil(clean[layout], kind, tmp_path / "dirty", seed=3, other=clean[f"other {layout}"])
@@ -137,56 +144,62 @@ def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_p
         assert (result.rows, result.rejected) == (dirt.rows, len(dirt.bad))
 
 
-def test_a_file_that_ends_early_leaves_a_gap_to_its_end(clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
-    dirt = soil(clean["trades"], "ends_early", tmp_path / "dirty")
+@pytest.mark.parametrize("layout", ["trades", "klines"])
+def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+    dirt, end = soil(clean[layout], "ends_early", tmp_path / "dirty"), "ts" if layout == "trades" else "close_ts"
     with new_store(tmp_path / "store") as con:
         result = process_file(con, dirt.path)
-        assert result.rows == dirt.rows < len(clean_rows["trades"])
-        assert con.execute("SELECT max(end_ts) FROM coverage").fetchone() == (result.last_ts.replace(tzinfo=None),)  # nothing is claimed beyond
+        assert result.rows == dirt.rows < len(clean_rows[layout])
+        (last,) = con.execute(f"SELECT max({end}) FROM {'trades' if layout == 'trades' else 'candles'}").fetchone() or (None,)
+        assert con.execute("SELECT max(end_ts) FROM coverage").fetchone() == (last,)  # nothing is claimed beyond
         late = gap_table(con).query("kind == 'bounds'").iloc[-1]
-        assert (late["start"], str(late["end"].date())) == (result.last_ts, "2024-01-03")
+        assert (late["start"].tz_localize(None), str(late["end"].date())) == (last, "2024-01-03")
 
 
-def test_the_same_content_under_another_name_adds_nothing(clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
-    dirt = soil(clean["trades"], "renamed", tmp_path / "dirty")
+@pytest.mark.parametrize("layout", ["trades", "klines"])
+def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+    dirt = soil(clean[layout], "renamed", tmp_path / "dirty")
     with new_store(tmp_path / "store") as con:
-        process_file(con, clean["trades"])
+        process_file(con, clean[layout])
         result = process_file(con, dirt.path)
-        assert result.already_loaded and stored(con) == clean_rows["trades"]
+        assert result.already_loaded and stored(con) == clean_rows[layout]
 
 
+@pytest.mark.parametrize("layout", ["trades", "klines"])
 @pytest.mark.parametrize("first", ["clean", "corrected"])
-def test_the_later_version_of_a_file_wins(first: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
-    dirt = soil(clean["trades"], "corrected", tmp_path / "dirty")
-    both = [clean["trades"], dirt.path]
+def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+    dirt = soil(clean[layout], "corrected", tmp_path / "dirty")
+    both = [clean[layout], dirt.path]
     with new_store(tmp_path / "store") as con:
         for path in both if first == "clean" else both[::-1]:
             process_file(con, path)
         have = stored(con)
-        assert len(have) == len(clean_rows["trades"])
-        changed = {row[0] for row, was in zip(have, clean_rows["trades"], strict=True) if row[3] != was[3]}
+        assert len(have) == len(clean_rows[layout])
+        changed = {row[0] for row, was in zip(have, clean_rows[layout], strict=True) if row[3] != was[3] or row[7] != was[7]}
         assert changed == (set(dirt.changed) if first == "clean" else set())
         assert con.execute("SELECT sum(rows) FROM ingest_ledger").fetchone() == (len(have),)
 
 
-def test_prices_of_another_symbol_are_refused_beside_known_ones(clean: dict[str, Path], tmp_path: Path) -> None:
-    dirt = soil(clean["trades"], "other_prices", tmp_path / "dirty")
+@pytest.mark.parametrize("layout", ["trades", "klines"])
+def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, clean: dict[str, Path], tmp_path: Path) -> None:
+    dirt = soil(clean[layout], "other_prices", tmp_path / "dirty")
     with new_store(tmp_path / "store") as con:
-        process_file(con, clean["before"])
+        process_file(con, clean["before" if layout == "trades" else "candles before"])
         before = stored(con)
         with pytest.raises(SchemaError):
             process_file(con, dirt.path)
         assert stored(con) == before
 
 
+@pytest.mark.parametrize("layout", ["trades", "klines"])
 @pytest.mark.parametrize("kind", DIRT)
-def test_dirt_is_deterministic_and_says_so(kind: str, clean: dict[str, Path], tmp_path: Path) -> None:
-    made = [soil(clean["trades"], kind, tmp_path / str(i), seed=5, other=clean["other trades"]) for i in (1, 2)]
+def test_dirt_is_deterministic_and_says_so(kind: str, layout: str, clean: dict[str, Path], tmp_path: Path) -> None:
+    made = [soil(clean[layout], kind, tmp_path / str(i), seed=5, other=clean[f"other {layout}"]) for i in (1, 2)]
     assert made[0].path.read_bytes() == made[1].path.read_bytes()
     assert (made[0].bad, made[0].lost, made[0].changed) == (made[1].bad, made[1].lost, made[1].changed)
     assert "SIMULATED" in (made[0].path.parent / "SIMULATED.txt").read_text()
     if kind != "renamed":
-        assert made[0].path.read_bytes() != clean["trades"].read_bytes()
+        assert made[0].path.read_bytes() != clean[layout].read_bytes()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Progress', 'KINDS', 'MARKETS', 'INTERVALS', 'minio_client', 'ensure_buckets', 'file_sha256', 'upload', 'list_objects',
-           'parse_s3', 'StoredObject', 'stored', 'download', 'verify', 'remove', 'local_copy', 'archive_name',
-           'NotPublished', 'Patience', 'check_host', 'published', 'published_sha256', 'proved', 'alone', 'fetch_file',
-           'fetch_day']
+           'parse_s3', 'StoredObject', 'stored', 'download', 'verify', 'remove', 'local_copy', 'local_file',
+           'archive_name', 'NotPublished', 'Patience', 'check_host', 'published', 'published_sha256', 'proved', 'alone',
+           'fetch_file', 'fetch_day']
 
 # %% ../../nbs/data/02_archive.ipynb #c075ddd7
 import contextlib
@@ -275,8 +275,13 @@ def download(
     progress: Progress | None = None,  # called with (bytes so far, bytes in all)
 ) -> Path:  # the file, complete
     "Fetch an object into a file; `SchemaError` where it is not what was uploaded."
-    s, (bucket, name) = settings or get_settings(), parse_s3(uri)
-    path, known, digest, done = Path(target), stored(s, uri), hashlib.sha256(), 0
+    return _fetch(settings or get_settings(), uri, Path(target), progress)[0]
+
+
+def _fetch(s: Settings, uri: str, path: Path, progress: Progress | None) -> tuple[Path, str]:
+    "Fetch an object into a file; its path and sha256."
+    bucket, name = parse_s3(uri)
+    known, digest, done = stored(s, uri), hashlib.sha256(), 0
     path = path / Path(name).name if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -292,7 +297,7 @@ def download(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+    return path, digest.hexdigest()
 
 
 def _agrees(known: StoredObject, size: int, sha256: str, md5: str | None = None) -> str:
@@ -341,19 +346,30 @@ def local_copy(
     progress: Progress | None = None,  # called with (bytes so far, bytes in all) while an object comes down
 ) -> Iterator[Path]:  # a local file with the object's name; gone after the block if it was a copy
     "A local path of any address; `DataNotFound` where there is nothing."
+    with local_file(uri, settings, progress) as (path, _):
+        yield path
+
+
+@contextlib.contextmanager
+def local_file(
+    uri: str | Path,  # a path, or s3://bucket/name
+    settings: Settings | None = None,  # needed for s3:// only; read from the environment when None
+    progress: Progress | None = None,  # called with (bytes so far, bytes in all) while an object comes down
+) -> Iterator[tuple[Path, str | None]]:  # as `local_copy`, and the sha256 where it is known already
+    "A local path of any address, with the digest that the way here has computed."
     if not str(uri).startswith("s3://"):
         path = Path(uri).expanduser()
         if not path.is_file():
             raise DataNotFound(f"expected a file at {path}; found {'a folder' if path.is_dir() else 'none'}. Check the path; an object is addressed as s3://bucket/name")
-        yield path
+        yield path, None
         return
     with tempfile.TemporaryDirectory(prefix="cryptoresearch-") as folder:
-        yield download(settings, str(uri), Path(folder), progress=progress)
+        yield _fetch(settings or get_settings(), str(uri), Path(folder), progress)
 
 # %% ../../nbs/data/02_archive.ipynb #e7f44325
 KINDS = ("trades", "aggTrades", "klines")
 MARKETS = {"spot": "spot", "um": "futures/um"}  # folder of each
-INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w", "1mo")
+INTERVALS = ("1s", "1m", "3m", "5m", "15m", "30m", "1h", "2h", "4h", "6h", "8h", "12h", "1d", "3d", "1w")
 
 
 def archive_name(
@@ -446,8 +462,10 @@ def _ask(client: httpx.Client, url: str, timeout_s: float, method: str = "GET", 
     try:
         with client.stream(method, url, headers={"Accept-Encoding": "identity"} | (headers or {})) as answer:
             code = answer.status_code
-            if code in (403, 404):
+            if code == 404:
                 raise NotPublished(f"expected {_shown(url)}; found that it is not published (HTTP {code}). A day appears on the following day (UTC); check the symbol and the date")
+            if code in (401, 403):
+                raise DataNotFound(f"expected {_shown(url)}; found that access to it is refused (HTTP {code}), so whether it is published is not known. Ask whoever runs the proxy or network, or set ARCHIVE_URL to a mirror that may be read")
             if code in (408, 425, 429) or code >= 500:
                 later = _unreachable(url, f"HTTP {code}", timeout_s)
                 later.retry_after_s = _retry_after(answer.headers.get("Retry-After"))  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'NUMBERS', 'COLUMNS', 'Trades', 'TRADE_COLUMNS', 'RECORD', 'SOURCES', 'PLAYED', 'bar_length', 'bar_spec',
-           'check_bars', 'bar_frame', 'fold_trades', 'record_amount', 'place_bars', 'trades_to_bars', 'bars_frame',
-           'combine_bars', 'resample_bars', 'make_bars', 'source_market', 'read_bars']
+           'check_bars', 'bar_frame', 'check_amounts', 'fold_trades', 'record_amount', 'place_bars', 'trades_to_bars',
+           'bars_frame', 'combine_bars', 'resample_bars', 'make_bars', 'source_market', 'read_bars']
 
 # %% ../../nbs/data/04_bars.ipynb #fdbe84e9
 import re
@@ -242,6 +242,20 @@ def _fold(
         bar.close, bar.last_id, bar.last_ts = p, trade_id[i], ts[i]
     return k + 1 if end >= 0 else 0
 
+# %% ../../nbs/data/04_bars.ipynb #7751a6e0
+_MOST = 9e18  # of what a sum of whole parts can hold: 2**63 is 9.2e18
+
+
+def check_amounts(
+    t: Trades,  # a batch
+    bar: Any,  # the bar at hand, a RECORD
+) -> None:
+    "`SchemaError` where amounts are too large to be added exactly."
+    for name, held, what in (("qty", bar["volume_whole"], "quantities"), ("quote_qty", bar["quote_whole"], "traded values")):
+        total = float(held) + float(np.sum(t[name]))
+        if not total < _MOST:
+            raise SchemaError(f"{name}: expected {what} that add up to less than {_MOST:g} in a bar and a batch of trades; found {total:g}. Look for impossible amounts among them")
+
 # %% ../../nbs/data/04_bars.ipynb #c7d35afb
 def fold_trades(
     batches: Iterable[Trades],  # trades in the order (ts, trade_id)
@@ -254,6 +268,7 @@ def fold_trades(
     for t in batches:
         if not len(t["ts"]):
             continue
+        check_amounts(t, last[0])
         most = min(len(t["ts"]), int(t["ts"][-1] - t["ts"][0]) // length_us + 2) + 1
         out = np.zeros(most, RECORD)
         out[0] = last[0]

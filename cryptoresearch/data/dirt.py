@@ -29,8 +29,8 @@ class Dirt:
     outcome: str  # 'loaded', 'quarantine' (without the bad lines), 'gap', 'refused' (wholly) or 'replaces' (an older version)
     rows: int  # good rows; 0 where the file as a whole is to be refused
     bad: tuple[int, ...] = ()  # lines that must not be stored
-    lost: tuple[tuple[int, int], ...] = ()  # first and last id of each stretch missing between the good rows
-    changed: tuple[int, ...] = ()  # ids whose content differs from the input's
+    lost: tuple[tuple[int, int], ...] = ()  # first and last id (candles: open time, µs) of each stretch missing between the good rows
+    changed: tuple[int, ...] = ()  # ids (candles: open times, µs) whose content differs from the input's
 
 # %% ../../nbs/data/05a_dirt.ipynb #f7bed0e8
 Row = tuple[str, bool]  # a line without its end; whether it is to be stored
@@ -61,10 +61,28 @@ def _with(row: str, column: int, value: str) -> str:
     return ",".join(parts)
 
 
-def _time_at(row: str) -> int:
-    "Where a row has its time: trades have 6 or 7 columns and aggregated trades 7 or 8."
-    parts = row.split(",")
-    return 4 if parts[5].lower() in ("true", "false") else 5
+@dataclass(frozen=True)
+class _Layout:
+    "Where a row has what."
+
+    time: int
+    prices: tuple[int, ...]
+    qty: int
+    quote: int | None
+
+
+def _layout(row: str) -> _Layout:
+    "Trades have a boolean in the sixth column, aggregated trades in the seventh, candles none."
+    said = [part.lower() in ("true", "false") for part in row.split(",")]
+    if said[5]:
+        return _Layout(4, (1,), 2, 3)
+    return _Layout(5, (1,), 2, None) if len(said) > 6 and said[6] else _Layout(0, (1, 2, 3, 4), 5, 7)
+
+
+def _keys(rows: list[str]) -> list[int]:
+    "Trade ids; of candles the open times in microseconds."
+    keys = [int(row.split(",", 1)[0]) for row in rows]
+    return keys if not rows or _layout(rows[0]).time else [key if key >= 10**14 else key * 1000 for key in keys]
 
 # %% ../../nbs/data/05a_dirt.ipynb #da1b6e75
 @_kind("repeated_ids", "quarantine", "rows come again, word for word, up to 50 rows later")
@@ -80,7 +98,7 @@ def _repeated(rows: list[str], rng: np.random.Generator, share: float) -> list[R
 @_kind("conflicting_ids", "quarantine", "ids come again with another quantity; the first one counts")
 def _conflicting(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     some = _some(rows, rng, share)
-    return [line for i, row in enumerate(rows) for line in [(row, True), *([(_with(row, 2, "77.00000000"), False)] if i in some else [])]]
+    return [line for i, row in enumerate(rows) for line in [(row, True), *([(_with(row, _layout(row).qty, "77000.00000000"), False)] if i in some else [])]]
 
 
 @_kind("out_of_order", "loaded", "some rows stand up to 1,000 rows later than they should")
@@ -123,25 +141,27 @@ def _truncated(rows: list[str], rng: np.random.Generator, share: float) -> list[
 _NOT_POSITIVE = ("nan", "NaN", "inf", "-inf", "Infinity", "0", "0.00000000", "-1.50000000", "")
 
 
-def _impossible(column: int) -> Soiler:
-    "Put impossible numbers into a column."
+def _impossible(what: str) -> Soiler:
+    "Put impossible numbers into a price or a quantity; a candle in which nobody traded has the quantity 0."
 
     def soiler(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
-        some = _some(rows, rng, share)
-        return [(_with(row, column, _NOT_POSITIVE[int(rng.integers(len(_NOT_POSITIVE)))]), False) if i in some else (row, True) for i, row in enumerate(rows)]
+        some, at = _some(rows, rng, share), _layout(rows[0])
+        column = at.qty if what == "quantities" else at.prices[-1]
+        wrong = [v for v in _NOT_POSITIVE if at.time or what == "prices" or v[:1] != "0"]
+        return [(_with(row, column, wrong[int(rng.integers(len(wrong)))]), False) if i in some else (row, True) for i, row in enumerate(rows)]
 
     return soiler
 
 
-for _column, _name in ((1, "prices"), (2, "quantities")):
-    _kind(f"bad_{_name}", "quarantine", f"{_name} are nan, infinite, zero, negative or empty")(_impossible(_column))
+for _name in ("prices", "quantities"):
+    _kind(f"bad_{_name}", "quarantine", f"{_name} are nan, infinite, zero, negative or empty")(_impossible(_name))
 
 # %% ../../nbs/data/05a_dirt.ipynb #a4ff501d
 def _timed(change: Callable[[str], str], some: set[int] | None, good: bool) -> Callable[[list[str]], list[Row]]:
     "Change the time of some rows, of all when None."
 
     def soiler(rows: list[str]) -> list[Row]:
-        at = _time_at(rows[0])
+        at = _layout(rows[0]).time
         return [(_with(row, at, change(row.split(",")[at])), good) if some is None or i in some else (row, True) for i, row in enumerate(rows)]
 
     return soiler
@@ -177,24 +197,26 @@ def _early(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]
     return [(row, True) for row in rows[: len(rows) * 2 // 3]]
 
 
-def _priced(row: str, price: str, qty: str) -> str:
-    "A row with another price and quantity; the value of a trade is reckoned anew."
-    parts = row.split(",")
-    parts[1:3] = price, qty
-    if _time_at(row) == 4:
-        parts[3] = f"{float(price) * float(qty):.8f}"
+def _scaled(row: str, price: float, qty: float) -> str:
+    "A row with prices and quantity times a number; the traded value follows."
+    parts, at = row.split(","), _layout(row)
+    value = float(parts[at.prices[0]]) * price * float(parts[at.qty]) * qty if at.time else float(parts[at.quote or 0]) * price * qty
+    for i in (*at.prices, at.qty):
+        parts[i] = f"{float(parts[i]) * (qty if i == at.qty else price):.8f}"
+    if at.quote is not None:
+        parts[at.quote] = f"{value:.8f}"
     return ",".join(parts)
 
 
 @_kind("other_prices", "refused", "all prices are a twentieth: those of another symbol than the name says")
 def _other_prices(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
-    return [(_priced(row, f"{float(row.split(',')[1]) / 20:.8f}", row.split(",")[2]), False) for row in rows]
+    return [(_scaled(row, 1 / 20, 1), False) for row in rows]
 
 
 @_kind("corrected", "replaces", "a later version of the file: some quantities are three times as large")
 def _corrected(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     some = _some(rows, rng, share)
-    return [(_priced(row, row.split(",")[1], f"{3 * float(row.split(',')[2]):.8f}") if i in some else row, True) for i, row in enumerate(rows)]
+    return [(_scaled(row, 1, 3) if i in some else row, True) for i, row in enumerate(rows)]
 
 # %% ../../nbs/data/05a_dirt.ipynb #594b43f6
 _PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
@@ -257,11 +279,11 @@ def _read(path: Path) -> tuple[list[str], list[str]]:  # header lines (none or o
     return lines[:head], lines[head:]
 
 
-def _holes(ids: list[int]) -> tuple[tuple[int, int], ...]:
+def _holes(ids: list[int], step: int) -> tuple[tuple[int, int], ...]:
     "First and last of each stretch missing between the lowest and the highest id."
     known = np.unique(ids)
-    at = np.flatnonzero(np.diff(known) > 1)
-    return tuple((int(known[i]) + 1, int(known[i + 1]) - 1) for i in at)
+    at = np.flatnonzero(np.diff(known) > step)
+    return tuple((int(known[i]) + step, int(known[i + 1]) - step) for i in at)
 
 # %% ../../nbs/data/05a_dirt.ipynb #0659cf9c
 def _interleave(rows: list[str], other: Path | None) -> list[Row]:
@@ -316,10 +338,11 @@ def _described(kind: str, path: Path, outcome: str, what: str, clean: list[str],
     "What is wrong with dirtied rows."
     bad = tuple(i + 1 + head for i, (_, good) in enumerate(rows) if not good)
     kept = [line for line, good in rows if good]
-    was = {line.split(",", 1)[0]: line for line in clean} if kind == "corrected" else {}
-    changed = tuple(int(line.split(",", 1)[0]) for line in kept if was and was[line.split(",", 1)[0]] != line)
+    was = dict(zip(_keys(clean), clean, strict=True)) if kind == "corrected" else {}
+    changed = tuple(key for key, line in zip(_keys(kept), kept, strict=True) if was and was[key] != line)
     numbers = f" ({len(bad):,} bad line{'s' * (len(bad) > 1)})" if bad else f" ({len(changed):,} rows)" if changed else ""
-    lost = _holes([int(line.split(",", 1)[0]) for line in kept])
+    step = 1 if _layout(clean[0]).time else int(np.diff(np.unique(_keys(clean))).min())
+    lost = _holes(_keys(kept), step)
     return Dirt(kind, path, what + numbers, outcome, 0 if outcome == "refused" else len(kept), bad, lost if outcome != "refused" else (), changed)
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
 
-from .bars import COLUMNS, NUMBERS, RECORD, SOURCES, TRADE_COLUMNS, Trades, _add, _begin, _complete, _stretches, _us, _utc, _vwap, record_amount, source_market
+from .bars import COLUMNS, NUMBERS, RECORD, SOURCES, TRADE_COLUMNS, Trades, _add, _begin, _complete, _stretches, _us, _utc, _vwap, check_amounts, record_amount, source_market
 from .growth import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .store import write
 from ..errors import DataNotFound, SchemaError
@@ -67,7 +67,7 @@ def event_spec(
 
 # %% ../../nbs/data/04b_event_bars.ipynb #7aa09f8b
 SPAN, BOUND, FLOOR = 20, 4.0, 0.05
-_STATE = ("bars", "e_ticks", "e_signed", "e_weight", "p_buy", "e_buy", "e_sell", "signed", "buy", "sell", "n_buy", "n_sell", "ticks", "weight", "n", "open", "last_id", "last_ts", "first_ts")
+_STATE = ("bars", "e_ticks", "e_signed", "e_weight", "p_buy", "e_buy", "e_sell", "signed", "buy", "sell", "n_buy", "n_sell", "ticks", "weight", "n", "open", "last_id", "last_ts", "first_ts", "top_id")
 
 
 @njit(cache=True, nogil=True)
@@ -111,13 +111,15 @@ def _reached(bar, s, mode, weight, size, threshold):  # type: ignore[no-untyped-
 
 
 @njit(cache=True, nogil=True)
-def _pass(ts, trade_id, price, qty, quote, number, reported, tick, mode, weight, size, by_id, holes, hand, s, out, first, limit):  # type: ignore[no-untyped-def]
+def _pass(ts, trade_id, price, qty, quote, number, reported, tick, mode, weight, size, missing, holes, hand, s, out, first, limit):  # type: ignore[no-untyped-def]
     "Follow trades; finished bars into `out`, `first` and `limit`; their number."
     n, h = 0, np.searchsorted(holes, np.int64(s[17]), side="right")
     threshold = _threshold(s, mode, size)
     bar = hand[0]
     for i in range(len(ts)):
-        cut = by_id and s[16] >= 0 and trade_id[i] > s[16] + 1
+        # ids may be out of order in time; a hole is where an id is known to be missing, not where the next one is not here yet
+        cut = len(missing) > 0 and s[19] >= 0 and trade_id[i] > s[19] + 1 and np.searchsorted(missing, trade_id[i]) > np.searchsorted(missing, np.int64(s[19]))
+        s[19] = max(s[19], float(trade_id[i]))
         while h < len(holes) and holes[h] <= ts[i]:
             cut, h = True, h + 1
         if cut or s[15] == 0:
@@ -155,12 +157,13 @@ class EventFolder:
         self,
         spec: str,  # such as 'dollar:1e6'
         holes: Iterable[int] = (),  # ends of stretches in which trades are missing, µs since 1970
-        by_id: bool = False,  # a jump of the trade ids is a hole too
+        missing: Iterable[int] = (),  # first ids of the stretches in which trades are missing; where several trades share a time, it does not tell
         state: str | None = None,  # of an earlier one, to go on with
     ) -> None:
-        self.spec, self.by_id, self.holes = event_spec(spec), by_id, np.unique(np.array(list(holes), np.int64))
+        self.spec = event_spec(spec)
+        self.missing, self.holes = (np.unique(np.array(list(ends), np.int64)) for ends in (missing, holes))
         self._hand, self._s = np.zeros(1, RECORD), np.zeros(len(_STATE))
-        self._s[16:18] = -1.0
+        self._s[16:18] = self._s[19] = -1.0
         if state:
             known = json.loads(state)
             self._s[:] = [float.fromhex(v) for v in known["state"]]
@@ -176,10 +179,11 @@ class EventFolder:
         t: Trades,  # in the order (ts, trade_id), behind those that were added before
     ) -> dict[str, np.ndarray]:  # columns of the bars that these trades closed
         "Follow trades."
+        check_amounts(t, self._hand[0])
         n = len(t["ts"])
         out, first, limit = np.zeros(n, RECORD), np.empty(n, np.int64), np.empty(n)
         e = self.spec
-        k = _pass(*(t[name] for name in TRADE_COLUMNS), e.mode, e.weight, e.size, self.by_id, self.holes, self._hand, self._s, out, first, limit)
+        k = _pass(*(t[name] for name in TRADE_COLUMNS), e.mode, e.weight, e.size, self.missing, self.holes, self._hand, self._s, out, first, limit)
         return _columns(out[:k], first[:k], limit[:k])
 
 
@@ -250,6 +254,12 @@ def _hole_ends(con: DuckDBPyConnection, symbol: str, source: str, change: Change
     return [*starts, *(i.end for i in change.inputs if i.file_id.startswith("gap ") and i.start < i.end)]
 
 
+def _missing_ids(change: Change) -> list[int]:
+    "First ids of the stretches in which trades are missing, as the ledger of gaps has them."
+    names = [i.file_id.split() for i in change.inputs if i.file_id.startswith(("gap id ", "gap rejected "))]
+    return [int(name[-1]) for name in names if name[-1].isdigit()]
+
+
 def _table(bars: dict[str, np.ndarray], source: str) -> pa.Table:
     "Bars in the layout of the store; ids of a live source are none."
     n = len(bars["ts"])
@@ -261,9 +271,15 @@ def _table(bars: dict[str, np.ndarray], source: str) -> pa.Table:
 # %% ../../nbs/data/04b_event_bars.ipynb #ba0be542
 def _appends(change: Change, state: str | None) -> bool:
     "Whether all that changed lies behind what the last build has followed."
-    if change.never or state is None or change.start is None:
-        return False
-    return float.fromhex(json.loads(state)["state"][17]) <= change.start
+    known = [] if change.never or state is None else json.loads(state)["state"]
+    return change.start is not None and len(known) == len(_STATE) and float.fromhex(known[17]) <= change.start
+
+
+def _first_difference(con: DuckDBPyConnection, key: tuple[str, str, str, str], names: str) -> int | None:
+    "Open time, µs since 1970, from which on the new bars are not the stored ones; None where all are the same."
+    found = con.execute(f"""SELECT epoch_us(min(ts)) FROM ((SELECT {names} FROM _event_bars EXCEPT ALL SELECT {names} FROM bars WHERE {_SERIES})
+        UNION ALL (SELECT {names} FROM bars WHERE {_SERIES} EXCEPT ALL SELECT {names} FROM _event_bars))""", [*key, *key]).fetchall()[0][0]
+    return None if found is None else int(found)
 
 
 def _commit(con: DuckDBPyConnection, key: tuple[str, str, str, str], bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool) -> int:
@@ -271,13 +287,14 @@ def _commit(con: DuckDBPyConnection, key: tuple[str, str, str, str], bars: dict[
     new = _table(bars, key[1])
     con.register("_event_bars", new)
     names = ", ".join(_STORED)
-    if from_start:
-        differ = con.execute(f"""SELECT epoch_us(min(ts)), epoch_us(max(close_ts)) FROM ((SELECT {names} FROM _event_bars EXCEPT ALL SELECT {names} FROM bars WHERE {_SERIES})
-            UNION ALL (SELECT {names} FROM bars WHERE {_SERIES} EXCEPT ALL SELECT {names} FROM _event_bars))""", [*key, *key]).fetchone()
-        con.execute(f"DELETE FROM bars WHERE {_SERIES}", key)
-        if differ and differ[0] is not None and not change.never:
-            record_rebuilt(con, *key, differ[0], differ[1], change.causes)
-    con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) SELECT ?, ?, ?, ?, {names} FROM _event_bars ORDER BY first_id, ts", key)
+    since = _first_difference(con, key, names) if from_start else None
+    if since is not None:
+        last = con.execute(f"SELECT epoch_us(max(close_ts)) FROM (SELECT close_ts FROM _event_bars UNION ALL SELECT close_ts FROM bars WHERE {_SERIES})", key).fetchall()[0][0]
+        con.execute(f"DELETE FROM bars WHERE {_SERIES} AND ts >= make_timestamp(?)", [*key, since])
+        if not change.never:
+            record_rebuilt(con, *key, since, last, change.causes)
+    if since is not None or not from_start:
+        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) SELECT ?, ?, ?, ?, {names} FROM _event_bars WHERE epoch_us(ts) >= ? ORDER BY first_id, ts", [*key, since if since is not None else -(2**62)])
     con.unregister("_event_bars")
     total = int(con.execute(f"SELECT count(*) FROM bars WHERE {_SERIES}", key).fetchall()[0][0])
     record_build(con, *key, total, state, change)
@@ -291,13 +308,12 @@ def _grow_one(con: DuckDBPyConnection, symbol: str, source: str, e: EventSpec) -
     if change.nothing or not change.inputs or change.end is None:
         return change.bars
     more = _appends(change, change.state)
-    ids = source not in ("finnhub", "replay")  # numbered by the exchange, without a hole
     start = min(i.start for i in change.inputs)
     since = int(float.fromhex(json.loads(change.state)["state"][17])) if more and change.state else start
     made: list[EventFolder] = []
 
     def fold(batches: Iterator[Trades]) -> dict[str, np.ndarray]:
-        made.append(EventFolder(f"{e.kind}:{e.spec}", _hole_ends(con, symbol, source, change), ids, change.state if more else None))
+        made.append(EventFolder(f"{e.kind}:{e.spec}", _hole_ends(con, symbol, source, change), _missing_ids(change), change.state if more else None))
         return fold_events(made[-1], (_behind(t, made[-1]) for t in batches) if more else batches)
 
     bars = fold_ordered(con, symbol, source, since, max(i.end for i in change.inputs) + 1, fold)

@@ -75,6 +75,14 @@ def _in_folders(path: str) -> tuple[list[str], list[str]]:
     return [p for p in found if _is_data(p)], found or [str(p) for p in beside.iterdir() if p.is_file()]
 
 # %% ../../nbs/data/03b_folders.ipynb #e801e937
+_MONTH = re.compile(r"(-\d{4}-\d{2})(?=[._]|$)")
+
+
+def _in_turn(uri: str) -> tuple[str, str]:  # what to sort by
+    "A file's place in the order of names; that of a month is before the first of its days."
+    return _MONTH.sub(r"\1-00", re.split(r"[/\\]", uri)[-1], count=1), uri
+
+
 def find_files(
     what: str | Path | Iterable[str | Path],  # file, folder, pattern, s3://bucket/name, prefix or pattern; or several
     settings: Settings | None = None,  # for s3://; read from the environment when None
@@ -88,7 +96,7 @@ def find_files(
             raise DataNotFound(problem(f"files of trades or candles ({', '.join(DATA_ENDINGS)}) that match {one}", f"none; there is {', '.join(near)}" + (f" and {len(there) - 3} more" if len(there) > 3 else ""),
                                        "Correct the pattern; ** crosses folders"))  # fmt: skip
         found |= dict.fromkeys(here)
-    return sorted(found, key=lambda uri: (re.split(r"[/\\]", uri)[-1], uri))
+    return sorted(found, key=_in_turn)
 
 # %% ../../nbs/data/03b_folders.ipynb #a47849b7
 _NAMED = re.compile(r"(?P<what>[^/\\]+?-[A-Za-z0-9]+)-(?P<year>\d{4})-(?P<month>\d{2})(?:-(?P<day>\d{2}))?(?=[.\-_]|$)")
@@ -129,7 +137,7 @@ def _chains(
 
 # %% ../../nbs/data/03b_folders.ipynb #473f2845
 Told = Callable[[str, IngestResult | Exception], None]  # a file, and what became of it
-_COLUMNS = {"file": "object", "outcome": "object", "rows": "Int64", "rejected": "Int64", "gaps": "Int64", "error": "object"}
+_COLUMNS = {"file": "object", "outcome": "object", "rows": "Int64", "rejected": "Int64", "duplicates": "Int64", "gaps": "Int64", "error": "object"}
 
 
 def _row(
@@ -139,9 +147,9 @@ def _row(
     "One file in the summary."
     if isinstance(result, IngestResult):
         state = "already loaded" if result.already_loaded else "loaded"
-        return {"file": uri, "outcome": state, "rows": result.rows, "rejected": result.rejected, "gaps": result.gaps, "error": ""}
+        return {"file": uri, "outcome": state, "rows": result.rows, "rejected": result.rejected, "duplicates": result.duplicates, "gaps": result.gaps, "error": ""}
     state = "refused" if isinstance(result, SchemaError) else "not found" if isinstance(result, DataNotFound) else "failed"
-    return {"file": uri, "outcome": state, "rows": None, "rejected": None, "gaps": None, "error": " ".join(f"{type(result).__name__}: {result}".split())}
+    return {"file": uri, "outcome": state, "rows": None, "rejected": None, "duplicates": None, "gaps": None, "error": " ".join(f"{type(result).__name__}: {result}".split())}
 
 
 def process_files(
@@ -152,7 +160,7 @@ def process_files(
     settings: Settings | None = None,  # for s3://; read from the environment when None
     told: Told | None = None,  # called when a file is done, one at a time
     **options: Any,  # for every file, as `process_file` takes them: symbol, kind, interval, source, max_rejected
-) -> pd.DataFrame:  # one row a file in order of names: file, outcome, rows, rejected, gaps, error
+) -> pd.DataFrame:  # one row a file in order of names: file, outcome, rows, rejected, duplicates, gaps, error
     "Load all files that match; a bad one does not stop the others. Errors: `DataNotFound` where nothing matches."
     uris, results, guard, stop = find_files(what, settings), dict[str, IngestResult | Exception](), threading.Lock(), threading.Event()
 

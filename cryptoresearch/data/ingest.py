@@ -37,13 +37,14 @@ from numba import njit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import __version__
-from .archive import local_copy
+from .archive import local_file
 from cryptoresearch.data.corrections import (
-    Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
-    stored_files, take_out,
+    DIGEST_VERSION, SHORT_HOLE, UNKNOWN, Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
+    stored_files, take_out, taken_back, trade_marks,
 )  # fmt: skip
 from .formats import Block, FileSpec, inspect_file, interval_us, read_blocks
 from .store import exclusive, write
+from .strays import repeats_the_same, stray_ids, too_far
 from ..errors import DataNotFound, SchemaError, StoreBusy
 from ..settings import Settings
 
@@ -65,7 +66,7 @@ class IngestResult:
     already_loaded: bool = False  # True: these bytes were in the store before, nothing was changed
     market: str = "spot"  # 'spot' or 'um'
     interval: str | None = None  # of candles
-    duplicates: int = 0  # rows that other files had brought already, not stored again
+    duplicates: int = 0  # rows that other files or earlier lines had brought already, not stored again
     corrected: int = 0  # stored rows of other files that gave way to this file's
     replaced: str | None = None  # file_id of the older version of this file that it replaced
 
@@ -100,13 +101,13 @@ class _Refused:
     held: list[tuple[int, str, str]] = field(default_factory=list)
     writer: pq.ParquetWriter | None = None
 
-    def add(self, rows: list[tuple[int, str, str]]) -> None:
-        "Note rows: line, text, reason."
+    def add(self, rows: list[tuple[int, str, str]], believe: bool = True) -> None:
+        "Note rows: line, text, reason; and whether their ids are believed."
         for line, raw, reason in rows:
             self.reasons[reason] += 1
             self.example.setdefault(reason, (line, raw))
             if len(self.known) < _BAD_REMEMBERED:
-                self.known.append((line, _readable_id(raw, self.id_at)))
+                self.known.append((line, _readable_id(raw, self.id_at) if believe else -1))
         self.count += len(rows)
         self.held += rows
         if len(self.held) >= _BAD_AT_ONCE:
@@ -147,6 +148,7 @@ class _Facts:
 
     refused: _Refused
     rows: int = 0
+    repeated: int = 0  # rows that say what an earlier one has said
     digest: int = 0  # of the rows
     units: set[str] = field(default_factory=set)
     first: tuple[int, int] | None = None  # ts in microseconds, trade id (0 for candles)
@@ -193,6 +195,7 @@ def _follow(  # type: ignore[no-untyped-def]
             if ids[i] == state[_ID]:
                 repeat[i], side[i] = True, state[_SIGN]
                 repeats += 1
+                state[_LINE] += line[i] == state[_LINE] + 1  # what is refused behind it lies behind a repetition too
                 continue
             if ids[i] < state[_ID] or (ts[i] < state[_TS] and not careful):
                 return i, repeats, holes
@@ -224,6 +227,11 @@ def _from_refused(
     only = (between > 0) & (within(lines, before, after) == between)
     return (own == missing) | (only & (own + within(nameless, before, after) >= missing))
 
+
+def _refused_holes(facts: _Facts, holes: np.ndarray) -> np.ndarray:  # bool, m
+    "Which holes of a file come from its refused rows."
+    return _from_refused(holes, np.array(facts.refused.known, np.int64).reshape(-1, 2)) if len(holes) else np.zeros(0, bool)
+
 # %% ../../nbs/data/03_ingest.ipynb #43ece603
 _SAME = pa.dictionary(pa.int8(), pa.string())
 _US = pa.timestamp("us")
@@ -248,13 +256,31 @@ def _trade_columns(
     c, n = block.columns, len(block.line)
     out = {name: pa.array(c[name]) for name in ("trade_id", "price", "qty", "quote_qty")} | {"ts": pa.array(c["ts"].view("datetime64[us]"))}
     out["side_reported"] = pa.array(_reported(c, n)) if "buyer_maker" in c else pa.nulls(n, pa.int8())
-    out["n_trades"] = pa.array((c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32))
+    out["n_trades"] = pa.array(_counts(c, n))
     return out | {"side_tick": pa.array(side, mask=side == 0 if n and side[0] == 0 else None), "received_at": pa.nulls(n, _US)}
 
 
 def _reported(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int8
     "The aggressor's side: −1 where the buyer was the maker; 0 where the file does not tell."
     return (1 - 2 * c["buyer_maker"]).astype(np.int8) if "buyer_maker" in c else np.zeros(n, np.int8)
+
+
+def _counts(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int32
+    "How many trades each row stands for."
+    return (c["last_id"] - c["first_id"] + 1).astype(np.int32) if "first_id" in c else np.ones(n, np.int32)
+
+
+def _digested(
+    block: Block,  # checked rows
+    side: np.ndarray,  # int8, n: the tick rule's sign of trades
+    step_us: int,  # length of a candle; 0 for trades
+) -> list[np.ndarray]:
+    "What a digest of the newest version covers."
+    c, n = block.columns, len(block.line)
+    if not step_us:
+        return [*(c[name] for name in ("trade_id", "ts", "price", "qty", "quote_qty")), trade_marks(_counts(c, n), _reported(c, n), side)]
+    unknown = {"trades": np.full(n, UNKNOWN, np.int64), **dict.fromkeys(("quote_volume", "buy_volume"), np.full(n, float(UNKNOWN)))}
+    return [c["ts"], c["ts"] + step_us, *(c.get(name, unknown.get(name)) for name in _CANDLE_COLUMNS)]  # type: ignore[list-item]
 
 
 def _candle_columns(
@@ -310,30 +336,41 @@ class _Stream:
 
     job: _Job
     facts: _Facts  # filled
-    careful: bool = False  # rows come sorted; repeats are noted by line
-    repeats: list[np.ndarray] = field(default_factory=list)  # lines, where careful
+    careful: bool = False  # rows come sorted; those that are refused are noted by line
+    strays: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # ids that are not those of their rows
+    refused: dict[str, list[np.ndarray]] = field(default_factory=dict)  # lines by reason, where careful
+    kept: dict[str, np.generic] = field(default_factory=dict)  # the last row that was kept, by column
     state: np.ndarray = field(default_factory=lambda: np.zeros(6, np.int64))
     last_price: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
     def _followed(self, block: Block) -> np.ndarray:
-        "The tick rule's sign of each row, after repeats are moved out; `_OutOfOrder` where the order breaks."
-        trades, c, n = self.job.series.table == "trades", block.columns, len(block.line)
+        "The tick rule's sign of each row, after strays and repeats are moved out; `_OutOfOrder` where the order breaks."
+        trades = self.job.series.table == "trades"
+        if len(self.strays):
+            self._refuse(block, ~np.isin(block.columns["trade_id"], self.strays), _STRAY)
+        c, n = block.columns, len(block.line)
         side, repeat, hole = np.empty(n, np.int8), np.empty(n, np.bool_), np.empty((n, 6), np.int64)
         ids, price = (c["trade_id"], c["price"]) if trades else (c["ts"], c["close"])
         done, repeats, holes = _follow(ids, c["ts"], price, block.line, self.job.step_us or 1, self.careful, self.state, self.last_price, side, repeat, hole)
-        if done < n:
+        if done < n or (trades and not self.careful and too_far(hole[:holes, 3] - hole[:holes, 2] + 1, hole[:holes, 1] - hole[:holes, 0]).any()):
             raise _OutOfOrder
         self.facts.note_holes(hole[:holes])
         if repeats:
-            if self.careful:
-                self.repeats.append(block.line[repeat])
-            noted = len(block.bad)
-            block.keep(~repeat, lambda i: _REPEATED.format(self.job.series.key))
-            block.bad = block.bad[:noted] if self.careful else block.bad
-            return np.asarray(side[~repeat])
-        return side
+            same = repeats_the_same(c, repeat, self.kept)
+            self.facts.repeated += int(same.sum())
+            self._refuse(block, ~same, None)
+            self._refuse(block, ~repeat[~same], _REPEATED.format(self.job.series.key))
+        if len(block.line):
+            self.kept = {name: values[-1] for name, values in block.columns.items()}
+        return np.asarray(side[~repeat])
 
-    def _note(self, block: Block) -> None:
+    def _refuse(self, block: Block, good: np.ndarray, reason: str | None) -> None:
+        "Take the rows outside a mask out of a block, and note them unless the reason is None."
+        if reason and self.careful and not good.all():
+            self.refused.setdefault(reason, []).append(block.line[~good])
+        block.keep(good, None if self.careful or reason is None else lambda i: reason)
+
+    def _note(self, block: Block, side: np.ndarray) -> None:
         "Add a block to the facts."
         c, facts, trades = block.columns, self.facts, self.job.series.table == "trades"
         facts.refused.add(block.bad)
@@ -347,19 +384,18 @@ class _Stream:
         facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
         facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
         facts.rows += len(block.line)
-        names = ("trade_id", "ts", "price", "qty") if trades else ("ts", "open", "high", "low", "close", "volume")
-        facts.digest = (facts.digest + rows_digest([c[name] for name in names] + ([_reported(c, len(block.line))] if trades else []))) % 2**64
+        facts.digest = (facts.digest + rows_digest(_digested(block, side, self.job.step_us))) % 2**64
 
     def columns(self, blocks: Iterator[Block]) -> Iterator[dict[str, pa.Array]]:
         "Columns of the lake's table, but for those with one value."
         for block in blocks:
             side = self._followed(block)
-            self._note(block)
+            self._note(block, side)
             if len(block.line):
                 yield _trade_columns(block, side) if self.job.series.table == "trades" else _candle_columns(block, self.job.step_us)
 
 
-_REPEATED = "{} is repeated"
+_REPEATED, _STRAY = "{} is repeated with other values", "trade_id fits neither the ids nor the times around it"
 
 # %% ../../nbs/data/03_ingest.ipynb #140cb3e8
 def _table_folder(
@@ -503,13 +539,20 @@ def _sort(
     return ordered
 
 
+def _ids_and_times(
+    ordered: Path,  # Parquet
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # as `stray_ids` takes them
+    "The trade ids and times of sorted rows."
+    with pq.ParquetFile(ordered) as source:
+        for i in range(source.num_row_groups):
+            group = source.read_row_group(i, ["trade_id", "ts"])
+            yield group["trade_id"].to_numpy(), group["ts"].to_numpy()
+
+
 def _sorted_blocks(
-    cur: DuckDBPyConnection,  # whose limits count
-    file: Path,  # what `_stage` wrote; gone behind it
-    key: str,  # 'trade_id' or 'ts'
+    ordered: Path,  # Parquet, in the order of the key, rows with one key in the file's order; gone behind it
 ) -> Iterator[Block]:  # without the rows' text
-    "The staged rows in the order of their key, those with one key in the file's order."
-    ordered = _sort(cur, file, f"{key}, line")
+    "Sorted rows as blocks."
     with pq.ParquetFile(ordered) as source:
         for i in range(source.num_row_groups):  # iter_batches keeps what it has read
             group = source.read_row_group(i)
@@ -529,13 +572,25 @@ def _write_staged(
     staged = folder / "staged.parquet"
     if not _stage(staged, blocks(), facts):
         return ""
-    stream = _Stream(job, facts, careful=True)
-    file = _write_stream(cur, stream, _sorted_blocks(cur, staged, job.series.key), folder)
-    if stream.repeats:
-        lines, reason = np.sort(np.concatenate(stream.repeats)), _REPEATED.format(job.series.key)
-        for block in blocks():
-            facts.refused.add([(int(block.line[i]), block.text(int(i))[:1000], reason) for i in np.flatnonzero(np.isin(block.line, lines))])
+    ordered = _sort(cur, staged, f"{job.series.key}, line")
+    strays = stray_ids(_ids_and_times(ordered)) if job.series.table == "trades" else np.empty(0, np.int64)
+    stream = _Stream(job, facts, careful=True, strays=strays)
+    file = _write_stream(cur, stream, _sorted_blocks(ordered), folder)
+    _add_refused(stream, blocks, facts)
     return file
+
+
+def _add_refused(
+    stream: _Stream,  # at its end
+    blocks: Callable[[], Iterator[Block]],  # the file's rows, from the start
+    facts: _Facts,  # filled
+) -> None:
+    "Find the text of rows that were refused by their line."
+    lines = {reason: np.sort(np.concatenate(parts)) for reason, parts in stream.refused.items()}
+    for block in blocks() if lines else ():
+        for reason, some in lines.items():
+            rows = [(int(block.line[i]), block.text(int(i))[:1000], reason) for i in np.flatnonzero(np.isin(block.line, some))]
+            facts.refused.add(rows, believe=reason != _STRAY)
 
 # %% ../../nbs/data/03_ingest.ipynb #0e2e468d
 def _placed(
@@ -600,8 +655,21 @@ def _check_symbol(
         return
     for old in stored:
         before, after = old.last[0] < facts.first[0] - 60_000_000, old.first[0] > facts.last[0] + 60_000_000
-        if (before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1]):
+        if ((before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1])) and _beyond(cur, job.series, old, facts, before) > max(1, old.rows // 1000):
             raise SchemaError(f"expected in {job.name} ids {'above' if before else 'below'} {old.last[1] if before else old.first[1]}, as those of {old.uri.rsplit('/', 1)[-1]}; found {facts.first[1]} to {facts.last[1]}. {remedy}")
+
+
+def _beyond(
+    cur: DuckDBPyConnection,
+    series: Series,
+    old: Older,
+    facts: _Facts,
+    before: bool,  # the old file's time is before this one's
+) -> int:
+    "Rows of an older file whose ids do not lie on the side on which its times do."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    side = f"trade_id >= {facts.first[1]}" if before else f"trade_id <= {facts.last[1]}"
+    return int(cur.execute(f"SELECT count(*) FROM lake.main.{series.table} WHERE {series.where()} AND file_id = ? AND {side}", [old.file_id]).fetchall()[0][0])
 
 # %% ../../nbs/data/03_ingest.ipynb #154956ef
 _FEWER = 0.99  # share of the older version's rows that a newer one has at least
@@ -610,17 +678,19 @@ _FEWER = 0.99  # share of the older version's rows that a newer one has at least
 def _older_version(
     stored: list[Older],  # files of the same series
     job: _Job,
-    facts: _Facts,
+    rows: int,  # of this file
+    digest: Callable[[int], int],  # of this file's rows, by version
 ) -> Older | None:
     "The stored version of this file, if it is another one; a file with the same rows is none."
     title = archive_title(job.uri)
     for old in reversed(stored):
-        if old.file_id == job.sha256 or (title and archive_title(old.uri) == title and (old.digest, old.rows) != (facts.digest, facts.rows)):
+        if old.file_id == job.sha256 or (title and archive_title(old.uri) == title and (old.rows != rows or old.digest != digest(old.version))):
             return old
     return None
 
 
 def _check_version(
+    cur: DuckDBPyConnection,
     job: _Job,
     facts: _Facts,
     old: Older,
@@ -628,7 +698,7 @@ def _check_version(
     "`SchemaError` where a newer version would take away more than it brings."
     assert facts.first and facts.last  # noqa: S101  (checked before)
     at = 1 if job.series.table == "trades" else 0
-    covers = facts.first[at] <= old.first[at] and facts.last[at] >= old.last[at]
+    covers = (facts.first[at] <= old.first[at] and facts.last[at] >= old.last[at]) or (at == 1 and not _uncovered(cur, job.series, facts, old))
     if not covers or facts.rows < _FEWER * old.rows:
         def show(rows: int, a: tuple[int, int], b: tuple[int, int]) -> str:
             return f"{rows:,} rows from {moment(a[0])}" + (f" (id {a[1]})" if at else "") + f" to {moment(b[0])}" + (f" (id {b[1]})" if at else "")
@@ -637,6 +707,14 @@ def _check_version(
             f"expected in {job.name} at least what its older version {old.file_id[:12]} has, {show(old.rows, old.first, old.last)}; found {show(facts.rows, facts.first, facts.last)}. "
             "If the newer one is right all the same, pass replace=True (--replace)"
         )
+
+
+def _uncovered(cur: DuckDBPyConnection, series: Series, facts: _Facts, old: Older) -> int:
+    "Trades of an older version beyond the newer one's ids that do not lie within its time."
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    within = f"epoch_us(ts) > {facts.first[0]} AND epoch_us(ts) < {facts.last[0]}"
+    beyond = f"(trade_id < {facts.first[1]} OR trade_id > {facts.last[1]})"
+    return int(cur.execute(f"SELECT count(*) FROM lake.main.trades WHERE {series.where()} AND file_id = ? AND {beyond} AND NOT ({within})", [old.file_id]).fetchall()[0][0])
 
 # %% ../../nbs/data/03_ingest.ipynb #c61cc8a8
 def _overlapping(
@@ -649,6 +727,18 @@ def _overlapping(
     assert facts.first and facts.last  # noqa: S101  (checked before)
     at = 1 if job.series.table == "trades" else 0
     return tuple(o for o in stored if o != old and o.last[at] >= facts.first[at] and o.first[at] <= facts.last[at])
+
+
+def _passed_over(
+    job: _Job,
+    facts: _Facts,
+) -> np.ndarray:  # int64: keys
+    "What a file says was not there: keys of its short holes that no refused row explains."
+    holes, step = facts.all_holes(), job.step_us or 1
+    own = ~_refused_holes(facts, holes) if job.series.table == "trades" else np.full(len(holes), facts.refused.count == 0)
+    short = holes[own & ((holes[:, 3] - holes[:, 2]) // step < SHORT_HOLE), 2:4]
+    keys = short[:, :1] + step * np.arange(SHORT_HOLE)
+    return np.asarray(keys[keys <= short[:, 1:]])
 
 # %% ../../nbs/data/03_ingest.ipynb #d83b02a2
 @dataclass(frozen=True)
@@ -694,7 +784,7 @@ def _sha256(
 
 _LEDGER = (
     "file_id, uri, sha256, bytes, kind, symbol, source, rows, rejected, first_ts, last_ts, first_id, last_id, gaps, ts_unit, code_version, ingested_at,"
-    " market, interval, duplicates, corrected, replaced_by, digest"
+    " market, interval, duplicates, corrected, replaced_by, digest, digest_version"
 )
 
 
@@ -838,7 +928,7 @@ def _check_share(
 ) -> None:
     "`SchemaError` for a file without good rows or with too many bad ones."
     refused = facts.refused
-    total = facts.rows + refused.count
+    total = facts.rows + facts.repeated + refused.count
     if facts.rows and refused.count <= max_rejected * total:
         return
     if not refused.count:
@@ -878,16 +968,18 @@ def _plan(
     "Work out how a file meets what is stored; `SchemaError` where it may not."
     assert facts.first and facts.last  # noqa: S101  (checked before)
     stored = stored_files(cur, job.series)
-    old = _older_version(stored, job, facts)
+    old = _older_version(stored, job, facts.rows, lambda version: facts.digest if version == DIGEST_VERSION else file_digest(cur, job.series.table, file, version))
     if old and not replace and old.file_id != job.sha256:
-        _check_version(job, facts, old)
+        _check_version(cur, job, facts, old)
     others = _overlapping(stored, job, facts, old)
     at = 1 if job.series.table == "trades" else 0
-    met = compare(cur, job.series, file, others, (facts.first[at], facts.last[at]), folder) if others else Met(())
+    met = compare(cur, job.series, file, others, (facts.first[at], facts.last[at]), folder, {"quote_qty"} - set(job.spec.columns)) if others else Met(())
     if check_symbol:
         check_same_series(met, job.series, job.name)
         if not met.duplicates:
             _check_symbol(cur, job, facts, [o for o in stored if o != old])
+    if others and job.spec.period and archive_title(job.uri):
+        met = taken_back(cur, job.series, file, met, _passed_over(job, facts), job.spec.period if replace else None, folder)
     return _Plan(tuple(stored), old, met, _without_known(cur, job, facts, file, met))
 
 # %% ../../nbs/data/03_ingest.ipynb #be7ee135
@@ -896,8 +988,7 @@ def _gap_rows(job: _Job, facts: _Facts) -> list[tuple[str, str, int, int, int | 
     holes = facts.all_holes()
     if job.series.table == "candles":
         return [(job.sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
-    known = np.array(facts.refused.known, np.int64).reshape(-1, 2)
-    rejected = _from_refused(holes, known) if len(holes) else np.zeros(0, bool)
+    rejected = _refused_holes(facts, holes)
     return [(job.sha256, "rejected" if r else "id", int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, r in zip(holes, rejected, strict=True)]
 
 
@@ -907,7 +998,7 @@ def _insert_ledger(con: DuckDBPyConnection, job: _Job, facts: _Facts, plan: _Pla
     ids = [left.first[1], left.last[1]] if trades else [None, None]
     unit = "mixed" if len(facts.units) > 1 else next(iter(facts.units), None)
     row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, left.rows, facts.refused.count, moment(left.first[0]), moment(left.last[0]), *ids, gaps, unit]
-    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates, plan.met.corrected, None, left.digest]
+    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates + facts.repeated, plan.met.gone, None, left.digest, DIGEST_VERSION]
     con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
     return dict(zip(_LEDGER.split(", "), row, strict=True))
 
@@ -934,7 +1025,7 @@ def _commit(
     if tuple(stored_files(con, job.series)) != plan.stored:
         raise _Stale
     before = _ledger_row(con, job.sha256)
-    if before and not plan.left.rows and not plan.met.corrected:  # known through others then, and still
+    if before and not plan.left.rows and not plan.met.gone:  # known through others then, and still
         return _result(job.uri, before, already_loaded=True)
     clear_ledger(con, job.sha256)
     if plan.old:
@@ -960,6 +1051,8 @@ def _store(
         con.execute("INSERT INTO lake.main.coverage (symbol, source, start_ts, end_ts, file_id, interval) VALUES (?, ?, ?, ?, ?, ?)", claim)
     else:
         log_event(con, "duplicate", s.symbol, s.source, job.sha256, job.uri, span, f"all {facts.rows} rows are stored already")
+    if plan.met.kept:
+        log_event(con, "kept", s.symbol, s.source, job.sha256, job.uri, span, f"{plan.met.kept} stored rows are not in it, too many to be taken back; load it with replace=True to take them out")
     insert_gaps(con, s, gaps)
     if facts.refused.count:
         con.execute("INSERT INTO lake.main.quarantine (file_id, uri, line, raw, reason) SELECT ?, ?, line, raw, reason FROM read_parquet(?)", [job.sha256, job.uri, str(facts.refused.path)])
@@ -968,7 +1061,7 @@ def _store(
         wide = [f for f in (facts, plan.old) if f is not None]
         keys = min(f.first[at] for f in wide if f.first), max(f.last[at] for f in wide if f.last)
         times = min(f.first[0] for f in wide if f.first), max(f.last[0] for f in wide if f.last)
-        refit(con, s, keys, times, job.step_us, gone=bool(plan.old or plan.met.corrected))
+        refit(con, s, keys, times, job.step_us, gone=bool(plan.old or plan.met.gone))
         row["gaps"] = con.execute("SELECT gaps FROM lake.main.ingest_ledger WHERE file_id = ?", [job.sha256]).fetchall()[0][0]
     return _result(job.uri, row, already_loaded=False, replaced=plan.old.file_id if plan.old else None)
 
@@ -1055,12 +1148,12 @@ def process_file(
     replace: bool = False,  # let a newer version of a file replace one that has more
 ) -> IngestResult:  # rows, rejected, bounds, gaps; already_loaded where nothing was to be done
     "Load one file of trades or candles into the store, wholly or not at all. Errors: `DataNotFound`, `SchemaError`, `StoreBusy`."
-    with local_copy(uri, settings) as path, ThreadPoolExecutor(1, "ingest-hash") as pool:
+    with local_file(uri, settings) as (path, digest), ThreadPoolExecutor(1, "ingest-hash") as pool:
         spec: FileSpec | None = None
         try:
             spec = inspect_file(path, str(uri), symbol=symbol, kind=kind, interval=interval, market=market)
             given = source or _default_source(spec, _says_simulated(path, str(uri)))
-            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path), given, spec, secrets.token_hex(32))
+            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path) if digest is None else pool.submit(str, digest), given, spec, secrets.token_hex(32))
             if _size_known(con, job.bytes) and (loaded := _loaded(con, job, replace)):
                 return loaded
             with _progress(path.name, progress) as report:

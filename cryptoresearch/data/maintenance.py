@@ -34,7 +34,7 @@ from rich.text import Text
 
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
-from .corrections import stored_digest
+from .corrections import DIGEST_VERSION, stored_digest
 from .store import META, catalog_file, catalog_kind, connect, extension_file, in_turn, init_duckdb, maintain, schema_version, turn, write
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 from ..settings import Settings, get_settings
@@ -167,6 +167,9 @@ def tidy(
     return Tidied(before, measure_store(s), expired, len(pinned_snapshots(s)))
 
 # %% ../../nbs/data/07_maintenance.ipynb #a4b602dd
+_OLDER_DIGEST = "by a digest of an older version, which leaves out the traded value, the tick rule's side and the number of trades"
+
+
 @dataclass(frozen=True, repr=False)
 class Verified:
     "What was checked, and what differs."
@@ -185,7 +188,8 @@ class Verified:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{n:,} {state}" for state, n in self.table["state"].value_counts().sort_index().items())
-        return f"Verified({'everything as the ledger says' if self.ok else 'NOT as the ledger says'}: {counts or 'nothing stored'})"
+        older = int((self.table["detail"] == _OLDER_DIGEST).sum())
+        return f"Verified({'everything as the ledger says' if self.ok else 'NOT as the ledger says'}: {counts or 'nothing stored'}{f'; {older:,} {_OLDER_DIGEST}' if older else ''})"
 
     def _repr_html_(self) -> str:
         shown = self.table[self.table["state"] != "ok"]
@@ -234,18 +238,30 @@ def _read_file(
     return "ok", ""
 
 # %% ../../nbs/data/07_maintenance.ipynb #6fca98a6
-_STORED = {
-    "trades": "count(*), min(ts), max(ts), min(trade_id), max(trade_id)",
-    "candles": "count(*), min(ts), max(ts), NULL, NULL",
+_NAMES = ("rows", "first_ts", "last_ts", "first_id", "last_id", "symbol", "source", "interval", "odd rows", "rejected", "gaps")
+_ONE = "CASE WHEN min({0}) = max({0}) THEN min({0}) ELSE concat(min({0}), ' to ', max({0})) END"
+_STORED = {  # what the ledger says of a file, as far as the data themselves tell
+    "trades": f"count(*), min(ts), max(ts), min(trade_id), max(trade_id), {_ONE.format('symbol')}, {_ONE.format('source')}, NULL, count(*) FILTER (symbol IS NULL OR source IS NULL OR received_at IS NOT NULL)",
+    "candles": f"count(*), min(ts), max(ts), NULL, NULL, {_ONE.format('symbol')}, {_ONE.format('source')}, {_ONE.format('interval')}, count(*) FILTER (symbol IS NULL OR source IS NULL OR interval IS NULL)",
 }
-_LEDGER = "SELECT file_id, symbol, source, kind, rows, first_ts, last_ts, first_id, last_id FROM ingest_ledger WHERE rows > 0 AND (kind = 'klines') = ? ORDER BY symbol, source, first_ts"
+
+
+def _ledger(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    table: str,  # 'trades' or 'candles'
+) -> dict[str, list[Any]]:  # values by the names of `_NAMES`, None where nothing is said; by file_id
+    "What the ledger says of the files that have rows in a table."
+    have = {row[0] for row in con.execute("DESCRIBE ingest_ledger").fetchall()}  # a snapshot of an older store has fewer columns
+    ids, interval = "first_id, last_id" if table == "trades" else "NULL, NULL", "interval" if table == "candles" and "interval" in have else "NULL"
+    query = f"SELECT file_id, rows, first_ts, last_ts, {ids}, symbol, source, {interval}, 0, rejected, gaps FROM ingest_ledger WHERE rows > 0 AND (kind = 'klines') = ? ORDER BY symbol, source, first_ts"
+    return {row[0]: list(row[1:]) for row in con.execute(query, [table == "candles"]).fetchall()}
 
 
 def _stored(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     table: str,  # 'trades' or 'candles'
     files: list[str],  # file_ids of the ledger
-) -> dict[str, tuple[Any, ...] | str]:  # rows, first and last ts, first and last id by file_id; or why they cannot be read
+) -> dict[str, tuple[Any, ...] | str]:  # what `_STORED` asks for, by file_id; or why it cannot be read
     "What the store has of each file."
     query = f"SELECT file_id, {_STORED[table]} FROM {table}"
     try:
@@ -263,15 +279,16 @@ def _stored(
 def _check_ledger(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> Iterator[Found]:
-    "Compare rows, bounds and digests with the ledger, and find rows that belong to nothing."
+    "Compare rows, bounds, notes and digests with the ledger, and find rows that belong to nothing."
     sessions = dict(con.execute("SELECT session_id, CASE WHEN ended_at IS NOT NULL THEN trades END FROM live_sessions").fetchall())
+    notes = [dict(con.execute(f"SELECT file_id, count(*) FROM {table} GROUP BY 1").fetchall()) for table in ("quarantine", "gaps")]
     for table in ("trades", "candles"):
-        ledger = con.execute(_LEDGER, [table == "candles"]).fetchall()
-        stored = _stored(con, table, [row[0] for row in ledger])
-        digests = _digests(con, table, [row[0] for row in ledger])
-        for file, symbol, source, _, *expected in ledger:
-            found = stored.pop(file, (0, None, None, None, None))
-            yield "ledger", f"{symbol} {source} {file[:12]}", *_compare(expected if table == "trades" else [*expected[:3], None, None], found, digests.get(file))
+        ledger = _ledger(con, table)
+        stored, digests = _stored(con, table, list(ledger)), _digests(con, table, list(ledger))
+        for file, expected in ledger.items():
+            found = stored.pop(file, (0, *[None] * 7, 0))
+            found = found if isinstance(found, str) else (*found, *(n.get(file, 0) for n in notes))
+            yield "ledger", f"{expected[5]} {expected[6]} {file[:12]}", *_compare(expected, found, digests.get(file))
         for file, found in stored.items():
             if file in sessions:
                 state = "ok" if sessions[file] in (None, found[0]) else "differs"
@@ -281,43 +298,64 @@ def _check_ledger(
 
 
 def _compare(
-    expected: list[Any],  # of the ledger: rows, first and last ts, first and last id
+    expected: list[Any],  # of the ledger, by the names of `_NAMES`
     found: tuple[Any, ...] | str,  # the same of the store; a text where it cannot be read
-    digest: tuple[Any, Any] | None,  # in the ledger, of the rows
+    digest: tuple[int, int, int] | None,  # in the ledger, of the rows; its version
 ) -> tuple[str, str]:  # state, detail
     "Say what differs."
     if isinstance(found, str):
         return "unreadable", found
-    names = ("rows", "first_ts", "last_ts", "first_id", "last_id")
-    parts = [f"{name}: expected {e}; found {f}" for name, e, f in zip(names, expected, found, strict=True) if e != f and not (name.endswith("_id") and e is None)]
-    if digest and digest[0] is not None and digest[0] != digest[1]:
+    parts = [f"{name}: expected {e}; found {f}" for name, e, f in zip(_NAMES, expected, found, strict=True) if e is not None and e != f]
+    if digest and digest[0] != digest[1]:
         parts.append(f"digest: expected {digest[0]}; found {digest[1]}")
-    return ("differs", "; ".join(parts)) if parts else ("ok", "")
+    return ("differs", "; ".join(parts)) if parts else ("ok", _OLDER_DIGEST if digest and digest[2] < DIGEST_VERSION else "")
 
 # %% ../../nbs/data/07_maintenance.ipynb #78d4e098
 def _digests(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     table: str,  # 'trades' or 'candles'
     files: list[str],  # file_ids of the ledger
-) -> dict[str, tuple[Any, Any]]:  # digest in the ledger and of the stored rows, by file_id
+) -> dict[str, tuple[int, int, int]]:  # digest in the ledger, of the stored rows, and its version, by file_id
     "Compute the digests of the files that have one in the ledger."
-    names = [row[0] for row in con.execute("DESCRIBE ingest_ledger").fetchall()]
-    if "digest" not in names:
+    have = {row[0] for row in con.execute("DESCRIBE ingest_ledger").fetchall()}
+    if "digest" not in have:
         return {}
-    found = {}
-    for file, digest in con.execute("SELECT file_id, digest FROM ingest_ledger WHERE digest IS NOT NULL AND list_contains(?, file_id)", [files]).fetchall():
+    version, found = "coalesce(digest_version, 1)" if "digest_version" in have else "1", {}
+    for file, digest, v in con.execute(f"SELECT file_id, digest, {version} FROM ingest_ledger WHERE digest IS NOT NULL AND list_contains(?, file_id)", [files]).fetchall():
         with suppress(duckdb.Error):  # what cannot be read is told elsewhere
-            found[file] = (int(digest), int(stored_digest(con, table, file)))
+            found[file] = (int(digest), int(stored_digest(con, table, file, v)), int(v))
     return found
+
+# %% ../../nbs/data/07_maintenance.ipynb #97101e83
+_PATHS = """SELECT DISTINCT f.path_is_relative AND t.path_is_relative AND s.path_is_relative AS inside,
+  CASE WHEN f.path_is_relative THEN concat(s.path, t.path, f.path) ELSE f.path END AS path
+FROM (SELECT table_id, path, path_is_relative FROM c.ducklake_data_file UNION ALL SELECT table_id, path, path_is_relative FROM c.ducklake_delete_file) f
+JOIN (SELECT DISTINCT table_id, schema_id, path, path_is_relative FROM c.ducklake_table) t USING (table_id) JOIN (SELECT DISTINCT schema_id, path, path_is_relative FROM c.ducklake_schema) s USING (schema_id) ORDER BY 2"""
+
+
+def _known_files(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    root: str,  # the data path, ends with a slash
+) -> set[str]:  # paths or addresses
+    "Parquet files that the catalog knows of, whatever the snapshot."
+    rows = con.execute(_PATHS.replace("c.ducklake", f"{META}.ducklake")).fetchall()
+    leaving = con.execute(f"SELECT path_is_relative, path FROM {META}.ducklake_files_scheduled_for_deletion").fetchall()
+    return {f"{root}{path}" if inside else str(path) for inside, path in [*rows, *leaving]}
 
 
 def _check_orphans(
-    con: DuckDBPyConnection,  # from `init_duckdb`
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    older_than: str = "1d",
 ) -> Iterator[Found]:
-    "Find files in the data folder that belong to nothing, a day old or more: a load that is under way has such files too."
-    with suppress(duckdb.Error):  # a read-only connection may not ask
-        for row in con.execute("CALL ducklake_delete_orphaned_files('lake', dry_run => true, older_than => now() - INTERVAL 1 DAY)").fetchall():
-            yield "orphan", str(row[0]).rsplit("/", 1)[-1], "orphan", "belongs to no table; cryptoresearch data maintain removes it"
+    "Find files in the data folder that belong to nothing."
+    root = str(con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchall()[0][0]).rstrip("/") + "/"
+    known, latest = _known_files(con, root), datetime.now(UTC) - length_of(older_than).to_pytimedelta()
+    if not con.execute("SELECT 1 FROM glob(?) LIMIT 1", [f"{root}**/*.parquet"]).fetchall():
+        return  # read_blob would not have that
+    files = con.execute("SELECT filename, size FROM read_blob(?) WHERE last_modified <= ? ORDER BY 1", [f"{root}**/*.parquet", latest]).fetchall()
+    for file, size in files:
+        if file not in known:
+            yield "orphan", file.rsplit("/", 1)[-1], "orphan", f"{size:,} bytes that belong to no table; cryptoresearch data maintain removes them"
 
 # %% ../../nbs/data/07_maintenance.ipynb #c63e339b
 def verify(
@@ -355,12 +393,6 @@ def _copy_catalog(
         con.execute("DETACH backup_copy")
 
 # %% ../../nbs/data/07_maintenance.ipynb #19dbbb7f
-_PATHS = """SELECT DISTINCT f.path_is_relative AND t.path_is_relative AND s.path_is_relative AS inside,
-  CASE WHEN f.path_is_relative THEN concat(s.path, t.path, f.path) ELSE f.path END AS path
-FROM (SELECT table_id, path, path_is_relative FROM c.ducklake_data_file UNION ALL SELECT table_id, path, path_is_relative FROM c.ducklake_delete_file) f
-JOIN (SELECT DISTINCT table_id, schema_id, path, path_is_relative FROM c.ducklake_table) t USING (table_id) JOIN (SELECT DISTINCT schema_id, path, path_is_relative FROM c.ducklake_schema) s USING (schema_id) ORDER BY 2"""
-
-
 def _open_copy(
     catalog: Path,  # a copy that nobody else uses
     kind: str,  # 'sqlite' or 'duckdb'

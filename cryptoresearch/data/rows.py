@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TYPES', 'Columns', 'LAYOUTS', 'MICROSECONDS_FROM', 'Check',
-           'CHECKS', 'columns_by_name', 'BadRow', 'read_row', 'Block', 'possible_time', 'check_values', 'Stream',
-           'pieces', 'parse_piece']
+           'LIMITS', 'CHECKS', 'columns_by_name', 'BadRow', 'read_row', 'Block', 'possible_time', 'check_values',
+           'Stream', 'pieces', 'parse_piece']
 
 # %% ../../nbs/data/03c_rows.ipynb #b35d43ca
 import re
@@ -347,12 +347,13 @@ class Block:
     def keep(
         self,
         good: np.ndarray,  # boolean mask over the rows
-        reason: Callable[[int], str],  # why the row at an index is bad
+        reason: Callable[[int], str] | None,  # why the row at an index is bad; None: it is left out without a note
     ) -> None:
         "Move the rows outside the mask to `bad`."
         if good.all():
             return
-        self.bad += [(int(self.line[i]), self.text(int(i))[:_LONGEST_RAW], reason(int(i))) for i in np.flatnonzero(~good)]
+        if reason:
+            self.bad += [(int(self.line[i]), self.text(int(i))[:_LONGEST_RAW], reason(int(i))) for i in np.flatnonzero(~good)]
         kept, text = np.flatnonzero(good), self.text
         self.columns = {name: values[kept] for name, values in self.columns.items()}
         self.line = self.line[kept]
@@ -360,30 +361,43 @@ class Block:
 
 # %% ../../nbs/data/03c_rows.ipynb #6ea8a657
 Check = tuple[str, Callable[[dict[str, np.ndarray]], np.ndarray]]
+LIMITS: dict[str, float] = {
+    **dict.fromkeys(("price", "qty", "quote_qty", "open", "high", "low", "close"), 1e15),
+    **dict.fromkeys(("volume", "quote_volume", "buy_volume", "trades"), 9e18),
+    **dict.fromkeys(("trade_id", "first_id", "last_id"), 2**62),
+}
+_MOST_TRADES = 1_000_000  # that one aggregated trade stands for
 
 
 def _positive(name: str) -> Check:
-    "Finite and above zero."
-    return f"{name} is not a finite number above zero", lambda c: (c[name] > 0) & (c[name] < np.inf)
+    "Above zero and below its limit."
+    return f"{name} is not a finite number above zero", lambda c: (c[name] > 0) & (c[name] < LIMITS[name])
 
 
 def _not_negative(name: str) -> Check:
-    "Finite and not below zero."
-    return f"{name} is not a finite number from zero on", lambda c: (c[name] >= 0) & (c[name] < np.inf)
+    "Not below zero, and below its limit."
+    return f"{name} is not a finite number from zero on", lambda c: (c[name] >= 0) & (c[name] < LIMITS[name])
 
 
 _TIME_TEXT = "ts is not between 2009 and 2100 in milliseconds or microseconds"
 _IN_TIME: Check = (_TIME_TEXT, lambda c: (c["ts"] >= _EARLIEST_US) & (c["ts"] < _LATEST_US))
 _TRADE: tuple[Check, ...] = (_IN_TIME, _positive("price"), _positive("qty"), _not_negative("quote_qty"), _not_negative("trade_id"))
+_AGGREGATED: tuple[Check, ...] = (
+    _not_negative("first_id"),
+    _not_negative("last_id"),
+    ("last_id is below first_id", lambda c: c["last_id"] >= c["first_id"]),
+    (f"last_id is {_MOST_TRADES:,} or more above first_id", lambda c: c["last_id"] - c["first_id"] < _MOST_TRADES),
+)
 CHECKS: dict[str, tuple[Check, ...]] = {
     "trades": _TRADE,
-    "aggTrades": (*_TRADE, ("last_id is below first_id", lambda c: c["last_id"] >= c["first_id"])),
+    "aggTrades": (*_TRADE, *_AGGREGATED),
     "klines": (
         _IN_TIME,
         *(_positive(name) for name in ("open", "high", "low", "close")),
         *(_not_negative(name) for name in ("volume", "quote_volume", "trades", "buy_volume")),
         ("high is below open, low or close", lambda c: c["high"] >= np.maximum(np.maximum(c["open"], c["close"]), c["low"])),
         ("low is above open or close", lambda c: c["low"] <= np.minimum(c["open"], c["close"])),
+        ("buy_volume is above volume", lambda c: c["buy_volume"] <= c["volume"]),
     ),
 }
 
@@ -433,9 +447,22 @@ def check_values(
     checks = [(text, passes(columns)) for text, passes in rules if _applies(text, columns)]
     good = np.logical_and.reduce([ok for _, ok in checks])
     block.units |= {unit for unit, met in (("ms", short & good), ("us", ~short & good)) if met.any()}
-    us = columns["ts"]
-    block.keep(good, lambda i: next(_time_reason(int(us[i])) if text == _TIME_TEXT else text for text, ok in checks if not ok[i]))
+    block.keep(good, lambda i: next(_reason(text, columns, i) for text, ok in checks if not ok[i]))
     return block
+
+
+def _reason(
+    text: str,  # of the check that failed
+    columns: dict[str, np.ndarray],  # as they were checked
+    i: int,  # row
+) -> str:
+    "Why a row failed a check: the unit of its time, or that a number is beyond its limit."
+    name = text.split()[0]
+    if text == _TIME_TEXT:
+        return _time_reason(int(columns["ts"][i]))
+    if "finite" in text and LIMITS[name] <= columns[name][i] < np.inf:
+        return f"{name} is not below {LIMITS[name]:g}, which is beyond any market and what exact sums hold"
+    return text
 
 
 def _applies(

@@ -267,6 +267,7 @@ MIGRATIONS: dict[int, list[str]] = {
         *(f"ALTER TABLE lake.{table} ADD COLUMN {column}" for table, columns in NEW_COLUMNS.items() for column in columns),
         *(f"CREATE TABLE lake.{name} ({columns})" for name, columns in NEW_TABLES.items()),
     ],
+    3: ["ALTER TABLE lake.ingest_ledger ADD COLUMN digest_version INTEGER"],  # NULL: 1, what `data.corrections` says that it covers
 }
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST_OUTCOMES', 'ALPHA', 'SUSPICIOUS_IC', 'SUSPICIOUS_R2', 'CLEAR_T', 'LEAK_T', 'FEW_OUTCOMES', 'CONFIDENT',
-           'verdict_rules', 'number', 'p_value', 'Judgement', 'judge', 'verdict', 'deflate', 'Table', 'score_view',
-           'strategy_view', 'gap_stretches', 'data_view', 'coverage_view']
+           'verdict_rules', 'number', 'p_value', 'Judgement', 'judge', 'verdict', 'deflate', 'Table', 'loss_name',
+           'score_view', 'strategy_view', 'gap_stretches', 'data_view', 'coverage_view']
 
 # %% ../../nbs/evaluation/42_report.ipynb #00000003
 import html
@@ -34,11 +34,11 @@ def verdict_rules() -> pd.DataFrame:  # one row a rule, in the order of their us
     "Return the rules of the verdict; the first that fits is used."
     rules = [
         ("too little to judge", f"fewer than {FEWEST_OUTCOMES} outcomes that do not overlap"),
-        ("suspicious", f"IC above {SUSPICIOUS_IC} with t above {LEAK_T:g} on returns of bars shorter than a day, or OOS R² of volatility above {SUSPICIOUS_R2}: hunt for a leak"),
-        ("skill", f"better than the baseline by the Diebold-Mariano test, p below {ALPHA} (returns: squared error, OOS R² above 0, and an IC with t above {CLEAR_T:g}, because a forecast that only follows the drift is none; volatility: QLIKE, against every baseline of the table)"),
-        ("weak", f"returns only: not skill, but the order of the forecasts is right more often than not (IC above 0, t above {CLEAR_T:g})"),
+        ("suspicious", f"IC above {SUSPICIOUS_IC} with t above {LEAK_T:g} on returns or events of bars shorter than a day, or OOS R² of volatility above {SUSPICIOUS_R2}: hunt for a leak"),
+        ("skill", f"better than the baseline by the Diebold-Mariano test, p below {ALPHA} (returns: squared error, OOS R² above 0, and an IC with t above {CLEAR_T:g}, because a forecast that only follows the drift is none; probabilities of events: the same with the Brier score against the base rate of the training; volatility: QLIKE, against every baseline of the table)"),
+        ("weak", f"returns and events: not skill, but the order of the forecasts is right more often than not (IC above 0, t above {CLEAR_T:g})"),
         ("no skill", "everything else"),
-        ("tradable", f"returns only, said beside the above: break-even cost above the fee, a better Sharpe ratio than holding, and a deflated one of {CONFIDENT} or more"),
+        ("tradable", f"returns and events, said beside the above: break-even cost above the fee, a better Sharpe ratio than holding, and a deflated one of {CONFIDENT} or more"),
     ]
     return pd.DataFrame(rules, columns=["verdict", "when"]).set_index("verdict")
 
@@ -75,39 +75,59 @@ class Judgement:
         return f'<div class="verdict {color}"><b>Verdict: {html.escape(label)}</b>{html.escape(self.sentence)}</div>'
 
 # %% ../../nbs/evaluation/42_report.ipynb #0000000b-1
+_SUBJECTS = {
+    "return": "forecasts of the return", "scaled_return": "forecasts of the scaled return", "direction": "probabilities of a rise", "triple_barrier": "probabilities of a won barrier trade",
+    "trend": "probabilities of an upward trend", "meta": "probabilities that the primary rule pays",
+}  # fmt: skip
+
+
+def _of_order(
+    row: Mapping[str, Any],  # the model's row of the score table
+    target: str,
+    intraday: bool,  # bars shorter than a day
+    evidence: str,  # against the baseline
+    order: str,  # IC and its t
+) -> tuple[str, str]:  # level, sentence without its end
+    "Judge forecasts of returns and events, whose order has to be right too."
+    beats = row["dm_stat"] < 0 and row["dm_p"] < ALPHA and row["r2_oos"] > 0
+    fail = "are worse than" if row["dm_stat"] > 0 and row["dm_p"] < ALPHA else "do not beat"
+    what, base = _SUBJECTS[target], {"zero": "the forecast “zero”", "base": "the base rate"}[REFERENCE[target]]
+    if intraday and row["ic"] > SUSPICIOUS_IC and row["ic_t"] > LEAK_T:
+        return "suspicious", f"Too good to believe: {order} on {'returns' if REFERENCE[target] == 'zero' else 'events of prices'} is beyond what honest forecasts reach; hunt for a leak before anything else"
+    if beats and not row["ic_t"] > CLEAR_T:
+        return "none", f"No skill beyond the market's drift: {what} beat {base} ({evidence}), but their order tells nothing ({order})"
+    if beats:
+        return "skill", f"{what[0].upper()}{what[1:]} beat {base} ({evidence}; {order})"
+    if row["ic_t"] > CLEAR_T:
+        return "weak", f"A weak signal: the order of the {'forecasts' if REFERENCE[target] == 'zero' else 'probabilities'} tells something ({order}), their size does not beat {base} ({evidence})"
+    return "none", f"No skill beyond the baseline: {what} {fail} {base} ({evidence}; {order})"
+
+
 def _forecast(
     row: Mapping[str, Any],  # the model's row of the score table
-    target: str,  # 'return' or 'volatility'
+    target: str,  # name of a kind of label
     horizon: int,  # bars that an outcome spans
     intraday: bool,  # bars shorter than a day
     unbeaten: Sequence[str] = (),  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
     "Judge the forecast by the rules."
-    base = REFERENCE[target]
     beats = row["dm_stat"] < 0 and row["dm_p"] < ALPHA
     fail = "are worse than" if row["dm_stat"] > 0 and row["dm_p"] < ALPHA else "do not beat"
     evidence = f"OOS R² {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])}"
-    order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}"
+    order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}" + (f", AUC {number(row['auc'])}" if "auc" in row else "")
     order += f", on only {row['n'] / horizon:.0f} separate outcomes" if FEWEST_OUTCOMES <= row["n"] / horizon < FEW_OUTCOMES else ""
     if row["n"] / horizon < FEWEST_OUTCOMES:
         return "unclear", f"Too little to judge: {row['n']:.0f} overlapping outcomes are {row['n'] / horizon:.0f} separate ones, {FEWEST_OUTCOMES} are needed ({order})"
-    if target == "return":
-        if intraday and row["ic"] > SUSPICIOUS_IC and row["ic_t"] > LEAK_T:
-            return "suspicious", f"Too good to believe: {order} on returns is beyond what honest forecasts reach; hunt for a leak before anything else"
-        if beats and row["r2_oos"] > 0 and not row["ic_t"] > CLEAR_T:
-            return "none", f"No skill beyond the market's drift: forecasts of the return beat the forecast “{base}” ({evidence}), but their order tells nothing ({order})"
-        if beats and row["r2_oos"] > 0:
-            return "skill", f"Forecasts of the return beat the forecast “{base}” ({evidence}; {order})"
-        if row["ic_t"] > CLEAR_T:
-            return "weak", f"A weak signal: the order of the forecasts tells something ({order}), their size does not beat the forecast “{base}” ({evidence})"
-        return "none", f"No skill beyond the baseline: forecasts of the return {fail} the forecast “{base}” ({evidence}; {order})"
+    if target != "volatility":
+        return _of_order(row, target, intraday, evidence.replace("OOS R²", "Brier skill") if "auc" in row else evidence, order)
+    base = REFERENCE[target].upper()
     if row["r2_oos"] > SUSPICIOUS_R2:
         return "suspicious", f"Too good to believe: OOS R² {number(row['r2_oos'])} on volatility; hunt for a leak before anything else"
     if beats and unbeaten:
-        return "none", f"No skill beyond the baselines: forecasts of volatility beat {base.upper()} ({evidence} on QLIKE), but not clearly the forecast “{'”, “'.join(unbeaten)}”"
+        return "none", f"No skill beyond the baselines: forecasts of volatility beat {base} ({evidence} on QLIKE), but not clearly the forecast “{'”, “'.join(unbeaten)}”"
     if beats:
-        return "skill", f"Forecasts of volatility beat the {base.upper()} baseline ({evidence} on QLIKE)"
-    return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base.upper()} ({evidence} on QLIKE)"
+        return "skill", f"Forecasts of volatility beat the {base} baseline ({evidence} on QLIKE)"
+    return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base} ({evidence} on QLIKE)"
 
 # %% ../../nbs/evaluation/42_report.ipynb #0000000d
 def _money(
@@ -115,14 +135,15 @@ def _money(
     deflated: float | None,  # probability that the true Sharpe ratio is above the best of the trials by luck
     n_trials: int,  # trials behind it
     level: str,  # of the forecast
+    by: str = "their sign",  # what is traded
 ) -> str:  # clause of the sentence
     "Say whether trading the sign would have paid."
     even, fee = strategy.break_even_bps, strategy.fee_bps
     if not np.isfinite(even):
         return "it never traded"
     if even <= 0:
-        return "trading their sign lost money even before costs: not tradable"
-    cost = f"trading their sign breaks even at {number(even, '.1f')} bp a side,"
+        return f"trading {by} lost money even before costs: not tradable"
+    cost = f"trading {by} breaks even at {number(even, '.1f')} bp a side,"
     if even <= fee:
         return f"{cost} not above the fee of {number(fee, '.1f')} bp: not tradable"
     if sharpe_ratio(strategy.returns) <= sharpe_ratio(strategy.hold):
@@ -139,7 +160,7 @@ def _money(
 def judge(
     scores: pd.DataFrame,  # of score_table; the row 'model' is judged
     strategy: StrategyResult | None = None,  # of sign_strategy; for returns
-    target: str = "return",  # 'return' or 'volatility'
+    target: str = "return",  # name of a kind of label
     *,
     horizon: int = 1,  # bars that an outcome spans
     intraday: bool = True,  # bars shorter than a day
@@ -151,8 +172,8 @@ def judge(
     rivals = scores.drop(index=["model", REFERENCE[target]], errors="ignore") if target == "volatility" and "model_dm_p" in scores else scores.iloc[:0]
     unbeaten = [str(name) for name, r in rivals.iterrows() if not (r["model_dm_stat"] < 0 and r["model_dm_p"] < ALPHA)]
     level, sentence = _forecast({str(k): v for k, v in scores.loc["model"].items()}, target, horizon, intraday, unbeaten)
-    if strategy is not None and target == "return" and level not in ("unclear", "suspicious"):
-        sentence += f"; {_money(strategy, deflated, n_trials, level)}"
+    if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):
+        sentence += f"; {_money(strategy, deflated, n_trials, level, 'their sign' if REFERENCE[target] == 'zero' else 'them')}"
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""
     return Judgement(level, f"{prefix}{sentence}.")
 
@@ -193,16 +214,23 @@ class Table:
         return body + (f'<p class="note">{html.escape(self.note)}</p>' if self.note else "")
 
 
+def loss_name(
+    target: str,  # name of a kind of label
+) -> str:  # such as 'QLIKE'
+    "Name of the loss by which forecasts of a target are tested."
+    return "QLIKE" if target == "volatility" else "Brier score" if REFERENCE[target] == "base" else "squared error"
+
+
 def score_view(
     scores: pd.DataFrame,  # of score_table
-    target: str,  # 'return' or 'volatility'
+    target: str,  # name of a kind of label
 ) -> Table:  # one row a forecaster
     "Show the score table."
-    form = {"ic": ".3f", "ic_t": ".1f", "rank_ic": ".3f", "r2_oos": ".3f", "rmse": ".4f", "qlike": ".3f", "mse_log": ".3f", "dm_stat": ".1f"}
-    names = {"ic": "IC", "ic_t": "t of IC", "rank_ic": "rank IC", "r2_oos": "OOS R²", "rmse": "RMSE", "qlike": "QLIKE", "mse_log": "log MSE", "dm_stat": "DM"}
+    form = {"ic": ".3f", "ic_t": ".1f", "rank_ic": ".3f", "r2_oos": ".3f", "rmse": ".4f", "auc": ".3f", "brier": ".4f", "log_loss": ".4f", "qlike": ".3f", "mse_log": ".3f", "dm_stat": ".1f"}
+    names = {"ic": "IC", "ic_t": "t of IC", "rank_ic": "rank IC", "r2_oos": "OOS R²", "rmse": "RMSE", "auc": "AUC", "brier": "Brier", "log_loss": "log loss", "qlike": "QLIKE", "mse_log": "log MSE", "dm_stat": "DM"}
     view = pd.DataFrame({names[c]: scores[c].map(lambda v, f=f: number(v, f)) for c, f in form.items() if c in scores})
     view["DM p"] = [p_value(p).removeprefix("p ").removeprefix("= ") if np.isfinite(p) else "–" for p in scores["dm_p"]]
-    loss = "QLIKE" if target == "volatility" else "squared error"
+    loss = loss_name(target)
     note = f"{int(scores['n'].iloc[0]):,} forecasts. OOS R² and the Diebold-Mariano test (DM, on {loss}, negative is better) are against “{REFERENCE[target]}”; t and DM allow for overlapping outcomes."
     return Table(view, note=note)
 

@@ -8,11 +8,12 @@ __all__ = ['LOOK_BACK', 'FEWEST', 'known_quantiles', 'scorecard', 'scorecard_vie
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #26f104cf
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
-from .comparison import _BASELINES, Measure, _columns, measures
+from .comparison import Measure, _columns, known_baselines, measures
 from .report import Table, number, p_value
 from .scores import REFERENCE, diebold_mariano, ic, ic_t, rank_ic
 from .significance import bootstrap_score
@@ -26,29 +27,32 @@ FEWEST = 50  # outcomes before anything is said
 def known_quantiles(
     predictions: pd.DataFrame,  # of a run: known_ts
     bars: pd.DataFrame,  # bars of the run, from before the first forecast
-    target: Target,
+    target: str,  # return and volatility from the bars; of another target the outcomes of the predictions themselves
     horizon: int,  # bars that an outcome spans
     level: float = 0.9,  # probability that the interval shall hold
 ) -> pd.DataFrame:  # index as given: naive_lower, naive_upper (label's unit), base_rate (0 to 1); NaN before 50 outcomes are known
     "Quantiles of the last 90 days' outcomes and the share of rises so far, as known at each forecast."
-    past = fixed_horizon(bars, horizon, target)[["end_ts", "y"]].dropna().set_index("end_ts")["y"]
+    of_bars: Any = target if target in get_args(Target) and bars.index.is_unique else None
+    labels = predictions if of_bars is None else fixed_horizon(bars, horizon, of_bars)
+    past = labels[["end_ts", "y"]].dropna().sort_values("end_ts", kind="stable").set_index("end_ts")["y"]
+    if past.empty:
+        return pd.DataFrame(np.nan, predictions.index, ["naive_lower", "naive_upper", "base_rate"])
     tails = [past.rolling(LOOK_BACK, min_periods=FEWEST).quantile(q) for q in ((1 - level) / 2, (1 + level) / 2)]
     rate = (past > 0).astype(float).expanding(FEWEST).mean()
     told = pd.DataFrame({"naive_lower": tails[0], "naive_upper": tails[1], "base_rate": rate})
     at = np.searchsorted(past.index.to_numpy(), predictions["known_ts"].to_numpy(), "right") - 1
-    out = told.iloc[np.maximum(at, 0)].set_axis(predictions.index)
-    return out[at >= 0].reindex(predictions.index)
+    return told.iloc[np.maximum(at, 0)].set_axis(predictions.index).where(np.repeat(at[:, None] >= 0, 3, axis=1))
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #f182ce58
-def _rivals(m: Measure, have: Sequence[str], reference: str) -> dict[str, tuple[str, ...]]:  # by name: its columns
+def _rivals(m: Measure, have: Sequence[str], columns: Sequence[str], reference: str) -> dict[str, tuple[str, ...]]:  # by name: its columns
     "Baselines that can be scored by a measure."
     if "prediction" in m.columns:
-        names = [b for b in _BASELINES if b in have and not (reference in m.columns and b == reference)]
+        names = [b for b in have if not (reference in m.columns and b == reference)]
         return {b: tuple(b if c == "prediction" else c for c in m.columns) for b in names}
     naive = {"lower": "naive_lower", "upper": "naive_upper", "probability": "base_rate"}
     name = "base rate" if "probability" in m.columns else "quantiles of 90 days"
-    columns = tuple(naive.get(c, c) for c in m.columns)
-    return {name: columns} if set(columns) <= set(have) else {}
+    asked = tuple(naive.get(c, c) for c in m.columns)
+    return {name: asked} if set(asked) <= set(columns) else {}
 
 
 def scorecard(
@@ -61,11 +65,11 @@ def scorecard(
     seed: int = 0,
 ) -> pd.DataFrame:  # index measure, forecaster (model first): value, lower, upper (95 % interval), dm_p (of the model against it)
     "Every score of the model and of each baseline, on the rows that both know, with its interval."
-    out = {}
+    out, have = {}, known_baselines(predictions)
     for name, m in measures(target, level).items():
         mine = _columns(predictions, m.columns, level)
         out[name, "model"] = [*bootstrap_score(m.score, *mine, horizon=horizon, draws=draws, seed=seed), np.nan]
-        for rival, columns in _rivals(m, list(map(str, predictions)), REFERENCE[target]).items():
+        for rival, columns in _rivals(m, have, list(map(str, predictions)), REFERENCE[target]).items():
             theirs = _columns(predictions, columns, level)
             if np.isnan(m.score(*(c[~np.isnan(np.array(theirs)).any(axis=0)] for c in theirs))):
                 continue  # a constant orders nothing

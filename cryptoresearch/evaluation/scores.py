@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'LEAST_COVER', 'ic', 'rank_ic', 'squared_loss', 'qlike_loss', 'log_loss', 'qlike', 'mse_log', 'r2_oos',
-           'hac_lags', 'DieboldMariano', 'diebold_mariano', 'ic_t', 'score_table', 'interval_coverage',
-           'calibration_table', 'coverage_table']
+           'hac_lags', 'DieboldMariano', 'diebold_mariano', 'ic_t', 'auc', 'cross_entropy', 'score_table',
+           'interval_coverage', 'calibration_table', 'coverage_table']
 
 # %% ../../nbs/evaluation/40_scores.ipynb #00000002
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from ..errors import SchemaError
-from ..models.labels import Target
+from ..models.targets import is_event
 
 # %% ../../nbs/evaluation/40_scores.ipynb #00000006
 def _pairs(*columns: Any) -> tuple[np.ndarray, ...]:
@@ -170,37 +170,61 @@ def ic_t(
     variance = _long_run_variance(product, hac_lags(len(f), horizon))
     return float(product.mean() / np.sqrt(variance / len(f))) if variance > np.finfo(float).tiny else float("nan")
 
-# %% ../../nbs/evaluation/40_scores.ipynb #0000001b
-REFERENCE: dict[str, str] = {"return": "zero", "volatility": "ewma"}
+# %% ../../nbs/evaluation/40_scores.ipynb #9b8f0fce
+def auc(
+    score: pd.Series | np.ndarray,  # n forecasts, any unit
+    y: pd.Series | np.ndarray,  # n outcomes; above 0 is a rise
+) -> float:  # 0 to 1, 0.5 without skill; NaN where all or none rose
+    "Probability that a rise had a higher forecast than a fall."
+    rose = np.asarray(y) > 0
+    n, m = int(rose.sum()), int((~rose).sum())
+    return float((stats.rankdata(score)[rose].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
+
+
+def cross_entropy(
+    probability: pd.Series | np.ndarray,  # n forecasts, 0 to 1
+    y: pd.Series | np.ndarray,  # n outcomes; above 0 is a rise
+) -> np.ndarray:  # n losses of zero or more; a certainty that was wrong costs 20.7
+    "Minus the logarithm of the probability of what came, row by row."
+    p = np.asarray(probability, dtype=np.float64)
+    return np.asarray(-np.log(np.clip(np.where(np.asarray(y) > 0, p, 1 - p), 1e-9, 1)))
+
+# %% ../../nbs/evaluation/40_scores.ipynb #724ca9f4
+REFERENCE: dict[str, str] = {"return": "zero", "scaled_return": "zero", "volatility": "ewma"} | dict.fromkeys(("direction", "triple_barrier", "trend", "meta"), "base")
 LEAST_COVER = 0.98  # share of the rows that a baseline has to know to be scored
-_BASELINES: dict[str, tuple[str, ...]] = {"return": ("zero", "last"), "volatility": ("last", "ewma", "har")}
+_BASELINES: dict[str, tuple[str, ...]] = {"zero": ("zero", "last"), "ewma": ("last", "ewma", "har"), "base": ("base", "half")}  # by the reference
+
+
+def _scores(f: np.ndarray, y: np.ndarray, reference: np.ndarray, target: str, horizon: int) -> dict[str, float]:
+    "Scores of one forecaster, as the target asks for."
+    scores: dict[str, float] = {"n": len(y), "ic": ic(f, y), "ic_t": ic_t(f, y, horizon), "rank_ic": rank_ic(f, y), "r2_oos": r2_oos(f, y, reference)}
+    if is_event(target):
+        return scores | {"auc": auc(f, y), "brier": _mean(squared_loss(f, y)), "log_loss": _mean(cross_entropy(f, y))}
+    scores |= {"rmse": float(np.sqrt(_mean(squared_loss(f, y))))}
+    return scores | ({"qlike": qlike(f, y), "mse_log": mse_log(f, y)} if target == "volatility" else {})
 
 
 def score_table(
     predictions: pd.DataFrame,  # index ts in order of time; y, prediction and the baselines' columns, in the label's unit
-    target: Target,  # what y is
+    target: str,  # what y is; one of models.targets
     horizon: int,  # rows that an outcome spans
-) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, rank_ic, r2_oos, rmse, [qlike, mse_log], dm_stat, dm_p
+) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, rank_ic, r2_oos, rmse (returns, volatility), [qlike, mse_log] or [auc, brier, log_loss], dm_stat, dm_p
     "Scores of the model and its baselines, on the rows that all of them know."
     reference = REFERENCE[target]
     if missing := [c for c in ("y", "prediction", reference) if c not in predictions]:
         raise SchemaError(f"expected predictions with y, prediction and {reference}; found none of {', '.join(missing)}. Join baselines of models.baselines")
     asked = predictions[["y", "prediction", reference]].notna().all(axis=1)  # a baseline that the data are too short for does not take the others' rows away
-    names = ["prediction", *(c for c in _BASELINES[target] if c in predictions and predictions.loc[asked, c].notna().mean() > LEAST_COVER)]
+    names = ["prediction", *(c for c in _BASELINES[reference] if c in predictions and (c == reference or not asked.any() or predictions.loc[asked, c].notna().mean() > LEAST_COVER))]
     rows = predictions[["y", *names]].dropna()
     if target == "volatility":
         rows = rows[rows["y"] > 0]
-    loss = qlike_loss if target == "volatility" else squared_loss
-    table = {}
+    loss, table = qlike_loss if target == "volatility" else squared_loss, {}
+    y, base = rows["y"].to_numpy(), rows[reference].to_numpy()
     for name in names:
-        f, y = rows[name].to_numpy(), rows["y"].to_numpy()
-        scores: dict[str, float] = {"n": len(rows), "ic": ic(f, y), "ic_t": ic_t(f, y, horizon), "rank_ic": rank_ic(f, y)}
-        scores |= {"r2_oos": r2_oos(f, y, rows[reference]), "rmse": float(np.sqrt(_mean(squared_loss(f, y))))}
-        if target == "volatility":
-            scores |= {"qlike": qlike(f, y), "mse_log": mse_log(f, y)}
-        test = diebold_mariano(loss(f, y), loss(rows[reference].to_numpy(), y), horizon)
+        f = rows[name].to_numpy()
+        test = diebold_mariano(loss(f, y), loss(base, y), horizon)
         ours = diebold_mariano(loss(rows["prediction"].to_numpy(), y), loss(f, y), horizon)  # NaN for the model itself
-        table["model" if name == "prediction" else name] = scores | {"dm_stat": test.stat, "dm_p": test.p_value, "model_dm_stat": ours.stat, "model_dm_p": ours.p_value}
+        table["model" if name == "prediction" else name] = _scores(f, y, base, target, horizon) | {"dm_stat": test.stat, "dm_p": test.p_value, "model_dm_stat": ours.stat, "model_dm_p": ours.p_value}
     return pd.DataFrame(table).T.astype({"n": int}).rename_axis("forecaster")
 
 # %% ../../nbs/evaluation/40_scores.ipynb #00000021

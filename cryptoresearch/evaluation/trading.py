@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import SchemaError
-from .strategy import ANNUAL_SECONDS, StrategyResult, sharpe_ratio, slices
+from .strategy import ANNUAL_SECONDS, StrategyResult, bar_seconds, sharpe_ratio, slices
 
 # %% ../../nbs/evaluation/41a_trading.ipynb #7ffa8ad1
 Rule = Literal["sign", "proportional", "interval"]
@@ -89,23 +89,26 @@ def trade(
     horizon: int = 1,  # bars that each slice of 1/horizon is held
     costs: Costs | None = None,  # a fee of 5 basis points when None
     latency_bars: int = 1,  # 1 trades at the next open, 2 one bar late
+    held: pd.Series | None = None,  # bars after which each slice is closed; `horizon` when None
 ) -> StrategyResult:  # with `costs` by kind
     "Trade positions in overlapping slices and pay for all of it."
-    c, held = costs or Costs(), slices(wanted, bars, horizon, latency_bars)
-    bar_s = float((bars["close_ts"] - bars.index).dt.total_seconds().median())
-    position, turnover = held["position"], held["position"].diff().fillna(held["position"]).abs().rename("turnover")
-    rates = pd.DataFrame({"impact": 0.0, "funding": funding_paid(pd.DatetimeIndex(held.index), bar_s, c.funding_bps)}, held.index)
+    c, open_ = costs or Costs(), slices(wanted, bars, horizon, latency_bars, held)
+    bar_s = bar_seconds(bars)
+    if (c.impact or np.any(c.funding_bps)) and not bars.index.is_unique:
+        raise SchemaError("expected time bars for impact and funding, which need the volume of days and the clock; found event bars. Use impact=0 and funding_bps=0")
+    position, turnover = open_["position"], open_["position"].diff().fillna(open_["position"]).abs().rename("turnover")
+    rates = pd.DataFrame({"impact": 0.0, "funding": funding_paid(pd.DatetimeIndex(open_.index), bar_s, c.funding_bps)}, open_.index)
     if c.impact:
-        volume, sigma = (s.reindex(held.index) for s in _market_size(bars, bar_s))
+        volume, sigma = (s.reindex(open_.index) for s in _market_size(bars, bar_s))
         rates["impact"] = c.impact * sigma * np.sqrt(c.capital / volume.where(volume > 0))
         if missing := int((rates["impact"].isna() & (turnover > 0)).sum()):
             raise SchemaError(f"expected volume and prices of at least a day before the first trade; found none for {missing} trades. Pass earlier bars too, or impact=0")
     paid = {"fee": turnover * c.fee_bps / 1e4, "spread": turnover * c.half_spread_bps / 1e4, "funding": position * rates["funding"]}
     if c.impact:
         paid["impact"] = (turnover**1.5 * rates["impact"]).where(turnover > 0, 0.0)
-    table, gross = pd.DataFrame(paid), (position * held["market"]).rename("gross")
+    table, gross = pd.DataFrame(paid), (position * open_["market"]).rename("gross")
     fee = c.fee_bps + c.half_spread_bps
-    return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, position, turnover, held["market"].rename("hold"), horizon, fee, bar_s, table, rates.fillna(0.0), c.capital)
+    return StrategyResult((gross - table.sum(axis=1)).rename("net"), gross, position, turnover, open_["market"].rename("hold"), horizon, fee, bar_s, table, rates.fillna(0.0), c.capital)
 
 # %% ../../nbs/evaluation/41a_trading.ipynb #d7952266
 def cost_ladder(

@@ -20,7 +20,7 @@ from scipy.special import ndtr
 from ..errors import SchemaError, problem
 from .indicators import autocorrelation, log_ratio, log_return, ratio, realised_volatility
 from .orderflow import amihud_ratio, bulk_imbalance, imbalance, price_impact, roll_spread, signed_volume, trade_size_ratio, vwma_distance
-from .registry import Feature, OnColumns, on_columns
+from .registry import on_columns
 from .windows import Array, correlation_over, mean_over, slope_over, std_over, sum_over, z_over
 
 # %% ../../nbs/features/21a_microstructure.ipynb #33fa078e
@@ -523,10 +523,6 @@ def with_trade_features(
     return bars.assign(**{str(name): column for name, column in trade_features(trades, bars).items()})
 
 
-def _as_features(length: int) -> list[Feature]:
-    "Features of the columns of `trade_features`, as means over `length` bars."
-    columns = {name: OnColumns(known_mean, (name,), (("length", length),)) for name in TRADE_COLUMNS}
-    return [Feature(f"{name}_{length}", (name,), length, "1", "trades", "Easley, O'Hara, 1987", fn) for name, fn in columns.items()]
-
-
-TRADE_FEATURES = [*_as_features(1), *_as_features(24)]  # ask for them as objects: DataProcessing([*TRADE_FEATURES])
+TRADE_FEATURES = [
+    on_columns(known_mean, f"{name}_{n}", name, n, "1", "trades", "Easley, O'Hara, 1987", length=n) for n in (1, 24) for name in TRADE_COLUMNS
+]

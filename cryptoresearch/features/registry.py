@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.bars import NUMBERS
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
 
 # %% ../../nbs/features/19_registry.ipynb #481d9d9a
@@ -64,6 +65,7 @@ class Feature:
     group: str  # one of GROUPS, or a user's own
     source: str  # author, year
     fn: Callable[[pd.DataFrame], Any] = field(repr=False)  # frame of the inputs -> n values
+    tolerance: float = field(default=1e-9, repr=False)  # relative; how far a value from `warmup` bars may be from that of all history
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
         "Values on the frame's index; NaN before the warm-up and where the window meets a gap."
@@ -80,12 +82,17 @@ class Feature:
         "Whether open, high, low, close and volume are all it needs."
         return set(self.inputs) <= set(CANDLE)
 
+    @property
+    def bars_suffice(self) -> bool:
+        "Whether a bar frame has all it needs, without columns that have to be joined."
+        return set(self.inputs) <= {*NUMBERS, "close_ts"}
+
 # %% ../../nbs/features/19_registry.ipynb #11d90892
 def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
     "The function's n values as a fresh float array, or an error that names the feature."
     missing = [c for c in feature.inputs if c not in bars]
     if missing:
-        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}", "Build the frame with bar_frame or read_bars"))
+        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}", "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
     try:
         with np.errstate(all="ignore"):
             values = feature.fn(bars if isinstance(feature.fn, OnColumns) else bars[list(feature.inputs)].copy())
@@ -118,6 +125,8 @@ def _check_declaration(f: Feature) -> None:
         raise ConfigError(problem("a name such as 'rsi_14' that is not a group's", repr(f.name), "Choose another name"))
     if not isinstance(f.warmup, int) or f.warmup < 1:
         raise ConfigError(problem("warmup in bars, counting the current one, so at least 1", repr(f.warmup), f"Mend feature {f.name!r}"))
+    if not 0 < f.tolerance < 1:
+        raise ConfigError(problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Mend feature {f.name!r}; 1e-9 is the default"))
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
@@ -130,13 +139,14 @@ def feature(
     unit: str = "1",  # meaning of the number
     group: str = "own",  # family
     source: str = "own",  # author, year
+    tolerance: float = 1e-9,  # relative; how far a value from `warmup` bars may be from that of all history
     replace: bool = False,  # take over a name that another function holds
 ) -> Callable[[Callable[[pd.DataFrame], Any]], Feature]:  # decorator
     "Make a function of the bar frame a registered `Feature`."
 
     def register(fn: Callable[[pd.DataFrame], Any]) -> Feature:
         columns = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-        made = Feature(name, columns, warmup, unit, group, source, fn)
+        made = Feature(name, columns, warmup, unit, group, source, fn, tolerance)
         _check_declaration(made)
         if not replace and name in REGISTRY and not _same_author(fn, REGISTRY[name].fn):
             raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}", "Rename it, or pass replace=True"))
@@ -181,16 +191,20 @@ def _named(item: object) -> list[Feature]:
     "The features of one name or group."
     if item in REGISTRY:
         return [REGISTRY[str(item)]]
+    if isinstance(item, str) and ":" in item:
+        from cryptoresearch.features.frames import features_of_symbol  # which builds on this module
+
+        return features_of_symbol(item)
     groups = {"all", "default", *(f.group for f in REGISTRY.values())}
     if item in groups:
-        return [f for f in REGISTRY.values() if item in ("all", f.group) or (item == "default" and f.group in GROUPS and f.candles_suffice)]
+        return [f for f in REGISTRY.values() if item == f.group or (item == "all" and f.bars_suffice) or (item == "default" and f.group in GROUPS and f.candles_suffice)]
     close = difflib.get_close_matches(str(item), [*REGISTRY, *sorted(groups)], n=3, cutoff=0.5)
     remedy = f"Closest: {', '.join(close)}" if close else f"Groups: {', '.join(sorted(groups))}"
     raise DataNotFound(problem("the name of a feature or group", repr(item), remedy))
 
 # %% ../../nbs/features/19_registry.ipynb #5110b00e
 def feature_names(
-    groups: str | Iterable[str] | None = None,  # names and groups; everything registered when None
+    groups: str | Iterable[str] | None = None,  # names and groups; `all` when None
 ) -> list[str]:  # names
     "Names of the registered features."
     return [f.name for f in resolve("all" if groups is None else groups)]
@@ -198,7 +212,7 @@ def feature_names(
 # %% ../../nbs/features/19_registry.ipynb #7fbad9f9
 def feature_table(
     features: str | Feature | Iterable[str | Feature] | None = "all",  # names, groups, objects
-) -> pd.DataFrame:  # index feature; group, inputs, warmup (bars), unit, source
+) -> pd.DataFrame:  # index feature; group, inputs, warmup (bars), unit, source, tolerance (relative)
     "One row a feature: what it is and what it needs."
-    rows = [(f.name, f.group, " ".join(f.inputs), f.warmup, f.unit, f.source) for f in resolve(features)]
-    return pd.DataFrame(rows, columns=["feature", "group", "inputs", "warmup", "unit", "source"]).set_index("feature")
+    rows = [(f.name, f.group, " ".join(f.inputs), f.warmup, f.unit, f.source, f.tolerance) for f in resolve(features)]
+    return pd.DataFrame(rows, columns=["feature", "group", "inputs", "warmup", "unit", "source", "tolerance"]).set_index("feature")

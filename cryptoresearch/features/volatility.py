@@ -96,13 +96,13 @@ def leverage(
     return log_return(close, length).clip(upper=0) / sqrt(length)
 
 # %% ../../nbs/features/20c_volatility.ipynb #c54c8083
-_LOG = "log of log return per bar"
+_LOG, _HOURS = "log of log return per bar", "; a day, a week, a month of hours"
 for _n in (6, 24, 168, 720):
-    on_columns(log_realised, f"har_{_n}", "close", _n + 1, _LOG, "har", "Corsi, 2009", length=_n)
+    on_columns(log_realised, f"har_{_n}", "close", _n + 1, _LOG, "har", f"Corsi, 2009{_HOURS}", length=_n)
 for _n in (1, 6, 24, 168, 720):
-    on_columns(log_range, f"har_range_{_n}", "high low", _n, _LOG, "har", "Corsi, 2009; Parkinson, 1980", length=_n)
+    on_columns(log_range, f"har_range_{_n}", "high low", _n, _LOG, "har", f"Corsi, 2009; Parkinson, 1980{_HOURS}", length=_n)
 for _n in (24, 168, 720):
-    on_columns(leverage, f"leverage_{_n}", "close", _n + 1, "log return per root bar", "har", "Corsi, Reno, 2012", length=_n)
+    on_columns(leverage, f"leverage_{_n}", "close", _n + 1, "log return per root bar", "har", f"Corsi, Reno, 2012{_HOURS}", length=_n)
 
 # %% ../../nbs/features/20c_volatility.ipynb #ebde90c1
 def bipower_volatility(
@@ -272,7 +272,7 @@ def seasonal_volatility(
     return next_in_cycle(log_return(close).abs(), period, cycles)
 
 # %% ../../nbs/features/20c_volatility.ipynb #7163132a
-_AB = "Andersen, Bollerslev, 1997"
+_AB = "Andersen, Bollerslev, 1997; days and weeks of hours"
 for _period, _cycles in ((24, 7), (24, 28), (168, 4)):
     on_columns(seasonal_volatility, f"seasonal_volatility_{_period}_{_cycles}", "close", _period * _cycles + 1, "log ratio", "realised", _AB, period=_period, cycles=_cycles)
     on_columns(next_in_cycle, f"seasonal_volume_{_period}_{_cycles}", "volume", _period * _cycles, "log ratio", "realised", _AB, period=_period, cycles=_cycles)

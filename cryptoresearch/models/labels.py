@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
+from ..data.event_frames import is_event_frame
 from ..errors import SchemaError
 
 # %% ../../nbs/models/30_labels.ipynb #00000006
@@ -23,7 +24,8 @@ def _check(bars: pd.DataFrame, horizon: int, target: str) -> None:
     missing = [c for c in _NEEDED if c not in bars]
     if missing:
         raise SchemaError(f"expected bars with {', '.join(_NEEDED)}; found none of {', '.join(missing)}. Use read_bars or bar_frame of data.bars")
-    if not bars.index.is_monotonic_increasing or not bars.index.is_unique:
+    ordered = (np.diff(bars["first_id"].to_numpy()) > 0).all() if is_event_frame(bars) else bars.index.is_unique
+    if not bars.index.is_monotonic_increasing or not ordered:
         raise SchemaError("expected bars in strictly increasing order of time; found rows out of order or twice. Sort by ts and drop duplicates")
     if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
         raise SchemaError(f"expected a horizon of at least 1 bar; found {horizon!r}. Give a whole number of bars")
@@ -59,7 +61,7 @@ def fixed_horizon(
 
 # %% ../../nbs/models/30_labels.ipynb #00000011
 def sample_intervals(
-    labels: pd.DataFrame,  # of fixed_horizon, n rows
+    labels: pd.DataFrame,  # of fixed_horizon, or others with end_ts and, where the end depends on the path, planned_ts; n rows
     bars: pd.DataFrame,  # the bars they were made of, n rows
     warmup: int,  # bars that a feature row looks back, the current one included
 ) -> pd.DataFrame:  # index ts, n rows: start_ts, end_ts (NaT where the label ends after the data)
@@ -69,4 +71,5 @@ def sample_intervals(
     if warmup < 1:
         raise SchemaError(f"expected a warm-up of at least 1 bar; found {warmup}. Take it from DataProcessing.warmup")
     first = np.maximum(np.arange(len(bars)) - (warmup - 1), 0)
-    return pd.DataFrame({"start_ts": bars.index[first], "end_ts": labels["end_ts"].array}, index=bars.index)
+    end = labels["planned_ts" if "planned_ts" in labels else "end_ts"]  # planned: to keep what ended early would choose by the outcome
+    return pd.DataFrame({"start_ts": bars.index[first], "end_ts": end.array}, index=bars.index)

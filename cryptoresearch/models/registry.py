@@ -23,8 +23,8 @@ from filelock import FileLock
 from ..errors import ConfigError, DataNotFound, RunMismatch, SchemaError, problem
 from ..evaluation.audit import Audit
 from ..evaluation.scores import REFERENCE, DieboldMariano, diebold_mariano, qlike_loss, score_table, squared_loss
-from .runs import Run, _find_folder, _read_info, code_version, list_runs, load_run, runs_folder
-from .trials import corrected_p
+from .runs import Run, _find_folder, _read_info, code_version, load_run, runs_folder
+from .trials import corrected_p, target_text
 from ..settings import Settings
 
 # %% ../../nbs/models/36_registry.ipynb #bf2b9e75
@@ -60,9 +60,9 @@ class Comparison:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{self.scores.round(4).to_html(na_rep='')}{self.settings.to_html()}"
 
 # %% ../../nbs/models/36_registry.ipynb #a390dbfd
-def question(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target, horizon
+def question(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target with its parameters, horizon
     "What a run answers; runs of one question are rivals."
-    return run.config.symbol, run.config.spec, run.config.target, run.config.horizon
+    return run.config.symbol, run.config.spec, target_text(run.info["config"]), run.config.horizon
 
 
 def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
@@ -179,10 +179,15 @@ def challengers(
     settings: Settings | None = None,
 ) -> list[str]:  # names of runs, deleted ones too
     "Every run of a question that is there or that the registry has seen."
-    log, name = registry_log(settings), "/".join(map(str, asked))
-    there = list_runs(settings)
-    mine = there.index[[tuple(row) == asked for row in there[["symbol", "spec", "target", "horizon"]].itertuples(index=False)]]
-    return sorted({*map(str, mine), *log.loc[log["question"] == name, "run"]})
+    log, name, mine = registry_log(settings), "/".join(map(str, asked)), set()
+    for path in runs_folder(settings).glob("[!.]*/run.json"):
+        try:
+            c = _read_info(path.parent)["config"]
+        except RunMismatch:
+            continue  # one that cannot be read tells no question
+        if (c["symbol"], c["spec"], target_text(c), c["horizon"]) == asked:
+            mine.add(path.parent.name)
+    return sorted(mine | set(log.loc[log["question"] == name, "run"]))
 
 # %% ../../nbs/models/36_registry.ipynb #61a82884
 GATE_P = 0.05
@@ -269,7 +274,7 @@ def delete_run(
             raise ConfigError(problem("a run that is not in use", f"{folder.name}, the champion of {known.at[folder.name, "question"]!s}", "Promote another run or retire this one first"))
         try:
             config = _read_info(folder)["config"]
-            asked = "/".join(str(config[name]) for name in ("symbol", "spec", "target", "horizon"))
+            asked = "/".join(map(str, (config["symbol"], config["spec"], target_text(config), config["horizon"])))
         except (RunMismatch, KeyError, TypeError):
             asked = ""  # its record cannot be read
         gone = folder.rename(folder.parent / f".tmp-{folder.name}-{secrets.token_hex(4)}")  # at once out of sight; what a kill leaves is swept up later

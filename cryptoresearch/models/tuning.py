@@ -26,6 +26,7 @@ from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ConfigError, DataNotFound, problem
+from ..features.own import import_modules
 from ..evaluation.scores import ic, qlike
 from .peers import EnsembleModel
 from cryptoresearch.models.runs import (
@@ -75,7 +76,11 @@ def _har_ridge(t: optuna.Trial) -> dict[str, Any]:
     return {"penalty": t.suggest_float("penalty", 0.1, 1e4, log=True)}
 
 
-SPACES: dict[str, Callable[[optuna.Trial], dict[str, Any]]] = {"xgboost": _xgboost, "lightgbm": _lightgbm, "histgb": _histgb, "gb": _gb, "ridge": _ridge, "har_ridge": _har_ridge}
+def _decay_ridge(t: optuna.Trial) -> dict[str, Any]:
+    return {"penalty": t.suggest_float("penalty", 1, 1e5, log=True)}
+
+
+SPACES: dict[str, Callable[[optuna.Trial], dict[str, Any]]] = {"xgboost": _xgboost, "lightgbm": _lightgbm, "histgb": _histgb, "gb": _gb, "ridge": _ridge, "har_ridge": _har_ridge, "decay_ridge": _decay_ridge}
 
 # %% ../../nbs/models/34a_tuning.ipynb #c95f7cf2
 class _Member:
@@ -188,7 +193,7 @@ def study_name(
     "Name of the study that answers a question on these data."
     parts = identity(config, data) | {"n_folds": n_folds}
     symbol = "".join(ch for ch in config.symbol.lower() if ch.isalnum())
-    return f"{symbol}-{config.spec.lower()}-{config.target}{config.horizon}-tune{hashlib.sha256(canonical(parts).encode()).hexdigest()[:8]}"
+    return f"{symbol}-{config.spec.lower().replace(':', '_')}-{config.target}{config.horizon}-tune{hashlib.sha256(canonical(parts).encode()).hexdigest()[:8]}"
 
 
 def open_storage(
@@ -250,6 +255,7 @@ def tune(
 ) -> Tuned:  # best parameters and every trial
     "Search for a model's parameters on what lies before the test; each trial goes to the trial ledger."
     _check_space(config)
+    import_modules(config.modules)
     data = read_data(con, config)
     samples, test_start = prepare(data.bars, config), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)

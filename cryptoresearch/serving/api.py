@@ -154,16 +154,16 @@ class Prediction(Answer):
     run_id: str
     symbol: str
     spec: str
-    target: str = Field(description="return or volatility, as a fraction over `horizon` bars")
+    target: str = Field(description="return or volatility, as a fraction over `horizon` bars; scaled_return, in volatilities; direction, triple_barrier, trend, meta: an event")
     horizon: int = Field(description="bars")
     ts: Time = Field(description="open of the bar that the prediction was made on, UTC")
     close_ts: Time = Field(description="when it could be known: that bar's close, UTC")
     made_at: Time | None = Field(description="when it was in fact made, UTC")
     source: str | None = Field(description="feed of the bars: finnhub, or replay of stored trades")
-    prediction: Number = Field(description="fraction: 0.01 is one per cent")
+    prediction: Number = Field(description="fraction: 0.01 is one per cent; of an event its probability")
     outcome: Number = Field(description="what came, the same unit; null unless matured")
     outcome_ts: Time | None = Field(description="when the outcome is known, UTC")
-    state: str = Field(description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time")
+    state: str = Field(description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time; unscored: a label whose outcome only its run can tell")
 
 
 class PredictionPage(Answer):

@@ -278,11 +278,19 @@ def told_run(
     raise DataNotFound(problem("a cell that shows the run", "none in the executed notebook", "Let a cell of the template end in the run"))
 
 # %% ../../nbs/serving/53_batch.ipynb #00000024
+def _holds(notebook: Path, audit: bool) -> bool:
+    "Whether an executed notebook is there, with the audit where one is wanted."
+    if not notebook.is_file() or not audit:
+        return notebook.is_file()
+    return bool(nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {}).get("audit", False))
+
+
 def train_report(
     config: RunConfig,  # the question
     settings: Settings | None = None,  # store and runs; from the environment when None
     progress: Progress | None = None,  # told the fraction done and what is being done
     template: str = TRAIN,  # place below `nbs/`, or a path
+    audit: bool = False,  # audit the pipeline in the report; a report without it is made anew
 ) -> TrainReport:  # the run, its executed notebook and its report
     "Train a run by its notebook and leave notebook and report in the run's folder, unless they are there."
     s = settings or get_settings()
@@ -290,13 +298,13 @@ def train_report(
     with connect(s) as con:
         run_id, there = find_run(con, config, s)
     folder = root / run_id
-    if there and (folder / name).is_file() and (folder / "report.html").is_file():
+    if there and (folder / "report.html").is_file() and _holds(folder / name, audit):
         if progress:
             progress(1.0, "the same run was trained before: nothing to do")
         return TrainReport(run_id, folder, folder / name, folder / "report.html", True)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=root) as tmp:
-        parameters = json.loads(json.dumps(asdict(config)))
+        parameters = json.loads(json.dumps(asdict(config))) | ({"audit": True} if audit else {})
         paths = run_notebook(template, parameters, tmp, report=False, progress=progress, settings=s)
         done = nbformat.read(paths["notebook"], as_version=4)
         run_id = told_run(done)  # the data may have grown since

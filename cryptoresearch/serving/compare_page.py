@@ -14,7 +14,7 @@ import ipywidgets as widgets
 from ..data.store import connect
 from ..errors import CryptoResearchError, DataNotFound, problem
 from ..evaluation.comparison import Lineup, difference_view, judge_lineup, line_up, score_differences, setting_table
-from ..evaluation.report import Table
+from ..evaluation.report import Table, loss_name
 from ..models.runs import list_runs, read_data, run_strategy
 from .dashboards import PlotlyView, run_config
 from .figures import empty_figure
@@ -106,7 +106,7 @@ def _offer_runs(page: ComparePage) -> None:
 
 def _draw(page: ComparePage, line: Lineup) -> None:
     "Show the comparison."
-    target, loss = line.config.target, "QLIKE" if line.config.target == "volatility" else "squared error"
+    target, loss = line.config.target, loss_name(line.config.target)
     table = score_differences(line, draws=page.draws)
     page.verdict.value = _shown(judge_lineup(line, page.draws))
     page.settings_table.value = _shown(Table(setting_table(line), words=True))
@@ -118,13 +118,13 @@ def _draw(page: ComparePage, line: Lineup) -> None:
 # %% ../../nbs/serving/54a_compare_page.ipynb #1d8e2e0b
 def _equity(page: ComparePage, line: Lineup) -> Any:
     "What the sign of each run's forecasts would have earned."
-    if line.config.target != "return":
+    if line.config.target == "volatility":
         return empty_figure("A forecast of volatility is not traded by itself", 120)
     results = {}
     for k, run in line.runs.items():
         with connect(page.settings, snapshot=run.info["snapshot"], read_only=True) as con:
             strategy = run_strategy(line.frames[k], read_data(con, run.config).bars, run.config)
-        assert strategy is not None  # noqa: S101  (a run on returns)
+        assert strategy is not None  # noqa: S101  (only volatility is not traded)
         results[k] = strategy
     return equities_figure(results)
 

@@ -31,7 +31,6 @@ from ..data.bars import bar_length
 from ..data.store import connect, snapshot
 from ..errors import CryptoResearchError, DataNotFound, problem
 from ..features.pipeline import REGISTRY
-from ..models.labels import Target
 from .batch import kernel_env, notebook_path
 from .figures import CONFIG, candles_figure, empty_figure, gap_stretches, prediction_figure, warning_text
 from .queries import bars_page, features_page, read_forecasts, read_run, read_runs, read_specs, read_symbols
@@ -219,11 +218,11 @@ def draw(
         page.forecast.show(prediction_figure(forecasts, target, source=origin, title=f"{symbol} · {page.run.label}"))
 
 
-def _forecasts(page: MarketPage, con: duckdb.DuckDBPyConnection, bars: pd.DataFrame) -> tuple[Target, pd.DataFrame | None]:
+def _forecasts(page: MarketPage, con: duckdb.DuckDBPyConnection, bars: pd.DataFrame) -> tuple[str, pd.DataFrame | None]:
     "Target and predictions of the chosen model over the bars shown."
     if not page.run.value:
         return "return", None
-    target: Target = "volatility" if run_config(read_run(page.settings, page.run.value)).get("target") == "volatility" else "return"
+    target = str(run_config(read_run(page.settings, page.run.value)).get("target", "return"))
     return target, read_forecasts(con, page.settings, page.run.value, bars.index[0], bars["close_ts"].iloc[-1])
 
 

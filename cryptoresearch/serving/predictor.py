@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, read_bars, trades_to_bars
 from ..data.store import init_duckdb, write
-from ..errors import DataNotFound, StoreBusy
+from ..errors import ConfigError, DataNotFound, StoreBusy, problem
+from ..features.registry import resolve
 from ..models.runs import Run, load_run
 from ..settings import Settings, get_settings
 
@@ -38,6 +39,10 @@ class Predictor:
         source: str = "replay",  # of the live bars, noted in every row
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),  # for made_at
     ) -> None:
+        if ":" in run.config.spec:
+            raise ConfigError(problem("a run on bars of equal length to predict live", f"event bars, {run.config.spec}", "Choose a run on time bars; make its forecasts with run.predict"))
+        if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
+            raise ConfigError(problem("a run whose features need its own bars alone", f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}", "Live bars have no columns of other symbols or of the trades inside them; train without such features"))
         self.run, self.source, self.clock = run, source, clock
         self.length, self.warmup = bar_length(run.config.spec), int(run.pipeline.warmup)
         self.skipped: Counter[str] = Counter()  # bars without a prediction, by reason
@@ -203,6 +208,7 @@ class _Live:
     "State of one `predict_live`."
 
     def __init__(self, con: duckdb.DuckDBPyConnection, run: Run, source: str) -> None:
+        Predictor(run, pd.DataFrame())  # refuses what it cannot follow, before anything is awaited
         self.con, self.run, self.source = con, run, source
         self.follow = _Follower(con, run.config.symbol, source)
         self.bars: LiveBars | None = None

@@ -18,7 +18,7 @@ import pandas as pd
 from ..data.bars import SOURCES, bar_length, bar_spec, read_bars
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
-from .figures import match_outcomes
+from .figures import FIXED, match_outcomes
 from ..settings import Settings
 
 # %% ../../nbs/serving/50a_queries.ipynb #4e647e44
@@ -166,7 +166,7 @@ _ONE_LABEL = ["symbol", "spec", "target", "horizon", "source"]
 def with_outcomes(
     con: duckdb.DuckDBPyConnection,  # of data.store
     rows: pd.DataFrame,  # index ts; symbol, spec, target, horizon, source, prediction
-) -> pd.DataFrame:  # the same rows with y (fraction, NaN unless matured), end_ts (UTC), state: matured, waiting or gap
+) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC), state: matured, waiting, gap, or unscored where only the run can tell the outcome
     "Predictions with their outcomes, from the bars of their own source or another one."
     if rows.empty:
         return rows.assign(y=pd.Series(dtype=float), end_ts=pd.Series(dtype="datetime64[us, UTC]"), state=pd.Series(dtype=str))
@@ -178,8 +178,10 @@ def with_outcomes(
 def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
     "Outcomes of the predictions of one label: from their own source first, then from the others in order of trust."
     symbol, spec, target, horizon, own = (part[name].iloc[0] for name in _ONE_LABEL)
+    if ":" in spec:  # event bars are not followed live
+        return part.assign(y=np.nan, end_ts=pd.Series(pd.NaT, part.index, dtype="datetime64[us, UTC]"), state="unscored")
     length, horizon = bar_length(spec), int(horizon)
-    y, state = np.full(len(part), np.nan), np.full(len(part), "waiting", dtype=object)
+    y, state = np.full(len(part), np.nan), np.full(len(part), "waiting" if target in FIXED else "unscored", dtype=object)
     there = specs[(specs["symbol"] == symbol) & (specs["spec"] == bar_spec(spec))]["source"].tolist()
     for source in sorted(there, key=lambda s: (s != own, _trust(s))):
         todo = np.flatnonzero(state != "matured")

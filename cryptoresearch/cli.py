@@ -226,7 +226,7 @@ def train(
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
-    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine times the work of training.")] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine to eleven times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
     from cryptoresearch.features.own import whole_paths

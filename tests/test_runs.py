@@ -434,7 +434,7 @@ def test_every_kind_of_label_is_trained_reported_and_made_again(trained, tmp_pat
         assert p["lower"].notna().all() and model["rmse"] > 0.3  # in volatilities
     else:
         assert p["prediction"].between(0, 1).all() and p["lower"].isna().all() and run.model.loss == "probability"
-        assert {"auc", "brier", "log_loss", "ic"} <= set(model) and set(run.info["scores"]) == {"model", "base", "half"}
+        assert {"auc", "brier", "log_loss", "ic"} <= set(model) and set(run.info["scores"]) == {"model", "base", "half", "last"}
         assert p.groupby("fold")["base"].nunique().eq(1).all()
     if target in ("triple_barrier", "meta"):
         assert p["held"].between(1, 6).all() and (p["held"] < 6).any()

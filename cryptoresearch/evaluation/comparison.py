@@ -6,8 +6,8 @@
 __all__ = ['RULES', 'Lineup', 'line_up', 'setting_table', 'Measure', 'implied_probability', 'measures', 'score_intervals',
            'score_differences', 'interval_view', 'difference_view', 'pair_table', 'set_view', 'Finding',
            'comparison_rules', 'relative_gap', 'judge_lineup', 'known_baselines', 'baseline_table', 'baseline_view',
-           'regime_table', 'regime_view', 'wanted_positions', 'payable', 'strategies', 'strategy_rows', 'costs_text',
-           'strategy_rows_view', 'ladder_view', 'feature_ic', 'discoveries']
+           'regime_table', 'regime_view', 'wanted_positions', 'payable', 'placed_positions', 'strategies', 'clocked',
+           'strategy_rows', 'costs_text', 'strategy_rows_view', 'ladder_view', 'feature_ic', 'discoveries']
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #fbed57ec
 import html
@@ -401,7 +401,7 @@ def regime_table(
     target: str,
     horizon: int,
     window_bars: int = 168,  # of the volatility that makes the terciles
-) -> pd.DataFrame:  # index regime, part: n, ic, ic_t, saved (share of the reference's loss), dm_p, coverage
+) -> pd.DataFrame:  # index regime, part: n, ic, ic_t, saved (share of the reference's loss), dm_p, coverage; of events auc and log_loss in its place
     "Scores by volatility tercile, part of the day and year."
     rows = predictions.dropna(subset=["y", "prediction", REFERENCE[target]])
     sigma = np.log(bars["close"]).diff().rolling(window_bars, min_periods=window_bars // 2).std()
@@ -411,7 +411,10 @@ def regime_table(
         a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", REFERENCE[target]))
         known = np.isfinite(a) & np.isfinite(b)
         saved = 1 - float(a[known].mean() / b[known].mean()) if known.any() else float("nan")
-        return {"ic": ic(part["prediction"], part["y"]), "ic_t": ic_t(part["prediction"], part["y"], horizon), "saved": saved, "dm_p": diebold_mariano(a[known], b[known], horizon).p_value, "coverage": interval_coverage(part["y"], part["lower"], part["upper"])}
+        found = {"ic": ic(part["prediction"], part["y"]), "ic_t": ic_t(part["prediction"], part["y"], horizon), "saved": saved, "dm_p": diebold_mariano(a[known], b[known], horizon).p_value}
+        if is_event(target):
+            return found | {"auc": auc(part["prediction"], part["y"]), "log_loss": float(cross_entropy(part["prediction"], part["y"]).mean())}
+        return found | {"coverage": interval_coverage(part["y"], part["lower"], part["upper"])}
 
     table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), sigma))
     return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "hour", "year").index(k[0]), k[1]))]  # calm, middle, storm
@@ -426,7 +429,9 @@ def regime_view(
     for name, column, form in (("IC", "ic", ".3f"), ("t of IC", "ic_t", ".1f"), (f"loss saved against {baseline}", "saved", ".1%")):
         view[name] = table[column].map(lambda v, f=form: number(v, f))
     view["DM p"] = [p_value(p).removeprefix("p ").removeprefix("= ") if np.isfinite(p) else "–" for p in table["dm_p"]]
-    view["coverage"] = table["coverage"].map(lambda v: number(v, ".1%"))
+    for name, column, form in (("AUC", "auc", ".3f"), ("log loss", "log_loss", ".4f"), ("coverage", "coverage", ".1%")):
+        if column in table:
+            view[name] = table[column].map(lambda v, f=form: number(v, f))
     view.index = ["all" if a == "all" else f"{a}: {b}" for a, b in table.index]
     return Table(view, note="Rows of a regime are treated as neighbours even where time lies between them. A dozen regimes hold one p below 0.08 by luck alone.")
 
@@ -460,6 +465,20 @@ def payable(
     return costs if bars.index[0] <= day else replace(costs, impact=0.0)
 
 
+def placed_positions(
+    predictions: pd.DataFrame,  # as for `strategies`
+    bars: pd.DataFrame,  # bars of the run
+    costs: Costs,
+) -> tuple[dict[str, pd.Series], pd.Series | None]:  # positions by rule, and how long each is held, as `trade` takes them
+    "Positions of each rule on the rows of their bars."
+    rows = predictions.dropna(subset=["prediction"])
+    wanted, held = wanted_positions(rows, costs), rows.get("held")
+    if bars.index.is_unique:
+        return wanted, held
+    frame = on_bars(pd.DataFrame(wanted).assign(first_id=rows["first_id"], **({} if held is None else {"held": held})), bars)
+    return {rule: frame[rule] for rule in wanted}, frame.get("held")
+
+
 def strategies(
     predictions: pd.DataFrame,  # of a run on returns; of another target as `as_returns` of models.targets gives them
     bars: pd.DataFrame,  # bars of the run
@@ -468,14 +487,19 @@ def strategies(
     latency_bars: int = 1,  # 1 trades at the next open, 2 one bar late
 ) -> dict[str, StrategyResult]:  # by rule; rules without a trade are there too
     "Trade forecasts by each rule."
-    c, rows = payable(costs or Costs(), bars, predictions.index[0]), predictions.dropna(subset=["prediction"])
-    wanted, held = wanted_positions(rows, c), rows.get("held")
-    if not bars.index.is_unique:
-        frame = on_bars(pd.DataFrame(wanted).assign(first_id=rows["first_id"], **({} if held is None else {"held": held})), bars)
-        wanted, held = {rule: frame[rule] for rule in wanted}, frame.get("held")
+    c = payable(costs or Costs(), bars, predictions.index[0])
+    wanted, held = placed_positions(predictions, bars, c)
     return {rule: trade(wanted[rule], bars, horizon, c, latency_bars, held) for rule in wanted}
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #3cb88507
+def clocked(
+    r: StrategyResult,
+) -> StrategyResult:  # on event bars by the hour, as the ledger keeps trials; on time bars as it is
+    "A strategy in periods of equal length."
+    steps = np.diff(pd.DatetimeIndex(r.returns.index).asi8)
+    return r if len(steps) == 0 or (steps == steps[0]).all() else on_clock(r)
+
+
 def strategy_rows(
     results: Mapping[str, StrategyResult],  # of `strategies`
     trials: Sequence[float] = (),  # Sharpe ratios per bar of the trials in the ledger
@@ -483,7 +507,7 @@ def strategy_rows(
     seed: int = 0,
 ) -> pd.DataFrame:  # index rule: total_return, sharpe (a year), deflated (probability), max_drawdown, turnover_per_day, exposure, break_even_bps, cost_per_year, capacity, random_p; the trials counted in attrs
     "Measures of each rule after costs, its capacity, and its rank among random signals of the same turnover."
-    counted = [*trials, *(sharpe_ratio(r.returns) for r in results.values())]
+    counted = [*trials, *(sharpe_ratio(clocked(r).returns) for r in results.values())]
     rows = {rule: _measures_of(r, counted, draws, seed) for rule, r in results.items()}
     some = next(iter(results.values()))
     years = np.sqrt(ANNUAL_SECONDS / some.bar_s)
@@ -495,12 +519,10 @@ def strategy_rows(
 
 def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: int) -> dict[str, float]:
     "One rule."
-    steps = np.diff(pd.DatetimeIndex(r.returns.index).asi8)
-    clocked = r if len(steps) == 0 or (steps == steps[0]).all() else on_clock(r)  # trials on event bars are by the hour
     days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)
     luck = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
     paid = float("nan") if r.costs is None else float(r.costs.sum().sum()) / days * 365
-    return {"total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked, trials)[0], "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()), "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": luck}
+    return {"total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0], "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()), "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": luck}
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #60daab1a
 def costs_text(
@@ -532,9 +554,9 @@ def ladder_view(
     latency_bars: int = 2,
 ) -> Table:
     "Show what is left after each cost."
-    added = {"fee": f"fee of {number(costs.fee_bps, 'g')} bp", "spread": f"and {number(costs.half_spread_bps, 'g')} bp of half-spread", "impact": f"and impact at {number(costs.capital, ',.0f')}", "funding": "and funding", "latency": "and one bar late" if latency_bars == 2 else f"and {latency_bars - 1} bars late"}
-    counted = [*trials, *(sharpe_ratio(r.returns) for r in results.values())]
-    rows = {added[k]: {"return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe a year": number(r.sharpe, ".2f"), "deflated": number(deflate(r, counted)[0], ".2f"), "worst fall": number(r.max_drawdown, ".1%")} for k, r in results.items()}
+    added = {"fee": f"fee of {number(costs.fee_bps, 'g')} bp", "spread": f"and {number(costs.half_spread_bps, 'g')} bp of half-spread", "impact": f"and impact at {number(costs.capital, ',.0f')}" if costs.impact else "and no impact", "funding": "and funding" if np.any(costs.funding_bps) else "and no funding", "latency": "and one bar late" if latency_bars == 2 else f"and {latency_bars - 1} bars late"}
+    counted = [*trials, *(sharpe_ratio(clocked(r).returns) for r in results.values())]
+    rows = {added[k]: {"return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe a year": number(r.sharpe, ".2f"), "deflated": number(deflate(clocked(r), counted)[0], ".2f"), "worst fall": number(r.max_drawdown, ".1%")} for k, r in results.items()}
     return Table(pd.DataFrame(rows).T, note=f"The sign of each forecast; each row pays what the rows above pay, too. Deflated by {int(np.isfinite(counted).sum()):,} trials: the ledger's and these.")
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #42c48eff

@@ -36,7 +36,7 @@ def verdict_rules() -> pd.DataFrame:  # one row a rule, in the order of their us
         ("too little to judge", f"fewer than {FEWEST_OUTCOMES} outcomes that do not overlap"),
         ("suspicious", f"IC above {SUSPICIOUS_IC} with t above {LEAK_T:g} on returns or events of bars shorter than a day, or OOS R² of volatility above {SUSPICIOUS_R2}: hunt for a leak"),
         ("skill", f"better than the baseline by the Diebold-Mariano test, p below {ALPHA} (returns: squared error, OOS R² above 0, and an IC with t above {CLEAR_T:g}, because a forecast that only follows the drift is none; probabilities of events: the same with the Brier score against the base rate of the training; volatility: QLIKE, against every baseline of the table)"),
-        ("weak", f"returns and events: not skill, but the order of the forecasts is right more often than not (IC above 0, t above {CLEAR_T:g})"),
+        ("weak", f"returns and events: not skill, but the order of the forecasts is right more often than not (IC above 0, t above {CLEAR_T:g}); or probabilities that beat the base rate, but not clearly what the last outcome tells"),
         ("no skill", "everything else"),
         ("tradable", f"returns and events, said beside the above: break-even cost above the fee, a better Sharpe ratio than holding, and a deflated one of {CONFIDENT} or more"),
     ]
@@ -87,6 +87,7 @@ def _of_order(
     intraday: bool,  # bars shorter than a day
     evidence: str,  # against the baseline
     order: str,  # IC and its t
+    unbeaten: Sequence[str] = (),  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
     "Judge forecasts of returns and events, whose order has to be right too."
     beats = row["dm_stat"] < 0 and row["dm_p"] < ALPHA and row["r2_oos"] > 0
@@ -96,6 +97,8 @@ def _of_order(
         return "suspicious", f"Too good to believe: {order} on {'returns' if REFERENCE[target] == 'zero' else 'events of prices'} is beyond what honest forecasts reach; hunt for a leak before anything else"
     if beats and not row["ic_t"] > CLEAR_T:
         return "none", f"No skill beyond the market's drift: {what} beat {base} ({evidence}), but their order tells nothing ({order})"
+    if beats and unbeaten:
+        return "weak", f"A weak signal: {what} beat {base} ({evidence}; {order}), but not clearly what the last outcome tells for nothing"
     if beats:
         return "skill", f"{what[0].upper()}{what[1:]} beat {base} ({evidence}; {order})"
     if row["ic_t"] > CLEAR_T:
@@ -119,7 +122,7 @@ def _forecast(
     if row["n"] / horizon < FEWEST_OUTCOMES:
         return "unclear", f"Too little to judge: {row['n']:.0f} overlapping outcomes are {row['n'] / horizon:.0f} separate ones, {FEWEST_OUTCOMES} are needed ({order})"
     if target != "volatility":
-        return _of_order(row, target, intraday, evidence.replace("OOS R²", "Brier skill") if "auc" in row else evidence, order)
+        return _of_order(row, target, intraday, evidence.replace("OOS R²", "Brier skill") if "auc" in row else evidence, order, unbeaten)
     base = REFERENCE[target].upper()
     if row["r2_oos"] > SUSPICIOUS_R2:
         return "suspicious", f"Too good to believe: OOS R² {number(row['r2_oos'])} on volatility; hunt for a leak before anything else"
@@ -169,7 +172,8 @@ def judge(
     simulated: bool = False,  # the data come from the simulated exchange
 ) -> Judgement:  # level and sentence
     "Judge a forecast by `verdict_rules`."
-    rivals = scores.drop(index=["model", REFERENCE[target]], errors="ignore") if target == "volatility" and "model_dm_p" in scores else scores.iloc[:0]
+    others = ["last"] if REFERENCE[target] == "base" else [n for n in scores.index if n not in ("model", REFERENCE[target])] if target == "volatility" else []
+    rivals = scores[scores.index.isin(others)] if "model_dm_p" in scores else scores.iloc[:0]
     unbeaten = [str(name) for name, r in rivals.iterrows() if not (r["model_dm_stat"] < 0 and r["model_dm_p"] < ALPHA)]
     level, sentence = _forecast({str(k): v for k, v in scores.loc["model"].items()}, target, horizon, intraday, unbeaten)
     if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):

@@ -192,7 +192,7 @@ def cross_entropy(
 # %% ../../nbs/evaluation/40_scores.ipynb #724ca9f4
 REFERENCE: dict[str, str] = {"return": "zero", "scaled_return": "zero", "volatility": "ewma"} | dict.fromkeys(("direction", "triple_barrier", "trend", "meta"), "base")
 LEAST_COVER = 0.98  # share of the rows that a baseline has to know to be scored
-_BASELINES: dict[str, tuple[str, ...]] = {"zero": ("zero", "last"), "ewma": ("last", "ewma", "har"), "base": ("base", "half")}  # by the reference
+_BASELINES: dict[str, tuple[str, ...]] = {"zero": ("zero", "last"), "ewma": ("last", "ewma", "har"), "base": ("base", "half", "last")}  # by the reference
 
 
 def _scores(f: np.ndarray, y: np.ndarray, reference: np.ndarray, target: str, horizon: int) -> dict[str, float]:

@@ -117,13 +117,14 @@ def cost_ladder(
     horizon: int = 1,  # bars
     costs: Costs | None = None,  # all of them; a fee of 5 basis points when None
     latency_bars: int = 2,  # of the last step
+    held: pd.Series | None = None,  # as for `trade`
 ) -> dict[str, StrategyResult]:  # by what was added last
     "Trade the same positions with one cost more each time, and late in the end."
     c, out = costs or Costs(), {}
     steps = {"fee": Costs(c.fee_bps), "spread": Costs(c.fee_bps, c.half_spread_bps), "impact": Costs(c.fee_bps, c.half_spread_bps, c.impact, c.capital), "funding": c}
     for name, some in steps.items():
-        out[name] = trade(wanted, bars, horizon, some)
-    out["latency"] = trade(wanted, bars, horizon, c, latency_bars)
+        out[name] = trade(wanted, bars, horizon, some, held=held)
+    out["latency"] = trade(wanted, bars, horizon, c, latency_bars, held)
     return out
 
 # %% ../../nbs/evaluation/41a_trading.ipynb #ba15492f

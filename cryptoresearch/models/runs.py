@@ -57,7 +57,7 @@ from .boosting import TailModel
 from .estimators import MODELS
 from .labels import sample_intervals
 from .splits import WalkForward
-from .targets import TARGETS, as_returns, is_event, known_volatility, label_params, label_warmup, make_labels, primary_side, target_baselines
+from .targets import TARGETS, as_returns, is_event, known_volatility, label_params, label_warmup, make_labels, previous_outcome, primary_side, target_baselines
 from .trials import model_text, question_of, record_trial, saved_loss, trial_sharpes
 from ..settings import Settings, get_settings
 
@@ -444,6 +444,8 @@ def prepare(
     labels, base = make_labels(*asked, trades=trades), target_baselines(*asked)
     if config.target == "volatility" and bars.index.is_unique:
         base["har"] = har_volatility(bars, config.horizon)
+    if is_event(config.target):
+        base["last"] = previous_outcome(labels, labels)
     if is_event_frame(bars):
         labels = labels.assign(first_id=bars["first_id"])  # which bar, since a time does not tell
     warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in resolve(list(X.columns))))

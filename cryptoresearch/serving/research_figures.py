@@ -17,6 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from optuna.trial import TrialState
 
+from ..evaluation.comparison import clocked
 from ..evaluation.strategy import StrategyResult
 from .report_figures import BAD, BASELINE, INK, MODEL, OUTCOME, folds_figure, thin
 
@@ -61,6 +62,7 @@ def equities_figure(
     band: pd.DataFrame | None = None,  # of random_equity: capital at 5 %, 50 % and 95 % of random signals
 ) -> go.Figure:  # return after costs over time, and that of holding
     "Draw several strategies after costs, holding, and what random signals of the same turnover reach."
+    results = {name: clocked(r) for name, r in results.items()}  # event bars may share a moment
     lines = {name: (1 + r.returns).cumprod() - 1 for name, r in results.items()}
     longest = max(results.values(), key=lambda r: len(r.returns))
     capital = pd.DataFrame({**lines, "holding": (1 + longest.hold).cumprod() - 1})

@@ -69,6 +69,7 @@ def list_features(
     symbol: Symbol = "BTCUSDT",
     bars: Bars = "1h",
     target: Target = "return",
+    label: Label = None,
     horizon: Horizon = 24,
     start: Start = None,
     end: End = None,
@@ -86,7 +87,7 @@ def list_features(
     chosen = resolve(features or ["default"])
     if not report:
         return show_frame(feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]])
-    asked = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "modules": list(whole_paths(modules or [])), "model": model, "seed": seed}
+    asked = {"symbol": symbol, "spec": bars, "target": target, "label": read_params(label or [], "--label up=2"), "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(features or ["default"]), "modules": list(whole_paths(modules or [])), "model": model, "seed": seed}
     make_report("feature_report", f"{symbol}-{bars}-{target}{horizon}", asked, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #c5413b73
@@ -95,6 +96,7 @@ def tune(
     symbol: Symbol = "BTCUSDT",
     bars: Bars = "1h",
     target: Target = "return",
+    label: Label = None,
     horizon: Horizon = 24,
     start: Start = None,
     end: End = None,
@@ -120,7 +122,7 @@ def tune(
     from cryptoresearch.models.tuning import param_options
     from cryptoresearch.models.tuning import tune as search
 
-    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights, modules=whole_paths(modules or []))
+    asked = RunConfig(symbol=symbol, spec=bars, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"))
     with console.status("searching") as status, init_duckdb() as con:
         found = search(con, asked, trials, n_folds=folds, storage=storage, progress=lambda share, text: status.update(text))
     show_frame(found.table.head(10).round(5))
@@ -128,7 +130,7 @@ def tune(
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    --model {model} {best}", soft_wrap=True, markup=False)
     if report:
-        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "modules": list(asked.modules), "model": model, "params": dict(asked.params), "seed": seed, "embargo": embargo, "weights": weights, "refit_every": refit}
+        question = {"symbol": symbol, "spec": bars, "target": target, "horizon": horizon, "start": start, "end": end, "test_start": test_start, "features": list(asked.features), "modules": list(asked.modules), "model": model, "params": dict(asked.params), "seed": seed, "embargo": embargo, "weights": weights, "refit_every": refit, "label": dict(asked.label)}
         make_report("tune", found.study.study_name, question | {"trials": trials, "inner_folds": folds, "storage": storage}, output, get_settings())
 
 # %% ../nbs/60b_cli_research.ipynb #de231155

@@ -551,11 +551,11 @@ class Run:
     def predict(
         self,
         bars: pd.DataFrame,  # bar frame with at least the warm-up before the first bar of interest
-    ) -> pd.DataFrame:  # index ts, a row for each usable bar: known_ts, prediction, lower, upper (NaN for a probability)
+    ) -> pd.DataFrame:  # index ts, a row for each usable bar: known_ts, prediction, lower, upper (NaN for a probability), and first_id of event bars
         "Forecast new bars with the final model."
         X = self.pipeline.process_data(bars)
         rows = usable_rows(X, bars)
-        out = bars.loc[rows, ["close_ts"]].rename(columns={"close_ts": "known_ts"})
+        out = bars.loc[rows, ["close_ts", *(["first_id"] if is_event_frame(bars) else [])]].rename(columns={"close_ts": "known_ts"})
         if not rows.any():
             return out.assign(prediction=0.0, lower=0.0, upper=0.0)
         return out.assign(**_predict(self.model, X[rows]))

@@ -158,6 +158,7 @@ class Prediction(Answer):
     horizon: int = Field(description="bars")
     ts: Time = Field(description="open of the bar that the prediction was made on, UTC")
     close_ts: Time = Field(description="when it could be known: that bar's close, UTC")
+    first_id: int | None = Field(default=None, description="of an event bar, several of which may open at one moment; null for time bars")
     made_at: Time | None = Field(description="when it was in fact made, UTC")
     source: str | None = Field(description="feed of the bars: finnhub, or replay of stored trades")
     prediction: Number = Field(description="fraction: 0.01 is one per cent; of an event its probability")

@@ -152,7 +152,7 @@ def read_predictions(
     "One page of live predictions with what came of them."
     where, values = _clauses(symbol=symbol, run_id=run_id, start=start, end=end)
     order, more = ("DESC", 0) if start is None else ("ASC", 1)
-    sql = f"SELECT * FROM predictions WHERE {where} QUALIFY dense_rank() OVER (ORDER BY ts {order}) <= {int(limit) + more} ORDER BY ts, run_id, source, made_at"
+    sql = f"SELECT * FROM predictions WHERE {where} QUALIFY dense_rank() OVER (ORDER BY ts {order}) <= {int(limit) + more} ORDER BY ts, run_id, source, first_id, made_at"
     rows = _utc(con.execute(sql, values).df()).set_index("ts")
     times = rows.index.unique()
     following = times[-1] if len(times) > limit else None
@@ -178,7 +178,7 @@ def with_outcomes(
 def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
     "Outcomes of the predictions of one label: from their own source first, then from the others in order of trust."
     symbol, spec, target, horizon, own = (part[name].iloc[0] for name in _ONE_LABEL)
-    if ":" in spec:  # event bars are not followed live
+    if ":" in spec:  # outcomes of live event bars are not looked up
         return part.assign(y=np.nan, end_ts=pd.Series(pd.NaT, part.index, dtype="datetime64[us, UTC]"), state="unscored")
     length, horizon = bar_length(spec), int(horizon)
     y, state = np.full(len(part), np.nan), np.full(len(part), "waiting" if target in FIXED else "unscored", dtype=object)

@@ -10,6 +10,7 @@ import textwrap
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -27,7 +28,7 @@ from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns
 from cryptoresearch.models import runs
 from cryptoresearch.models.runs import RunConfig, list_runs, load_run, reproduce, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
-from cryptoresearch.serving.predictor import Predictor, predict_live
+from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings, shared_data
 
 SMALL = {"n_estimators": 40, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
@@ -527,13 +528,28 @@ def test_a_hole_is_spanned_by_no_label_and_no_feature(events):
     assert np.isnan(one[k : k + 24]).all() and np.isfinite(one[k + 25])
 
 
-def test_what_has_no_meaning_on_event_bars_is_refused(events):
+def test_event_bars_are_predicted_one_by_one_as_all_at_once(events):
+    "A predictor that is given one bar at a time, behind stored history and across a hole, says what batch says."
     with connect(events) as con:
         run, bars = train_run(con, EVENTS, events), runs.read_data(con, EVENTS).bars
-    with pytest.raises(ConfigError, match="bars of equal length to predict live"):
-        Predictor(run, pd.DataFrame())
-    with pytest.raises(ConfigError, match="bars of equal length to predict live"):
-        predict_live(events, run.id)
+    run.info["trained_until"] = bars.index[0].isoformat()  # so that bars of the training are predicted too
+    k = int(np.flatnonzero(bars["gap"])[0])
+    begin, end = k - 30, k + run.info["warmup"] + 60
+    predictor = Predictor(run, bars.iloc[:begin])
+    made = pd.concat([rows for i in range(begin, end) if not bars["gap"].iloc[i] and len(rows := predictor.update(bars.iloc[[i]]))])
+    assert predictor.update(bars.iloc[begin:end]).empty and predictor.skipped["gap"] == 1
+    whole = run.predict(bars)
+    expected = whole[whole["first_id"].isin(bars["first_id"].iloc[begin:end])]
+    assert made["first_id"].tolist() == expected["first_id"].tolist() and len(made) > 60
+    assert np.allclose(made["prediction"].to_numpy(dtype=float), expected["prediction"], rtol=0, atol=1e-9)
+
+
+def test_what_has_no_meaning_on_event_bars_is_refused(events):
+    with connect(events) as con:
+        bars = runs.read_data(con, EVENTS).bars
+    learned = SimpleNamespace(config=replace(EVENTS, spec="tick_imbalance:50"))
+    with pytest.raises(ConfigError, match="learn their threshold"):
+        Predictor(learned, pd.DataFrame())
     for asked in ("frames", "realised"):
         with pytest.raises(SchemaError, match="no common one"):
             DataProcessing(asked).process_data(bars)

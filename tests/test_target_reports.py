@@ -1,0 +1,99 @@
+"""Audit, evaluation, search and feature report of probabilities and of event bars, by their commands."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cryptoresearch.data.bars import make_bars
+from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.simulate import simulate_trades
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.models.runs import Run, RunConfig, train_run
+from cryptoresearch.settings import Settings
+
+HOURS = RunConfig(target="direction", start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))
+MONEY = RunConfig("SIMUSDT", "dollar:100000", target="triple_barrier", label={"window": 100}, horizon=2, refit_every="12h", model="ridge", features=("returns",))
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Floor:
+    "A store with a run of each kind."
+
+    settings: Settings
+    hours: Run
+    money: Run
+    call: Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def floor(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Floor:
+    "Five real months of hours, and four simulated days of trades in dollar bars."
+    home = tmp_path_factory.mktemp("floor")
+    s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)
+    hours = pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
+    times = pd.to_datetime(hours["open_time"], utc=True)
+    hours[(times >= "2021-01-01") & (times < "2021-06-01")].to_parquet(home / "BTCUSDT-1h.parquet")
+    with init_duckdb(s) as con:
+        process_file(con, home / "BTCUSDT-1h.parquet", kind="klines", symbol="BTCUSDT", interval="1h")
+        make_bars(con, "BTCUSDT", "1h")
+        for file in simulate_trades(home / "sim", "SIMUSDT", days=4, trades_per_day=30_000):
+            process_file(con, str(file))
+        make_bars(con, "SIMUSDT", "dollar:100000")
+        runs = [train_run(con, c, s) for c in (HOURS, MONEY)]
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
+        env = clean | {"CRYPTORESEARCH_HOME": str(home), "DUCKDB_PATH": s.duckdb_path, "RUNS_DIR": str(s.runs_dir), "COLUMNS": "200", "NO_COLOR": "1"}
+        return subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=400, check=False)
+
+    return Floor(s, *runs, call)
+
+
+def page_of(done: subprocess.CompletedProcess[str]) -> str:
+    "Text of the page that a command wrote."
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    page = Path(re.findall(r"^report\s+(.+)$", done.stdout, re.MULTILINE)[-1].strip()).read_text(encoding="utf-8")
+    assert "Traceback" not in page and page.count('class="verdict') == 1
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>|<style.*?</style>", " ", page, flags=re.DOTALL))).split())
+
+
+@pytest.mark.parametrize("kind", ["hours", "money"])
+def test_a_probability_is_evaluated_in_full(floor: Floor, kind: str) -> None:
+    text = page_of(floor.call("evaluate", getattr(floor, kind).id, "--no-audit"))
+    for part in ("Brier score", "AUC", "log loss", "base", "half", "last", "volatility: storm", "hour: 18-23", "slope", "reliability", "resolution", "in proportion", "expected return clears the cost", "and one bar late"):
+        assert part in text, part
+    assert ("and no impact" in text) == (kind == "money")  # event bars have no day
+
+
+@pytest.mark.parametrize("kind", ["hours", "money"])
+def test_a_probability_is_audited(floor: Floor, kind: str) -> None:
+    run: Run = getattr(floor, kind)
+    done = floor.call("audit", run.id, "--draws", "1")
+    good = "audit passed" in done.stdout
+    assert done.returncode == (0 if good else 2) and (good or "found no leak" in done.stdout), done.stdout + done.stderr[-2000:]  # so few rows may miss a weak signal
+    assert ("walk of constant volatility" in done.stdout) == (kind == "money") and " auc " in done.stdout
+
+
+@pytest.mark.parametrize("question", [["--target", "triple_barrier", "--label", "window=100", "--horizon", "4", "--start", "2021-01-01", "--test-start", "2021-04-01"], ["--symbol", "SIMUSDT", "--bars", "dollar:100000", "--target", "direction", "--horizon", "4"]])
+def test_every_target_is_searched_and_its_features_reported(floor: Floor, question: list[str]) -> None:
+    few = ["--feature", "ret_1", "--feature", "ret_6", "--feature", "ret_24"]  # short warm-ups
+    done = floor.call("tune", *question, *few, "--model", "ridge", "--refit", "12h", "--trials", "3", "--folds", "2", "--report")
+    text = page_of(done)
+    assert "log loss over the inner folds" in text and "each with its returns" in text
+    assert ("window 100" in text) == ("triple_barrier" in question)
+    study = re.search(r"study\s+(\S+): 3 trials", done.stdout)
+    with connect(floor.settings, read_only=True) as con:
+        assert study and con.execute("SELECT count(*), min(kind) FROM trials WHERE run_id = ?", [study[1]]).fetchone() == (3, "return")
+    text = page_of(floor.call("features", *question, *few, "--model", "lightgbm", "--report"))
+    assert "Log loss of lightgbm" in text and "does not look ahead" in text and "mutual information" in text.lower()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .indicators import NEGLECTED, ema, ema_bars, ema_weights, log_ratio, ratio, true_range, wilder, wilder_bars, window_max, window_min
 from .registry import on_columns
-from .windows import mean_over, std_over, sum_over, weighted_over
+from .windows import mean_and_squares_over, mean_over, std_over, sum_over, weighted_over
 
 # %% ../../nbs/features/20i_trends.ipynb #55b140c8
 Array = NDArray[np.float64]
@@ -96,8 +96,10 @@ def ttm_trend(
     length: int = 6,  # bars
 ) -> pd.Series:  # 1 or -1, n bars, first length-1 NaN
     "1 where the close is above the mean median price, else -1."
-    mean = mean_over((high + low) / 2, length)
-    return pd.Series(np.where(close > mean, 1.0, -1.0), index=close.index).where((close - mean).notna())
+    middle = (high + low) / 2
+    mean, _ = mean_and_squares_over(middle, length)  # relative to the newest, so that equal prices are equal
+    above = close - middle - mean
+    return pd.Series(np.where(above > 0, 1.0, -1.0), index=close.index).where(above.notna())
 
 # %% ../../nbs/features/20i_trends.ipynb #5b206116
 def unbroken(

@@ -542,9 +542,6 @@ def _jumps(
     return {int(r) for r in (*top, *(top + 1), *edges, *(edges + 1)) if 0 <= r < len(values) - 1}
 
 # %% ../../nbs/features/23_causality.ipynb #324b8636
-_ROUNDING = {"huge": 0.1}  # largest difference that may be rounding; 0.01 elsewhere
-
-
 @dataclass
 class _Proof:
     "A function under test, its values, and what was found."
@@ -559,72 +556,16 @@ class _Proof:
         self.size, self.names, self.guilty = _sizes(self.full), [str(c) for c in self.full], set[int]()
         self.truncated, self.changed = ([_Finding() for _ in self.names] for _ in range(2))
 
+    def errors(self, part: np.ndarray) -> np.ndarray:
+        "Differences of the first rows from what they are on all bars."
+        return _errors(self.full.to_numpy()[: len(part)], part, self.size)
+
     def run(self, scene: _Scene, cut: int) -> np.ndarray | None:
-        "Differences of the rows up to the cut."
+        "Differences of the rows up to the cut; None where the function refuses."
         part = _trial(self.subject.values, scene, self.full, cut)
-        return None if part is None else _errors(self.full.to_numpy()[: cut + 1], part, self.size)
+        return None if part is None else self.errors(part)
 
-    def _note(self, findings: list[_Finding], scene: _Scene, cut: int, kind: str = "") -> None:
-        part = _trial(self.subject.values, scene, self.full, cut)
-        if part is None:
-            return
-        errors = _errors(self.full.to_numpy()[: cut + 1], part, self.size)
-        wrong = errors > self.tolerance
-        doubtful = [i for i in range(len(self.names)) if (i not in self.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)]
-        if doubtful and not self.subject.learner:
-            wrong[:, doubtful] &= self._steady(scene, cut, part, doubtful)
-        self.guilty |= {int(i) for i in np.flatnonzero(wrong.any(axis=0))}
-        for i, finding in enumerate(findings):
-            finding.add(errors[:, i], wrong[:, i], cut, kind in ("other", "shuffled"))
-
-    def _steady(self, scene: _Scene, cut: int, part: np.ndarray, columns: list[int]) -> np.ndarray:
-        "Rows whose difference is the same after a billionth's change of the past, by column."
-        differs = (part - self.full.to_numpy()[: cut + 1])[:, columns]
-        steady = differs != 0
-        for seed in self.rng.integers(1 << 30, size=8):
-            pair = [_trial(self.subject.values, s.nudged(cut, np.random.default_rng(seed)), self.full, cut) for s in (self.scene, scene)]
-            if not steady.any() or pair[0] is None or pair[1] is None:
-                break
-            steady &= np.abs((pair[1] - pair[0])[:, columns] - differs) <= 0.25 * np.abs(differs)
-        return steady
-
-    def cut(self, at: int) -> None:
-        "Take the future away."
-        self._note(self.truncated, self.scene.until(at), at)
-
-    def future(self, at: int, kind: str) -> None:
-        "Put another future."
-        self._note(self.changed, self.scene.after(at, kind, self.rng), at, kind)
-
-    def innocent(self) -> list[int]:
-        "Columns with values against which nothing was found."
-        return [i for i in np.flatnonzero(self.full.notna().any().to_numpy()).tolist() if i not in self.guilty]
-
-    def moved(self, rows: np.ndarray) -> np.ndarray | None:
-        "What moves when these bars change."
-        errors = self.run(_Scene(_change(self.bars, rows, "other", self.rng), self.scene.others, self.scene.y), len(self.bars) - 1)
-        return None if errors is None else errors > self.tolerance
-
-    def search(self, runs: int) -> None:
-        "Look for rare leaks of columns that seem innocent, in about so many runs."
-        for at in _events(self.bars):
-            self.cut(at)
-        memory = _memory(self.moved, len(self.bars)) if self.innocent() else None
-        if memory is None:
-            return
-        memory[[i for i in range(len(memory)) if i not in self.innocent()]] = max(_SPACINGS)  # found already: not searched
-        suspects = _combed(self.moved, memory, len(self.bars), runs, self.rng)
-        for i in self.innocent():
-            found = sorted(suspects[i] or (_jumps(self.full.iloc[:, i].to_numpy()) if len(self.names) <= 20 else ()))
-            for at in [found[k] for k in self.rng.permutation(len(found))[:8]]:
-                if i not in self.guilty:
-                    self.cut(at)
-                    self.future(at, "other")
-        if any(memory[i] >= max(_SPACINGS) - 1 for i in self.innocent()):
-            for at in self.rng.integers(0, len(self.bars) - 1, runs // 2):
-                self.cut(int(at))
-
-
+# %% ../../nbs/features/23_causality.ipynb #23aa0001
 def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
     "The values on all bars; a typed error where there are none."
     try:
@@ -640,6 +581,92 @@ def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
         needs_y = subject.learner is not None and scene.y is None and subject.holder[1] is None
         remedy = "A step that learns from outcomes needs y=: a function that makes them of the bars" if needs_y else "Try it on these bars by itself"
         raise SchemaError(problem("values on these bars", f"{type(e).__name__}: {e}", remedy)) from e
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0003
+_ROUNDING = {"huge": 0.1}  # largest difference that may be rounding; 0.01 elsewhere
+
+
+def _steady(
+    proof: _Proof,  # the function, and the world as it is
+    scene: _Scene,  # the other world
+    cut: int,  # row
+    part: np.ndarray,  # values up to the cut in the other world
+    columns: list[int],  # in doubt
+) -> np.ndarray:  # bool, (rows up to the cut, columns)
+    "Rows whose difference is the same after a billionth's change of the past, by column."
+    differs = (part - proof.full.to_numpy()[: cut + 1])[:, columns]
+    steady = differs != 0
+    for seed in proof.rng.integers(1 << 30, size=8):
+        pair = [_trial(proof.subject.values, s.nudged(cut, np.random.default_rng(seed)), proof.full, cut) for s in (proof.scene, scene)]
+        if not steady.any() or pair[0] is None or pair[1] is None:
+            break
+        steady &= np.abs((pair[1] - pair[0])[:, columns] - differs) <= 0.25 * np.abs(differs)
+    return steady
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0004
+def _note(
+    proof: _Proof,  # takes the findings
+    findings: list[_Finding],  # of truncation or of perturbation, one a column
+    scene: _Scene,  # the other world
+    cut: int,  # row
+    kind: str = "",  # of the other future
+) -> None:
+    "Run in the other world, and note what moved up to the cut."
+    part = _trial(proof.subject.values, scene, proof.full, cut)
+    if part is None:
+        return
+    errors = proof.errors(part)
+    wrong = errors > proof.tolerance
+    doubtful = [i for i in range(len(proof.names)) if (i not in proof.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)]
+    if doubtful and not proof.subject.learner:
+        wrong[:, doubtful] &= _steady(proof, scene, cut, part, doubtful)
+    proof.guilty |= {int(i) for i in np.flatnonzero(wrong.any(axis=0))}
+    for i, finding in enumerate(findings):
+        finding.add(errors[:, i], wrong[:, i], cut, kind in ("other", "shuffled"))
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0006
+def _cut(proof: _Proof, at: int) -> None:
+    "Take the future away."
+    _note(proof, proof.truncated, proof.scene.until(at), at)
+
+
+def _future(proof: _Proof, at: int, kind: str) -> None:
+    "Put another future."
+    _note(proof, proof.changed, proof.scene.after(at, kind, proof.rng), at, kind)
+
+
+def _innocent(proof: _Proof) -> list[int]:
+    "Columns with values against which nothing was found."
+    return [i for i in np.flatnonzero(proof.full.notna().any().to_numpy()).tolist() if i not in proof.guilty]
+
+
+def _moved(proof: _Proof, rows: np.ndarray) -> np.ndarray | None:
+    "What moves when these bars change."
+    errors = proof.run(_Scene(_change(proof.bars, rows, "other", proof.rng), proof.scene.others, proof.scene.y), len(proof.bars) - 1)
+    return None if errors is None else errors > proof.tolerance
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0007
+def _search(
+    proof: _Proof,  # with the findings so far; takes more
+    runs: int,  # of the function, about
+) -> None:
+    "Look for rare leaks of columns that seem innocent."
+    for at in _events(proof.bars):
+        _cut(proof, at)
+    memory = _memory(lambda rows: _moved(proof, rows), len(proof.bars)) if _innocent(proof) else None
+    if memory is None:
+        return
+    memory[[i for i in range(len(memory)) if i not in _innocent(proof)]] = max(_SPACINGS)  # found already: not searched
+    suspects = _combed(lambda rows: _moved(proof, rows), memory, len(proof.bars), runs, proof.rng)
+    for i in _innocent(proof):
+        found = sorted(suspects[i] or (_jumps(proof.full.iloc[:, i].to_numpy()) if len(proof.names) <= 20 else ()))
+        for at in [found[k] for k in proof.rng.permutation(len(found))[:8]]:
+            if i not in proof.guilty:
+                _cut(proof, at)
+                _future(proof, at, "other")
+    if any(memory[i] >= max(_SPACINGS) - 1 for i in _innocent(proof)):
+        for at in proof.rng.integers(0, len(proof.bars) - 1, runs // 2):
+            _cut(proof, int(at))
 
 # %% ../../nbs/features/23_causality.ipynb #958f50ff
 def _inputs(scene: _Scene) -> dict[str, tuple[str, list[str]]]:  # label: frame ("" for the bars), columns
@@ -695,8 +722,8 @@ def _all_through(proof: _Proof) -> list[str]:  # one text a column, empty for th
     "The inputs through which each column leaks."
     worst = [max(pair, key=lambda f: (f.late, f.ahead)).cut for pair in zip(proof.truncated, proof.changed, strict=True)]
     for at in sorted({w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}):  # found by truncation alone: how much does it matter?
-        proof.future(at, "other")
-        proof.future(at, "shuffled")
+        _future(proof, at, "other")
+        _future(proof, at, "shuffled")
     known = {at: _through(proof, at, [i for i, w in enumerate(worst) if w == at]) for at in sorted(set(worst) - {-1})}
     return ["" if at < 0 else " ".join(known[at].get(i, [])) or "number of rows" for i, at in enumerate(worst)]
 
@@ -723,11 +750,11 @@ def prove_causal(
     again = _errors(proof.full.to_numpy(), subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
     chosen = set(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else (int(c) for c in cuts))
     for number, at in enumerate(sorted(chosen | _behind(train_bars, len(bars)))):
-        proof.cut(at)
+        _cut(proof, at)
         for kind in KINDS[:2] if number % 2 else KINDS[2:]:
-            proof.future(at, kind)
+            _future(proof, at, kind)
     if search and proof.names and np.isfinite(again).all() and again.max(initial=0.0) <= tolerance:
-        proof.search(search)
+        _search(proof, search)
     return _table(proof, again, np.random.default_rng(seed))
 
 

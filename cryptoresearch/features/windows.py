@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weighted_over', 'sum_over', 'mean_over', 'faded_mean_over', 'std_over', 'mean_and_squares_over', 'skew_over',
            'mean_deviation_over', 'correlation_over', 'slope_over', 'z_over', 'trend_over', 'quantile_over',
-           'rank_over', 'max_over', 'min_over', 'highest_over', 'lowest_over']
+           'rank_over', 'max_over', 'min_over', 'highest_over', 'lowest_over', 'arctan']
 
 # %% ../../nbs/features/20b_windows.ipynb #278bf730
 import numpy as np
@@ -190,27 +190,48 @@ def mean_deviation_over(
 
 # %% ../../nbs/features/20b_windows.ipynb #c2e9f414
 @njit(cache=True, nogil=True)
+def _met(a: Array, b: Array, out: Array) -> None:
+    "Pairs, sums of centred squares and products, and means, of windows and the windows after them together; shape (6, rows)."
+    for i in range(b.shape[1]):
+        pairs = a[0, i] + b[0, i]
+        share = b[0, i] / max(pairs, 1.0)
+        dx, dy, both = b[4, i] - a[4, i], b[5, i] - a[5, i], a[0, i] * share
+        out[0, i] = pairs
+        out[1, i] = a[1, i] + b[1, i] + dx * dx * both
+        out[2, i] = a[2, i] + b[2, i] + dy * dy * both
+        out[3, i] = a[3, i] + b[3, i] + dx * dy * both
+        out[4, i] = a[4, i] + dx * share
+        out[5, i] = a[5, i] + dy * share
+
+
+@njit(cache=True, nogil=True)
+def _single(x: Array, y: Array, out: Array) -> None:
+    "The same of one bar each; a pair with a NaN is none."
+    out[:, : len(x)] = 0.0
+    for i in range(len(x)):
+        if not np.isnan(x[i]) and not np.isnan(y[i]):
+            out[0, i], out[4, i], out[5, i] = 1.0, x[i], y[i]
+
+# %% ../../nbs/features/20b_windows.ipynb #b20b0009
+@njit(cache=True, nogil=True)
 def _comoments(x: Array, y: Array, n: int) -> Array:
-    "Pairs, their sums of centred squares and products, and the means; shape (6, len(x))."
+    "Pairs, their sums of centred squares and products, and the means, of the last n bars; shape (6, len(x))."
     out = np.full((6, len(x)), np.nan)
-    for t in range(n - 1, len(x)):
-        pairs, x0, y0, sx, sy = 0, 0.0, 0.0, 0.0, 0.0
-        for k in range(t, t - n, -1):
-            if not np.isnan(x[k]) and not np.isnan(y[k]):
-                if pairs == 0:
-                    x0, y0 = x[k], y[k]
-                pairs += 1
-                sx += x[k] - x0
-                sy += y[k] - y0
-        mx, my = (sx / pairs, sy / pairs) if pairs else (0.0, 0.0)
-        xx, yy, xy = 0.0, 0.0, 0.0
-        for k in range(t, t - n, -1):
-            if not np.isnan(x[k]) and not np.isnan(y[k]):
-                a, b = x[k] - x0 - mx, y[k] - y0 - my
-                xx += a * a
-                yy += b * b
-                xy += a * b
-        out[0, t], out[1, t], out[2, t], out[3, t], out[4, t], out[5, t] = pairs, xx, yy, xy, x0 + mx, y0 + my
+    a, b, part, more = np.empty((6, _BLOCK + n)), np.empty((6, _BLOCK + n)), np.empty((6, _BLOCK)), np.empty((6, _BLOCK))
+    for start in range(0, len(x) - n + 1, _BLOCK):
+        rows = min(_BLOCK, len(x) - n + 1 - start)
+        width, done, size = rows + n - 1, 0, 1
+        _single(x[start : start + width], y[start : start + width], a)
+        part[:, :rows] = 0.0
+        while done < n:  # a holds windows of `size` bars, part the oldest `done` bars of each window
+            if n & size:
+                _met(part[:, :rows], a[:, done : done + rows], more)
+                part, more, done = more, part, done + size
+            width -= size
+            if done < n:
+                _met(a[:, :width], a[:, size : size + width], b)
+            a, b, size = b, a, 2 * size
+        out[:, n - 1 + start : n - 1 + start + rows] = part[:, :rows]
     return out
 
 # %% ../../nbs/features/20b_windows.ipynb #aee2b0bc
@@ -429,3 +450,20 @@ def lowest_over(
     "Lowest of the last `length` values and where the first such value stands."
     value, place = _highest(x, length, -1.0, latest)
     return value, place
+
+# %% ../../nbs/features/20b_windows.ipynb #b20b0011
+@njit(cache=True, nogil=True, error_model="numpy")
+def arctan(
+    x: float,  # any
+) -> float:  # radians
+    "Arctangent."
+    size = abs(x)
+    steep, middling = size > 2.414213562373095, size > 0.66
+    top = -1.0 if steep else size - 1.0 if middling else size
+    base = 0.5 * np.pi if steep else 0.25 * np.pi if middling else 0.0
+    r = top / (size if steep else size + 1.0 if middling else 1.0)
+    z = r * r
+    p = (((-0.8750608600031904 * z - 16.157537187333652) * z - 75.00855792314705) * z - 122.88666844901361) * z - 64.85021904942025
+    q = ((((z + 24.858464901423062) * z + 165.02700983169885) * z + 432.88106049129027) * z + 485.3903996359137) * z + 194.5506571482614
+    angle = base + (r + r * (z * p / q))
+    return -angle if x < 0 else angle

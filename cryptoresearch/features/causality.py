@@ -38,7 +38,7 @@ def other_future(
     "Bars with the same past and a different future."
     return _change(bars, np.arange(cut + 1, len(bars)), kind, np.random.default_rng(seed))
 
-
+# %% ../../nbs/features/23_causality.ipynb #49cca593
 def _change(bars: pd.DataFrame, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame:
     "A copy with these rows changed, but for gap rows; missing values stay missing, whole numbers whole."
     new, columns = bars.copy(), _changeable(bars)
@@ -83,7 +83,7 @@ def _other(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         out["trades"] = out["trades"].round()
     return out.assign(**{c: out["volume"] * rng.random(n) for c in ("buy_volume", "buy_volume_tick") if c in part and "volume" in part})
 
-
+# %% ../../nbs/features/23_causality.ipynb #06b82309
 def _still(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     "One price, no trades."
     price = float(part["close"].iloc[0]) * rng.uniform(0.5, 2) if len(part) and "close" in part else 1.0
@@ -129,7 +129,7 @@ def _awkward(bars: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
     still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else last[:0]
     return [(np.flatnonzero(gap), 2), (last, 2), (first, 2), (first + 1, 1), (still, 2)]
 
-
+# %% ../../nbs/features/23_causality.ipynb #c4056588
 def _events(
     bars: pd.DataFrame,  # bar frame
     count: int = 2,  # of each sort
@@ -168,7 +168,7 @@ def _values(
     out = out.set_axis([str(c) for c in out.columns], axis=1).reindex(bars.index)
     return pd.DataFrame({i: _numbers(out.iloc[:, i], str(c)) for i, c in enumerate(out)}, index=bars.index).set_axis(out.columns, axis=1)
 
-
+# %% ../../nbs/features/23_causality.ipynb #40c4baf6
 def _numbers(column: pd.Series, name: str) -> np.ndarray:
     "The column as floats; an error that names it where it holds something else."
     try:
@@ -228,7 +228,7 @@ def _ends(y: pd.DataFrame) -> np.ndarray:
     ends = pd.DatetimeIndex(y["end_ts"]).as_unit("us")
     return np.where(ends.isna(), np.iinfo(np.int64).max, ends.asi8)
 
-
+# %% ../../nbs/features/23_causality.ipynb #efc6815e
 @dataclass(frozen=True)
 class _Scene:
     "Bars, and what else a function sees, as of one world."
@@ -268,7 +268,7 @@ class _Scene:
         others = {k: _other_rows(o, np.flatnonzero(_known_at(o) <= self.now(at)), "nudged", rng) for k, o in self.others.items()}
         return _Scene(_change(self.bars, np.arange(at + 1), "nudged", rng), others, self.y)
 
-
+# %% ../../nbs/features/23_causality.ipynb #788b5652
 def _other_rows(frame: pd.DataFrame | pd.Series, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame | pd.Series:
     "A frame or series with these rows changed."
     if isinstance(frame, pd.Series):
@@ -312,7 +312,7 @@ def _opens(frame: pd.DataFrame | pd.Series) -> np.ndarray:
     "When each row begins, µs since 1970."
     return _known_at(pd.Series(0.0, index=frame.index))
 
-
+# %% ../../nbs/features/23_causality.ipynb #28733360
 def _warmup_error(
     values: Callable[[_Scene], np.ndarray],  # of the feature
     warmup: int,  # bars, as declared
@@ -356,7 +356,7 @@ class _Subject:
 
         return values
 
-
+# %% ../../nbs/features/23_causality.ipynb #062e69e2
 def _subject(
     features: Any,  # names, groups, Feature objects, transformer, pipeline or callable
     train_bars: int | None = None,  # bars that a transformer learns from; all it is given when None
@@ -405,7 +405,7 @@ def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
     subject.unseen = {name: text for name, part in parts.items() if (text := _unseen(held_data(part, refit), subject.others))}
     return subject
 
-
+# %% ../../nbs/features/23_causality.ipynb #2c4b257a
 def _unseen(held: list[Held], others: Mapping[str, Any]) -> str:
     "Names of the data that take no part."
     return ", ".join(str(h) for h in held if not any(h.value is o for o in others.values()))
@@ -458,7 +458,7 @@ def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, est
 def _rows(table: Any, rows: np.ndarray) -> Any:
     return table.iloc[rows] if hasattr(table, "iloc") else table[rows]
 
-
+# %% ../../nbs/features/23_causality.ipynb #1dd2a225
 def _applied(learned: Any, X: Any) -> pd.DataFrame:
     "Probabilities, predictions or transformed values, under the best names that are known."
     last = learned.steps[-1][1] if isinstance(learned, Pipeline) else learned
@@ -477,7 +477,7 @@ def _applied(learned: Any, X: Any) -> pd.DataFrame:
     table = pd.DataFrame(out.toarray() if hasattr(out, "toarray") else out)
     return table.set_axis(names, axis=1) if len(names) == table.shape[1] else table
 
-
+# %% ../../nbs/features/23_causality.ipynb #cd2cf92b
 def _outcome_table(y: Any, bars: pd.DataFrame) -> pd.DataFrame:  # y and maybe end_ts, on the index of the bars
     "Outcomes in one form."
     indexed = isinstance(y, pd.DataFrame | pd.Series)
@@ -503,7 +503,7 @@ def _memory(trial: Callable[[np.ndarray], np.ndarray | None], n: int) -> np.ndar
         longest = last if longest is None else np.maximum(longest, last)
     return longest
 
-
+# %% ../../nbs/features/23_causality.ipynb #ce8226cf
 def _combed(
     trial: Callable[[np.ndarray], np.ndarray | None],  # rows to change -> (n, columns) bool, what moved
     memory: np.ndarray,  # bars, one number a column
@@ -687,7 +687,7 @@ def _alone(scene: _Scene, other: _Scene, frame: str, columns: list[str]) -> _Sce
     taken = new if isinstance(new, pd.Series) else scene.others[frame].assign(**{c: new[c] for c in columns})
     return _Scene(scene.bars, {**scene.others, frame: taken}, scene.y)
 
-
+# %% ../../nbs/features/23_causality.ipynb #590898d5
 def _through(
     proof: _Proof,  # with findings
     at: int,  # cut
@@ -708,7 +708,7 @@ def _through(
             break
     return found
 
-
+# %% ../../nbs/features/23_causality.ipynb #60edee66
 def _moved_by(proof: _Proof, scene: _Scene, at: int) -> np.ndarray | None:
     "Which values up to the cut move in this scene; None where the function refuses."
     try:
@@ -757,7 +757,7 @@ def prove_causal(
         _search(proof, search)
     return _table(proof, again, np.random.default_rng(seed))
 
-
+# %% ../../nbs/features/23_causality.ipynb #17d24037
 def _behind(train_bars: int | None, n: int) -> set[int]:
     "Cuts just after the training, where outcomes that reach over its end show."
     return set() if train_bars is None else {train_bars + k for k in (0, 1, 2, 5, 11, 23, 47) if train_bars + k < n - 1}
@@ -780,7 +780,7 @@ def _table(proof: _Proof, again: np.ndarray, rng: np.random.Generator) -> pd.Dat
 # %% ../../nbs/features/23_causality.ipynb #a3a5a060
 _CHECKS = ("causal", "truncation_ok", "perturbation_ok", "warmup_ok")
 
-
+# %% ../../nbs/features/23_causality.ipynb #1c2507cd
 def _verdict(
     name: str,  # column
     values: pd.Series,  # on all bars
@@ -812,7 +812,7 @@ def _verdict(
         row["note"] = f"rounding that depends on the sample ({rounding:.0e}), no leak; features.windows computes each window by itself"
     return row
 
-
+# %% ../../nbs/features/23_causality.ipynb #0bbed977
 def _with_unseen(row: dict[str, Any], unseen: str) -> dict[str, Any]:
     "The row, with what was not changed; such a row is not proved."
     note = row.pop("note")
@@ -856,7 +856,7 @@ def _rows_across(
     edges = [first, last, last + 1, last + warmup - 1]  # the window of the last of these still meets the gap
     return sorted({*known[known < first][-rows:].tolist(), *(i for i in edges if i < len(gap)), *known[known > last][:rows].tolist()})
 
-
+# %% ../../nbs/features/23_causality.ipynb #96b17eba
 def live_across_gap(
     features: Any,  # names, groups, Feature objects
     bars: pd.DataFrame,  # bar frame with a gap, and more than the warm-up of whole bars on both sides of the first

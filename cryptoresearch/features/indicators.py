@@ -72,7 +72,7 @@ def wilder_bars(length: int) -> int:
     "Bars in the window of `wilder(…, length)`."
     return _kept(1 / length)
 
-
+# %% ../../nbs/features/20_indicators.ipynb #d1cbbca4
 @on_arrays
 def ema(
     x: Array,  # any unit, n bars
@@ -111,7 +111,7 @@ def log_return(
         out[horizon:] = log_ratio(close[horizon:], close[:-horizon])
     return out
 
-
+# %% ../../nbs/features/20_indicators.ipynb #79e01176
 @on_arrays
 def autocorrelation(
     close: Array,  # quote currency, n bars
@@ -143,7 +143,7 @@ def not_below_zero(
     "The values, zero where they are negative."
     return np.maximum(x, 0.0)
 
-
+# %% ../../nbs/features/20_indicators.ipynb #0c5a985c
 @on_arrays
 def rsi(
     close: Array,  # quote currency, n bars
@@ -224,7 +224,7 @@ def macd_histogram(
     line = ema(close, fast) - ema(close, slow)
     return (line - ema(line, signal)) / close
 
-
+# %% ../../nbs/features/20_indicators.ipynb #37f63f48
 @on_arrays
 def efficiency(
     close: Array,  # quote currency, n bars
@@ -242,7 +242,7 @@ def move_z(
     "Log return over `length` bars in units of the window's own volatility."
     return ratio(log_return(close, length), realised_volatility(close, length) * sqrt(length))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #bf5aab03
 @on_arrays
 def realised_volatility(
     close: Array,  # quote currency, n bars
@@ -289,7 +289,7 @@ def directional(
     plus, minus = wilder(rise, length), wilder(fall, length)
     return ratio(plus - minus, plus + minus)
 
-
+# %% ../../nbs/features/20_indicators.ipynb #c35dba11
 @on_arrays
 def adx(
     high: Array,  # quote currency, n bars
@@ -322,7 +322,7 @@ def vortex(
     reach = np.abs(high - shift(low)) - np.abs(low - shift(high))
     return ratio(window_sum(reach, length), window_sum(true_range(high, low, close), length))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #b3f43b1c
 @on_arrays
 def choppiness(
     high: Array,  # quote currency, n bars
@@ -352,7 +352,7 @@ def sma_distance(
     "Distance of the close from its mean, in units of volatility."
     return ratio(close / window_mean(close, length) - 1, realised_volatility(close, length) * sqrt(length))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #11a377eb
 @on_arrays
 def slope_t(
     close: Array,  # quote currency, n bars
@@ -411,7 +411,7 @@ def garman_klass(
     per_bar = 0.5 * log_ratio(high, low) ** 2 - (2 * log(2) - 1) * log_ratio(close, open_) ** 2
     return np.sqrt(not_below_zero(window_mean(per_bar, length)))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #98f5b8e2
 def _rogers_satchell_variance(open_: Array, high: Array, low: Array, close: Array) -> Array:
     "Variance of one bar."
     u, d, k = log_ratio(high, open_), log_ratio(low, open_), log_ratio(close, open_)
@@ -429,7 +429,7 @@ def rogers_satchell(
     "Volatility per bar from open, high, low and close, whatever the drift."
     return np.sqrt(not_below_zero(window_mean(_rogers_satchell_variance(open_, high, low, close), length)))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #c141a314
 @on_arrays
 def yang_zhang(
     open_: Array,  # quote currency, n bars
@@ -464,7 +464,7 @@ def bollinger_width(
     "Width of the band of two standard deviations either side, as a fraction of its middle."
     return 4 * window_std(close, length) / window_mean(close, length)
 
-
+# %% ../../nbs/features/20_indicators.ipynb #c9c9e120
 @on_arrays
 def percent_b(
     close: Array,  # quote currency, n bars
@@ -494,7 +494,7 @@ def downside_share(
     r = log_return(close)
     return ratio(window_sum(np.minimum(r, 0.0) ** 2, length), window_sum(r**2, length))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #bf6b6418
 @on_arrays
 def jump_share(
     close: Array,  # quote currency, n bars
@@ -553,7 +553,7 @@ def cmf(
     place_in_bar = np.where(high != low, (2 * close - high - low) / (high - low), np.where(np.isnan(close), np.nan, 0.0))
     return ratio(window_sum(place_in_bar * volume, length), window_sum(volume, length))
 
-
+# %% ../../nbs/features/20_indicators.ipynb #5843b9ed
 @on_arrays
 def mfi(
     high: Array,  # quote currency, n bars

@@ -116,7 +116,7 @@ def amihud_ratio(
     "Log of short over long illiquidity."
     return log_ratio(amihud(close, volume, short), amihud(close, volume, long))
 
-
+# %% ../../nbs/features/21_orderflow.ipynb #3ffa3a33
 @on_arrays
 def roll_spread(
     close: Array,  # quote currency, n bars

@@ -49,7 +49,7 @@ def floats(
     "The values as one block of doubles."
     return np.ascontiguousarray(x.to_numpy(dtype=np.float64) if isinstance(x, pd.Series) else x, dtype=np.float64)
 
-
+# %% ../../nbs/features/19_registry.ipynb #1639e6f8
 def on_arrays(
     fn: Callable[..., Any],  # arrays and parameters in; an array, or several, out
 ) -> Callable[..., Any]:  # the same of series, or of arrays
@@ -91,7 +91,7 @@ class OnColumns:
 CANDLE = ("open", "high", "low", "close", "volume", "close_ts")  # what bare candles know
 GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calendar")
 
-
+# %% ../../nbs/features/19_registry.ipynb #12c3e2b0
 @dataclass(frozen=True)
 class Feature:
     "A named, documented function of the last `warmup` bars; call it with a bar frame."
@@ -235,7 +235,7 @@ def resolve(
         raise ConfigError(problem("at least one feature", "none", "Ask for features='default'"))
     return list(found.values())
 
-
+# %% ../../nbs/features/19_registry.ipynb #a01196bc
 def _named(item: object) -> list[Feature]:
     "The features of one name or group."
     if item in REGISTRY:

@@ -31,7 +31,7 @@ def _weighted(x: Array, weights: Array) -> Array:
                 part[i] += w * values[i]
     return out
 
-
+# %% ../../nbs/features/20b_windows.ipynb #77e7b75e
 @on_arrays
 def weighted_over(
     x: Array,  # any unit, n bars
@@ -47,7 +47,7 @@ def _halves(older: Array, newer: Array, keep: float, out: Array) -> None:
     for i in range(len(out)):
         out[i] = older[i] * keep + newer[i]
 
-
+# %% ../../nbs/features/20b_windows.ipynb #fb9cb249
 @njit(cache=True, nogil=True)
 def _faded(x: Array, n: int, keep: float) -> Array:
     "Sum of the last n values, each `keep` times as heavy as the one after it."
@@ -85,7 +85,7 @@ def mean_over(
     "Mean over the last `length` bars."
     return _faded(x, length, 1.0) / length
 
-
+# %% ../../nbs/features/20b_windows.ipynb #4f74c17b
 @on_arrays
 def faded_mean_over(
     x: Array,  # any unit, n bars
@@ -152,7 +152,7 @@ def mean_and_squares_over(
     from_last, squares = _moments(x, length, 2)
     return from_last, squares
 
-
+# %% ../../nbs/features/20b_windows.ipynb #893fa9b1
 @on_arrays
 def skew_over(
     x: Array,  # any unit, n bars
@@ -296,7 +296,7 @@ def _trend(y: Array, n: int) -> Array:
         out[1, t] = min(slope * slope * steps / squares, 1.0) if squares > 0 else np.nan
     return out
 
-
+# %% ../../nbs/features/20b_windows.ipynb #8b1fc3f8
 @on_arrays
 def trend_over(
     y: Array,  # any unit, n bars

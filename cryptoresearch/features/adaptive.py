@@ -201,46 +201,79 @@ def jurik_constants(
     exponent = max(top - 2, 0.5)
     return top ** (1 / exponent), exponent, log(top * root / (top * root + 1)), 0.45 * (length - 1) / (0.45 * (length - 1) + 2)
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #20aa0002
 @njit(cache=True, nogil=True)
-def _unrest(work: Array, k: int, far: float, kept: float) -> tuple[float, float]:
-    "Distance over its mean, and the sum of the last 66 running means; `work` holds distances and running means."
-    distances, means = work[0], work[1]
-    distances[k] = far
-    means[k] = means[k - 1] + (far - distances[max(k - 10, 0)]) / 10
-    kept += means[k] - (means[k - 66] if k >= 66 else 0.0)
-    mean = kept / min(k + 1, 66)
-    return (far / mean if mean != 0 else 0.0), kept
+def _exp(
+    y: float,  # between -3 and 3, which no length of 2 bars or more leaves
+) -> float:  # relative error below 1e-13
+    "Exponential, as the 32nd power of that of a 32nd."
+    z = y / 32
+    s = 1 + z * (1 + z * (1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * (1 / 720 + z * (1 / 5040 + z * (1 / 40320))))))))
+    s2 = s * s
+    s4 = s2 * s2
+    s8 = s4 * s4
+    s16 = s8 * s8
+    return s16 * s16
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _log(
+    x: float,  # between 1 and about 8
+) -> float:  # absolute error below 1e-14
+    "Natural logarithm, as 8 times that of the eighth root."
+    root = np.sqrt(np.sqrt(np.sqrt(x)))
+    s = (root - 1) / (root + 1)
+    z = s * s
+    return 16 * s * (1 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15))))))))
 
 # %% ../../nbs/features/20h_adaptive.ipynb #85576d5b
-@njit(cache=True, nogil=True)
-def _jurik(x: Array, start: int, stop: int, work: Array, top: float, exponent: float, decay: float, beta: float) -> float:
-    "JMA at `stop` with phase 0, begun at x[start]; `work` is scratch of 2 x bars, its first column zero."
-    upper = lower = first = y = x[start]
-    kept, momentum, step, slow = 0.0, 0.0, 0.0, np.exp(decay)
-    for k in range(1, stop - start + 1):
-        price = x[start + k]
-        up, down = price - upper, price - lower
-        r, kept = _unrest(work, k, max(abs(up), abs(down)) if abs(up) != abs(down) else 0.0, kept)
-        drift, alpha = slow, beta
-        if r > 1:
-            power = min(top, r) ** exponent
-            drift, alpha = np.exp(decay * np.sqrt(power)), beta**power
-        upper = price if up > 0 else price - drift * up
-        lower = price if down < 0 else price - drift * down
-        first = (1 - alpha) * price + alpha * first
-        momentum = (1 - beta) * (price - first) + beta * momentum
-        step = (first + 1.5 * momentum - y) * (1 - alpha) ** 2 + alpha * alpha * step
-        y += step
-    return y
+@njit(cache=True, nogil=True, error_model="numpy")
+def _unrest(x: Array, state: Array, distances: Array, means: Array, k: int) -> None:
+    "Step k of many rows: distance from the band, over the mean of the last 66 running means of ten distances; into state[7]."
+    now, then, mean, before, old = distances[k], distances[max(k - 10, 0)], means[k], means[k - 1], means[max(k - 66, 0)]
+    kept, relative, count, full = state[5], state[7], float(min(k + 1, 66)), 1.0 if k >= 66 else 0.0
+    for i in range(len(x)):
+        up, down = abs(x[i] - state[0, i]), abs(x[i] - state[1, i])
+        now[i] = 0.0 if up == down else up if up > down else down
+    for i in range(len(x)):
+        mean[i] = before[i] + (now[i] - then[i]) / 10
+    for i in range(len(x)):
+        kept[i] += mean[i] - full * old[i]
+    for i in range(len(x)):
+        relative[i] = now[i] / (kept[i] / count) if kept[i] != 0 else 0.0
+
+# %% ../../nbs/features/20h_adaptive.ipynb #20aa0004
+@njit(cache=True, nogil=True, error_model="numpy")
+def _jurik_step(x: Array, state: Array, top: float, exponent: float, decay: float, beta: float, shrink: float) -> None:
+    "One bar further in many rows, phase 0; state is upper, lower, first, momentum, step, kept, average, relative unrest."
+    for i in range(len(x)):
+        up, down, r = x[i] - state[0, i], x[i] - state[1, i], state[7, i]
+        power = _exp(exponent * _log(1.0 if r < 1 else top if r > top else r))
+        drift, alpha = _exp(decay * np.sqrt(power)), _exp(shrink * power)
+        state[0, i] = x[i] if up > 0 else x[i] - drift * up
+        state[1, i] = x[i] if down < 0 else x[i] - drift * down
+        first = (1 - alpha) * x[i] + alpha * state[2, i]
+        momentum = (1 - beta) * (x[i] - first) + beta * state[3, i]
+        step = (first + 1.5 * momentum - state[6, i]) * ((1 - alpha) * (1 - alpha)) + alpha * alpha * state[4, i]
+        state[2, i], state[3, i], state[4, i] = first, momentum, step
+        state[6, i] += step
 
 # %% ../../nbs/features/20h_adaptive.ipynb #bbebb4cb
 @njit(cache=True, nogil=True)
 def _jurik_all(x: Array, memory: int, top: float, exponent: float, decay: float, beta: float) -> Array:
-    "The same at every row, begun `memory` bars back."
-    out, work = np.full(len(x), np.nan), np.zeros((2, memory))
-    for t in range(memory - 1, len(x)):
-        out[t] = _jurik(x, t - memory + 1, t, work, top, exponent, decay, beta)
+    "JMA at every row, begun `memory` bars back."
+    lanes, out = min(_LANES, max(len(x) - memory + 1, 1)), np.full(len(x), np.nan)
+    distances, means, shrink = np.zeros((memory, lanes)), np.zeros((memory, lanes)), np.log(beta)
+    for start in range(0, len(x) - memory + 1, lanes):
+        rows = min(lanes, len(x) - memory + 1 - start)
+        state = np.zeros((8, rows))
+        for row in (0, 1, 2, 6):  # both bands, first and average begin at the first value
+            state[row] = x[start : start + rows]
+        for k in range(1, memory):
+            new = x[start + k : start + k + rows]
+            _unrest(new, state, distances, means, k)
+            _jurik_step(new, state, top, exponent, decay, beta, shrink)
+        out[start + memory - 1 : start + memory - 1 + rows] = state[6]
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #d2c00a72

@@ -268,6 +268,7 @@ MIGRATIONS: dict[int, list[str]] = {
         *(f"CREATE TABLE lake.{name} ({columns})" for name, columns in NEW_TABLES.items()),
     ],
     3: ["ALTER TABLE lake.ingest_ledger ADD COLUMN digest_version INTEGER"],  # NULL: 1, what `data.corrections` says that it covers
+    4: [f"ALTER TABLE lake.predictions ADD COLUMN {end} DOUBLE" for end in ("lower", "upper")],
 }
 
 

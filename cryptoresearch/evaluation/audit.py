@@ -320,6 +320,7 @@ def audit(
     "Run the whole pipeline in worlds whose answer is known."
     if not auditable(config):
         raise ConfigError(f"expected a run on returns or volatility of time bars to audit; found {config.target} on {config.spec}. Audit the same features with --target return")
+    config = replace(config, interval="residual", interval_params={})  # intervals are not judged here
     tell, forecast, start = progress or (lambda fraction, text: None), pipeline or _walk_forward, first_test(config, bars)
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
 

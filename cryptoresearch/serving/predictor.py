@@ -25,7 +25,7 @@ from ..settings import Settings, get_settings
 
 # %% ../../nbs/serving/50_predictor.ipynb #00000006
 logger = logging.getLogger(__name__)
-ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "prediction", "source", "made_at"]
+ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "prediction", "lower", "upper", "source", "made_at"]
 
 
 class Predictor:
@@ -43,8 +43,10 @@ class Predictor:
             raise ConfigError(problem("a run on bars of equal length to predict live", f"event bars, {run.config.spec}", "Choose a run on time bars; make its forecasts with run.predict"))
         if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
             raise ConfigError(problem("a run whose features need its own bars alone", f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}", "Live bars have no columns of other symbols or of the trades inside them; train without such features"))
+        if run.config.interval == "adaptive":
+            raise ConfigError(problem("a run whose interval is known at the bar's close", "an adaptive one, which needs the outcomes of the forecasts before", "Train with --interval scaled, or another kind"))
         self.run, self.source, self.clock = run, source, clock
-        self.length, self.warmup = bar_length(run.config.spec), int(run.pipeline.warmup)
+        self.length, self.warmup = bar_length(run.config.spec), int(run.info["warmup"])
         self.skipped: Counter[str] = Counter()  # bars without a prediction, by reason
         self._bars = history.tail(self.warmup).copy()
         if len(self._bars):
@@ -87,7 +89,8 @@ class Predictor:
         c = self.run.config
         close = pd.DatetimeIndex(known.index) + self.length
         fixed = {"run_id": self.run.id, "symbol": c.symbol, "spec": bar_spec(c.spec), "target": c.target, "horizon": c.horizon, "source": self.source}
-        times = {"ts": known.index, "close_ts": close, "prediction": known["prediction"].to_numpy(dtype=float), "made_at": pd.Timestamp(self.clock())}
+        numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
+        times = {"ts": known.index, "close_ts": close, **numbers, "made_at": pd.Timestamp(self.clock())}
         return pd.DataFrame(fixed | times)[ROW] if len(known) else pd.DataFrame(columns=ROW)
 
 # %% ../../nbs/serving/50_predictor.ipynb #00000008
@@ -233,7 +236,7 @@ class _Live:
     def _predict(self, done: pd.DataFrame) -> pd.DataFrame:
         seen = self.predictor.seen_until if self.predictor else None
         if self.predictor is None or (seen is not None and done.index[0] <= seen):  # the start, or a replay that goes back in time
-            history = _history(self.con, self.run, done.index[0], int(self.run.pipeline.warmup))
+            history = _history(self.con, self.run, done.index[0], int(self.run.info["warmup"]))
             self.predictor = Predictor(self.run, history, source=self.source)
         return self.predictor.update(done)
 

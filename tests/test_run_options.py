@@ -1,0 +1,146 @@
+"""Options of a run, each as its files, its live predictor and the report see it: made again bit for bit, and never from the future."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_runs import SMALL, put_bars
+
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
+from cryptoresearch.models import runs
+from cryptoresearch.models.runs import RunConfig, load_run, reproduce, train_run
+from cryptoresearch.serving.batch import train_report
+from cryptoresearch.serving.predictor import Predictor
+from cryptoresearch.settings import Settings
+
+QUICK = {"volatility": "ridge", "volatility_features": ["returns"]}  # whose features look back less than a week
+CALM = RunConfig("CALMUSDT", source="simulated", horizon=6, test_start="2024-02-20", refit_every="20D", features=("returns", "calendar"), params=SMALL)
+
+
+def calm_and_storm(hours: int = 1900, seed: int = 5) -> pd.DataFrame:
+    "A random walk whose volatility rises and falls within three weeks."
+    rng = np.random.default_rng(seed)
+    sigma = 0.003 * np.exp(1.2 * np.sin(2 * np.pi * np.arange(hours) / 500))
+    close = 100 * np.exp(np.cumsum(sigma * rng.standard_normal(hours)))
+    opens = np.r_[100.0, close[:-1]]
+    high, low = np.maximum(opens, close) * (1 + sigma / 2), np.minimum(opens, close) * (1 - sigma / 2)
+    times = pd.date_range("2024-01-01", periods=hours, freq="1h", tz="UTC")
+    return pd.DataFrame({"open_time": times, "open": opens, "high": high, "low": low, "close": close, "volume": rng.lognormal(size=hours)})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        put_bars(con, calm_and_storm(), "CALMUSDT", "simulated")
+    return settings
+
+
+@pytest.fixture(scope="module")
+def bars(store):
+    with connect(store) as con:
+        return runs.read_data(con, CALM).bars
+
+
+INTERVALS = {
+    "scaled": {"interval": "scaled", "interval_params": QUICK},
+    "scaled, given": {"interval": "scaled", "interval_params": QUICK | {"given": ["log_sigma", "hour_sin"]}},
+    "of a scaled return": {"interval": "scaled", "interval_params": QUICK, "target": "scaled_return", "label": {"window": 200}},
+    "quantile": {"interval": "quantile"},
+    "quantile of volatility": {"interval": "quantile", "target": "volatility"},
+    "adaptive": {"interval": "adaptive", "interval_params": {"least": 50}},
+    "adaptive of volatility": {"interval": "adaptive", "interval_params": {"least": 50}, "target": "volatility"},
+    "adaptive of scaled": {"interval": "adaptive", "interval_params": QUICK | {"of": "scaled", "least": 50}},
+    "adaptive of quantile": {"interval": "adaptive", "interval_params": {"of": "quantile", "least": 50}},
+}
+
+
+@pytest.mark.parametrize("kind", INTERVALS)
+def test_an_interval_is_stored_made_again_and_had_live(store, bars, kind):
+    asked = replace(CALM, **INTERVALS[kind])
+    with connect(store) as con:
+        run = train_run(con, asked, store)
+        plain = train_run(con, replace(CALM, target=asked.target, label=asked.label), store)
+    p = run.predictions
+    assert run.id != plain.id and p["prediction"].equals(plain.predictions["prediction"])
+    assert (p["lower"] <= p["upper"]).all() and not p["lower"].equals(plain.predictions["lower"])
+    checks = reproduce(run.id, store)
+    assert checks["same"].all(), checks[~checks["same"]]
+    stored = [f.relative_to(run.folder).as_posix() for f in run.folder.rglob("*") if f.is_file()]
+    assert not any(name.endswith((".pkl", ".pickle", ".joblib")) for name in stored) and sorted(run.info["files"]) == sorted(n for n in stored if n != "run.json")
+    found = load_run(run.id, store)
+    run_on = replace(found, info=found.info | {"trained_until": str(bars.index[1500])})  # as if it had been trained until then
+    if asked.interval == "adaptive":
+        assert found.predict(bars)[["lower", "upper"]].isna().all(axis=None)
+        with pytest.raises(ConfigError, match="--interval scaled"):
+            Predictor(run_on, bars.iloc[:1500])
+        return
+    live = Predictor(run_on, bars.iloc[:1600])
+    rows = pd.concat([live.update(bars.iloc[[k]]) for k in range(1600, 1640)]).set_index("ts")
+    batch = found.predict(bars).loc[rows.index]
+    assert len(rows) == 40
+    for name in ("prediction", "lower", "upper"):
+        assert np.allclose(rows[name].to_numpy(float), batch[name], rtol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", INTERVALS)
+def test_no_interval_knows_the_future(bars, kind):
+    asked = replace(CALM, **INTERVALS[kind])
+    start = runs.first_test(asked, bars)
+    whole = runs.walk_forward(asked, runs.prepare(bars, asked), start)[0]
+    for until in (1400, 1750):
+        cut = runs.walk_forward(asked, runs.prepare(bars.iloc[:until], asked), start)[0]
+        assert len(cut) > 100
+        for name in ("prediction", "lower", "upper"):
+            assert np.allclose(cut[name], whole.loc[cut.index, name], rtol=1e-9, atol=1e-12), (name, until)
+
+
+def test_a_scaled_interval_is_right_in_calm_and_in_storm(bars):
+    from cryptoresearch.evaluation.comparison import interval_table
+
+    spread = {}
+    for kind in ("residual", "scaled"):
+        asked = replace(CALM, **INTERVALS.get(kind, {}))
+        p = runs.walk_forward(asked, runs.prepare(bars, asked), runs.first_test(asked, bars))[0]
+        table = interval_table(p, bars, 0.9)
+        part = table.loc["volatility", "coverage"]
+        spread[kind] = part.max() - part.min()
+    assert spread["scaled"] < spread["residual"] / 2
+
+
+def test_what_an_interval_is_made_of_is_part_of_the_question(store):
+    asked = [replace(CALM, **kind) for kind in ({}, {"interval": "residual", "interval_params": {}}, {"interval": "scaled"}, {"interval": "scaled", "interval_params": {"volatility": "har_ridge"}}, {"interval": "scaled", "interval_params": {"given": ["log_sigma"]}}, {"interval": "quantile"})]
+    with connect(store) as con:
+        names = [runs.find_run(con, c, store)[0] for c in asked]
+    assert names[0] == names[1] and names[2] == names[3] and len(set(names)) == 4
+
+
+def test_intervals_that_cannot_be_are_refused(bars):
+    for wrong in ({"interval": "wide"}, {"interval": "scaled", "target": "volatility"}, {"interval": "quantile", "model": "ridge", "params": {}}, {"interval": "scaled", "target": "direction"}, {"interval": "residual", "interval_params": {"step": 1}}):
+        with pytest.raises(ConfigError):
+            replace(CALM, **wrong)
+    short = replace(CALM, interval="scaled")  # har_ridge looks back a month, and there are two
+    with pytest.raises((SchemaError, ConfigError), match="Load more"):
+        runs.walk_forward(short, runs.prepare(bars.iloc[:1400], short), runs.first_test(short, bars))
+
+
+def test_a_tampered_interval_is_named(store, tmp_path):
+    import shutil
+
+    with connect(store) as con:
+        run = train_run(con, replace(CALM, **INTERVALS["scaled"]), store)
+    mine = store.model_copy(update={"runs_dir": str(tmp_path / "runs")})
+    shutil.copytree(run.folder, tmp_path / "runs" / run.id)
+    file = tmp_path / "runs" / run.id / "interval" / "interval.json"
+    file.write_text(file.read_text().replace('"given": []', '"given": ["log_sigma"]'))
+    with pytest.raises(RunMismatch, match="interval/interval.json"):
+        load_run(run.id, mine)
+
+
+def test_the_report_shows_the_interval_by_regime_and_over_time(store):
+    done = train_report(replace(CALM, **INTERVALS["scaled"]), store)
+    page = done.report.read_text()
+    assert all(text in page for text in ("Winkler score", "volatility: storm", "Does the interval hold 90", "scaled, volatility ridge"))

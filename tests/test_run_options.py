@@ -136,7 +136,7 @@ def test_a_tampered_interval_is_named(store, tmp_path):
     shutil.copytree(run.folder, tmp_path / "runs" / run.id)
     file = tmp_path / "runs" / run.id / "interval" / "interval.json"
     file.write_text(file.read_text().replace('"given": []', '"given": ["log_sigma"]'))
-    with pytest.raises(RunMismatch, match="interval/interval.json"):
+    with pytest.raises(RunMismatch, match=r"interval/interval\.json"):
         load_run(run.id, mine)
 
 
@@ -144,3 +144,54 @@ def test_the_report_shows_the_interval_by_regime_and_over_time(store):
     done = train_report(replace(CALM, **INTERVALS["scaled"]), store)
     page = done.report.read_text()
     assert all(text in page for text in ("Winkler score", "volatility: storm", "Does the interval hold 90", "scaled, volatility ridge"))
+
+
+CALIBRATED = {"direction": {}, "triple_barrier": {"label": {"window": 48}}, "meta": {"label": {"window": 48, "primary": "ret_6"}}}
+
+
+@pytest.mark.parametrize("target", CALIBRATED)
+def test_a_probability_is_calibrated_stored_and_had_live(store, bars, target):
+    method = "isotonic" if target == "meta" else "platt"
+    plain = replace(CALM, target=target, **CALIBRATED[target])
+    with connect(store) as con:
+        before = train_run(con, plain, store)
+        run = train_run(con, replace(plain, calibrate=method), store)
+    p = run.predictions
+    assert run.id != before.id and p["raw"].equals(before.predictions["prediction"].rename("raw")) and not p["prediction"].equals(p["raw"])
+    assert p["prediction"].between(0, 1).all() and "calibrator.json" in run.info["files"] and not hasattr(before.predictions, "raw")
+    for _, fold in p.groupby("fold"):  # one rising map a fold
+        order = np.argsort(fold["raw"].to_numpy(), kind="stable")
+        steps = np.diff(fold["prediction"].to_numpy()[order])
+        assert (steps >= -1e-9).all() or (method == "platt" and (steps <= 1e-9).all())  # Platt's line falls where the model was worse than none
+    checks = reproduce(run.id, store)
+    assert checks["same"].all() and "calibrator.json made again" in checks.index
+    found = load_run(run.id, store)
+    live = Predictor(replace(found, info=found.info | {"trained_until": str(bars.index[1500])}), bars.iloc[:1600])
+    rows = pd.concat([live.update(bars.iloc[[k]]) for k in range(1600, 1620)]).set_index("ts")
+    batch = found.predict(bars).loc[rows.index]
+    assert len(rows) == 20 and np.allclose(rows["prediction"].to_numpy(float), batch["prediction"], rtol=1e-6)
+    assert not np.allclose(batch["prediction"], found.model.predict(found.pipeline.process_data(bars).loc[rows.index]))
+
+
+def test_a_calibration_knows_neither_the_future_nor_another_target(bars):
+    asked = replace(CALM, target="direction", calibrate="isotonic")
+    start = runs.first_test(asked, bars)
+    whole = runs.walk_forward(asked, runs.prepare(bars, asked), start)[0]
+    cut = runs.walk_forward(asked, runs.prepare(bars.iloc[:1700], asked), start)[0]
+    assert np.allclose(cut["prediction"], whole.loc[cut.index, "prediction"], rtol=1e-9)
+    for wrong in ({"target": "return"}, {"calibrate": "beta"}):
+        with pytest.raises(ConfigError, match="calibrate"):
+            replace(asked, **wrong)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"method": "pickle", "x": [1.0], "y": []}', '{"method": "platt", "x": [1.0, null], "y": []}', "[]"])
+def test_a_stored_calibrator_is_a_few_numbers_or_none(tmp_path, text):
+    (tmp_path / "calibrator.json").write_text(text)
+    with pytest.raises(RunMismatch, match="a calibrator"):
+        runs._read_calibrator(tmp_path / "calibrator.json")
+
+
+def test_the_report_shows_reliability_before_and_after(store):
+    done = train_report(replace(CALM, target="direction", calibrate="platt"), store)
+    page = done.report.read_text()
+    assert all(text in page for text in ("as the model says", "calibrated", "Calibration: platt"))

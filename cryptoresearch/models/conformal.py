@@ -136,7 +136,7 @@ def quantile_lines(
 class Model(Protocol):
     "What can be fitted and asked."
 
-    def fit(self, X: Any, y: Any, intervals: Any = None) -> Any: ...
+    def fit(self, X: Any, y: Any, intervals: Any = None, sample_weight: Any = None) -> Any: ...
 
     def predict(self, X: Any) -> np.ndarray: ...
 
@@ -147,12 +147,14 @@ def out_of_fold(
     y: pd.Series,  # n outcomes, no NaN
     intervals: pd.DataFrame,  # n rows, for purging
     splitter: Splitter,  # such as PurgedKFold(5, "24h")
+    sample_weight: np.ndarray | None = None,  # n weights; all alike when None
 ) -> pd.Series:  # n forecasts, each by a model that was not trained near it; NaN where no fold tests the row
     "Forecast each row by a model of the folds that do not know it."
     out = pd.Series(np.nan, X.index, name="prediction")
     values = out.to_numpy().copy()
     for train, test in splitter.split(intervals):
-        values[test] = make().fit(X.iloc[train], y.iloc[train], intervals=intervals.iloc[train]).predict(X.iloc[test])
+        more = {} if sample_weight is None else {"sample_weight": sample_weight[train]}
+        values[test] = make().fit(X.iloc[train], y.iloc[train], intervals=intervals.iloc[train], **more).predict(X.iloc[test])
     return pd.Series(values, X.index, name="prediction")
 
 # %% ../../nbs/models/35_conformal.ipynb #96e17b89

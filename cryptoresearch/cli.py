@@ -219,7 +219,7 @@ def train(
     train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
     features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
     modules: Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge or ensemble.")] = "xgboost",
+    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge, garch or ensemble.")] = "xgboost",
     param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,

@@ -1,5 +1,6 @@
 """Options of a run, each as its files, its live predictor and the report see it: made again bit for bit, and never from the future."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -195,3 +196,34 @@ def test_the_report_shows_reliability_before_and_after(store):
     done = train_report(replace(CALM, target="direction", calibrate="platt"), store)
     page = done.report.read_text()
     assert all(text in page for text in ("as the model says", "calibrated", "Calibration: platt"))
+
+
+def test_garch_is_a_model_of_runs_with_a_finite_history(store, bars):
+    asked = replace(CALM, target="volatility", model="garch", params={}, features=("ret_1_lags_167",))
+    with connect(store) as con:
+        run = train_run(con, asked, store)
+    assert run.info["warmup"] == 169 and run.info["identity"]["own_features"] == {}
+    assert (run.predictions["prediction"] > 0).all() and run.info["scores"]["model"]["ic"] > 0.3  # the volatility rises and falls slowly
+    stored = json.loads((run.folder / "model.garch.json").read_text())
+    assert set(stored) == {"omega", "alpha", "beta", "mean", "start", "slope"} and stored["alpha"] > 0 and stored["beta"] > 0.5
+    checks = reproduce(run.id, store)
+    assert checks["same"].all() and "model.garch.json made again" in checks.index
+    found = load_run(run.id, store)
+    whole = found.predict(bars).tail(20)
+    for k in (0, 19):  # nothing before the declared history has a part in it, and nothing is missing of it
+        at = bars.index.get_loc(whole.index[k])
+        alone = found.predict(bars.iloc[at - 168 : at + 1]).iloc[-1]
+        assert np.allclose(alone[["prediction", "lower", "upper"]].astype(float), whole.iloc[k][["prediction", "lower", "upper"]].astype(float), rtol=1e-12)
+    for wrong in ({"target": "return"}, {"params": {"horizon": 3}}):
+        with pytest.raises(ConfigError):
+            replace(asked, **wrong)
+    with connect(store) as con, pytest.raises(ConfigError, match="--feature ret_1_lags_167"):
+        train_run(con, replace(asked, features=("returns",)), store)
+
+
+def test_lags_by_name_are_the_packages_own_and_join_no_group():
+    from cryptoresearch.features.registry import REGISTRY, feature_names, resolve
+
+    before = feature_names("all")
+    assert runs.own_features(("ret_1_lags_40", "rv_24_lag_9")) == {} and feature_names("all") == before and "rv_24_lag_9" not in REGISTRY
+    assert [f.warmup for f in resolve("ret_1_lags_2")] == [2, 3, 4]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import re
 
 from ..data.bars import NUMBERS
 from ..errors import ConfigError, DataNotFound, SchemaError, problem
@@ -195,6 +196,11 @@ def _named(item: object) -> list[Feature]:
         from cryptoresearch.features.frames import features_of_symbol  # which builds on this module
 
         return features_of_symbol(item)
+    if isinstance(item, str) and (lag := re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", item)) and lag[1] in REGISTRY:
+        from cryptoresearch.features.frames import lagged
+
+        base, n = REGISTRY[lag[1]], int(lag[3])
+        return [base, *(REGISTRY.get(f"{base.name}_lag_{k}") or lagged(base, k) for k in range(1, n + 1))] if lag[2] else [lagged(base, n)]
     groups = {"all", "default", *(f.group for f in REGISTRY.values())}
     if item in groups:
         return [f for f in REGISTRY.values() if item == f.group or (item == "all" and f.bars_suffice) or (item == "default" and f.group in GROUPS and f.candles_suffice)]

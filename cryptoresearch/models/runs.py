@@ -49,10 +49,11 @@ from ..errors import ConfigError, CryptoResearchError, DataNotFound, RunMismatch
 from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, on_bars, on_clock, sign_strategy
+from ..features.frames import Lagged, lagged
 from ..features.joined import join_needed
 from ..features.own import import_modules
 from ..features.pipeline import DataProcessing
-from ..features.registry import resolve
+from ..features.registry import REGISTRY, Feature, resolve
 from .barriers import covered_bars, doubtful_bars, recency, uniqueness
 from .baselines import har_volatility
 from .boosting import TailModel, purged_tail
@@ -96,7 +97,7 @@ class RunConfig:
     refit_every: str = "90D"  # length of a test fold; each has a model of its own
     mode: str = "expanding"  # or 'sliding', with train_window
     features: tuple[str, ...] = ("default",)  # names and groups
-    model: str = "xgboost"  # or lightgbm, histgb, gb, ridge, har, har_ridge, ensemble
+    model: str = "xgboost"  # or lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge, garch, ensemble
     params: Mapping[str, Any] = field(default_factory=dict)  # of the model, beside its defaults
     seed: int = 0
     fee_bps: float = 5.0  # cost a side, basis points
@@ -198,9 +199,11 @@ def _check_order_and_model(c: RunConfig) -> None:
         raise _wrong("features", "names of features and groups", c.features)
     if c.model not in MODELS:
         raise _wrong("model", f"one of {', '.join(MODELS)}", c.model)
-    allowed = sorted(set(inspect.signature(MODELS[c.model].__init__).parameters) - {"self", "seed", "loss", "alpha"})
+    allowed = sorted(set(inspect.signature(MODELS[c.model].__init__).parameters) - {"self", "seed", "loss", "alpha", "horizon"})
     if unknown := sorted(set(c.params) - set(allowed)):
         raise _wrong("params", f"among {', '.join(allowed)} (the seed is a field of its own)", unknown)
+    if c.model == "garch" and c.target != "volatility":
+        raise _wrong("model", "another one than garch, which forecasts volatility alone", c.target)
     if is_event(c.target):
         try:
             MODELS[c.model](loss="probability")._check_params()
@@ -255,7 +258,7 @@ def frame_digest(
 
 # %% ../../nbs/models/34_runs.ipynb #eeaa3e5c
 CODE = ("data/bars.py", "data/growth.py", "features/*.py", "models/*.py", "evaluation/*.py")
-LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops")
+LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops", "statsmodels", "arch")
 
 
 @lru_cache(maxsize=1)
@@ -349,7 +352,13 @@ SHIPPED = {f.name: f for f in resolve("all")}  # registered before any user coul
 
 def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest by name, of features from outside the package
     "Digest the features that a user wrote or made."
-    return {f.name: _sha(canonical(_parts(f))) for f in resolve(names) if f is not SHIPPED.get(f.name)}
+    return {f.name: _sha(canonical(_parts(f))) for f in resolve(names) if f is not SHIPPED.get(f.name) and not _lag_of_shipped(f)}
+
+
+def _lag_of_shipped(f: Feature) -> bool:
+    "Whether a feature is a lag, made by its name, of one of the package's own."
+    fn: Any = f.fn
+    return isinstance(fn, Lagged) and fn.inner is SHIPPED.get(fn.inner.name) and f == lagged(fn.inner, fn.lag) and f.name not in REGISTRY
 
 # %% ../../nbs/models/34_runs.ipynb #2cf4db92
 @dataclass(frozen=True)
@@ -515,7 +524,9 @@ def make_model(
     **more: Any,  # parameters that come first, such as loss='quantile'
 ) -> TailModel:  # not fitted
     "Make the model that a configuration asks for."
-    kind = {"loss": "probability"} if is_event(config.target) else {"log_target": config.target == "volatility"}
+    kind: dict[str, Any] = {"loss": "probability"} if is_event(config.target) else {"log_target": config.target == "volatility"}
+    if config.model == "garch":
+        kind |= {"horizon": config.horizon}
     return MODELS[config.model](**(kind | dict(config.params) | {"seed": config.seed} | more))
 
 

@@ -229,6 +229,7 @@ def train(
     interval: Annotated[str, typer.Option(help="residual (one width), scaled (by a forecast volatility), quantile (two quantile models) or adaptive (by the outcomes of the test).")] = "residual",
     interval_param: Annotated[list[str] | None, typer.Option(help="Interval parameter, name=value, such as volatility=har, given=log_sigma or of=scaled; may be given several times.")] = None,
     calibrate: Annotated[str, typer.Option(help="Of probabilities: none, isotonic or platt, learned on purged folds of the training.")] = "none",
+    split: Annotated[str, typer.Option(help="walk, or cpcv to show beside the walk the scores over the paths of combinatorial purged cross-validation: fifteen trainings more.")] = "walk",
     audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
@@ -240,7 +241,7 @@ def train(
                  mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"),
                  interval=interval, interval_params=read_params(interval_param or [], "--interval-param given=log_sigma"), calibrate=calibrate)  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress, audit=audit)
+        done = train_report(asked, progress=progress, audit=audit, split=split)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)

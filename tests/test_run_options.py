@@ -227,3 +227,35 @@ def test_lags_by_name_are_the_packages_own_and_join_no_group():
     before = feature_names("all")
     assert runs.own_features(("ret_1_lags_40", "rv_24_lag_9")) == {} and feature_names("all") == before and "rv_24_lag_9" not in REGISTRY
     assert [f.warmup for f in resolve("ret_1_lags_2")] == [2, 3, 4]
+
+
+def test_paths_of_a_combinatorial_split_stand_in_the_report_and_leave_the_run_alone(store, bars):
+    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+
+    with connect(store) as con:
+        before = train_run(con, CALM, store)
+    done = train_report(CALM, store, split="cpcv")
+    page = done.report.read_text()
+    assert done.run_id == before.id and not done.reused
+    assert all(f"path {k}" in page for k in range(1, 6)) and "path 6" not in page and "walk forward" in page
+    assert train_report(CALM, store, split="cpcv").reused and train_report(CALM, store).reused
+    with pytest.raises(ConfigError, match="walk or cpcv"):
+        train_report(CALM, store, split="kfold")
+    samples = runs.prepare(bars, CALM)
+    paths = path_predictions(CALM, samples)
+    table = score_paths(paths, bars, CALM)
+    assert len(table) == 5 and {"ic", "sharpe", "r2_oos"} <= set(table) and f"{table['ic'].iloc[0]:.3f}".replace("-", "−") in page
+
+
+@pytest.mark.parametrize("target, more", [("direction", {"calibrate": "platt"}), ("volatility", {}), ("meta", {"label": {"window": 48, "primary": "ret_6"}})])
+def test_no_path_has_seen_the_rows_it_forecasts(bars, target, more):
+    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+
+    asked = replace(CALM, target=target, features=("ret_1", "ret_6", "calendar"), **more)  # which look back a few hours: much is purged around each group
+    samples = runs.prepare(bars, asked)
+    table = score_paths(path_predictions(asked, samples), bars, asked)
+    assert len(table) == 5 and table["ic"].notna().all()
+    noise = replace(samples, X=samples.X.assign(marker=np.arange(len(samples.X), dtype=float)), labels=samples.labels.assign(y=np.where(samples.labels["y"].notna(), np.random.default_rng(1).integers(0, 2, len(samples.X)), np.nan) + (0.5 if target == "volatility" else 0)))
+    if target != "meta":
+        empty = score_paths(path_predictions(asked, noise), bars, asked)
+        assert empty["ic"].abs().max() < 0.15  # outcomes without any order; a row's own outcome would show at once

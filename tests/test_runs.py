@@ -259,7 +259,7 @@ def test_a_name_is_not_a_path(trained):
 
 
 def test_the_template_is_clean_and_knows_every_field():
-    notebook = nbformat.read(notebook_path("research/train_gbr.ipynb"), as_version=4)
+    notebook = nbformat.read(notebook_path("research/train.ipynb"), as_version=4)
     tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     defaults: dict = {}
@@ -272,7 +272,7 @@ def test_the_template_is_clean_and_knows_every_field():
 
 def test_a_misspelt_parameter_is_refused(store, tmp_path):
     with pytest.raises(ConfigError, match="horizn"):
-        run_notebook("research/train_gbr.ipynb", {"horizn": 3}, tmp_path / "out", settings=store)
+        run_notebook("research/train.ipynb", {"horizn": 3}, tmp_path / "out", settings=store)
 
 
 def test_the_notebook_trains_with_the_parameters_it_was_given(store):
@@ -288,7 +288,7 @@ def test_the_notebook_trains_with_the_parameters_it_was_given(store):
     assert outside(page) == [] and "require.js" not in body and "MathJax" not in body
     assert "SIMULATED" in body and run.id in body and body.count('class="figure"') >= 6
     assert "import pandas" not in body and "Run it by hand" not in body  # no code, nothing meant for who runs it
-    assert sorted(p.name for p in made.folder.iterdir()) == ["model.json", "model.ubj", "predictions.parquet", "report.html", "run.json", "train_gbr.ipynb"]
+    assert sorted(p.name for p in made.folder.iterdir()) == ["model.json", "model.ubj", "predictions.parquet", "report.html", "run.json", "train.ipynb"]
     assert [p.name for p in made.folder.parent.iterdir() if p.name.startswith(".tmp")] == []
     children = Path("/proc/self/task").glob("*/children") if Path("/proc/self/task").is_dir() else ()
     kernels = [pid for path in children for pid in path.read_text().split() if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]

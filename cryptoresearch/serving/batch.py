@@ -41,7 +41,7 @@ from .report_figures import figure_html, plotly_js
 
 # %% ../../nbs/serving/53_batch.ipynb #00000006
 def notebook_path(
-    name: str,  # place below `nbs/`, such as 'research/train_gbr.ipynb', or a path to any notebook
+    name: str,  # place below `nbs/`, such as 'research/train.ipynb', or a path to any notebook
 ) -> Path:  # the file
     "Find a notebook that travels with the package."
     package = Path(cryptoresearch.__file__).parent
@@ -253,7 +253,7 @@ def run_notebook(
     return paths
 
 # %% ../../nbs/serving/53_batch.ipynb #00000023
-TRAIN = "research/train_gbr.ipynb"
+TRAIN = "research/train.ipynb"
 
 
 @dataclass(frozen=True)

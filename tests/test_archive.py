@@ -20,7 +20,10 @@ from typing import Any
 import pytest
 import urllib3
 
+from cryptoresearch.data import ingest
 from cryptoresearch.data.archive import archive_name, download, ensure_buckets, fetch_day, file_sha256, list_objects, local_copy, minio_client, remove, stored, upload, verify
+from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.settings import Settings
@@ -190,6 +193,29 @@ def test_an_object_comes_down_over_a_line_that_breaks(on_s3: Settings, tmp_path:
     line = Line(str(on_s3.minio_endpoint), [3_000_000, 2_000_000, 1_000_000])
     got = download(changed(on_s3, minio_endpoint=line.endpoint), uri, tmp_path / "got.bin")
     assert got.read_bytes() == file.read_bytes() and line.cuts == []
+    line.server.close()
+
+
+@pytest.mark.minio
+def test_a_text_is_loaded_while_it_comes(on_s3: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = simulate_trades(tmp_path / "days", days=1, trades_per_day=60_000)
+    uri, client = upload(on_s3, file), minio_client(on_s3)
+    line = Line(str(on_s3.minio_endpoint), [3_000_000, 500_000])
+    broken = changed(on_s3, minio_endpoint=line.endpoint)
+    with init_duckdb(changed(on_s3, duckdb_path=str(tmp_path / "catalog.sqlite"))) as con:
+        client.put_object(on_s3.minio_bucket_raw, "BTCUSDT-trades-2024-02-01.csv", BytesIO(file.read_bytes()), file.stat().st_size, metadata={"sha256": "0" * 64})
+        with pytest.raises(SchemaError, match="expected sha256 0000"):  # known at the last byte only
+            process_file(con, f"s3://{on_s3.minio_bucket_raw}/BTCUSDT-trades-2024-02-01.csv", settings=on_s3)
+        assert con.sql("SELECT count(*) FROM trades").fetchone() == (0,) and not list((tmp_path / "catalog.sqlite.files").rglob("*.parquet"))
+        with monkeypatch.context() as m:
+            m.setattr(ingest, "local_file", None)  # no copy is made
+            result = process_file(con, uri, settings=broken, source="trades")
+        assert line.cuts == [] and (result.sha256, result.rows) == (file_sha256(file), con.sql("SELECT count(*) FROM trades").fetchone()[0])
+        assert process_file(con, uri, settings=on_s3, source="trades").already_loaded
+        with init_duckdb(changed(on_s3, duckdb_path=str(tmp_path / "local" / "catalog.sqlite"))) as local:
+            process_file(local, file, source="trades")
+            everything = "FROM trades ORDER BY ts, trade_id"
+            assert con.sql(everything).fetchall() == local.sql(everything).fetchall()
     line.server.close()
 
 

@@ -1,6 +1,8 @@
 """Bars against a loop that nobody can misread, on random trades, random holes and the store."""
 
+from contextlib import suppress
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -11,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryptoresearch.data.bars import NUMBERS, bar_length, check_bars, make_bars, read_bars, resample_bars, trades_to_bars
+from cryptoresearch.data.event_bars import make_event_bars, read_event_bars
 from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.store import init_duckdb, snapshot
+from cryptoresearch.errors import DataNotFound
 from cryptoresearch.settings import Settings
 
 T0 = pd.Timestamp("2024-01-04", tz="UTC")  # a multiple of 7 days since 1970: every length used here has a bar that begins then
@@ -273,3 +277,23 @@ def test_real_files_join_over_midnight(settings: Settings, shared: Path, order: 
         prices = [inside["price"].iloc[0], inside["price"].max(), inside["price"].min(), inside["price"].iloc[-1]]
         bought = inside["qty"][inside["side_reported"] == 1].map(lambda q: Decimal(str(q))).sum()
         assert bar[["open", "high", "low", "close", "trades", "buy_volume"]].tolist() == [*prices, len(inside), float(bought)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, order: int) -> None:
+    lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)
+    cuts = [0, 7, 11, 12, 4000, 4001, 4010, 9000, len(lines)]  # at 11 and 4001 a file has one price only
+    stores = {}
+    for name, parts in (("whole", [lines]), ("cut", [lines[a:b] for a, b in pairwise(cuts)][::order])):
+        con = stores[name] = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / name / "catalog.sqlite")))
+        for i, part in enumerate(parts):
+            file = tmp_path / name / f"part{i}.csv"
+            file.write_text("".join(part))
+            process_file(con, file, symbol="BTCUSDT", kind="trades")
+            with suppress(DataNotFound):  # no whole second yet
+                make_bars(con, "BTCUSDT", "1s")
+            make_event_bars(con, "BTCUSDT", "tick_imbalance:50")
+    unsigned = stores["cut"].sql("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchone()[0]
+    assert unsigned > stores["whole"].sql("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchone()[0]
+    for read, spec in ((read_bars, "1s"), (read_event_bars, "tick_imbalance:50")):
+        equal(read(stores["cut"], "BTCUSDT", spec), read(stores["whole"], "BTCUSDT", spec))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Progress', 'KINDS', 'MARKETS', 'INTERVALS', 'minio_client', 'ensure_buckets', 'file_sha256', 'upload', 'list_objects',
-           'parse_s3', 'StoredObject', 'stored', 'download', 'verify', 'remove', 'local_copy', 'local_file',
-           'archive_name', 'NotPublished', 'Patience', 'check_host', 'published', 'published_sha256', 'proved', 'alone',
-           'fetch_file', 'fetch_day']
+           'parse_s3', 'StoredObject', 'stored', 'ObjectStream', 'open_object', 'download', 'verify', 'remove',
+           'local_copy', 'local_file', 'archive_name', 'NotPublished', 'Patience', 'check_host', 'published',
+           'published_sha256', 'proved', 'alone', 'fetch_file', 'fetch_day']
 
 # %% ../../nbs/data/02_archive.ipynb #c075ddd7
 import contextlib
@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
@@ -242,7 +243,7 @@ def _stream(
     bucket: str,
     name: str,
     attempts: int = 4,  # in a row that brought nothing
-) -> Iterator[tuple[bytes, int]]:  # pieces, and the object's size
+) -> Generator[tuple[bytes, int]]:  # pieces, and the object's size
     "Pieces of an object; a connection that broke is taken up where it broke."
     done, total, failed, same = 0, -1, 0, dict[str, str]()
     while done != total:
@@ -266,6 +267,66 @@ def _stream(
                 answer.close()
                 answer.release_conn()
 
+# %% ../../nbs/data/02_archive.ipynb #87b8b4fa
+def _agrees(known: StoredObject, size: int, sha256: str, md5: str | None = None) -> str:
+    "What proved the content: sha256, etag or size; `SchemaError` where it is another."
+    for what, expected, found in (("size", known.bytes, size), ("sha256", known.sha256, sha256), ("etag", known.etag, md5)):
+        if expected is not None and found is not None and expected != found and not (what == "etag" and "-" in known.etag):
+            raise SchemaError(f"object: expected {what} {expected} for {known.uri}; found {found} in {size} bytes. Upload it again")
+    return "sha256" if known.sha256 else "etag" if md5 and "-" not in known.etag else "size"
+
+# %% ../../nbs/data/02_archive.ipynb #eeb90208
+class ObjectStream:
+    "The bytes of an object, once, with their checksum at the end."
+
+    def __init__(self, settings: Settings, uri: str) -> None:
+        self._settings, (self._bucket, self._name), self._known = settings, parse_s3(uri), stored(settings, uri)
+        self._pieces, self._held = _stream(minio_client(settings), self._bucket, self._name), b""
+        self._digest, self._received, self._turn = hashlib.sha256(), 0, threading.Lock()
+        self.bytes, self.position = self._known.bytes, 0  # in all, and read so far
+        self.sha256: Future[str] = Future()  # known at the end
+
+    def read(self, size: int, /) -> bytes:
+        "The next bytes, at most `size`; none at the end. Errors: `SchemaError` where the whole is not what was uploaded."
+        data = self._held or self._next()
+        data, self._held = data[:size], data[size:]
+        self.position += len(data)
+        return data
+
+    def head(self, size: int) -> bytes:
+        "The first bytes, which stay to be read; fewer where the object is shorter."
+        while len(self._held) < size and (piece := self._next()):
+            self._held += piece
+        return self._held[:size]
+
+    def _next(self) -> bytes:
+        with self._turn, _s3(self._settings, self._bucket, self._name):
+            piece, _ = next(self._pieces, (b"", 0))
+        self._digest.update(piece)
+        self._received += len(piece)
+        if not piece and not self.sha256.done():
+            _agrees(self._known, self._received, self._digest.hexdigest())
+            self.sha256.set_result(self._digest.hexdigest())
+        return piece
+
+    def close(self) -> None:
+        "Give the connection back; a read that is under way in another thread ends first."
+        with self._turn:
+            self._pieces.close()
+
+
+@contextlib.contextmanager
+def open_object(
+    settings: Settings | None,  # read from the environment when None
+    uri: str,  # s3://bucket/name
+) -> Iterator[ObjectStream]:
+    "An object to be read once; `DataNotFound` where there is none."
+    source = ObjectStream(settings or get_settings(), uri)
+    try:
+        yield source
+    finally:
+        source.close()
+
 # %% ../../nbs/data/02_archive.ipynb #101c3e13
 def download(
     settings: Settings | None,  # read from the environment when None
@@ -280,32 +341,19 @@ def download(
 
 def _fetch(s: Settings, uri: str, path: Path, progress: Progress | None) -> tuple[Path, str]:
     "Fetch an object into a file; its path and sha256."
-    bucket, name = parse_s3(uri)
-    known, digest, done = stored(s, uri), hashlib.sha256(), 0
-    path = path / Path(name).name if path.is_dir() else path
+    path = path / Path(parse_s3(uri)[1]).name if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with _s3(s, bucket, name), part.open("wb") as out:
-            for piece, total in _stream(minio_client(s), bucket, name):
+        with open_object(s, uri) as source, part.open("wb") as out:
+            while piece := source.read(_PIECE):
                 out.write(piece)
-                digest.update(piece)
-                done += len(piece)
                 if progress:
-                    progress(done, total)
-        _agrees(known, done, digest.hexdigest())
+                    progress(source.position, source.bytes)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return path, digest.hexdigest()
-
-
-def _agrees(known: StoredObject, size: int, sha256: str, md5: str | None = None) -> str:
-    "What proved the content: sha256, etag or size; `SchemaError` where it is another."
-    for what, expected, found in (("size", known.bytes, size), ("sha256", known.sha256, sha256), ("etag", known.etag, md5)):
-        if expected is not None and found is not None and expected != found and not (what == "etag" and "-" in known.etag):
-            raise SchemaError(f"object: expected {what} {expected} for {known.uri}; found {found} in {size} bytes. Upload it again")
-    return "sha256" if known.sha256 else "etag" if md5 and "-" not in known.etag else "size"
+    return path, source.sha256.result()
 
 # %% ../../nbs/data/02_archive.ipynb #28cf75bd
 def verify(
@@ -313,14 +361,11 @@ def verify(
     uri: str,  # s3://bucket/name
 ) -> str:  # what it was compared with: 'sha256', 'etag', or only 'size'
     "Read an object wholly and compare it with its checksums; `SchemaError` where they differ."
-    s, (bucket, name) = settings or get_settings(), parse_s3(uri)
-    known, size, sha256, md5 = stored(s, uri), 0, hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    with _s3(s, bucket, name):
-        for piece, _ in _stream(minio_client(s), bucket, name):
-            size += len(piece)
-            sha256.update(piece)
+    s, md5 = settings or get_settings(), hashlib.md5(usedforsecurity=False)
+    with open_object(s, uri) as source:
+        while piece := source.read(_PIECE):
             md5.update(piece)
-    return _agrees(known, size, sha256.hexdigest(), md5.hexdigest())
+    return _agrees(stored(s, uri), source.position, source.sha256.result(), md5.hexdigest())
 
 
 def remove(

@@ -398,22 +398,41 @@ def _is_parquet(
         pq.read_schema(path)
     return True
 
+# %% ../../nbs/data/03a_formats.ipynb #d90dc122
+class _Counted:
+    "A stream and how far it was read."
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self.position = stream, 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._stream.read(size)
+        self.position += len(data)
+        return data
+
+
+@contextmanager
+def _counted(stream: Stream) -> Iterator[tuple[Stream, Callable[[], int]]]:
+    "A stream as `open_text` gives it."
+    counted = _Counted(stream)
+    yield counted, lambda: counted.position
+
 # %% ../../nbs/data/03a_formats.ipynb #567bed70
 def read_blocks(
-    path: Path,  # a local file
+    source: Path | Stream,  # a local file, or plain text to be read once
     spec: FileSpec,  # what `inspect_file` found
 ) -> Iterator[Block]:  # checked rows in the file's order
     "The rows of a file, checked, block by block."
     period = spec.period
     if period and spec.interval and (length := interval_us(spec.interval)) > _UNIT_S["d"] * 1_000_000:
         period = (period[0] - length, period[1])
-    for block in _parquet_blocks(path, spec) if spec.form == "parquet" else _text_blocks(path, spec):
+    for block in _parquet_blocks(source, spec) if isinstance(source, Path) and spec.form == "parquet" else _text_blocks(source, spec):
         yield check_values(block, spec.kind, period)
 
 
-def _text_blocks(path: Path, spec: FileSpec) -> Iterator[Block]:
-    "Blocks of a text file."
-    with open_text(path) as (stream, position):
+def _text_blocks(source: Path | Stream, spec: FileSpec) -> Iterator[Block]:
+    "Blocks of a text."
+    with open_text(source) if isinstance(source, Path) else _counted(source) as (stream, position):
         line, header = 1, spec.header
         for piece in pieces(stream) if isinstance(stream, io.BufferedReader) else _ahead(pieces(stream)):
             if line == 1:

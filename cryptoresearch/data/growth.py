@@ -8,9 +8,10 @@ __all__ = ['read_ordered', 'fold_ordered', 'Input', 'Change', 'changed_since', '
 # %% ../../nbs/data/04a_growth.ipynb #b7f97b87
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -110,15 +111,9 @@ def _window(con: DuckDBPyConnection, symbol: str, source: str, start_us: int, en
             return None
     return _sorted_batches(batches)
 
-
-def read_ordered(
-    con: DuckDBPyConnection,  # the store
-    symbol: str,  # such as BTCUSDT
-    source: str,  # such as trades
-    start_us: int,  # first time, µs since 1970
-    end_us: int,  # times before this one
-) -> Iterator[Trades]:  # batches
-    "Stream the committed trades of one source in the order (ts, trade_id), the next batches read while one is used."
+# %% ../../nbs/data/04a_growth.ipynb #81584566
+def _in_windows(con: DuckDBPyConnection, symbol: str, source: str, start_us: int, end_us: int) -> Iterator[Trades]:
+    "Stream trades in order, the next window read while one is used."
     own, windows = cursor(con), deque(pairwise(_cuts(con, symbol, source, start_us, end_us)))
     with own, ThreadPoolExecutor(1, "read-trades") as pool:
         ahead = pool.submit(_window, own, symbol, source, *windows[0]) if start_us < end_us else None
@@ -128,6 +123,58 @@ def read_ordered(
                 windows.extendleft([((a + b) // 2, b), (a, (a + b) // 2)])
             ahead = pool.submit(_window, own, symbol, source, *windows[0]) if windows else None
             yield from batches or ()
+
+# %% ../../nbs/data/04a_growth.ipynb #f06d5bce
+@njit(cache=True, nogil=True)
+def _fill_signs(price: np.ndarray, side: np.ndarray, last_price: float, sign: int) -> int:
+    "Give trades whose sign is 0 that of the tick rule, in place; the last trade's sign."
+    for i in range(len(price)):
+        if side[i]:
+            sign = side[i]
+        elif last_price > 0 and price[i] != last_price:
+            sign = 1 if price[i] > last_price else -1
+        side[i], last_price = sign, price[i]
+    return sign
+
+
+def _signed(batches: Iterable[Trades], before: Callable[[], tuple[float, int]]) -> Iterator[Trades]:
+    "Trades in order with the tick rule's sign wherever it can be known; `before` tells price and sign of the trade before them."
+    price, sign = np.nan, 0
+    for t in batches:
+        if np.isnan(price) and not t["side_tick"][0]:
+            price, sign = before()
+        if not t["side_tick"].all():
+            t = t | {"side_tick": t["side_tick"].copy()}
+            sign = _fill_signs(t["price"], t["side_tick"], price, sign)
+        price, sign = float(t["price"][-1]), int(t["side_tick"][-1])
+        yield t
+
+# %% ../../nbs/data/04a_growth.ipynb #6f7624b4
+def _trade_before(con: DuckDBPyConnection, symbol: str, source: str, us: int) -> tuple[float, int]:
+    "Price and tick rule's sign of the last trade before a time; 0 where there is none or it cannot be known."
+    hour, month = 3_600_000_000, 30 * 86_400_000_000
+    with cursor(con) as own:
+        for window in (hour, month, None):
+            if window is None:  # nothing for a month
+                row = own.execute("SELECT epoch_us(max(ts)) FROM trades WHERE symbol = ? AND source = ? AND ts < make_timestamp(?)", [symbol, source, us]).fetchone()
+                us, window = (row[0] + 1 if row and row[0] is not None else us), hour
+            price, sign = 0.0, 0
+            for t in _signed(_sorted_batches(list(_query(own, symbol, source, us - window, us))), lambda: (0.0, 0)):
+                price, sign = float(t["price"][-1]), int(t["side_tick"][-1])
+            if sign:
+                break
+    return price, sign
+
+
+def read_ordered(
+    con: DuckDBPyConnection,  # the store
+    symbol: str,  # such as BTCUSDT
+    source: str,  # such as trades
+    start_us: int,  # first time, µs since 1970
+    end_us: int,  # times before this one
+) -> Iterator[Trades]:  # batches
+    "Stream the committed trades of one source in the order (ts, trade_id), the next batches read while one is used."
+    return _signed(_in_windows(con, symbol, source, start_us, end_us), partial(_trade_before, con, symbol, source, start_us))
 
 # %% ../../nbs/data/04a_growth.ipynb #13a4cb70
 class _OutOfOrder(Exception):
@@ -156,7 +203,7 @@ def fold_ordered[T](
 ) -> T:  # what it made
     "Bring the committed trades of one source, in the order (ts, trade_id), down to something smaller."
     try:
-        return fold(_as_stored(con, symbol, source, start_us, end_us))
+        return fold(_signed(_as_stored(con, symbol, source, start_us, end_us), partial(_trade_before, con, symbol, source, start_us)))
     except _OutOfOrder:
         return fold(read_ordered(con, symbol, source, start_us, end_us))
 
@@ -411,6 +458,8 @@ def _trade_span(con: DuckDBPyConnection, key: _Key, change: Change, length_us: i
         return _Span(whole["first"], whole["first"], whole["whole"], whole["last"], max(b, whole["last"]), holes)
     before, after = _traded_bar(con, key, a, None, length_us), _traded_bar(con, key, None, b, length_us)
     first = whole["first"] if before is None else max(before, whole["first"])
+    if after is not None and (signed := _signed_from(con, key, change.end)) is not None:
+        after = max(after, signed // length_us)
     last, until = (whole["last"], max(b, whole["last"])) if after is None else (min(after, whole["last"]), after)
     return _Span(min(a, first), first, max(first, whole["whole"]), last, until, holes)
 
@@ -428,6 +477,15 @@ def _trade_chunks(con: DuckDBPyConnection, key: _Key, span: _Span, length_us: in
         bars, skip = place_bars(records, span.holes, length_us, start, stop, carry), max(span.keep - start, 0)
         yield _bar_table({name: column[skip:] for name, column in bars.items()}, length_us)
         start = stop + 1
+
+
+def _signed_from(con: DuckDBPyConnection, key: _Key, us: int) -> int | None:
+    "Time of the first trade from a time on whose sign the tick rule knows without those before it."
+    for ahead in (3_600_000_000, 30 * 86_400_000_000, 2**62):
+        query = "SELECT epoch_us(min(ts)) FROM trades WHERE symbol = ? AND source = ? AND side_tick IS NOT NULL AND ts > make_timestamp(?) AND ts < make_timestamp(?)"
+        if (row := con.execute(query, [*key[:2], us, min(us + ahead, 2**62)]).fetchone()) and row[0] is not None:
+            return int(row[0])
+    return None
 
 # %% ../../nbs/data/04a_growth.ipynb #6ead99f0
 _BAR_TYPES = pa.schema([("ts", pa.timestamp("us")), ("close_ts", pa.timestamp("us")), *((n, pa.int64() if n == "trades" else pa.float64()) for n in NUMBERS),

@@ -6,7 +6,6 @@
 __all__ = ['Report', 'IngestResult', 'process_file', 'forget_file']
 
 # %% ../../nbs/data/03_ingest.ipynb #e3f1d9f3
-import hashlib
 import html
 import os
 import secrets
@@ -37,7 +36,7 @@ from numba import njit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .. import __version__
-from .archive import local_file
+from .archive import ObjectStream, file_sha256, local_file, open_object
 from cryptoresearch.data.corrections import (
     DIGEST_VERSION, SHORT_HOLE, UNKNOWN, Met, Older, Series, archive_title, check_same_series, clear_ledger, compare, file_digest, insert_gaps, log_event, moment, quoted, refit, replace_older, rows_digest,
     stored_files, take_out, taken_back, trade_marks,
@@ -298,9 +297,9 @@ class _Job:
     "One file on its way into the store."
 
     uri: str  # as given
-    path: Path  # a local copy
+    rows: Path | ObjectStream  # a local copy, or text that comes once
     bytes: int
-    hashing: Future[str]  # sha256 of the file
+    hashing: Future[str]  # sha256 of the file; of what comes once, known at its end
     source: str
     spec: FileSpec
     mark: str  # 64 characters that stand for the sha256 while it is not known
@@ -774,14 +773,6 @@ def _without_known(
     return _Left(new, row[0], file_digest(cur, s.table, new), (row[1], row[3]), (row[2], row[4]))
 
 # %% ../../nbs/data/03_ingest.ipynb #e08bb2da
-def _sha256(
-    path: Path,  # a local file
-) -> str:  # 64 hexadecimal digits
-    "Checksum of a file's bytes."
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 _LEDGER = (
     "file_id, uri, sha256, bytes, kind, symbol, source, rows, rejected, first_ts, last_ts, first_id, last_id, gaps, ts_unit, code_version, ingested_at,"
     " market, interval, duplicates, corrected, replaced_by, digest, digest_version"
@@ -909,14 +900,17 @@ def _write_rows(
     "Write a file's rows in order."
 
     def blocks() -> Iterator[Block]:
-        for block in read_blocks(job.path, job.spec):
+        for block in read_blocks(job.rows, job.spec):
             report(block.position, job.bytes)
             yield _placed(block, job)
 
     id_at = job.spec.columns.index("trade_id") if "trade_id" in job.spec.columns else None
     facts = _Facts(_Refused(folder / "refused-1.parquet", id_at))
-    with suppress(_OutOfOrder):
+    try:
         return facts, _write_stream(cur, _Stream(job, facts), _ahead(blocks()), folder)
+    except _OutOfOrder:
+        if not isinstance(job.rows, Path):
+            raise
     facts = _Facts(_Refused(folder / "refused-2.parquet", id_at))
     return facts, _write_staged(cur, job, blocks, facts, folder)
 
@@ -1066,29 +1060,38 @@ def _store(
     return _result(job.uri, row, already_loaded=False, replaced=plan.old.file_id if plan.old else None)
 
 # %% ../../nbs/data/03_ingest.ipynb #abacf973
+@dataclass(frozen=True)
+class _Wanted:
+    "How a file is to be loaded, as the caller says."
+
+    given: dict[str, str | None]  # symbol, kind, interval, market; None where the file says
+    source: str | None
+    progress: bool | Report | None
+    max_rejected: float  # share of the rows, 0 to 1
+    check_symbol: bool
+    replace: bool
+
+
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
     job: _Job,
-    max_rejected: float,  # share of the rows, 0 to 1
-    check_symbol: bool,
-    replace: bool,
-    report: Report,  # progress
+    wanted: _Wanted,
 ) -> IngestResult:
     "Write the rows, work out what they meet, make them known."
     files: set[str] = set()
     kept: str | None = None
     try:
-        with con.cursor() as cur, tempfile.TemporaryDirectory(prefix="cryptoresearch-") as name:
+        with con.cursor() as cur, tempfile.TemporaryDirectory(prefix="cryptoresearch-") as name, _progress(job.name, wanted.progress) as report:
             cur.execute("SET enable_progress_bar = false")
             facts, file = _write_rows(cur, job, report, Path(name))
             facts.refused.close()
             files.add(file)
-            _check_share(job, facts, max_rejected)
+            _check_share(job, facts, wanted.max_rejected)
             while True:
-                plan = _plan(cur, job, facts, file, Path(name), check_symbol, replace)
+                plan = _plan(cur, job, facts, file, Path(name), wanted.check_symbol, wanted.replace)
                 files.add(plan.left.file)
                 with suppress(_Stale):
-                    result = write(con, _commit, job, facts, plan, replace)
+                    result = write(con, _commit, job, facts, plan, wanted.replace)
                     kept = None if result.already_loaded else plan.left.file
                     return result
     finally:
@@ -1104,7 +1107,7 @@ def _note_refusal(
     reason: str,
 ) -> None:
     "Add a refused file to `data_log`, unless that is there."
-    sha = _sha256(path)
+    sha = file_sha256(path)
 
     def note(c: DuckDBPyConnection) -> None:
         known = c.execute("SELECT 1 FROM lake.main.data_log WHERE event = 'refused' AND file_id = ? AND detail = ? LIMIT 1", [sha, reason]).fetchone()
@@ -1131,6 +1134,28 @@ def _default_source(spec: FileSpec, simulated: bool) -> str:
     "Source of a file for which none is given."
     return "simulated" if simulated else spec.kind if spec.market == "spot" else f"{spec.market}.{spec.kind}"
 
+# %% ../../nbs/data/03_ingest.ipynb #62898882
+_HEAD = 1 << 17  # bytes that tell what a text is
+
+
+def _straight(
+    con: DuckDBPyConnection,  # from `init_duckdb`
+    uri: str,  # s3://bucket/name
+    settings: Settings | None,
+    wanted: _Wanted,
+) -> IngestResult | None:  # None where a local copy is needed
+    "Load a text from a bucket while it comes."
+    with open_object(settings, uri) as text, tempfile.TemporaryDirectory(prefix="cryptoresearch-") as folder:
+        head = text.head(_HEAD)
+        if len(head) < _HEAD or head.startswith((b"PK", b"\x1f\x8b", b"PAR1")) or _size_known(con, text.bytes):
+            return None
+        sample = Path(folder) / uri.rsplit("/", 1)[-1]
+        sample.write_bytes(head)
+        with suppress(SchemaError, _OutOfOrder):
+            spec = inspect_file(sample, uri, **wanted.given)
+            return _load(con, _Job(uri, text, text.bytes, text.sha256, wanted.source or _default_source(spec, False), spec, secrets.token_hex(32)), wanted)
+    return None
+
 # %% ../../nbs/data/03_ingest.ipynb #8b8eea7c
 def process_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -1148,18 +1173,19 @@ def process_file(
     replace: bool = False,  # let a newer version of a file replace one that has more
 ) -> IngestResult:  # rows, rejected, bounds, gaps; already_loaded where nothing was to be done
     "Load one file of trades or candles into the store, wholly or not at all. Errors: `DataNotFound`, `SchemaError`, `StoreBusy`."
+    name, wanted = str(uri), _Wanted({"symbol": symbol, "kind": kind, "interval": interval, "market": market}, source, progress, max_rejected, check_symbol, replace)
+    if name.startswith("s3://") and (result := _straight(con, name, settings, wanted)):
+        return result
     with local_file(uri, settings) as (path, digest), ThreadPoolExecutor(1, "ingest-hash") as pool:
         spec: FileSpec | None = None
         try:
-            spec = inspect_file(path, str(uri), symbol=symbol, kind=kind, interval=interval, market=market)
-            given = source or _default_source(spec, _says_simulated(path, str(uri)))
-            job = _Job(str(uri), path, path.stat().st_size, pool.submit(_sha256, path) if digest is None else pool.submit(str, digest), given, spec, secrets.token_hex(32))
-            if _size_known(con, job.bytes) and (loaded := _loaded(con, job, replace)):
-                return loaded
-            with _progress(path.name, progress) as report:
-                return _load(con, job, max_rejected, check_symbol, replace, report)
+            spec = inspect_file(path, name, **wanted.given)
+            hashing = pool.submit(file_sha256, path) if digest is None else pool.submit(str, digest)
+            job = _Job(name, path, path.stat().st_size, hashing, source or _default_source(spec, _says_simulated(path, name)), spec, secrets.token_hex(32))
+            known = _loaded(con, job, replace) if _size_known(con, job.bytes) else None
+            return known or _load(con, job, wanted)
         except SchemaError as e:
-            _note_refusal(con, str(uri), path, spec, str(e))
+            _note_refusal(con, name, path, spec, str(e))
             raise
 
 # %% ../../nbs/data/03_ingest.ipynb #660d11bd

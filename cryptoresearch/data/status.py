@@ -650,7 +650,7 @@ def read_trades(
     source: str | None = None,  # this source only; the rules above when None
     *,
     market: str | None = None,  # 'spot' or 'um'; spot where there is any when None
-) -> pd.DataFrame:  # trades in order of (ts, trade_id): symbol, source, trade_id, ts (UTC), price, qty, quote_qty, side_reported, side_tick, n_trades, received_at (UTC); attrs['intervals']: who gave what
+) -> pd.DataFrame:  # trades in order of (ts, trade_id): symbol and source (categories), trade_id, ts (UTC), price, qty, quote_qty, side_reported, side_tick, n_trades, received_at (UTC); attrs['intervals']: who gave what
     "Read trades, each stretch of time from exactly one source; `DataNotFound` where nothing is covered."
     pieces = source_intervals(con, symbol, start, end, source=source, market=market)
     if pieces.empty:
@@ -664,7 +664,7 @@ def read_trades(
         names = ", ".join(f"t.{name.strip()}" for name in _TRADE_COLUMNS.split(","))
         frame = con.execute(
             f"""SELECT {names} FROM trades t JOIN _pieces p ON t.source = p.source AND (p.session IS NULL OR t.file_id = p.session) AND t.ts >= p.start AND t.ts < p."end"
-            WHERE t.symbol = ? AND t.ts >= ? AND t.ts < ? ORDER BY t.ts, t.trade_id""", bounds).df()
+            WHERE t.symbol = ? AND t.ts >= ? AND t.ts < ? ORDER BY t.ts, t.trade_id""", bounds).to_arrow_table().to_pandas(strings_to_categorical=True)
     finally:
         con.unregister("_pieces")
     for name in ("ts", "received_at"):

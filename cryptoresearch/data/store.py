@@ -11,6 +11,7 @@ __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', '
 import contextlib
 import importlib.util
 import logging
+import random
 import re
 import struct
 import sys
@@ -299,12 +300,17 @@ def _is_conflict(error: BaseException) -> bool:
     return isinstance(error, duckdb.Error) and bool(_CONFLICT.search(str(error)))
 
 
-def _lock_path(con: DuckDBPyConnection) -> Path | None:
-    "The writers' lock file of the lake that `con` has attached; None where writers need no turns."
+def _catalog_of(con: DuckDBPyConnection) -> str:
+    "Where the catalog is of the lake that `con` has attached."
     rows = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchall()  # to its end: a result half read keeps a transaction open
     if not rows:
         raise ConfigError(problem("a connection with the lake attached", "none named lake", "Use init_duckdb()"))
-    path = str(rows[0][0])
+    return str(rows[0][0])
+
+
+def _lock_path(con: DuckDBPyConnection) -> Path | None:
+    "The writers' lock file; None where writers need no turns."
+    path = _catalog_of(con)
     return Path(path.removeprefix("sqlite:") + ".lock") if path.startswith("sqlite:") else None
 
 
@@ -327,6 +333,20 @@ def _my_turn(path: Path | None, timeout_s: float) -> Iterator[None]:
     if again:  # a writer that comes back at once lets the ones who wait look at the lock first
         time.sleep(2 * _POLL_S)
 
+# %% ../../nbs/data/01_store.ipynb #ca3e546f
+_last_commit: dict[str, tuple[float, float]] = {}  # end of the last transaction and how long it took, by catalog
+
+
+@contextlib.contextmanager
+def _politely(catalog: str) -> Iterator[None]:
+    "Leave other hosts' writers a moment between two transactions."
+    ended, took = _last_commit.get(catalog, (-1.0, 0.0))
+    if catalog.startswith("postgres") and time.monotonic() - ended < 20 * _POLL_S:
+        time.sleep(min(0.25, took * random.uniform(0.5, 1.5)))  # noqa: S311
+    began = time.monotonic()
+    yield
+    _last_commit[catalog] = time.monotonic(), time.monotonic() - began
+
 # %% ../../nbs/data/01_store.ipynb #41fcdd07
 def write[T](
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -337,7 +357,7 @@ def write[T](
     "Run `fn` as one transaction that is wholly in the store or not at all; `StoreBusy` when others hold it too long."
     if getattr(_turn, "con", None) is con:
         return fn(con, *args)  # already inside: part of the outer transaction
-    with _my_turn(_lock_path(con), timeout_s):
+    with _my_turn(_lock_path(con), timeout_s), _politely(_catalog_of(con)):
         for attempt in Retrying(
             retry=retry_if_exception(_is_conflict), stop=stop_after_delay(timeout_s), wait=wait_random_exponential(0.01, 0.1), retry_error_callback=_give_up
         ):

@@ -259,3 +259,25 @@ def test_no_path_has_seen_the_rows_it_forecasts(bars, target, more):
     if target != "meta":
         empty = score_paths(path_predictions(asked, noise), bars, asked)
         assert empty["ic"].abs().max() < 0.15  # outcomes without any order; a row's own outcome would show at once
+
+
+def test_the_command_line_asks_for_every_option(monkeypatch):
+    from typer.testing import CliRunner
+
+    from cryptoresearch import cli
+    from cryptoresearch.serving import batch
+
+    asked = []
+
+    def keep(config, **more):
+        asked.append((config, more["split"]))
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(batch, "train_report", keep)
+    told = CliRunner().invoke(cli.app, ["train", "--interval", "adaptive", "--interval-param", "of=scaled", "--interval-param", "given=log_sigma", "--split", "cpcv"])
+    CliRunner().invoke(cli.app, ["train", "--target", "direction", "--calibrate", "platt"])
+    CliRunner().invoke(cli.app, ["train", "--target", "volatility", "--model", "garch", "--feature", "ret_1_lags_167"])
+    assert len(asked) == 3, told.output
+    (first, split), (second, _), (third, _) = asked
+    assert (first.interval, first.interval_params["given"], first.interval_params["volatility"], split) == ("adaptive", ["log_sigma"], "har_ridge", "cpcv")
+    assert second.calibrate == "platt" and (third.model, third.features) == ("garch", ("ret_1_lags_167",))

@@ -516,6 +516,23 @@ def test_event_bars_are_trained_and_made_again(events, target, spec, label):
     assert np.allclose(late["prediction"], run.predict(bars).tail(3)["prediction"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("more", [{"interval": "scaled", "interval_params": {"volatility": "ridge", "volatility_features": ["returns"]}}, {"interval": "adaptive", "features": ("ret_1", "ret_6", "calendar")}])
+def test_event_bars_can_have_the_options_too(events, more):
+    from cryptoresearch.evaluation.comparison import interval_table
+    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+
+    asked = replace(EVENTS, **more)
+    with connect(events) as con:
+        bars = runs.read_data(con, asked).bars
+        run = train_run(con, asked, events)
+    p = run.predictions
+    assert (p["lower"] <= p["upper"]).all() and 0.5 < interval_table(p, bars, 0.9).loc[("all", "all"), "coverage"] < 1
+    assert reproduce(run.id, events)["same"].all()
+    if asked.interval == "adaptive":  # whose features leave enough beside each group
+        paths = path_predictions(asked, runs.prepare(bars, asked))
+        assert len(score_paths(paths, bars, asked)) == 5 and paths[0]["first_id"].is_unique
+
+
 def test_a_hole_is_spanned_by_no_label_and_no_feature(events):
     with connect(events) as con:
         bars = runs.read_data(con, EVENTS).bars

@@ -37,7 +37,7 @@ def path_predictions(
         said.append(np.asarray(fitted.forecast(samples.X.iloc[rows[test]])["prediction"], dtype=np.float64))
         rates.append(np.full(len(test), samples.labels["y"].iloc[rows[train]].mean()))
     labels = samples.labels.iloc[rows]
-    fixed = labels[[c for c in ("known_ts", "end_ts", "y", "held", "side", "sigma", "first_id") if c in labels]].join(samples.base.iloc[rows].set_axis(labels.index)) if labels.index.is_unique else pd.concat([labels, samples.base.iloc[rows]], axis=1)
+    fixed = labels[[c for c in ("known_ts", "end_ts", "y", "held", "side", "sigma", "first_id") if c in labels]].assign(**{str(c): v.to_numpy() for c, v in samples.base.iloc[rows].items()})
     both = zip(assemble_paths(split, said).T, assemble_paths(split, rates).T, strict=True)
     ends = {"lower": np.nan, "upper": np.nan}
     return [fixed.assign(prediction=p, **ends, **({"base": b} if is_event(config.target) else {})) for p, b in both]

@@ -47,14 +47,14 @@ def score_paths(
     paths: list[pd.DataFrame],  # of path_predictions, and perhaps others of the same question
     bars: pd.DataFrame,  # of the run
     config: RunConfig,  # the question
-) -> pd.DataFrame:  # index path from 1: n, ic, ic_t, rank_ic, r2_oos, dm_p, [qlike], [sharpe] (a year, after the fee)
+) -> pd.DataFrame:  # index path from 1: n, ic, ic_t, rank_ic, r2_oos, dm_p, [qlike], [break_even_bps] (cost a side at which trading the sign earns nothing)
     "Scores of each path."
     out = []
     for p in paths:
         row = score_table(p, config.target, config.horizon).loc["model"]
         kept = {k: float(v) for k, v in row.astype(float).to_dict().items() if k in ("n", "ic", "ic_t", "rank_ic", "r2_oos", "dm_p", "qlike")}
         strategy = run_strategy(p, bars, config)
-        out.append(kept | ({} if strategy is None else {"sharpe": float(strategy.sharpe)}))
+        out.append(kept | ({} if strategy is None else {"break_even_bps": float(strategy.break_even_bps)}))
     return pd.DataFrame(out, index=pd.RangeIndex(1, len(out) + 1, name="path")).astype({"n": int})
 
 
@@ -63,7 +63,7 @@ def paths_view(
     walk: pd.DataFrame | None = None,  # of score_paths, of the walk forward alone
 ) -> Table:  # a row a path, their mean and spread, and the walk
     "Show the distribution of scores over the paths."
-    forms = {"n": ("forecasts", ",.0f"), "ic": ("IC", ".3f"), "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "qlike": ("QLIKE", ".3f"), "sharpe": ("Sharpe ratio", ".2f")}
+    forms = {"n": ("forecasts", ",.0f"), "ic": ("IC", ".3f"), "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "qlike": ("QLIKE", ".3f"), "break_even_bps": ("break-even, bp a side", ".1f")}
     rows = {f"path {k}": row for k, row in table.iterrows()} | {"mean": table.mean(), "standard deviation": table.std().mask(table.columns == "n")}
     rows |= {} if walk is None else {"walk forward": walk.iloc[0]}
     view = pd.DataFrame({name: {who: number(row[c], form) for who, row in rows.items()} for c, (name, form) in forms.items() if c in table})

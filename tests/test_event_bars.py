@@ -1,5 +1,6 @@
 "Event bars against loops that follow their definitions word by word, in any pieces, and in a store where files come in any order."
 import itertools
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,22 @@ def test_bars_are_the_loop(spec: str, seed: int, holes: int) -> None:
             assert np.allclose(np.array(mine, dtype=float), np.array(theirs, dtype=float), rtol=1e-12) if name not in ("ts", "close_ts") else mine == theirs
         else:
             assert mine == theirs
+
+
+@pytest.mark.parametrize("spec", ["tick:100", "volume:2.5", "dollar:150000", "tick_imbalance:100", "volume_imbalance:100", "dollar_imbalance:100", "tick_run:100", "volume_run:100", "dollar_run:100"])
+def test_real_trades_are_the_loop(spec: str, shared: Path) -> None:
+    names = ["trade_id", "price", "qty", "quote_qty", "time", "is_buyer_maker", "is_best_match"]
+    text = pd.read_csv(shared / "BTCUSDT-trades-2024-08-09.csv", names=names, dtype={"qty": str, "quote_qty": str}).head(4000)
+    amounts = {name: text[name].map(Decimal if "_" not in spec else float) for name in ("qty", "quote_qty")}  # sums of the file's decimals, exactly
+    change = pd.Series(np.sign(np.diff(text["price"], prepend=text["price"].iloc[0]))).replace(0, np.nan).ffill().fillna(0).astype(int)
+    t = text.assign(ts=pd.to_datetime(text["time"], unit="ms", utc=True), n_trades=1, side_tick=change, side_reported=np.where(text["is_buyer_maker"], -1, 1), **amounts)
+    got, want = event_bars(t.astype({"qty": float, "quote_qty": float}), spec), by_the_book(t, spec, set())
+    assert len(want) > 10 and len(got) == len(want)
+    for name in ("first_id", "last_id", "close_ts", "open", "high", "low", "close", "trades"):
+        assert got[name].tolist() == [b[name] for b in want], name
+    for name in ("volume", "quote_volume", "buy_volume", "threshold"):
+        theirs = np.array([float(b[name]) for b in want])
+        assert (got[name].to_numpy() == theirs).all() if "_" not in spec else np.allclose(got[name], theirs, rtol=1e-12), name
 
 
 @few

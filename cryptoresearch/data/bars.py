@@ -57,7 +57,7 @@ def _check_index(index: pd.Index) -> None:
         raise SchemaError(f"index: expected a DatetimeIndex in UTC; found {index.dtype}. bar_frame(df, spec) makes the frame from any OHLCV table")
     if index.name != "ts":
         raise SchemaError(f"index: expected the name 'ts' (the bar's open); found {index.name!r}. Rename it: df.rename_axis('ts')")
-    if not (index.is_monotonic_increasing and index.is_unique):
+    if not index.is_monotonic_increasing or (index.asi8[1:] == index.asi8[:-1]).any():
         raise SchemaError("index: expected strictly increasing times; found repeated or unsorted ones. Sort, and drop what is double")
 
 # %% ../../nbs/data/04_bars.ipynb #12c5c981
@@ -65,33 +65,45 @@ def _check_columns(df: pd.DataFrame) -> None:
     "The columns of a bar frame and their types."
     if missing := [c for c in COLUMNS if c not in df.columns]:
         raise SchemaError(f"{missing[0]}: expected the columns {', '.join(COLUMNS)}; found none named {', '.join(missing)}. bar_frame(df, spec) adds them")
+    kind = dict(zip(df.columns, df.dtypes, strict=True))
     for name in NUMBERS:
-        if df[name].dtype != np.float64:
-            raise SchemaError(f"{name}: expected float64; found {df[name].dtype}. Convert it: df[{name!r}].astype('float64')")
-    if df["gap"].dtype != bool:
-        raise SchemaError(f"gap: expected bool; found {df['gap'].dtype}. True marks a bar that is not wholly covered")
-    if str(getattr(df["close_ts"].dtype, "tz", None)) != "UTC":
-        raise SchemaError(f"close_ts: expected times in UTC; found {df['close_ts'].dtype}. It is the open time plus the bar's length")
+        if kind[name] != np.float64:
+            raise SchemaError(f"{name}: expected float64; found {kind[name]}. Convert it: df[{name!r}].astype('float64')")
+    if kind["gap"] != np.dtype(bool):
+        raise SchemaError(f"gap: expected bool; found {kind['gap']}. True marks a bar that is not wholly covered")
+    if str(getattr(kind["close_ts"], "tz", None)) != "UTC":
+        raise SchemaError(f"close_ts: expected times in UTC; found {kind['close_ts']}. It is the open time plus the bar's length")
 
 # %% ../../nbs/data/04_bars.ipynb #c93fa72a
+def _check_grid(df: pd.DataFrame) -> None:
+    "One positive length, and a row for every interval."
+    length = pd.DatetimeIndex(df["close_ts"]) - pd.DatetimeIndex(df.index)
+    if len(df) and (not length[0] > pd.Timedelta(0) or (length.asi8 != length.asi8[0]).any()):
+        raise SchemaError("close_ts: expected the open time plus one positive length; found several lengths. Do not mix bars of different lengths")
+    if len(df) > 1 and (np.diff(pd.DatetimeIndex(df.index).as_unit("us").asi8) != length[0] // pd.Timedelta("1us")).any():
+        raise SchemaError("index: expected a row for every interval; found some missing. bar_frame(df, spec) inserts them as gap bars")
+
+
+def _check_range(open_: np.ndarray, high: np.ndarray, low: np.ndarray, close: np.ndarray) -> None:
+    "Low at the bottom and high at the top, wherever there are prices."
+    if ((high < open_) | (high < close) | (high < low) | (low > open_) | (low > close)).any():
+        raise SchemaError("high: expected low <= open, close <= high; found bars where it is not so. Look at the source of these bars")
+
+
 def check_bars(
     df: pd.DataFrame,  # what should be a frame of time bars
 ) -> pd.DataFrame:  # the same frame, untouched
     "Return `df` if it keeps the contract of a bar frame; `SchemaError` naming the column otherwise."
     _check_index(df.index)
     _check_columns(df)
-    length = (df["close_ts"] - df.index.to_series()).unique()
-    if len(length) > 1 or (len(df) and not length[0] > pd.Timedelta(0)):
-        raise SchemaError("close_ts: expected the open time plus one positive length; found several lengths. Do not mix bars of different lengths")
-    if len(df) > 1 and (np.diff(pd.DatetimeIndex(df.index).as_unit("us").asi8) != length[0] // pd.Timedelta("1us")).any():
-        raise SchemaError("index: expected a row for every interval; found some missing. bar_frame(df, spec) inserts them as gap bars")
+    _check_grid(df)
+    gap, numbers = df["gap"].to_numpy(), {name: df[name].to_numpy() for name in NUMBERS}
     for name in PRICES:
-        if (df[name].isna() != df["gap"]).any():
+        if (np.isnan(numbers[name]) != gap).any():
             raise SchemaError(f"{name}: expected NaN in gap bars and a number elsewhere; found it otherwise. A gap bar has no prices")
-    if (df.loc[df["gap"], NUMBERS].notna()).any(axis=None):
+    if gap.any() and not all(np.isnan(x[gap]).all() for x in numbers.values()):
         raise SchemaError("gap: expected NaN in every number of a gap bar; found numbers. Nothing is known about the whole interval")
-    if ((df["high"] < df[["open", "close", "low"]].max(axis=1)) | (df["low"] > df[["open", "close"]].min(axis=1))).any():
-        raise SchemaError("high: expected low <= open, close <= high; found bars where it is not so. Look at the source of these bars")
+    _check_range(*(numbers[name] for name in PRICES))
     return df
 
 # %% ../../nbs/data/04_bars.ipynb #534ea566

@@ -9,7 +9,7 @@ __all__ = ['is_event_frame', 'check_event_bars', 'with_gap_rows']
 import numpy as np
 import pandas as pd
 
-from .bars import NUMBERS, PRICES, _check_columns
+from .bars import NUMBERS, PRICES, _check_columns, _check_range
 from ..errors import SchemaError
 
 # %% ../../nbs/data/04c_event_frames.ipynb #5a6d390e
@@ -32,10 +32,10 @@ def check_event_bars(
         raise SchemaError("first_id: expected ids that strictly increase, and opens in their order; found others. Sort the frame by first_id, and drop what is double")
     if (df["close_ts"] < index).any() or (df["close_ts"].to_numpy()[:-1] > df.index.to_numpy()[1:]).any():
         raise SchemaError("close_ts: expected a close no earlier than the open and no later than the next open; found others. Take the frame of event_bars or read_event_bars")
-    if (df[PRICES].isna().any(axis=1) != df["gap"]).any():
+    prices = [df[name].to_numpy() for name in PRICES]
+    if (np.isnan(prices).any(axis=0) != df["gap"].to_numpy()).any():
         raise SchemaError("open: expected NaN in gap rows and a number elsewhere; found it otherwise. A gap has no prices")
-    if ((df["high"] < df[["open", "close", "low"]].max(axis=1)) | (df["low"] > df[["open", "close"]].min(axis=1))).any():
-        raise SchemaError("high: expected low <= open, close <= high; found bars where it is not so. Look at the source of these bars")
+    _check_range(*prices)
     return df
 
 # %% ../../nbs/data/04c_event_frames.ipynb #1abaf4eb

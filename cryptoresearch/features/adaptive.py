@@ -16,24 +16,23 @@ from numba import njit
 from .averages import OF_CLOSE, behind, distance
 from .indicators import ratio, true_range, wilder, wilder_bars
 from .registry import on_columns
-from .windows import Array, mean_over, sum_over
+from .windows import Array, arctan, mean_over, sum_over
 
 # %% ../../nbs/features/20h_adaptive.ipynb #8246e607
-@njit(cache=True, nogil=True)
-def _follow(x: Array, gain: Array, start: int, stop: int) -> float:
-    "Average at `stop` of y += gain (x - y), begun at x[start]."
-    y = x[start]
-    for k in range(start + 1, stop + 1):
-        y += gain[k] * (x[k] - y)
-    return y
+_LANES = 64  # rows at a time
 
 
 @njit(cache=True, nogil=True)
 def _follow_all(x: Array, gain: Array, memory: int) -> Array:
-    "The same at every row, begun `memory` bars back."
+    "Average y += gain (x - y) at every row, begun `memory` bars back; many rows side by side."
     out = np.full(len(x), np.nan)
-    for t in range(memory - 1, len(x)):
-        out[t] = _follow(x, gain, t - memory + 1, t)
+    for start in range(0, len(x) - memory + 1, _LANES):
+        y = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
+        for k in range(start + 1, start + memory):
+            new, g = x[k : k + len(y)], gain[k : k + len(y)]
+            for i in range(len(y)):
+                y[i] += g[i] * (new[i] - y[i])
+        out[start + memory - 1 : start + memory - 1 + len(y)] = y
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #f17ac2a6
@@ -97,66 +96,73 @@ _DEGREES = 180 / pi
 
 
 @njit(cache=True, nogil=True)
-def _turned(z: Array, k: int) -> float:
-    "Ehlers' quarter-turn of a series at k."
-    return 0.0962 * z[k] + 0.5769 * z[k - 2] - 0.5769 * z[k - 4] - 0.0962 * z[k - 6]
+def _turned(z: Array, k: int, i: int) -> float:
+    "Ehlers' quarter-turn of series i at k."
+    return 0.0962 * z[k, i] + 0.5769 * z[k - 2, i] - 0.5769 * z[k - 4, i] - 0.0962 * z[k - 6, i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _next_period(period: float, re: float, im: float, turn: float) -> float:
     "Smoothed period after a bar: at most half longer or a third shorter, 6 to 50 bars."
-    new = 360 / (turn * np.arctan(im / re)) if im != 0 and re != 0 else 0.0
+    new = 360 / (turn * arctan(im / re)) if im != 0 and re != 0 else 0.0
     new = max(min(new, 1.5 * period), 0.67 * period)
     return 0.2 * min(max(new, 6.0), 50.0) + 0.8 * period
 
 # %% ../../nbs/features/20h_adaptive.ipynb #a15a4dc7
 @njit(cache=True, nogil=True, error_model="numpy")
-def _cycle(h: Array, start: int, stop: int, work: Array, turn: float, mirror: float) -> tuple[float, float]:
-    "Change of the phase at `stop` and the period, begun at `start`; `work` is scratch of 2 x (bars + 9), its first nine columns zero."
-    d, q, last = work[0], work[1], stop - start + 9
-    period, i2, q2, re, im = 0.0, 0.0, 0.0, 0.0, 0.0
-    for k in range(9, last + 1):
+def _cycle_step(h: Array, d: Array, q: Array, state: Array, k: int, turn: float, mirror: float) -> None:
+    "One bar further, many rows side by side: d and q (bars x rows) take their k-th values; state is period, i2, q2, re, im."
+    for i in range(len(h)):
+        period, i1, q1 = state[0, i], state[1, i], state[2, i]
         wide = 0.075 * period + 0.54
-        d[k] = wide * h[start + k - 9]
-        q[k] = wide * _turned(d, k)
-        i1, q1 = i2, q2
-        i2 = 0.2 * (d[k - 3] - wide * _turned(q, k)) + 0.8 * i1
-        q2 = 0.2 * (q[k] + wide * _turned(d, k - 3)) + 0.8 * q1
-        re = 0.2 * (i2 * i1 + q2 * q1) + 0.8 * re
-        im = 0.2 * (i2 * q1 - mirror * q2 * i1) + 0.8 * im
-        period = _next_period(period, re, im, turn)
-    if np.isnan(i2):
-        return np.nan, np.nan
-    now = turn * np.arctan(q[last] / d[last - 3]) if d[last - 3] != 0 else 0.0
-    before = turn * np.arctan(q[last - 1] / d[last - 4]) if d[last - 4] != 0 else 0.0
-    return before - now, period
+        d[k, i] = wide * h[i]
+        q[k, i] = wide * _turned(d, k, i)
+        i2 = 0.2 * (d[k - 3, i] - wide * _turned(q, k, i)) + 0.8 * i1
+        q2 = 0.2 * (q[k, i] + wide * _turned(d, k - 3, i)) + 0.8 * q1
+        re = 0.2 * (i2 * i1 + q2 * q1) + 0.8 * state[3, i]
+        im = 0.2 * (i2 * q1 - mirror * q2 * i1) + 0.8 * state[4, i]
+        state[0, i] = _next_period(period, re, im, turn)
+        state[1, i], state[2, i], state[3, i], state[4, i] = i2, q2, re, im
 
 # %% ../../nbs/features/20h_adaptive.ipynb #5a1ee413
+@njit(cache=True, nogil=True, error_model="numpy")
+def _phase(q: float, d: float, turn: float) -> float:
+    "Angle of the cycle; 0 where it has no width."
+    return turn * arctan(q / d) if d != 0 else 0.0
+
+
 @njit(cache=True, nogil=True)
 def _cycle_all(h: Array, memory: int, turn: float, mirror: float) -> Array:
     "Change of phase and period at every row, begun `memory` bars back; shape (2, len(h))."
-    out, work = np.full((2, len(h)), np.nan), np.zeros((2, memory + 9))
-    for t in range(memory - 1, len(h)):
-        out[0, t], out[1, t] = _cycle(h, t - memory + 1, t, work, turn, mirror)
+    lanes, out = min(_LANES, max(len(h) - memory + 1, 1)), np.full((2, len(h)), np.nan)
+    d, q = np.zeros((memory + 9, lanes)), np.zeros((memory + 9, lanes))
+    for start in range(0, len(h) - memory + 1, lanes):
+        rows = min(lanes, len(h) - memory + 1 - start)
+        state, last = np.zeros((5, rows)), memory + 8
+        for k in range(9, memory + 9):
+            _cycle_step(h[start + k - 9 : start + k - 9 + rows], d, q, state, k, turn, mirror)
+        for i in range(rows):
+            if not np.isnan(state[1, i]):
+                t = start + memory - 1 + i
+                out[0, t] = _phase(q[last - 1, i], d[last - 4, i], turn) - _phase(q[last, i], d[last - 3, i], turn)
+                out[1, t] = state[0, i]
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #c842f4d6
 @njit(cache=True, nogil=True)
-def _mother(x: Array, gain: Array, start: int, stop: int) -> tuple[float, float]:
-    "MAMA at `stop`, and FAMA, which follows it at half the gain; both begun at x[start]."
-    mama, fama = x[start], x[start]
-    for k in range(start + 1, stop + 1):
-        mama += gain[k] * (x[k] - mama)
-        fama += 0.5 * gain[k] * (mama - fama)
-    return mama, fama
-
-
-@njit(cache=True, nogil=True)
 def _mother_all(x: Array, gain: Array, memory: int) -> Array:
-    "The same at every row, begun `memory` bars back; shape (2, len(x))."
+    "MAMA at every row, and FAMA, which follows it at half the gain; both begun `memory` bars back; shape (2, len(x))."
     out = np.full((2, len(x)), np.nan)
-    for t in range(memory - 1, len(x)):
-        out[0, t], out[1, t] = _mother(x, gain, t - memory + 1, t)
+    for start in range(0, len(x) - memory + 1, _LANES):
+        mama = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
+        fama, rows = mama.copy(), len(mama)
+        for k in range(start + 1, start + memory):
+            new, g = x[k : k + rows], gain[k : k + rows]
+            for i in range(rows):
+                mama[i] += g[i] * (new[i] - mama[i])
+                fama[i] += 0.5 * g[i] * (mama[i] - fama[i])
+        here = slice(start + memory - 1, start + memory - 1 + rows)
+        out[0, here], out[1, here] = mama, fama
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #e1b8d493
@@ -195,46 +201,79 @@ def jurik_constants(
     exponent = max(top - 2, 0.5)
     return top ** (1 / exponent), exponent, log(top * root / (top * root + 1)), 0.45 * (length - 1) / (0.45 * (length - 1) + 2)
 
-
+# %% ../../nbs/features/20h_adaptive.ipynb #20aa0002
 @njit(cache=True, nogil=True)
-def _unrest(work: Array, k: int, far: float, kept: float) -> tuple[float, float]:
-    "Distance over its mean, and the sum of the last 66 running means; `work` holds distances and running means."
-    distances, means = work[0], work[1]
-    distances[k] = far
-    means[k] = means[k - 1] + (far - distances[max(k - 10, 0)]) / 10
-    kept += means[k] - (means[k - 66] if k >= 66 else 0.0)
-    mean = kept / min(k + 1, 66)
-    return (far / mean if mean != 0 else 0.0), kept
+def _exp(
+    y: float,  # between -3 and 3, which no length of 2 bars or more leaves
+) -> float:  # relative error below 1e-13
+    "Exponential, as the 32nd power of that of a 32nd."
+    z = y / 32
+    s = 1 + z * (1 + z * (1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * (1 / 720 + z * (1 / 5040 + z * (1 / 40320))))))))
+    s2 = s * s
+    s4 = s2 * s2
+    s8 = s4 * s4
+    s16 = s8 * s8
+    return s16 * s16
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _log(
+    x: float,  # between 1 and about 8
+) -> float:  # absolute error below 1e-14
+    "Natural logarithm, as 8 times that of the eighth root."
+    root = np.sqrt(np.sqrt(np.sqrt(x)))
+    s = (root - 1) / (root + 1)
+    z = s * s
+    return 16 * s * (1 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15))))))))
 
 # %% ../../nbs/features/20h_adaptive.ipynb #85576d5b
-@njit(cache=True, nogil=True)
-def _jurik(x: Array, start: int, stop: int, work: Array, top: float, exponent: float, decay: float, beta: float) -> float:
-    "JMA at `stop` with phase 0, begun at x[start]; `work` is scratch of 2 x bars, its first column zero."
-    upper = lower = first = y = x[start]
-    kept, momentum, step, slow = 0.0, 0.0, 0.0, np.exp(decay)
-    for k in range(1, stop - start + 1):
-        price = x[start + k]
-        up, down = price - upper, price - lower
-        r, kept = _unrest(work, k, max(abs(up), abs(down)) if abs(up) != abs(down) else 0.0, kept)
-        drift, alpha = slow, beta
-        if r > 1:
-            power = min(top, r) ** exponent
-            drift, alpha = np.exp(decay * np.sqrt(power)), beta**power
-        upper = price if up > 0 else price - drift * up
-        lower = price if down < 0 else price - drift * down
-        first = (1 - alpha) * price + alpha * first
-        momentum = (1 - beta) * (price - first) + beta * momentum
-        step = (first + 1.5 * momentum - y) * (1 - alpha) ** 2 + alpha * alpha * step
-        y += step
-    return y
+@njit(cache=True, nogil=True, error_model="numpy")
+def _unrest(x: Array, state: Array, distances: Array, means: Array, k: int) -> None:
+    "Step k of many rows: distance from the band, over the mean of the last 66 running means of ten distances; into state[7]."
+    now, then, mean, before, old = distances[k], distances[max(k - 10, 0)], means[k], means[k - 1], means[max(k - 66, 0)]
+    kept, relative, count, full = state[5], state[7], float(min(k + 1, 66)), 1.0 if k >= 66 else 0.0
+    for i in range(len(x)):
+        up, down = abs(x[i] - state[0, i]), abs(x[i] - state[1, i])
+        now[i] = 0.0 if up == down else up if up > down else down
+    for i in range(len(x)):
+        mean[i] = before[i] + (now[i] - then[i]) / 10
+    for i in range(len(x)):
+        kept[i] += mean[i] - full * old[i]
+    for i in range(len(x)):
+        relative[i] = now[i] / (kept[i] / count) if kept[i] != 0 else 0.0
+
+# %% ../../nbs/features/20h_adaptive.ipynb #20aa0004
+@njit(cache=True, nogil=True, error_model="numpy")
+def _jurik_step(x: Array, state: Array, top: float, exponent: float, decay: float, beta: float, shrink: float) -> None:
+    "One bar further in many rows, phase 0; state is upper, lower, first, momentum, step, kept, average, relative unrest."
+    for i in range(len(x)):
+        up, down, r = x[i] - state[0, i], x[i] - state[1, i], state[7, i]
+        power = _exp(exponent * _log(1.0 if r < 1 else top if r > top else r))
+        drift, alpha = _exp(decay * np.sqrt(power)), _exp(shrink * power)
+        state[0, i] = x[i] if up > 0 else x[i] - drift * up
+        state[1, i] = x[i] if down < 0 else x[i] - drift * down
+        first = (1 - alpha) * x[i] + alpha * state[2, i]
+        momentum = (1 - beta) * (x[i] - first) + beta * state[3, i]
+        step = (first + 1.5 * momentum - state[6, i]) * ((1 - alpha) * (1 - alpha)) + alpha * alpha * state[4, i]
+        state[2, i], state[3, i], state[4, i] = first, momentum, step
+        state[6, i] += step
 
 # %% ../../nbs/features/20h_adaptive.ipynb #bbebb4cb
 @njit(cache=True, nogil=True)
 def _jurik_all(x: Array, memory: int, top: float, exponent: float, decay: float, beta: float) -> Array:
-    "The same at every row, begun `memory` bars back."
-    out, work = np.full(len(x), np.nan), np.zeros((2, memory))
-    for t in range(memory - 1, len(x)):
-        out[t] = _jurik(x, t - memory + 1, t, work, top, exponent, decay, beta)
+    "JMA at every row, begun `memory` bars back."
+    lanes, out = min(_LANES, max(len(x) - memory + 1, 1)), np.full(len(x), np.nan)
+    distances, means, shrink = np.zeros((memory, lanes)), np.zeros((memory, lanes)), np.log(beta)
+    for start in range(0, len(x) - memory + 1, lanes):
+        rows = min(lanes, len(x) - memory + 1 - start)
+        state = np.zeros((8, rows))
+        for row in (0, 1, 2, 6):  # both bands, first and average begin at the first value
+            state[row] = x[start : start + rows]
+        for k in range(1, memory):
+            new = x[start + k : start + k + rows]
+            _unrest(new, state, distances, means, k)
+            _jurik_step(new, state, top, exponent, decay, beta, shrink)
+        out[start + memory - 1 : start + memory - 1 + rows] = state[6]
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #d2c00a72
@@ -252,20 +291,16 @@ on_columns(jma_distance, "jma_distance_7", "close", 150, OF_CLOSE, "averages", "
 
 # %% ../../nbs/features/20h_adaptive.ipynb #fc507901
 @njit(cache=True, nogil=True, error_model="numpy")
-def _mcginley(x: Array, start: int, stop: int, length: int) -> float:
-    "McGinley's average at `stop`, begun at x[start]."
-    y = x[start]
-    for k in range(start + 1, stop + 1):
-        y += (x[k] - y) / (length * (x[k] / y) ** 4)
-    return y
-
-
-@njit(cache=True, nogil=True)
 def _mcginley_all(x: Array, memory: int, length: int) -> Array:
-    "The same at every row, begun `memory` bars back."
+    "McGinley's average at every row, begun `memory` bars back."
     out = np.full(len(x), np.nan)
-    for t in range(memory - 1, len(x)):
-        out[t] = _mcginley(x, t - memory + 1, t, length)
+    for start in range(0, len(x) - memory + 1, _LANES):
+        y = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
+        for k in range(start + 1, start + memory):
+            new = x[k : k + len(y)]
+            for i in range(len(y)):
+                y[i] += (new[i] - y[i]) / (length * (new[i] / y[i]) ** 4)
+        out[start + memory - 1 : start + memory - 1 + len(y)] = y
     return out
 
 # %% ../../nbs/features/20h_adaptive.ipynb #01732364

@@ -38,7 +38,7 @@ def other_future(
     "Bars with the same past and a different future."
     return _change(bars, np.arange(cut + 1, len(bars)), kind, np.random.default_rng(seed))
 
-
+# %% ../../nbs/features/23_causality.ipynb #49cca593
 def _change(bars: pd.DataFrame, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame:
     "A copy with these rows changed, but for gap rows; missing values stay missing, whole numbers whole."
     new, columns = bars.copy(), _changeable(bars)
@@ -83,7 +83,7 @@ def _other(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         out["trades"] = out["trades"].round()
     return out.assign(**{c: out["volume"] * rng.random(n) for c in ("buy_volume", "buy_volume_tick") if c in part and "volume" in part})
 
-
+# %% ../../nbs/features/23_causality.ipynb #06b82309
 def _still(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     "One price, no trades."
     price = float(part["close"].iloc[0]) * rng.uniform(0.5, 2) if len(part) and "close" in part else 1.0
@@ -129,7 +129,7 @@ def _awkward(bars: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
     still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else last[:0]
     return [(np.flatnonzero(gap), 2), (last, 2), (first, 2), (first + 1, 1), (still, 2)]
 
-
+# %% ../../nbs/features/23_causality.ipynb #c4056588
 def _events(
     bars: pd.DataFrame,  # bar frame
     count: int = 2,  # of each sort
@@ -168,7 +168,7 @@ def _values(
     out = out.set_axis([str(c) for c in out.columns], axis=1).reindex(bars.index)
     return pd.DataFrame({i: _numbers(out.iloc[:, i], str(c)) for i, c in enumerate(out)}, index=bars.index).set_axis(out.columns, axis=1)
 
-
+# %% ../../nbs/features/23_causality.ipynb #40c4baf6
 def _numbers(column: pd.Series, name: str) -> np.ndarray:
     "The column as floats; an error that names it where it holds something else."
     try:
@@ -228,7 +228,7 @@ def _ends(y: pd.DataFrame) -> np.ndarray:
     ends = pd.DatetimeIndex(y["end_ts"]).as_unit("us")
     return np.where(ends.isna(), np.iinfo(np.int64).max, ends.asi8)
 
-
+# %% ../../nbs/features/23_causality.ipynb #efc6815e
 @dataclass(frozen=True)
 class _Scene:
     "Bars, and what else a function sees, as of one world."
@@ -268,7 +268,7 @@ class _Scene:
         others = {k: _other_rows(o, np.flatnonzero(_known_at(o) <= self.now(at)), "nudged", rng) for k, o in self.others.items()}
         return _Scene(_change(self.bars, np.arange(at + 1), "nudged", rng), others, self.y)
 
-
+# %% ../../nbs/features/23_causality.ipynb #788b5652
 def _other_rows(frame: pd.DataFrame | pd.Series, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame | pd.Series:
     "A frame or series with these rows changed."
     if isinstance(frame, pd.Series):
@@ -312,7 +312,7 @@ def _opens(frame: pd.DataFrame | pd.Series) -> np.ndarray:
     "When each row begins, µs since 1970."
     return _known_at(pd.Series(0.0, index=frame.index))
 
-
+# %% ../../nbs/features/23_causality.ipynb #28733360
 def _warmup_error(
     values: Callable[[_Scene], np.ndarray],  # of the feature
     warmup: int,  # bars, as declared
@@ -356,7 +356,7 @@ class _Subject:
 
         return values
 
-
+# %% ../../nbs/features/23_causality.ipynb #062e69e2
 def _subject(
     features: Any,  # names, groups, Feature objects, transformer, pipeline or callable
     train_bars: int | None = None,  # bars that a transformer learns from; all it is given when None
@@ -405,7 +405,7 @@ def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
     subject.unseen = {name: text for name, part in parts.items() if (text := _unseen(held_data(part, refit), subject.others))}
     return subject
 
-
+# %% ../../nbs/features/23_causality.ipynb #2c4b257a
 def _unseen(held: list[Held], others: Mapping[str, Any]) -> str:
     "Names of the data that take no part."
     return ", ".join(str(h) for h in held if not any(h.value is o for o in others.values()))
@@ -458,7 +458,7 @@ def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, est
 def _rows(table: Any, rows: np.ndarray) -> Any:
     return table.iloc[rows] if hasattr(table, "iloc") else table[rows]
 
-
+# %% ../../nbs/features/23_causality.ipynb #1dd2a225
 def _applied(learned: Any, X: Any) -> pd.DataFrame:
     "Probabilities, predictions or transformed values, under the best names that are known."
     last = learned.steps[-1][1] if isinstance(learned, Pipeline) else learned
@@ -477,7 +477,7 @@ def _applied(learned: Any, X: Any) -> pd.DataFrame:
     table = pd.DataFrame(out.toarray() if hasattr(out, "toarray") else out)
     return table.set_axis(names, axis=1) if len(names) == table.shape[1] else table
 
-
+# %% ../../nbs/features/23_causality.ipynb #cd2cf92b
 def _outcome_table(y: Any, bars: pd.DataFrame) -> pd.DataFrame:  # y and maybe end_ts, on the index of the bars
     "Outcomes in one form."
     indexed = isinstance(y, pd.DataFrame | pd.Series)
@@ -503,7 +503,7 @@ def _memory(trial: Callable[[np.ndarray], np.ndarray | None], n: int) -> np.ndar
         longest = last if longest is None else np.maximum(longest, last)
     return longest
 
-
+# %% ../../nbs/features/23_causality.ipynb #ce8226cf
 def _combed(
     trial: Callable[[np.ndarray], np.ndarray | None],  # rows to change -> (n, columns) bool, what moved
     memory: np.ndarray,  # bars, one number a column
@@ -542,9 +542,6 @@ def _jumps(
     return {int(r) for r in (*top, *(top + 1), *edges, *(edges + 1)) if 0 <= r < len(values) - 1}
 
 # %% ../../nbs/features/23_causality.ipynb #324b8636
-_ROUNDING = {"huge": 0.1}  # largest difference that may be rounding; 0.01 elsewhere
-
-
 @dataclass
 class _Proof:
     "A function under test, its values, and what was found."
@@ -559,72 +556,16 @@ class _Proof:
         self.size, self.names, self.guilty = _sizes(self.full), [str(c) for c in self.full], set[int]()
         self.truncated, self.changed = ([_Finding() for _ in self.names] for _ in range(2))
 
+    def errors(self, part: np.ndarray) -> np.ndarray:
+        "Differences of the first rows from what they are on all bars."
+        return _errors(self.full.to_numpy()[: len(part)], part, self.size)
+
     def run(self, scene: _Scene, cut: int) -> np.ndarray | None:
-        "Differences of the rows up to the cut."
+        "Differences of the rows up to the cut; None where the function refuses."
         part = _trial(self.subject.values, scene, self.full, cut)
-        return None if part is None else _errors(self.full.to_numpy()[: cut + 1], part, self.size)
+        return None if part is None else self.errors(part)
 
-    def _note(self, findings: list[_Finding], scene: _Scene, cut: int, kind: str = "") -> None:
-        part = _trial(self.subject.values, scene, self.full, cut)
-        if part is None:
-            return
-        errors = _errors(self.full.to_numpy()[: cut + 1], part, self.size)
-        wrong = errors > self.tolerance
-        doubtful = [i for i in range(len(self.names)) if (i not in self.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)]
-        if doubtful and not self.subject.learner:
-            wrong[:, doubtful] &= self._steady(scene, cut, part, doubtful)
-        self.guilty |= {int(i) for i in np.flatnonzero(wrong.any(axis=0))}
-        for i, finding in enumerate(findings):
-            finding.add(errors[:, i], wrong[:, i], cut, kind in ("other", "shuffled"))
-
-    def _steady(self, scene: _Scene, cut: int, part: np.ndarray, columns: list[int]) -> np.ndarray:
-        "Rows whose difference is the same after a billionth's change of the past, by column."
-        differs = (part - self.full.to_numpy()[: cut + 1])[:, columns]
-        steady = differs != 0
-        for seed in self.rng.integers(1 << 30, size=8):
-            pair = [_trial(self.subject.values, s.nudged(cut, np.random.default_rng(seed)), self.full, cut) for s in (self.scene, scene)]
-            if not steady.any() or pair[0] is None or pair[1] is None:
-                break
-            steady &= np.abs((pair[1] - pair[0])[:, columns] - differs) <= 0.25 * np.abs(differs)
-        return steady
-
-    def cut(self, at: int) -> None:
-        "Take the future away."
-        self._note(self.truncated, self.scene.until(at), at)
-
-    def future(self, at: int, kind: str) -> None:
-        "Put another future."
-        self._note(self.changed, self.scene.after(at, kind, self.rng), at, kind)
-
-    def innocent(self) -> list[int]:
-        "Columns with values against which nothing was found."
-        return [i for i in np.flatnonzero(self.full.notna().any().to_numpy()).tolist() if i not in self.guilty]
-
-    def moved(self, rows: np.ndarray) -> np.ndarray | None:
-        "What moves when these bars change."
-        errors = self.run(_Scene(_change(self.bars, rows, "other", self.rng), self.scene.others, self.scene.y), len(self.bars) - 1)
-        return None if errors is None else errors > self.tolerance
-
-    def search(self, runs: int) -> None:
-        "Look for rare leaks of columns that seem innocent, in about so many runs."
-        for at in _events(self.bars):
-            self.cut(at)
-        memory = _memory(self.moved, len(self.bars)) if self.innocent() else None
-        if memory is None:
-            return
-        memory[[i for i in range(len(memory)) if i not in self.innocent()]] = max(_SPACINGS)  # found already: not searched
-        suspects = _combed(self.moved, memory, len(self.bars), runs, self.rng)
-        for i in self.innocent():
-            found = sorted(suspects[i] or (_jumps(self.full.iloc[:, i].to_numpy()) if len(self.names) <= 20 else ()))
-            for at in [found[k] for k in self.rng.permutation(len(found))[:8]]:
-                if i not in self.guilty:
-                    self.cut(at)
-                    self.future(at, "other")
-        if any(memory[i] >= max(_SPACINGS) - 1 for i in self.innocent()):
-            for at in self.rng.integers(0, len(self.bars) - 1, runs // 2):
-                self.cut(int(at))
-
-
+# %% ../../nbs/features/23_causality.ipynb #23aa0001
 def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
     "The values on all bars; a typed error where there are none."
     try:
@@ -640,6 +581,92 @@ def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
         needs_y = subject.learner is not None and scene.y is None and subject.holder[1] is None
         remedy = "A step that learns from outcomes needs y=: a function that makes them of the bars" if needs_y else "Try it on these bars by itself"
         raise SchemaError(problem("values on these bars", f"{type(e).__name__}: {e}", remedy)) from e
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0003
+_ROUNDING = {"huge": 0.1}  # largest difference that may be rounding; 0.01 elsewhere
+
+
+def _steady(
+    proof: _Proof,  # the function, and the world as it is
+    scene: _Scene,  # the other world
+    cut: int,  # row
+    part: np.ndarray,  # values up to the cut in the other world
+    columns: list[int],  # in doubt
+) -> np.ndarray:  # bool, (rows up to the cut, columns)
+    "Rows whose difference is the same after a billionth's change of the past, by column."
+    differs = (part - proof.full.to_numpy()[: cut + 1])[:, columns]
+    steady = differs != 0
+    for seed in proof.rng.integers(1 << 30, size=8):
+        pair = [_trial(proof.subject.values, s.nudged(cut, np.random.default_rng(seed)), proof.full, cut) for s in (proof.scene, scene)]
+        if not steady.any() or pair[0] is None or pair[1] is None:
+            break
+        steady &= np.abs((pair[1] - pair[0])[:, columns] - differs) <= 0.25 * np.abs(differs)
+    return steady
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0004
+def _note(
+    proof: _Proof,  # takes the findings
+    findings: list[_Finding],  # of truncation or of perturbation, one a column
+    scene: _Scene,  # the other world
+    cut: int,  # row
+    kind: str = "",  # of the other future
+) -> None:
+    "Run in the other world, and note what moved up to the cut."
+    part = _trial(proof.subject.values, scene, proof.full, cut)
+    if part is None:
+        return
+    errors = proof.errors(part)
+    wrong = errors > proof.tolerance
+    doubtful = [i for i in range(len(proof.names)) if (i not in proof.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)]
+    if doubtful and not proof.subject.learner:
+        wrong[:, doubtful] &= _steady(proof, scene, cut, part, doubtful)
+    proof.guilty |= {int(i) for i in np.flatnonzero(wrong.any(axis=0))}
+    for i, finding in enumerate(findings):
+        finding.add(errors[:, i], wrong[:, i], cut, kind in ("other", "shuffled"))
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0006
+def _cut(proof: _Proof, at: int) -> None:
+    "Take the future away."
+    _note(proof, proof.truncated, proof.scene.until(at), at)
+
+
+def _future(proof: _Proof, at: int, kind: str) -> None:
+    "Put another future."
+    _note(proof, proof.changed, proof.scene.after(at, kind, proof.rng), at, kind)
+
+
+def _innocent(proof: _Proof) -> list[int]:
+    "Columns with values against which nothing was found."
+    return [i for i in np.flatnonzero(proof.full.notna().any().to_numpy()).tolist() if i not in proof.guilty]
+
+
+def _moved(proof: _Proof, rows: np.ndarray) -> np.ndarray | None:
+    "What moves when these bars change."
+    errors = proof.run(_Scene(_change(proof.bars, rows, "other", proof.rng), proof.scene.others, proof.scene.y), len(proof.bars) - 1)
+    return None if errors is None else errors > proof.tolerance
+
+# %% ../../nbs/features/23_causality.ipynb #23aa0007
+def _search(
+    proof: _Proof,  # with the findings so far; takes more
+    runs: int,  # of the function, about
+) -> None:
+    "Look for rare leaks of columns that seem innocent."
+    for at in _events(proof.bars):
+        _cut(proof, at)
+    memory = _memory(lambda rows: _moved(proof, rows), len(proof.bars)) if _innocent(proof) else None
+    if memory is None:
+        return
+    memory[[i for i in range(len(memory)) if i not in _innocent(proof)]] = max(_SPACINGS)  # found already: not searched
+    suspects = _combed(lambda rows: _moved(proof, rows), memory, len(proof.bars), runs, proof.rng)
+    for i in _innocent(proof):
+        found = sorted(suspects[i] or (_jumps(proof.full.iloc[:, i].to_numpy()) if len(proof.names) <= 20 else ()))
+        for at in [found[k] for k in proof.rng.permutation(len(found))[:8]]:
+            if i not in proof.guilty:
+                _cut(proof, at)
+                _future(proof, at, "other")
+    if any(memory[i] >= max(_SPACINGS) - 1 for i in _innocent(proof)):
+        for at in proof.rng.integers(0, len(proof.bars) - 1, runs // 2):
+            _cut(proof, int(at))
 
 # %% ../../nbs/features/23_causality.ipynb #958f50ff
 def _inputs(scene: _Scene) -> dict[str, tuple[str, list[str]]]:  # label: frame ("" for the bars), columns
@@ -660,7 +687,7 @@ def _alone(scene: _Scene, other: _Scene, frame: str, columns: list[str]) -> _Sce
     taken = new if isinstance(new, pd.Series) else scene.others[frame].assign(**{c: new[c] for c in columns})
     return _Scene(scene.bars, {**scene.others, frame: taken}, scene.y)
 
-
+# %% ../../nbs/features/23_causality.ipynb #590898d5
 def _through(
     proof: _Proof,  # with findings
     at: int,  # cut
@@ -681,7 +708,7 @@ def _through(
             break
     return found
 
-
+# %% ../../nbs/features/23_causality.ipynb #60edee66
 def _moved_by(proof: _Proof, scene: _Scene, at: int) -> np.ndarray | None:
     "Which values up to the cut move in this scene; None where the function refuses."
     try:
@@ -695,8 +722,8 @@ def _all_through(proof: _Proof) -> list[str]:  # one text a column, empty for th
     "The inputs through which each column leaks."
     worst = [max(pair, key=lambda f: (f.late, f.ahead)).cut for pair in zip(proof.truncated, proof.changed, strict=True)]
     for at in sorted({w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}):  # found by truncation alone: how much does it matter?
-        proof.future(at, "other")
-        proof.future(at, "shuffled")
+        _future(proof, at, "other")
+        _future(proof, at, "shuffled")
     known = {at: _through(proof, at, [i for i, w in enumerate(worst) if w == at]) for at in sorted(set(worst) - {-1})}
     return ["" if at < 0 else " ".join(known[at].get(i, [])) or "number of rows" for i, at in enumerate(worst)]
 
@@ -723,14 +750,14 @@ def prove_causal(
     again = _errors(proof.full.to_numpy(), subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
     chosen = set(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else (int(c) for c in cuts))
     for number, at in enumerate(sorted(chosen | _behind(train_bars, len(bars)))):
-        proof.cut(at)
+        _cut(proof, at)
         for kind in KINDS[:2] if number % 2 else KINDS[2:]:
-            proof.future(at, kind)
+            _future(proof, at, kind)
     if search and proof.names and np.isfinite(again).all() and again.max(initial=0.0) <= tolerance:
-        proof.search(search)
+        _search(proof, search)
     return _table(proof, again, np.random.default_rng(seed))
 
-
+# %% ../../nbs/features/23_causality.ipynb #17d24037
 def _behind(train_bars: int | None, n: int) -> set[int]:
     "Cuts just after the training, where outcomes that reach over its end show."
     return set() if train_bars is None else {train_bars + k for k in (0, 1, 2, 5, 11, 23, 47) if train_bars + k < n - 1}
@@ -753,7 +780,7 @@ def _table(proof: _Proof, again: np.ndarray, rng: np.random.Generator) -> pd.Dat
 # %% ../../nbs/features/23_causality.ipynb #a3a5a060
 _CHECKS = ("causal", "truncation_ok", "perturbation_ok", "warmup_ok")
 
-
+# %% ../../nbs/features/23_causality.ipynb #1c2507cd
 def _verdict(
     name: str,  # column
     values: pd.Series,  # on all bars
@@ -785,7 +812,7 @@ def _verdict(
         row["note"] = f"rounding that depends on the sample ({rounding:.0e}), no leak; features.windows computes each window by itself"
     return row
 
-
+# %% ../../nbs/features/23_causality.ipynb #0bbed977
 def _with_unseen(row: dict[str, Any], unseen: str) -> dict[str, Any]:
     "The row, with what was not changed; such a row is not proved."
     note = row.pop("note")
@@ -829,7 +856,7 @@ def _rows_across(
     edges = [first, last, last + 1, last + warmup - 1]  # the window of the last of these still meets the gap
     return sorted({*known[known < first][-rows:].tolist(), *(i for i in edges if i < len(gap)), *known[known > last][:rows].tolist()})
 
-
+# %% ../../nbs/features/23_causality.ipynb #96b17eba
 def live_across_gap(
     features: Any,  # names, groups, Feature objects
     bars: pd.DataFrame,  # bar frame with a gap, and more than the warm-up of whole bars on both sides of the first

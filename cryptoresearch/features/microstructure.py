@@ -146,10 +146,10 @@ def kyle_t(
     buy_volume: pd.Series,  # base currency bought by aggressors, n bars
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
-) -> pd.Series:  # t-value, n bars, first `length` NaN; NaN where flow or price stood still
+) -> pd.Series:  # t-value, n bars, first `length` NaN; NaN where flow or price stood still, and where one bar alone makes the line
     "t-value of the slope of log returns on net volume."
     rho = correlation_over(log_return(close), 2 * buy_volume - volume, length)
-    return rho * sqrt(length - 2) / np.sqrt((1 - rho**2).where(rho.abs() < 1))
+    return rho * sqrt(length - 2) / np.sqrt((1 - rho**2).where(1 - rho**2 > 1e-12))
 
 # %% ../../nbs/features/21a_microstructure.ipynb #304bce9e
 def root_impact(

@@ -8,20 +8,20 @@ __all__ = ['imbalance', 'trade_size_ratio', 'vwap_distance', 'vwma_distance', 's
 
 # %% ../../nbs/features/21_orderflow.ipynb #4d927f8a
 import numpy as np
-import pandas as pd
 from scipy.special import ndtr
 
-from .indicators import log_ratio, log_return, ratio, realised_volatility, volume_ratio, window_mean, window_sum
-from .registry import on_columns
+from .indicators import diff, log_ratio, log_return, ratio, realised_volatility, shift, volume_ratio, window_mean, window_sum
+from .registry import Array, on_arrays, on_columns
 
 # %% ../../nbs/features/21_orderflow.ipynb #31021ca1
+@on_arrays
 def imbalance(
-    buy_volume: pd.Series,  # base currency bought by aggressors, n bars
-    volume: pd.Series,  # base currency, n bars
+    buy_volume: Array,  # base currency bought by aggressors, n bars
+    volume: Array,  # base currency, n bars
     length: int = 1,  # bars
-) -> pd.Series:  # -1 to 1, n bars, first length-1 NaN; NaN where nothing was traded
+) -> Array:  # -1 to 1, n bars, first length-1 NaN; NaN where nothing was traded
     "Bought minus sold volume over all volume of the last bars."
-    return (2 * ratio(window_sum(buy_volume, length), window_sum(volume, length)) - 1).clip(-1, 1)
+    return np.clip(2 * ratio(window_sum(buy_volume, length), window_sum(volume, length)) - 1, -1, 1)
 
 # %% ../../nbs/features/21_orderflow.ipynb #b272305c
 for _n in (1, 24):
@@ -29,11 +29,12 @@ for _n in (1, 24):
     on_columns(imbalance, f"imbalance_tick_{_n}", "buy_volume_tick volume", _n, "1", "flow", "Lee, Ready, 1991", length=_n)
 
 # %% ../../nbs/features/21_orderflow.ipynb #646963e7
+@on_arrays
 def trade_size_ratio(
-    volume: pd.Series,  # base currency, n bars
-    trades: pd.Series,  # number of trades, n bars
+    volume: Array,  # base currency, n bars
+    trades: Array,  # number of trades, n bars
     length: int = 24,  # bars
-) -> pd.Series:  # log ratio, n bars, first length-1 NaN; NaN where there was no trade
+) -> Array:  # log ratio, n bars, first length-1 NaN; NaN where there was no trade
     "Log of the bar's mean trade size over the mean trade size of the last bars."
     return log_ratio(ratio(volume, trades), ratio(window_sum(volume, length), window_sum(trades, length)))
 
@@ -43,21 +44,23 @@ for _n in (24, 168):
 on_columns(trade_size_ratio, "trade_size_ratio_24", "volume trades", 24, "log ratio", "flow", "Barclay, Warner, 1993", length=24)
 
 # %% ../../nbs/features/21_orderflow.ipynb #70f6f367
+@on_arrays
 def vwap_distance(
-    close: pd.Series,  # quote currency, n bars
-    vwap: pd.Series,  # quote currency, n bars
-) -> pd.Series:  # log return, n bars
+    close: Array,  # quote currency, n bars
+    vwap: Array,  # quote currency, n bars
+) -> Array:  # log return, n bars
     "Log of the close over the bar's volume-weighted average price."
     return log_ratio(close, vwap)
 
 
+@on_arrays
 def vwma_distance(
-    high: pd.Series,  # quote currency, n bars
-    low: pd.Series,  # quote currency, n bars
-    close: pd.Series,  # quote currency, n bars
-    volume: pd.Series,  # base currency, n bars
+    high: Array,  # quote currency, n bars
+    low: Array,  # quote currency, n bars
+    close: Array,  # quote currency, n bars
+    volume: Array,  # base currency, n bars
     length: int = 24,  # bars
-) -> pd.Series:  # log return, n bars, first length-1 NaN; NaN where nothing was traded
+) -> Array:  # log return, n bars, first length-1 NaN; NaN where nothing was traded
     "Log of the close over the volume-weighted typical price of the last bars."
     return log_ratio(close, ratio(window_sum((high + low + close) / 3 * volume, length), window_sum(volume, length)))
 
@@ -66,73 +69,77 @@ on_columns(vwap_distance, "vwap_distance_1", "close vwap", 1, "log return", "flo
 on_columns(vwma_distance, "vwma_distance_24", "high low close volume", 24, "log return", "flow", "Berkowitz, Logue, Noser, 1988", length=24)
 
 # %% ../../nbs/features/21_orderflow.ipynb #f4204c4c
+@on_arrays
 def signed_volume(
-    close: pd.Series,  # quote currency, n bars
-    volume: pd.Series,  # base currency, n bars
+    close: Array,  # quote currency, n bars
+    volume: Array,  # base currency, n bars
     length: int = 24,  # bars
-) -> pd.Series:  # -1 to 1, n bars, first `length` NaN; NaN where nothing was traded
+) -> Array:  # -1 to 1, n bars, first `length` NaN; NaN where nothing was traded
     "Volume with the sign of the bar's return, over all volume."
-    return ratio(window_sum(np.sign(close.diff()) * volume, length), window_sum(volume, length))
+    return ratio(window_sum(np.sign(diff(close)) * volume, length), window_sum(volume, length))
 
 
+@on_arrays
 def bulk_imbalance(
-    close: pd.Series,  # quote currency, n bars
-    volume: pd.Series,  # base currency, n bars
+    close: Array,  # quote currency, n bars
+    volume: Array,  # base currency, n bars
     length: int = 24,  # bars; the volatility is that of as many bars up to each one
-) -> pd.Series:  # -1 to 1, n bars, first 2*length-1 NaN; NaN where nothing moved or nothing was traded
+) -> Array:  # -1 to 1, n bars, first 2*length-1 NaN; NaN where nothing moved or nothing was traded
     "Bought minus sold volume by bulk classification, over all volume."
     z = ratio(log_return(close), realised_volatility(close, length))
-    share = pd.Series(2 * ndtr(z.to_numpy(dtype=float)) - 1, index=close.index)
-    return ratio(window_sum(share * volume, length), window_sum(volume, length))
+    return ratio(window_sum((2 * ndtr(z) - 1) * volume, length), window_sum(volume, length))
 
 # %% ../../nbs/features/21_orderflow.ipynb #e24f15b2
 on_columns(signed_volume, "signed_volume_24", "close volume", 25, "1", "flow", "Granville, 1963", length=24)
 on_columns(bulk_imbalance, "bulk_imbalance_24", "close volume", 48, "1", "flow", "Easley, Lopez de Prado, O'Hara, 2012", length=24)
 
 # %% ../../nbs/features/21_orderflow.ipynb #c06e9d55
+@on_arrays
 def amihud(
-    close: pd.Series,  # quote currency, n bars
-    volume: pd.Series,  # base currency, n bars
+    close: Array,  # quote currency, n bars
+    volume: Array,  # base currency, n bars
     length: int = 24,  # bars
-) -> pd.Series:  # log return per unit of quote currency, n bars, first `length` NaN; NaN where nothing was traded
+) -> Array:  # log return per unit of quote currency, n bars, first `length` NaN; NaN where nothing was traded
     "Amihud's illiquidity; bars without volume are left out of the mean."
-    amount = volume.to_numpy(dtype=float)
-    impact, traded = ratio(log_return(close).abs(), close * volume).to_numpy(), amount > 0
-    known = np.where(np.isnan(amount), np.nan, traded)
-    return ratio(window_sum(pd.Series(np.where(traded, impact, amount * 0), index=close.index), length), window_sum(pd.Series(known, index=close.index), length))
+    impact, traded = ratio(np.abs(log_return(close)), close * volume), volume > 0
+    known = np.where(np.isnan(volume), np.nan, traded)
+    return ratio(window_sum(np.where(traded, impact, volume * 0), length), window_sum(known, length))
 
 
+@on_arrays
 def amihud_ratio(
-    close: pd.Series,  # quote currency, n bars
-    volume: pd.Series,  # base currency, n bars
+    close: Array,  # quote currency, n bars
+    volume: Array,  # base currency, n bars
     short: int = 24,  # bars
     long: int = 168,  # bars
-) -> pd.Series:  # log ratio, n bars, first `long` NaN
+) -> Array:  # log ratio, n bars, first `long` NaN
     "Log of short over long illiquidity."
     return log_ratio(amihud(close, volume, short), amihud(close, volume, long))
 
-
+# %% ../../nbs/features/21_orderflow.ipynb #3ffa3a33
+@on_arrays
 def roll_spread(
-    close: pd.Series,  # quote currency, n bars
+    close: Array,  # quote currency, n bars
     length: int = 24,  # pairs of returns
-) -> pd.Series:  # fraction of the price, n bars, first length+1 NaN; NaN where the covariance is not negative
+) -> Array:  # fraction of the price, n bars, first length+1 NaN; NaN where the covariance is not negative
     "Roll's effective spread from the log returns of the last bars."
     r = log_return(close)
-    before = r.shift(1)
-    covariance = (window_mean(r * before, length) - window_mean(r, length) * window_mean(before.where(r.notna()), length)) * length / (length - 1)
-    return 2 * (-covariance.where(covariance < 0)) ** 0.5
+    then = np.where(np.isnan(r), np.nan, shift(r))
+    covariance = (window_mean(r * then, length) - window_mean(r, length) * window_mean(then, length)) * length / (length - 1)
+    return 2 * np.sqrt(np.where(covariance < 0, -covariance, np.nan))
 
 # %% ../../nbs/features/21_orderflow.ipynb #9656212e
+@on_arrays
 def price_impact(
-    close: pd.Series,  # quote currency, n bars
-    buy_volume: pd.Series,  # base currency bought by aggressors, n bars
-    volume: pd.Series,  # base currency, n bars
+    close: Array,  # quote currency, n bars
+    buy_volume: Array,  # base currency bought by aggressors, n bars
+    volume: Array,  # base currency, n bars
     length: int = 72,  # bars
-) -> pd.Series:  # -1 to 1, n bars, first `length` NaN; NaN where flow or price stood still
+) -> Array:  # -1 to 1, n bars, first `length` NaN; NaN where flow or price stood still
     "Correlation around zero of log returns and signed volume."
     r, flow = log_return(close), 2 * buy_volume - volume
-    norm = (window_sum(r**2, length) * window_sum(flow.where(r.notna()) ** 2, length)) ** 0.5
-    return ratio(window_sum(r * flow, length), norm).clip(-1, 1)
+    norm = np.sqrt(window_sum(r**2, length) * window_sum(np.where(np.isnan(r), np.nan, flow) ** 2, length))
+    return np.clip(ratio(window_sum(r * flow, length), norm), -1, 1)
 
 # %% ../../nbs/features/21_orderflow.ipynb #9eb33727
 on_columns(amihud_ratio, "amihud_ratio_24_168", "close volume", 169, "log ratio", "flow", "Amihud, 2002", short=24, long=168)

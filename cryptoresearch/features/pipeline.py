@@ -19,7 +19,7 @@ from ..data.event_frames import check_event_bars, is_event_frame
 from ..errors import SchemaError, problem
 from . import adaptive, alpha158, averages, decay, frames, indicators, microstructure, money_flow, orderflow, oscillators, recursions, trends, volatility
 from .frames import Lagged, OnFrame
-from .registry import REGISTRY, Feature, OnColumns, feature, feature_names, feature_table, resolve
+from .registry import REGISTRY, Feature, OnColumns, feature, feature_names, feature_table, resolve, whole_rows
 
 # %% ../../nbs/features/22_pipeline.ipynb #f44f15ca
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
@@ -45,9 +45,9 @@ class DataProcessing(TransformerMixin, BaseEstimator):
         "One column a feature on the frame's index, float64, NaN where the window is not whole."
         bars, made = check_frame(X), resolve(self.features)
         check_meaning(made, bars)
-        values = np.empty((len(made), len(bars)))  # one block, so that nothing is copied afterwards
-        for row, f in zip(values, made, strict=True):
-            row[:] = f.values(bars)
+        values, rows = np.empty((len(made), len(bars))), whole_rows(bars)  # one block, so that nothing is copied afterwards
+        for out, f in zip(values, made, strict=True):
+            f.write(bars, rows, out)
         return pd.DataFrame(values.T, index=bars.index, columns=[f.name for f in made], copy=False)
 
     def process_data(self, df: pd.DataFrame) -> pd.DataFrame:

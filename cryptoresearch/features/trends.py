@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .indicators import NEGLECTED, ema, ema_bars, ema_weights, log_ratio, ratio, true_range, wilder, wilder_bars, window_max, window_min
 from .registry import on_columns
-from .windows import mean_over, std_over, sum_over, weighted_over
+from .windows import arctan, mean_and_squares_over, mean_over, std_over, sum_over, weighted_over
 
 # %% ../../nbs/features/20i_trends.ipynb #55b140c8
 Array = NDArray[np.float64]
@@ -96,8 +96,10 @@ def ttm_trend(
     length: int = 6,  # bars
 ) -> pd.Series:  # 1 or -1, n bars, first length-1 NaN
     "1 where the close is above the mean median price, else -1."
-    mean = mean_over((high + low) / 2, length)
-    return pd.Series(np.where(close > mean, 1.0, -1.0), index=close.index).where((close - mean).notna())
+    middle = (high + low) / 2
+    mean, _ = mean_and_squares_over(middle, length)  # relative to the newest, so that equal prices are equal
+    above = close - middle - mean
+    return pd.Series(np.where(above > 0, 1.0, -1.0), index=close.index).where(above.notna())
 
 # %% ../../nbs/features/20i_trends.ipynb #5b206116
 def unbroken(
@@ -237,32 +239,34 @@ on_columns(trendflex, "trendflex_20", "close", len(trendflex_weights(20, 20)) + 
 
 # %% ../../nbs/features/20i_trends.ipynb #5a845a20
 @njit(cache=True, nogil=True)
+def _turned(z: Array, k: int, j: int) -> float:
+    "Ehlers' quarter-turn of series j at k."
+    return 0.0962 * z[k, j] + 0.5769 * z[k - 2, j] - 0.5769 * z[k - 4, j] - 0.0962 * z[k - 6, j]
+
+
+@njit(cache=True, nogil=True)
 def _turn_phase(x: Array, d: Array, q: Array, k: int, state: Array) -> None:
-    "Step `k` of the filters in many windows at once: detrended price, quadrature, phasor and its turn."
-    i2, q2, re, im, period, _ = state
-    d0, d2, d3, d4, d5, d6, d7, d9 = d[k], d[k - 2], d[k - 3], d[k - 4], d[k - 5], d[k - 6], d[k - 7], d[k - 9]
-    q0, q_2, q_4, q_6 = q[k], q[k - 2], q[k - 4], q[k - 6]
+    "Step `k` of the filters in many windows at once: detrended price, quadrature, phasor and its turn; state is i2, q2, re, im, period, smooth."
     for j in range(len(x)):
-        gain = 0.075 * period[j] + 0.54
-        d0[j] = 0.0 if np.isnan(x[j]) else gain * x[j]
-        q0[j] = gain * (0.0962 * d0[j] + 0.5769 * d2[j] - 0.5769 * d4[j] - 0.0962 * d6[j])
-        turned_i = gain * (0.0962 * d3[j] + 0.5769 * d5[j] - 0.5769 * d7[j] - 0.0962 * d9[j])
-        turned_q = gain * (0.0962 * q0[j] + 0.5769 * q_2[j] - 0.5769 * q_4[j] - 0.0962 * q_6[j])
-        new_i, new_q = 0.2 * (d3[j] - turned_q) + 0.8 * i2[j], 0.2 * (q0[j] + turned_i) + 0.8 * q2[j]
-        re[j] = 0.2 * (new_i * i2[j] + new_q * q2[j]) + 0.8 * re[j]
-        im[j] = 0.2 * (new_i * q2[j] - new_q * i2[j]) + 0.8 * im[j]
-        i2[j], q2[j] = new_i, new_q
+        gain, i2, q2 = 0.075 * state[4, j] + 0.54, state[0, j], state[1, j]
+        d[k, j] = 0.0 if np.isnan(x[j]) else gain * x[j]
+        q[k, j] = gain * _turned(d, k, j)
+        new_i = 0.2 * (d[k - 3, j] - gain * _turned(q, k, j)) + 0.8 * i2
+        new_q = 0.2 * (q[k, j] + gain * _turned(d, k - 3, j)) + 0.8 * q2
+        state[2, j] = 0.2 * (new_i * i2 + new_q * q2) + 0.8 * state[2, j]
+        state[3, j] = 0.2 * (new_i * q2 - new_q * i2) + 0.8 * state[3, j]
+        state[0, j], state[1, j] = new_i, new_q
 
 # %% ../../nbs/features/20i_trends.ipynb #5c131289
 @njit(cache=True, nogil=True, error_model="numpy")
 def _measure_period(x: Array, state: Array) -> None:
     "Period from the phasor's turn, held within bounds and smoothed twice; before the first known row there is none."
-    _, _, re, im, period, smooth = state
     for j in range(len(x)):
-        new = 2 * np.pi / np.arctan(im[j] / re[j]) if re[j] != 0 and im[j] != 0 else 0.0
-        new = 0.2 * min(max(min(new, 1.5 * period[j]), 0.67 * period[j], 6.0), 50.0) + 0.8 * period[j]
-        if not np.isnan(x[j]):
-            period[j], smooth[j] = new, 0.33 * new + 0.67 * smooth[j]
+        re, im, period, smooth = state[2, j], state[3, j], state[4, j], state[5, j]
+        new = 2 * np.pi / arctan(im / re) if re != 0 and im != 0 else 0.0
+        new = max(min(new, 1.5 * period), 0.67 * period)
+        new = 0.2 * min(max(new, 6.0), 50.0) + 0.8 * period
+        state[4, j], state[5, j] = (period, smooth) if np.isnan(x[j]) else (new, 0.33 * new + 0.67 * smooth)
 
 
 @njit(cache=True, nogil=True)
@@ -627,26 +631,31 @@ def chandelier_side(
 
 # %% ../../nbs/features/20i_trends.ipynb #3336d65c
 @njit(cache=True, nogil=True)
-def _holt(x: Array, start: int, stop: int, rates: tuple[float, float, float, float]) -> tuple[float, float]:
-    "Forecast and root mean square of the errors before it, after the path from `start` to `stop`."
-    a, b, c, d = rates
-    level, slope, bend, forecast, before, error, square = x[start], 0.0, 0.0, x[start], x[start], 0.0, 0.0
-    for i in range(start, stop):
-        new = (1 - a) * (level + slope + 0.5 * bend) + a * x[i]
-        turn = (1 - b) * (slope + bend) + b * (new - level)
-        bend = (1 - c) * bend + c * (turn - slope)
-        level, slope, error = new, turn, square
-        square = (1 - d) * square + d * (before - forecast) ** 2
-        forecast, before = level + slope + 0.5 * bend, x[i]
-    return forecast, np.sqrt(error)
+def _holt_step(x: Array, state: Array, rates: tuple[float, float, float, float]) -> None:
+    "One bar further in many windows at once; state is level, slope, bend, forecast, bar before, error, squared error."
+    (a, b, c, d), (level, slope, bend, forecast, before, error, square) = rates, state
+    for j in range(len(x)):
+        new = (1 - a) * (level[j] + slope[j] + 0.5 * bend[j]) + a * x[j]
+        turn = (1 - b) * (slope[j] + bend[j]) + b * (new - level[j])
+        bend[j] = (1 - c) * bend[j] + c * (turn - slope[j])
+        level[j], slope[j], error[j] = new, turn, square[j]
+        square[j] = (1 - d) * square[j] + d * (before[j] - forecast[j]) ** 2
+        forecast[j], before[j] = new + turn + 0.5 * bend[j], x[j]
 
 
 @njit(cache=True, nogil=True)
 def _holt_over(x: Array, memory: int, rates: tuple[float, float, float, float]) -> Array:
-    "Forecast and error after each bar's last `memory` bars; shape (2, n)."
-    out = np.full((2, len(x)), np.nan)
-    for t in range(len(x)):
-        out[0, t], out[1, t] = _holt(x, max(0, t - memory + 1), t + 1, rates)
+    "Forecast, and root mean square of the errors before it, after each bar's last `memory` bars; shape (2, n)."
+    lanes, out = 64, np.full((2, len(x)), np.nan)
+    for start in range(0, len(x) - memory + 1, lanes):
+        rows = min(lanes, len(x) - memory + 1 - start)
+        state = np.zeros((7, rows))
+        for row in (0, 3, 4):  # level, forecast and bar before begin at the first value
+            state[row] = x[start : start + rows]
+        for k in range(start, start + memory):
+            _holt_step(x[k : k + rows], state, rates)
+        here = slice(start + memory - 1, start + memory - 1 + rows)
+        out[0, here], out[1, here] = state[3], np.sqrt(state[5])
     return out
 
 # %% ../../nbs/features/20i_trends.ipynb #57443a74

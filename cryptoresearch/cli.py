@@ -219,13 +219,17 @@ def train(
     train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
     features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
     modules: Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge or ensemble.")] = "xgboost",
+    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge, garch or ensemble.")] = "xgboost",
     param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
     embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
     weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
+    interval: Annotated[str, typer.Option(help="residual (one width), scaled (by a forecast volatility), quantile (two quantile models) or adaptive (by the outcomes of the test).")] = "residual",
+    interval_param: Annotated[list[str] | None, typer.Option(help="Interval parameter, name=value, such as volatility=har, given=log_sigma or of=scaled; may be given several times.")] = None,
+    calibrate: Annotated[str, typer.Option(help="Of probabilities: none, isotonic or platt, learned on purged folds of the training.")] = "none",
+    split: Annotated[str, typer.Option(help="walk, or cpcv to show beside the walk the scores over the paths of combinatorial purged cross-validation: fifteen trainings more.")] = "walk",
     audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine to eleven times the work of training.")] = False,
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
@@ -234,9 +238,10 @@ def train(
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"))  # fmt: skip
+                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"),
+                 interval=interval, interval_params=read_params(interval_param or [], "--interval-param given=log_sigma"), calibrate=calibrate)  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress, audit=audit)
+        done = train_report(asked, progress=progress, audit=audit, split=split)
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)

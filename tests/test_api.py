@@ -154,7 +154,7 @@ def test_prediction_matures_when_its_bars_are_there(client, settings):
     with init_duckdb(settings) as con:
         for ts in made:
             row = ["r1", "TESTUSD", "1m", "return", 5, ts.tz_localize(None).to_pydatetime(), 0.002]
-            write(con, lambda c, row=row: c.execute("INSERT INTO predictions SELECT ?, ?, ?, ?, ?, t, t + INTERVAL 1 MINUTE, ?, 'replay', t, NULL FROM (SELECT ?::TIMESTAMP t)", [*row[:5], row[6], row[5]]))
+            write(con, lambda c, row=row: c.execute("INSERT INTO predictions (run_id, symbol, spec, target, horizon, ts, close_ts, prediction, source, made_at) SELECT ?, ?, ?, ?, ?, t, t + INTERVAL 1 MINUTE, ?, 'replay', t FROM (SELECT ?::TIMESTAMP t)", [*row[:5], row[6], row[5]]))
     first, last = client.get("/predictions", params={"run_id": "r1"}).json()["predictions"]
     assert first["outcome"] == pytest.approx(bars["close"].iloc[105] / bars["open"].iloc[101] - 1)
     assert (first["state"], last["state"], last["outcome"]) == ("matured", "waiting", None)

@@ -260,7 +260,7 @@ def test_a_name_is_not_a_path(trained):
 
 
 def test_the_template_is_clean_and_knows_every_field():
-    notebook = nbformat.read(notebook_path("research/train_gbr.ipynb"), as_version=4)
+    notebook = nbformat.read(notebook_path("research/train.ipynb"), as_version=4)
     tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1
     defaults: dict = {}
@@ -273,7 +273,7 @@ def test_the_template_is_clean_and_knows_every_field():
 
 def test_a_misspelt_parameter_is_refused(store, tmp_path):
     with pytest.raises(ConfigError, match="horizn"):
-        run_notebook("research/train_gbr.ipynb", {"horizn": 3}, tmp_path / "out", settings=store)
+        run_notebook("research/train.ipynb", {"horizn": 3}, tmp_path / "out", settings=store)
 
 
 def test_the_notebook_trains_with_the_parameters_it_was_given(store):
@@ -289,7 +289,7 @@ def test_the_notebook_trains_with_the_parameters_it_was_given(store):
     assert outside(page) == [] and "require.js" not in body and "MathJax" not in body
     assert "SIMULATED" in body and run.id in body and body.count('class="figure"') >= 6
     assert "import pandas" not in body and "Run it by hand" not in body  # no code, nothing meant for who runs it
-    assert sorted(p.name for p in made.folder.iterdir()) == ["model.json", "model.ubj", "predictions.parquet", "report.html", "run.json", "train_gbr.ipynb"]
+    assert sorted(p.name for p in made.folder.iterdir()) == ["model.json", "model.ubj", "predictions.parquet", "report.html", "run.json", "train.ipynb"]
     assert [p.name for p in made.folder.parent.iterdir() if p.name.startswith(".tmp")] == []
     children = Path("/proc/self/task").glob("*/children") if Path("/proc/self/task").is_dir() else ()
     kernels = [pid for path in children for pid in path.read_text().split() if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -515,6 +515,23 @@ def test_event_bars_are_trained_and_made_again(events, target, spec, label):
     assert checks["same"].all(), checks[~checks["same"]]
     late = run.predict(bars.iloc[-(run.info["warmup"] + 5) :]).tail(3)
     assert np.allclose(late["prediction"], run.predict(bars).tail(3)["prediction"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"interval": "scaled", "interval_params": {"volatility": "ridge", "volatility_features": ["returns"]}}, {"interval": "adaptive", "features": ("ret_1", "ret_6", "calendar")}])
+def test_event_bars_can_have_the_options_too(events, more):
+    from cryptoresearch.evaluation.comparison import interval_table
+    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+
+    asked = replace(EVENTS, **more)
+    with connect(events) as con:
+        bars = runs.read_data(con, asked).bars
+        run = train_run(con, asked, events)
+    p = run.predictions
+    assert (p["lower"] <= p["upper"]).all() and 0.5 < interval_table(p, bars, 0.9).loc[("all", "all"), "coverage"] < 1
+    assert reproduce(run.id, events)["same"].all()
+    if asked.interval == "adaptive":  # whose features leave enough beside each group
+        paths = path_predictions(asked, runs.prepare(bars, asked))
+        assert len(score_paths(paths, bars, asked)) == 5 and paths[0]["first_id"].is_unique
 
 
 def test_a_hole_is_spanned_by_no_label_and_no_feature(events):

@@ -269,7 +269,7 @@ MIGRATIONS: dict[int, list[str]] = {
         *(f"CREATE TABLE lake.{name} ({columns})" for name, columns in NEW_TABLES.items()),
     ],
     3: ["ALTER TABLE lake.ingest_ledger ADD COLUMN digest_version INTEGER"],  # NULL: 1, what `data.corrections` says that it covers
-    4: ["ALTER TABLE lake.predictions ADD COLUMN first_id BIGINT"],  # of an event bar, several of which may open at one moment; NULL for time bars
+    4: [f"ALTER TABLE lake.predictions ADD COLUMN {column}" for column in ("first_id BIGINT", "lower DOUBLE", "upper DOUBLE")],  # first_id of an event bar, several of which may open at one moment
 }
 
 

@@ -383,6 +383,7 @@ def audit(
     progress: Callable[[float, str], None] | None = None,  # told before each training
 ) -> Audit:  # one row a world
     "Run the whole pipeline in worlds whose answer is known."
+    config = replace(config, interval="residual", interval_params={})  # intervals are not judged here
     tell, forecast, start = progress or (lambda fraction, text: None), pipeline or _walk_forward, first_test(config, bars)
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}
     total = (4 if "up" in config.label else 3) * draws + 3

@@ -6,8 +6,9 @@
 __all__ = ['RULES', 'Lineup', 'line_up', 'setting_table', 'Measure', 'implied_probability', 'measures', 'score_intervals',
            'score_differences', 'interval_view', 'difference_view', 'pair_table', 'set_view', 'Finding',
            'comparison_rules', 'relative_gap', 'judge_lineup', 'known_baselines', 'baseline_table', 'baseline_view',
-           'regime_table', 'regime_view', 'wanted_positions', 'payable', 'placed_positions', 'strategies', 'clocked',
-           'strategy_rows', 'costs_text', 'strategy_rows_view', 'ladder_view', 'feature_ic', 'discoveries']
+           'known_level', 'regime_table', 'regime_view', 'interval_table', 'interval_parts_view', 'wanted_positions',
+           'payable', 'placed_positions', 'strategies', 'clocked', 'strategy_rows', 'costs_text', 'strategy_rows_view',
+           'ladder_view', 'feature_ic', 'discoveries']
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #fbed57ec
 import html
@@ -395,6 +396,16 @@ def baseline_view(
     return Table(view, note="Saved: share of the baseline's mean loss that the model removes, negative where it adds. Among the best: in the model confidence set at 90 %.")
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #2d5dd883
+def known_level(
+    rows: pd.DataFrame,  # of the predictions of a run, n
+    bars: pd.DataFrame,  # bars of the run
+    window_bars: int = 168,  # looked back
+) -> pd.Series:  # volatility of a bar, n; known at the close, and no model's
+    "Volatility of the bars before each forecast."
+    sigma = np.log(bars["close"]).diff().rolling(window_bars, min_periods=window_bars // 2).std()
+    return sigma.reindex(rows.index) if bars.index.is_unique else sigma.set_axis(bars["first_id"]).reindex(rows["first_id"]).set_axis(rows.index)
+
+
 def regime_table(
     predictions: pd.DataFrame,  # of a run
     bars: pd.DataFrame,  # bars of the run
@@ -404,8 +415,7 @@ def regime_table(
 ) -> pd.DataFrame:  # index regime, part: n, ic, ic_t, saved (share of the reference's loss), dm_p, coverage; of events auc and log_loss in its place
     "Scores by volatility tercile, part of the day and year."
     rows = predictions.dropna(subset=["y", "prediction", REFERENCE[target]])
-    sigma = np.log(bars["close"]).diff().rolling(window_bars, min_periods=window_bars // 2).std()
-    sigma = sigma.reindex(rows.index) if bars.index.is_unique else sigma.set_axis(bars["first_id"]).reindex(rows["first_id"]).set_axis(rows.index)
+    sigma = known_level(rows, bars, window_bars)
 
     def scores(part: pd.DataFrame) -> dict[str, float]:
         a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", REFERENCE[target]))
@@ -434,6 +444,35 @@ def regime_view(
             view[name] = table[column].map(lambda v, f=form: number(v, f))
     view.index = ["all" if a == "all" else f"{a}: {b}" for a, b in table.index]
     return Table(view, note="Rows of a regime are treated as neighbours even where time lies between them. A dozen regimes hold one p below 0.08 by luck alone.")
+
+# %% ../../nbs/evaluation/42a_comparison.ipynb #b8f833f3
+def interval_table(
+    predictions: pd.DataFrame,  # of a run
+    bars: pd.DataFrame,  # bars of the run
+    level: float,  # share of outcomes that the interval should hold
+) -> pd.DataFrame:  # index regime, part: n, coverage, below, above (shares), width, winkler (label's unit)
+    "Coverage, width and Winkler score of the interval by volatility tercile and year."
+    rows = predictions.dropna(subset=["y", "lower", "upper"])
+
+    def scores(part: pd.DataFrame) -> dict[str, float]:
+        y, low, high = part["y"], part["lower"], part["upper"]
+        shares = {"coverage": interval_coverage(y, low, high), "below": float((y < low).mean()), "above": float((y > high).mean())}
+        return shares | {"width": float((high - low).mean()), "winkler": float(winkler_loss(low, high, y, level).mean())}
+
+    table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), known_level(rows, bars)), ("volatility", "year"))
+    return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "year").index(k[0]), k[1]))]
+
+
+def interval_parts_view(
+    table: pd.DataFrame,  # of interval_table
+    level: float,  # share of outcomes that the interval should hold
+) -> Table:
+    "Show the interval by regime."
+    view = pd.DataFrame({"forecasts": table["n"].map("{:,}".format)})
+    for name, column, form in (("inside", "coverage", ".1%"), ("below", "below", ".1%"), ("above", "above", ".1%"), ("mean width", "width", ".2%"), ("Winkler score", "winkler", ".2%")):
+        view[name] = table[column].map(lambda v, f=form: number(v, f))
+    view.index = ["all" if a == "all" else f"{a}: {b}" for a, b in table.index]
+    return Table(view, note=f"{level:.0%} should be inside, in each row. Terciles of the volatility of the week before; lower Winkler scores are better.")
 
 # %% ../../nbs/evaluation/42a_comparison.ipynb #fe2bc38c
 RULES = {"sign": "sign", "proportional": "in proportion", "interval": "interval clears the cost"}

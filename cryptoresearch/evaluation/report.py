@@ -296,4 +296,4 @@ def coverage_view(
         view[name] = coverage[column].map(lambda v: number(v, ".1%"))
     view["mean width"] = coverage["width"].map(lambda v: number(v, ".2%"))
     view.index = ["all" if name == "all" else f"fold\u00a0{name}" for name in coverage.index]
-    return Table(view, note=f"The interval should hold {level:.0%} of the outcomes. It comes from errors before each fold, so a change of regime shows here first.")
+    return Table(view, note=f"The interval should hold {level:.0%} of the outcomes. Its numbers come from before each fold, unless it is adaptive, so a change of regime shows here first.")

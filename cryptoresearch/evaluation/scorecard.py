@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_BACK', 'FEWEST', 'known_quantiles', 'scorecard', 'scorecard_view', 'calibration_slope', 'calibration_scores',
-           'calibration_view', 'monthly_ic', 'hourly_ic', 'steadiness', 'steadiness_view']
+           'calibration_view', 'reliability_table', 'reliability_view', 'monthly_ic', 'hourly_ic', 'steadiness',
+           'steadiness_view']
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #26f104cf
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ import pandas as pd
 
 from .comparison import Measure, _columns, known_baselines, measures
 from .report import Table, number, p_value
-from .scores import REFERENCE, diebold_mariano, ic, ic_t, rank_ic
-from .significance import bootstrap_score
+from .scores import REFERENCE, calibration_table, cross_entropy, diebold_mariano, ic, ic_t, rank_ic
+from .significance import bootstrap_score, brier_loss
 from ..models.labels import Target, fixed_horizon
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #27a08206
@@ -141,6 +142,36 @@ def calibration_view(
     forms = {"bias": ".1%", "slope": ".2f", "reliability": ".5f", "resolution": ".5f"}
     view = pd.DataFrame({"value": [number(v, forms[str(n)]) for n, v in table["value"].items()], "95 % interval": [f"{number(a, forms[str(n)])} to {number(b, forms[str(n)])}".replace(" ", "\u00a0") for n, a, b in zip(table.index, table["lower"], table["upper"], strict=True)]}, index=table.index)
     return Table(view, note="Bias: mean forecast less the share that happened. Slope of the log-odds: 1 where forecasts mean what they say, below 1 where they are too sure of themselves. Reliability (less is better) and resolution (more is better): parts of the Brier score over tenths of the forecasts; both are above zero by chance alone.")
+
+# %% ../../nbs/evaluation/42c_scorecard.ipynb #3c9e7f12
+def reliability_table(
+    predictions: pd.DataFrame,  # of a run on an event: y, prediction, and raw where it was calibrated
+    horizon: int,  # bars that an outcome spans
+) -> pd.DataFrame:  # index 'as the model says' and, where it was calibrated, 'calibrated': n, brier, log_loss, gap (mean distance by tenths), dm_p (Brier score)
+    "How far probabilities mean what they say, before and after calibration."
+    columns = {"as the model says": "raw", "calibrated": "prediction"} if "raw" in predictions else {"as the model says": "prediction"}
+    rows = predictions.dropna(subset=["y", *columns.values()])
+    y, out = rows["y"].to_numpy(np.float64), {}
+    for name, column in columns.items():
+        p = rows[column].to_numpy(np.float64)
+        tenths = calibration_table(rows.assign(prediction=p))
+        gap = float(np.average((tenths["forecast"] - tenths["outcome"]).abs(), weights=tenths["n"]))
+        test = diebold_mariano(brier_loss(p, y), brier_loss(rows["raw"], y), horizon).p_value if name == "calibrated" else np.nan
+        out[name] = {"n": len(rows), "brier": brier_loss(p, y).mean(), "log_loss": cross_entropy(p, y).mean(), "gap": gap, "dm_p": test}
+    return pd.DataFrame(out).T.astype({"n": int})
+
+
+def reliability_view(
+    table: pd.DataFrame,  # of reliability_table
+    method: str,  # none, isotonic or platt
+) -> Table:
+    "Show reliability before and after calibration."
+    view = pd.DataFrame({"forecasts": table["n"].map("{:,}".format)})
+    for name, column, form in (("Brier", "brier", ".4f"), ("log loss", "log_loss", ".4f"), ("said minus came, mean distance", "gap", ".2%")):
+        view[name] = table[column].map(lambda v, f=form: number(v, f))
+    view["DM p"] = [p_value(p).removeprefix("p ").removeprefix("= ") if np.isfinite(p) else "–" for p in table["dm_p"]]
+    how = "Not calibrated: --calibrate platt or isotonic." if method == "none" else f"Calibration: {method}, learned on forecasts out of purged folds of each training stretch."
+    return Table(view, note=how)
 
 # %% ../../nbs/evaluation/42c_scorecard.ipynb #f920f289
 def monthly_ic(

@@ -8,6 +8,7 @@ __all__ = ['Array', 'CANDLE', 'GROUPS', 'REGISTRY', 'whole_rows', 'window_is_who
 
 # %% ../../nbs/features/19_registry.ipynb #db07a271
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -244,6 +245,11 @@ def _named(item: object) -> list[Feature]:
         from cryptoresearch.features.frames import features_of_symbol  # which builds on this module
 
         return features_of_symbol(item)
+    if isinstance(item, str) and (lag := re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", item)) and lag[1] in REGISTRY:
+        from cryptoresearch.features.frames import lagged
+
+        base, n = REGISTRY[lag[1]], int(lag[3])
+        return [base, *(REGISTRY.get(f"{base.name}_lag_{k}") or lagged(base, k) for k in range(1, n + 1))] if lag[2] else [lagged(base, n)]
     groups = {"all", "default", *(f.group for f in REGISTRY.values())}
     if item in groups:
         return [f for f in REGISTRY.values() if item == f.group or (item == "all" and f.bars_suffice) or (item == "default" and f.group in GROUPS and f.candles_suffice)]

@@ -162,6 +162,8 @@ class Prediction(Answer):
     made_at: Time | None = Field(description="when it was in fact made, UTC")
     source: str | None = Field(description="feed of the bars: finnhub, or replay of stored trades")
     prediction: Number = Field(description="fraction: 0.01 is one per cent; of an event its probability")
+    lower: Number = Field(default=None, description="lower end of the interval, the same unit; null for a probability")
+    upper: Number = Field(default=None, description="upper end of the interval")
     outcome: Number = Field(description="what came, the same unit; null unless matured")
     outcome_ts: Time | None = Field(description="when the outcome is known, UTC")
     state: str = Field(description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time; unscored: a label whose outcome only its run can tell")

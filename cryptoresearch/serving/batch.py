@@ -41,7 +41,7 @@ from .report_figures import figure_html, plotly_js
 
 # %% ../../nbs/serving/53_batch.ipynb #00000006
 def notebook_path(
-    name: str,  # place below `nbs/`, such as 'research/train_gbr.ipynb', or a path to any notebook
+    name: str,  # place below `nbs/`, such as 'research/train.ipynb', or a path to any notebook
 ) -> Path:  # the file
     "Find a notebook that travels with the package."
     package = Path(cryptoresearch.__file__).parent
@@ -253,7 +253,7 @@ def run_notebook(
     return paths
 
 # %% ../../nbs/serving/53_batch.ipynb #00000023
-TRAIN = "research/train_gbr.ipynb"
+TRAIN = "research/train.ipynb"
 
 
 @dataclass(frozen=True)
@@ -278,11 +278,12 @@ def told_run(
     raise DataNotFound(problem("a cell that shows the run", "none in the executed notebook", "Let a cell of the template end in the run"))
 
 # %% ../../nbs/serving/53_batch.ipynb #00000024
-def _holds(notebook: Path, audit: bool) -> bool:
-    "Whether an executed notebook is there, with the audit where one is wanted."
-    if not notebook.is_file() or not audit:
+def _holds(notebook: Path, asked: Mapping[str, Any]) -> bool:
+    "Whether an executed notebook is there, with the audit and the paths where they are wanted."
+    if not notebook.is_file() or not asked:
         return notebook.is_file()
-    return bool(nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {}).get("audit", False))
+    given = nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {})
+    return all(given.get(name) == value for name, value in asked.items())
 
 
 def train_report(
@@ -291,20 +292,23 @@ def train_report(
     progress: Progress | None = None,  # told the fraction done and what is being done
     template: str = TRAIN,  # place below `nbs/`, or a path
     audit: bool = False,  # audit the pipeline in the report; a report without it is made anew
+    split: str = "walk",  # or cpcv: scores over the paths of a combinatorial split in the report; one without them is made anew
 ) -> TrainReport:  # the run, its executed notebook and its report
     "Train a run by its notebook and leave notebook and report in the run's folder, unless they are there."
-    s = settings or get_settings()
+    if split not in ("walk", "cpcv"):
+        raise ConfigError(problem("split to be walk or cpcv", repr(split), "Change split"))
+    s, asked = settings or get_settings(), ({"audit": True} if audit else {}) | ({"split": split} if split != "walk" else {})
     root, name = runs_folder(s), Path(template).name
     with connect(s) as con:
         run_id, there = find_run(con, config, s)
     folder = root / run_id
-    if there and (folder / "report.html").is_file() and _holds(folder / name, audit):
+    if there and (folder / "report.html").is_file() and _holds(folder / name, asked):
         if progress:
             progress(1.0, "the same run was trained before: nothing to do")
         return TrainReport(run_id, folder, folder / name, folder / "report.html", True)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=root) as tmp:
-        parameters = json.loads(json.dumps(asdict(config))) | ({"audit": True} if audit else {})
+        parameters = json.loads(json.dumps(asdict(config))) | asked
         paths = run_notebook(template, parameters, tmp, report=False, progress=progress, settings=s)
         done = nbformat.read(paths["notebook"], as_version=4)
         run_id = told_run(done)  # the data may have grown since

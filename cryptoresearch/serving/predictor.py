@@ -28,7 +28,7 @@ from ..settings import Settings, get_settings
 
 # %% ../../nbs/serving/50_predictor.ipynb #00000006
 logger = logging.getLogger(__name__)
-ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "prediction", "source", "made_at", "first_id"]
+ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "prediction", "lower", "upper", "source", "made_at", "first_id"]
 
 
 class Predictor:
@@ -47,7 +47,9 @@ class Predictor:
             raise ConfigError(problem("a run on time, tick, volume or dollar bars to predict live", run.config.spec, "Imbalance and run bars learn their threshold from all trades so far, which a session has not seen"))
         if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
             raise ConfigError(problem("a run whose features need its own bars alone", f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}", "Live bars have no columns of other symbols or of the trades inside them; train without such features"))
-        self.run, self.source, self.clock, self.warmup = run, source, clock, int(run.pipeline.warmup)
+        if run.config.interval == "adaptive":
+            raise ConfigError(problem("a run whose interval is known at the bar's close", "an adaptive one, which needs the outcomes of the forecasts before", "Train with --interval scaled, or another kind"))
+        self.run, self.source, self.clock, self.warmup = run, source, clock, int(run.info["warmup"])
         self.skipped: Counter[str] = Counter()  # bars without a prediction, by reason
         self._bars = history.tail(self.warmup).copy()
         if len(self._bars):
@@ -102,7 +104,8 @@ class Predictor:
     def _rows(self, known: pd.DataFrame) -> pd.DataFrame:
         c = self.run.config
         fixed = {"run_id": self.run.id, "symbol": c.symbol, "spec": c.spec if self.events else bar_spec(c.spec), "target": c.target, "horizon": c.horizon, "source": self.source}
-        times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), "prediction": known["prediction"].to_numpy(dtype=float), "made_at": pd.Timestamp(self.clock())}
+        numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
+        times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), **numbers, "made_at": pd.Timestamp(self.clock())}
         ids = pd.Series(known["first_id"].to_numpy() if self.events else pd.NA, range(len(known)), dtype="Int64").array
         return pd.DataFrame(fixed | times | {"first_id": ids})[ROW] if len(known) else pd.DataFrame(columns=ROW)
 
@@ -298,7 +301,7 @@ class _Live:
             return self.predictor.update(done)
         seen = self.predictor.seen_until if self.predictor else None
         if self.predictor is None or (seen is not None and done.index[0] <= seen):  # the start, or a replay that goes back in time
-            history = _history(self.con, self.run, done.index[0], int(self.run.pipeline.warmup))
+            history = _history(self.con, self.run, done.index[0], int(self.run.info["warmup"]))
             self.predictor = Predictor(self.run, history, source=self.source)
         return self.predictor.update(done)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOME', 'MODEL', 'BASELINE', 'BAD', 'BAND', 'INK', 'BASELINE_COLUMNS', 'thin', 'plotly_js', 'figure_html',
-           'folds_figure', 'prediction_figure', 'skill_figure', 'calibration_figure', 'equity_figure',
-           'importance_figure', 'price_figure']
+           'folds_figure', 'prediction_figure', 'skill_figure', 'calibration_figure', 'coverage_figure',
+           'equity_figure', 'importance_figure', 'price_figure']
 
 # %% ../../nbs/serving/52a_report_figures.ipynb #00000003
 import html
@@ -160,6 +160,27 @@ def calibration_figure(
     fig.update_layout(hovermode="closest")
     fig.update_xaxes(title="mean forecast", tickformat=".2%")
     fig.update_yaxes(title="mean outcome", tickformat=".2%")
+    return fig
+
+# %% ../../nbs/serving/52a_report_figures.ipynb #de42a775
+def coverage_figure(
+    predictions: pd.DataFrame,  # a run's predictions: y, lower, upper, index ts
+    level: float,  # share of outcomes that the interval should hold
+    days: int = 60,  # that coverage is taken over
+    max_points: int = 1500,  # points at most
+) -> go.Figure:  # rolling coverage above, width below
+    "Draw coverage and width of the interval over time."
+    rows = predictions.dropna(subset=["y", "lower", "upper"])
+    inside = ((rows["y"] >= rows["lower"]) & (rows["y"] <= rows["upper"])).astype(float)
+    frame = pd.DataFrame({"coverage": inside.rolling(f"{days}D").mean(), "width": rows["upper"] - rows["lower"]})
+    shown, note = thin(frame[frame.index >= rows.index[0] + pd.Timedelta(days=days)] if len(frame) and frame.index[-1] > rows.index[0] + pd.Timedelta(days=2 * days) else frame, max_points)
+    fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
+    fig.add_scatter(x=shown.index, y=shown["coverage"], name=f"inside, of {days} days", line={"color": MODEL, "width": 1.5}, row=1, col=1)
+    fig.add_hline(y=level, line={"color": BASELINE, "width": 1, "dash": "dash"}, row=1, col=1)
+    fig.add_scatter(x=shown.index, y=shown["width"], name="width", line={"color": OUTCOME, "width": 1}, row=2, col=1)
+    fig = _dress(fig, f"Does the interval hold {level:.0%}, and how wide is it{note}", 380)
+    fig.update_yaxes(title="inside", tickformat=".0%", row=1, col=1)
+    fig.update_yaxes(title="width", tickformat=".1%", row=2, col=1)
     return fig
 
 # %% ../../nbs/serving/52a_report_figures.ipynb #0000001c

@@ -48,7 +48,7 @@ def _version(value: bool) -> None:
         console.print(f"cryptoresearch {__version__}")
         raise typer.Exit
 
-
+# %% ../nbs/60_cli.ipynb #791ccff7
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads sleep; read once, when xgboost or scikit-learn is loaded
@@ -267,7 +267,7 @@ def runs(context: typer.Context) -> None:
     for run in found.itertuples():
         console.print(f"[bold]{run.run}[/] {run.verdict}", soft_wrap=True)
 
-
+# %% ../nbs/60_cli.ipynb #c94124e4
 @runs_app.command("delete")
 def delete(
     run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")],
@@ -281,7 +281,7 @@ def delete(
         typer.confirm(f"Delete the folder of run {run}?", abort=True)
     console.print(f"deleted {delete_run(run, reason)}; its trials stay in the ledger", soft_wrap=True)
 
-
+# %% ../nbs/60_cli.ipynb #10666ed3
 @app.command()
 def reproduce(
     run: Annotated[str, typer.Argument(help="Name of a run, or its beginning.")],

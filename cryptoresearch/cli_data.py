@@ -32,7 +32,7 @@ def status(
     with connect(read_only=True) as con:
         console.print(data_status(con, symbol, silences=not quick))
 
-
+# %% ../nbs/60a_cli_data.ipynb #1408f42d
 @data_app.command()
 def log(
     symbol: Annotated[str | None, typer.Argument(help="One symbol only, such as BTCUSDT.")] = None,
@@ -72,7 +72,7 @@ def report(
     paths = run_notebook("research/data_report.ipynb", {"symbol": symbol, "source": source, "start": start, "end": end}, folder, settings=settings)
     console.print(f"report  {paths['report']}", soft_wrap=True)
 
-
+# %% ../nbs/60a_cli_data.ipynb #66c7e383
 @data_app.command()
 def verify() -> None:
     "Read everything again and compare it with the ledger; exit code 2 names what differs."
@@ -104,7 +104,7 @@ def maintain(
     console.print(table)
     console.print(str(done), soft_wrap=True)
 
-
+# %% ../nbs/60a_cli_data.ipynb #fc335415
 @data_app.command()
 def backup(target: Annotated[Path, typer.Argument(help="A new folder, or a new file ending in .tar.")]) -> None:
     "Copy catalog and data as of one moment, while others write."

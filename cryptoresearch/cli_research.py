@@ -154,7 +154,7 @@ def read_params(
             found[name.strip()] = value
     return found
 
-
+# %% ../nbs/60b_cli_research.ipynb #0232f4f3
 def show_audit(bars: Any, config: Any, seed: int, draws: int, run: Any = None) -> None:
     "Audit a configuration on bars; exit code 2 unless it passes."
     from cryptoresearch.evaluation.audit import audit as examine
@@ -252,7 +252,7 @@ def compare(
         short = [names[0], *(n.rsplit("-", 1)[-1] for n in names[1:])]
         make_report("compare", "_".join(short), {"a": names[0], "b": names[1], "more": names[2:]}, output, get_settings())
 
-
+# %% ../nbs/60b_cli_research.ipynb #0530bde0
 @research_app.command()
 def promote(run: Run) -> None:
     "Put a run through the gate: it becomes the champion of its question, or stays a candidate; exit code 2 where it stays."

@@ -107,7 +107,7 @@ def replay_and_predict(
             follower.join(60)
     return sum(made)
 
-
+# %% ../nbs/61_demo.ipynb #7eb3d6a7
 def _settle(feed: FinnhubWebSocket, server: ReplayServer, patience_s: float = 10.0) -> None:
     "Wait until what was sent has been received."
     waited = threading.Event()
@@ -175,7 +175,7 @@ def _train(con: duckdb.DuckDBPyConnection, configs: list[RunConfig], settings: S
     done(f"{len(reports)} runs" + (", trained before" if all(r.reused for r in reports) else ""))
     return reports
 
-
+# %% ../nbs/61_demo.ipynb #1116cb5e
 def _predict(con: duckdb.DuckDBPyConnection, data: DemoData, run_id: str, live_from: pd.Timestamp, settings: Settings, out: Console) -> None:
     done = _step(out, 5, f"the last {LIVE_MINUTES} minutes as a live feed (replayed at 240 times their speed)")
     if before := _predicted(con, run_id):

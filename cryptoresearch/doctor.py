@@ -86,7 +86,7 @@ def check_store(settings: Settings) -> Check:
     trades, symbols = row or (0, 0)
     return Check("store", "ok", f"{where}: {trades:,} trades of {symbols} symbol(s), {size['bytes'] / 1e6:,.1f} MB in {size['files']} files, snapshot {size['snapshot']}")
 
-
+# %% ../nbs/59_doctor.ipynb #fa5dec53
 def check_minio(settings: Settings) -> Check:
     "The MinIO server answers to these keys."
     if not settings.minio_endpoint:
@@ -126,7 +126,7 @@ def check_memory(settings: Settings) -> Check:
     limit, threads = row or ("?", "?")
     return Check("DuckDB", "ok", f"memory limit {limit}, {settings.duckdb_threads or threads} thread(s)")
 
-
+# %% ../nbs/59_doctor.ipynb #76a982c9
 def check_runs(settings: Settings) -> Check:
     "The folder of the runs."
     folder = settings.path(settings.runs_dir)

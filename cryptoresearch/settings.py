@@ -189,7 +189,7 @@ class _Redact(logging.Filter):
         record.msg, record.args = _TOKEN.sub(r"\1***", record.getMessage()), ()
         return True
 
-
+# %% ../nbs/00_settings.ipynb #53a9a7f2
 def setup_logging(
     level: str | None = None,  # DEBUG … CRITICAL; the setting LOG_LEVEL when None
 ) -> logging.Logger:  # the package's logger

@@ -110,7 +110,7 @@ def _explained(
     what = code or type(getattr(error, "reason", None) or error).__name__
     return ConfigError(f"endpoint: expected an S3 server at {host} ({'https' if _target(settings)[1] else 'http'}); found {what}. Check MINIO_ENDPOINT and MINIO_SECURE, and that the server runs")
 
-
+# %% ../../nbs/data/02_archive.ipynb #08af9016
 @contextlib.contextmanager
 def _s3(settings: Settings, bucket: str, name: str = "") -> Iterator[None]:
     "Raise this package's errors for those of the S3 client."
@@ -314,7 +314,7 @@ class ObjectStream:
         with self._turn:
             self._pieces.close()
 
-
+# %% ../../nbs/data/02_archive.ipynb #f3bdba39
 @contextlib.contextmanager
 def open_object(
     settings: Settings | None,  # read from the environment when None
@@ -525,7 +525,7 @@ def _ask(client: httpx.Client, url: str, timeout_s: float, method: str = "GET", 
     except httpx.HTTPError as e:
         raise _unreachable(url, f"{type(e).__name__}: {e}"[:200], timeout_s) from None
 
-
+# %% ../../nbs/data/02_archive.ipynb #fd9b87e0
 def _in_time(answer: httpx.Response, url: str, timeout_s: float) -> Iterator[bytes]:
     "Pieces of an answer as they are on the wire; a server that drips less than 1 kB/s over `timeout_s` is given up."
     since, fresh = time.monotonic(), 0
@@ -570,7 +570,7 @@ def published(
             return int(answer.headers.get("Content-Length", 0))
     raise AssertionError("retrying ends with an answer or an error")
 
-
+# %% ../../nbs/data/02_archive.ipynb #95030f71
 def published_sha256(
     client: httpx.Client,
     url: str,  # of a zip
@@ -604,7 +604,7 @@ def _record(target: Path, sha256: str) -> None:
     os.utime(fresh, ns=(when, when))
     fresh.replace(_note(target))
 
-
+# %% ../../nbs/data/02_archive.ipynb #77247785
 def proved(
     target: Path,  # a zip of the archive
     rehash: bool = False,  # read it in any case
@@ -639,7 +639,7 @@ class _Part:
     etag: str = ""  # of the answer that was written last
     received: int = 0  # bytes over the network
 
-
+# %% ../../nbs/data/02_archive.ipynb #18ca8ba6
 def _resume(part: _Part) -> tuple[int, "hashlib._Hash"]:
     "How much is there already, and its hash so far."
     digest = hashlib.sha256()
@@ -673,7 +673,7 @@ def _receive(client: httpx.Client, url: str, part: _Part, timeout_s: float, prog
         part.path.unlink(missing_ok=True)
         raise SchemaError(f"expected sha256 {part.expected} for {_shown(url)}; found {digest.hexdigest()} in {done} bytes. Nothing was kept; fetch it again")
 
-
+# %% ../../nbs/data/02_archive.ipynb #fe5909a3
 def _write(pieces: Iterator[bytes], part: _Part, done: int, total: int, digest: "hashlib._Hash", progress: Progress | None, patience: Patience) -> int:
     "Append pieces to a part; how long it is then."
     with part.path.open("ab" if done else "wb") as out:

@@ -89,7 +89,7 @@ def _check_range(open_: np.ndarray, high: np.ndarray, low: np.ndarray, close: np
     if ((high < open_) | (high < close) | (high < low) | (low > open_) | (low > close)).any():
         raise SchemaError("high: expected low <= open, close <= high; found bars where it is not so. Look at the source of these bars")
 
-
+# %% ../../nbs/data/04_bars.ipynb #2aa823d8
 def check_bars(
     df: pd.DataFrame,  # what should be a frame of time bars
 ) -> pd.DataFrame:  # the same frame, untouched
@@ -212,7 +212,7 @@ def _begin(bar: Any, b: int, price: float, trade_id: int) -> None:
     bar.reported_whole, bar.reported_part, bar.tick_whole, bar.tick_part = 0, 0, 0, 0
     bar.any_reported, bar.any_tick = False, False
 
-
+# %% ../../nbs/data/04_bars.ipynb #45e3dee5
 @njit(cache=True, nogil=True)
 def _add(bar: Any, qty: float, quote: float, reported: int, tick: int) -> None:
     "Add the amounts and sides of one trade."
@@ -289,7 +289,7 @@ def fold_trades(
         last = out[n - 1 : n].copy()
     return np.concatenate([*done, last]) if last["b"][0] >= 0 else last[:0]
 
-
+# %% ../../nbs/data/04_bars.ipynb #f110a125
 def record_amount(
     records: np.ndarray,  # RECORD, n bars
     name: str,  # 'volume', 'quote', 'reported' or 'tick'
@@ -405,7 +405,7 @@ def place_bars(
         out[name][gap] = np.nan
     return out | {"gap": gap} | {name: np.where(empty | gap, -1, bars[name]) for name in ("first_id", "last_id")}
 
-
+# %% ../../nbs/data/04_bars.ipynb #4994b3ab
 def _vwap(bars: dict[str, np.ndarray]) -> np.ndarray:
     "Mean price by volume, within the bar's range; the close where nothing was traded."
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -450,7 +450,7 @@ def trades_to_bars(
     bars = place_bars(fold_trades([t], length_us), holes, length_us, span["first"], span["last"])
     return bars_frame({name: column[span["whole"] - span["first"] :] for name, column in bars.items()}, bar_length(spec), symbol)
 
-
+# %% ../../nbs/data/04_bars.ipynb #2a3b9927
 def bars_frame(
     bars: dict[str, np.ndarray],  # ts (µs since 1970) and NUMBERS, in order
     length: pd.Timedelta,  # bar length
@@ -487,7 +487,7 @@ def _combine(
                 out[4 + a, k] = _combine_amount(amounts[a], amounts[0], i, j, traded, strict)
         i = j
 
-
+# %% ../../nbs/data/04_bars.ipynb #191fb38d
 @njit(cache=True, nogil=True)
 def _combine_prices(prices: np.ndarray, volume: np.ndarray, i: int, j: int, traded: bool, out: np.ndarray) -> None:
     "Open, high and low of the parts in which somebody traded, or of all where nobody did; the last close."
@@ -514,7 +514,7 @@ def _combine_amount(amount: np.ndarray, volume: np.ndarray, i: int, j: int, trad
         return amount[i]
     return np.nan if known == 0 or (unknown > 0 and (strict or not traded)) else _nearest(whole, part)
 
-
+# %% ../../nbs/data/04_bars.ipynb #41eadbdf
 def combine_bars(
     bars: dict[str, np.ndarray],  # ts (µs), NUMBERS without vwap: short bars in order of time, NaN where unknown
     short_us: int,  # their length

@@ -61,7 +61,7 @@ def rows_digest(
         _mix(mixed, np.ascontiguousarray(values if values.dtype.itemsize == 8 else values.astype(np.int64)).view(np.uint64))
     return int(_total(mixed))
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #73bb63b0
 @njit(cache=True, nogil=True)
 def trade_marks(  # type: ignore[no-untyped-def]
     n_trades,  # int, n
@@ -96,7 +96,7 @@ def _batches_digest(
     "Digest of streamed rows."
     return sum(rows_digest([c.to_numpy(zero_copy_only=False) for c in batch.columns]) for batch in batches if len(batch)) % _MODULUS
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #449cf41e
 def stored_digest(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     table: str,  # 'trades' or 'candles'
@@ -146,7 +146,7 @@ def quoted(text: str) -> str:
     "A string in SQL."
     return "'" + text.replace("'", "''") + "'"
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #65334767
 @dataclass(frozen=True)
 class Series:
     "Rows of which each key is there once."
@@ -226,7 +226,7 @@ def _older(row: tuple[Any, ...]) -> Older:
     "A row of the ledger, as selected by `_OLDER`."
     return Older(row[0], row[1], row[2], row[3], row[4], (row[5], row[6]), (row[7], row[8]), row[9])
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #06b64d84
 def stored_files(
     con: DuckDBPyConnection,
     series: Series,
@@ -253,7 +253,7 @@ class Met:
         "Stored rows that will go."
         return self.corrected + self.lacking
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #cbca42d2
 def compare(
     cur: DuckDBPyConnection,  # of its own: its temporary tables are nobody else's
     series: Series,
@@ -274,7 +274,7 @@ def compare(
     assert row is not None  # noqa: S101  (an aggregate has one row)
     return Met(others, row[0], row[1], row[2], changed=_note_changed(cur, folder) if row[1] else None)
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #09cf94f2
 def _note_changed(cur: DuckDBPyConnection, folder: Path) -> Path:
     "Write the stored rows down that will go."
     changed = folder / "changed.parquet"
@@ -344,7 +344,7 @@ def take_out(
         _shrink(con, series, known[old], rows, _batches_digest(con.execute(query, [old]).to_arrow_reader(122_880)), file_id)
         log_event(con, "corrected", series.symbol, series.source, file_id, uri, (start, end), f"{rows} rows of {old[:16]} have other values in {file_id[:16]}, which was loaded later" + (f", or are not in it ({lacking})" if lacking else ""))
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #c1c30929
 def _shrink(
     con: DuckDBPyConnection,
     series: Series,
@@ -429,7 +429,7 @@ def _claims(
     kind = f" AND coalesce(c.interval, l.interval, {quoted(series.interval)}) = {quoted(series.interval)}" if series.interval else ""
     return con.execute(f"{_CLAIM} WHERE {own}{kind} AND l.rows > 0 ORDER BY l.ingested_at, c.file_id").fetchall()
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #158b12fb
 def _trim_claims(
     con: DuckDBPyConnection,
     series: Series,
@@ -468,7 +468,7 @@ def refit(
     insert_gaps(con, series, rows)
     _count_gaps(con, [file_id for file_id, _, _ in claims])
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #9ea516dd
 def _count_gaps(
     con: DuckDBPyConnection,
     files: list[str],  # file_ids
@@ -494,7 +494,7 @@ def _drop_gaps(
     con.execute(f"DELETE FROM lake.main.gaps WHERE {own}")
     return rejected
 
-
+# %% ../../nbs/data/03d_corrections.ipynb #c45e9000
 def insert_gaps(
     con: DuckDBPyConnection,  # inside a function that `write` runs
     series: Series,

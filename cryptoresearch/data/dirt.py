@@ -53,7 +53,7 @@ def _some(rows: list[str], rng: np.random.Generator, share: float) -> set[int]:
     n = min(max(1, round(share * len(rows))), len(rows) - 2)
     return set((1 + rng.choice(len(rows) - 2, n, replace=False)).tolist())
 
-
+# %% ../../nbs/data/05a_dirt.ipynb #2306809c
 def _with(row: str, column: int, value: str) -> str:
     "A row with one column changed."
     parts = row.split(",")
@@ -78,7 +78,7 @@ def _layout(row: str) -> _Layout:
         return _Layout(4, (1,), 2, 3)
     return _Layout(5, (1,), 2, None) if len(said) > 6 and said[6] else _Layout(0, (1, 2, 3, 4), 5, 7)
 
-
+# %% ../../nbs/data/05a_dirt.ipynb #e81f01cc
 def _keys(rows: list[str]) -> list[int]:
     "Trade ids; of candles the open times in microseconds."
     keys = [int(row.split(",", 1)[0]) for row in rows]
@@ -108,7 +108,7 @@ def _disordered(rows: list[str], rng: np.random.Generator, share: float) -> list
         place[i] += rng.integers(1, 1_000) + 0.5
     return [(rows[i], True) for i in np.argsort(place, kind="stable")]
 
-
+# %% ../../nbs/data/05a_dirt.ipynb #370cc42e
 @_kind("missing_ids", "gap", "three stretches of ids are not there")
 def _missing(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     n = min(max(1, round(share * len(rows) / 3)), len(rows) // 12)
@@ -181,7 +181,7 @@ def _other_unit(rows: list[str], rng: np.random.Generator, share: float) -> list
 def _mixed_units(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     return _timed(lambda t: t.ljust(16, "0"), set(np.flatnonzero(rng.random(len(rows)) < 0.5).tolist()), good=True)(rows)
 
-
+# %% ../../nbs/data/05a_dirt.ipynb #db76eb5b
 @_kind("seconds", "refused", "all times are in seconds")
 def _seconds(rows: list[str], rng: np.random.Generator, share: float) -> list[Row]:
     return _timed(lambda t: t[:10], None, good=False)(rows)
@@ -242,7 +242,7 @@ def _zip(path: Path, members: dict[str, bytes]) -> None:
         for name, data in members.items():
             z.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
 
-
+# %% ../../nbs/data/05a_dirt.ipynb #13003303
 def _zip_bytes(kind: str, name: str, data: bytes) -> bytes:
     "A zip that is wrong in one way."
     members = {"no_member": {}, "two_members": {name: data, f"copy-{name}": data}, "other_member": {f"OTHER{name}": data}}.get(kind, {name: data})

@@ -51,7 +51,7 @@ class EventSpec:
         "What a trade weighs: 0 itself, 1 its quantity, 2 its money."
         return _WEIGHTS.index(self.kind.split("_")[0])
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #d6c39549
 def event_spec(
     spec: str,  # such as 'dollar:1e6'
 ) -> EventSpec:
@@ -79,7 +79,7 @@ def _threshold(s, mode, size):  # type: ignore[no-untyped-def]
         return s[1] * max(abs(s[2]), 0.05 * s[3])
     return s[1] * max(s[4] * s[5], (1.0 - s[4]) * s[6])
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #955f7169
 @njit(cache=True, nogil=True)
 def _learn(s, size):  # type: ignore[no-untyped-def]
     "Take the bar that closed into the expectations."
@@ -109,7 +109,7 @@ def _reached(bar, s, mode, weight, size, threshold):  # type: ignore[no-untyped-
         return whole > limit or (whole == limit and part >= np.int64((size - limit) * 1e8 + 0.5))
     return (abs(s[7]) if mode == 1 else max(s[8], s[9])) >= threshold
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #140bcb47
 @njit(cache=True, nogil=True)
 def _pass(ts, trade_id, price, qty, quote, number, reported, tick, mode, weight, size, missing, holes, hand, s, out, first, limit):  # type: ignore[no-untyped-def]
     "Follow trades; finished bars into `out`, `first` and `limit`; their number."
@@ -186,7 +186,7 @@ class EventFolder:
         k = _pass(*(t[name] for name in TRADE_COLUMNS), e.mode, e.weight, e.size, self.missing, self.holes, self._hand, self._s, out, first, limit)
         return _columns(out[:k], first[:k], limit[:k])
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #4aa433ac
 def _columns(records: np.ndarray, first: np.ndarray, limit: np.ndarray) -> dict[str, np.ndarray]:
     "Bars as columns."
     bars: dict[str, Any] = {"ts": first, "close_ts": records["last_ts"], **{n: records[n] for n in ("open", "high", "low", "close", "first_id", "last_id")}}
@@ -281,7 +281,7 @@ def _first_difference(con: DuckDBPyConnection, key: tuple[str, str, str, str], n
         UNION ALL (SELECT {names} FROM bars WHERE {_SERIES} EXCEPT ALL SELECT {names} FROM _event_bars))""", [*key, *key]).fetchall()[0][0]
     return None if found is None else int(found)
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #1043c515
 def _commit(con: DuckDBPyConnection, key: tuple[str, str, str, str], bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool) -> int:
     "Write new bars, or those that differ from the stored ones; the number of stored bars."
     new = _table(bars, key[1])
@@ -341,7 +341,7 @@ def make_event_bars(
         raise DataNotFound(f"expected trades of {symbol}{f' from {source}' if source else ''} in the store; found {', '.join(found) or 'none'}. Load some: cryptoresearch ingest FILE")
     return sum(_grow_one(con, symbol, s, e) for s in chosen)
 
-
+# %% ../../nbs/data/04b_event_bars.ipynb #34ef1b0f
 def read_event_bars(
     con: DuckDBPyConnection,  # the store
     symbol: str,  # such as BTCUSDT

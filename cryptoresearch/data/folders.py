@@ -61,7 +61,7 @@ def _in_bucket(uri: str, settings: Settings) -> tuple[list[str], list[str]]:
     there = list_objects(settings, uri)["uri"].tolist()
     return [u for u in there if _is_data(u)], there
 
-
+# %% ../../nbs/data/03b_folders.ipynb #248f7166
 def _in_folders(path: str) -> tuple[list[str], list[str]]:
     "Paths that are meant, and those that are there."
     given = Path(path).expanduser()
@@ -115,7 +115,7 @@ def _named(uri: str) -> tuple[str, date, date] | None:
         return None
     return ("um/" if "futures/um" in uri.replace("\\", "/") else "") + found["what"], first, last
 
-
+# %% ../../nbs/data/03b_folders.ipynb #e2acae41
 def _chains(
     uris: list[str],  # in order of names
 ) -> list[list[str]]:  # each in order; files of different chains do not overlap
@@ -151,7 +151,7 @@ def _row(
     state = "refused" if isinstance(result, SchemaError) else "not found" if isinstance(result, DataNotFound) else "failed"
     return {"file": uri, "outcome": state, "rows": None, "rejected": None, "duplicates": None, "gaps": None, "error": " ".join(f"{type(result).__name__}: {result}".split())}
 
-
+# %% ../../nbs/data/03b_folders.ipynb #052e1bc6
 def process_files(
     con: DuckDBPyConnection,  # from `init_duckdb`
     what: str | Path | Iterable[str | Path],  # file, folder, pattern, s3://bucket/prefix or pattern; or several

@@ -195,7 +195,7 @@ def _broken_archive(name: str) -> Iterator[None]:
             raise  # known already, or the disk's fault
         raise SchemaError(f"expected a whole archive in {name}; found a broken one ({e}). Fetch it again") from None
 
-
+# %% ../../nbs/data/03a_formats.ipynb #b5b32422
 @contextmanager
 def open_text(
     path: Path,  # .csv, .csv.gz or .zip with one CSV; told by the first bytes
@@ -233,7 +233,7 @@ def _check_text(
     if found:
         raise SchemaError(f"expected trades or candles in {name}; found {found}")
 
-
+# %% ../../nbs/data/03a_formats.ipynb #076d7673
 def _sample(path: Path) -> list[str]:
     "The first lines of a text file, whole lines only unless there is but one."
     with open_text(path) as (stream, _):
@@ -363,7 +363,7 @@ def inspect_file(
     length = (interval or known[2]) if kind == "klines" else None
     return FileSpec(symbol or known[0] or "", kind, length, "parquet" if parquet else "text", columns, header, market, known[3])
 
-
+# %% ../../nbs/data/03a_formats.ipynb #33d74b16
 def _check_arguments(name: str, kind: str, symbol: str | None, interval: str | None, market: str | None) -> None:
     "`SchemaError` where something is not known that must be."
     if not symbol:
@@ -429,7 +429,7 @@ def read_blocks(
     for block in _parquet_blocks(source, spec) if isinstance(source, Path) and spec.form == "parquet" else _text_blocks(source, spec):
         yield check_values(block, spec.kind, period)
 
-
+# %% ../../nbs/data/03a_formats.ipynb #1397accc
 def _text_blocks(source: Path | Stream, spec: FileSpec) -> Iterator[Block]:
     "Blocks of a text."
     with open_text(source) if isinstance(source, Path) else _counted(source) as (stream, position):
@@ -477,7 +477,7 @@ def _parquet_blocks(path: Path, spec: FileSpec) -> Iterator[Block]:
 
 _ARROW = {WHOLE: pa.int64(), DECIMAL: pa.float64(), TIME: pa.int64(), BOOLEAN: pa.int64()}
 
-
+# %% ../../nbs/data/03a_formats.ipynb #43faa296
 def _plain(
     values: pa.Array,  # a column of a Parquet file
     name: str,  # its name here

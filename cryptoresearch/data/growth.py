@@ -65,7 +65,7 @@ def _sorted_batches(batches: list[Trades]) -> list[Trades]:
     order = np.lexsort((whole["trade_id"], whole["ts"]))
     return [{name: column[order] for name, column in whole.items()}]
 
-
+# %% ../../nbs/data/04a_growth.ipynb #015336cf
 def _cuts(con: DuckDBPyConnection, symbol: str, source: str, start_us: int, end_us: int) -> list[int]:
     "Times that divide the trades into windows of about the same number of rows, as far as the ledger knows."
     rows = con.execute(
@@ -192,7 +192,7 @@ def _as_stored(con: DuckDBPyConnection, symbol: str, source: str, start_us: int,
             last_ts, last_id = int(batch["ts"][-1]), int(batch["trade_id"][-1])
             yield batch
 
-
+# %% ../../nbs/data/04a_growth.ipynb #6c672d3b
 def fold_ordered[T](
     con: DuckDBPyConnection,  # the store
     symbol: str,  # such as BTCUSDT
@@ -217,7 +217,7 @@ class Input(NamedTuple):
     start: int  # µs since 1970
     end: int  # µs since 1970
 
-
+# %% ../../nbs/data/04a_growth.ipynb #4fa91be8
 @dataclass(frozen=True)
 class Change:
     "What has changed in the inputs of a stored series since it was built."
@@ -294,7 +294,7 @@ def _count_rows(con: DuckDBPyConnection, symbol: str, source: str, stretches: li
         [symbol, source, names, starts, ends, min(starts), max(ends)]).fetchall()
     return {(f, a, b): n for f, a, b, n in rows}
 
-
+# %% ../../nbs/data/04a_growth.ipynb #f02096c2
 def _loose_candles(con: DuckDBPyConnection, symbol: str, source: str) -> list[Input]:
     "Candles that were put into the store without a file: counted and digested as a whole."
     row = con.execute(
@@ -326,7 +326,7 @@ def _with_neighbours(part: Input, starts: list[int], ends: list[int]) -> tuple[i
     before, after = np.searchsorted(ends, part.start, "right"), np.searchsorted(starts, part.end, "left")
     return ends[before - 1] if before else part.start, starts[after] if after < len(starts) else part.end
 
-
+# %% ../../nbs/data/04a_growth.ipynb #1ebe1ba2
 def _grown(con: DuckDBPyConnection, symbol: str, source: str, old: list[Input], young: list[Input]) -> tuple[str, list[Input]]:
     "How a live session changed: where a stretch only went on, only what came after counts."
     later, parts = {i.start: i for i in young}, []
@@ -360,7 +360,7 @@ def changed_since(
 class _Overtaken(StoreBusy):
     "Somebody else built the series between the look at its inputs and the commit."
 
-
+# %% ../../nbs/data/04a_growth.ipynb #09fd7898
 def record_build(
     con: DuckDBPyConnection,  # inside a function that `write` runs
     symbol: str,
@@ -384,7 +384,7 @@ def record_build(
         con.execute(f"DELETE FROM bar_builds WHERE {_KEY}", key)
     con.execute("INSERT INTO bar_builds (symbol, source, kind, spec, built_at, bars, state) VALUES (?, ?, ?, ?, now()::TIMESTAMP, ?, ?)", [*key, bars, state])
 
-
+# %% ../../nbs/data/04a_growth.ipynb #14a96428
 def _forget_inputs(con: DuckDBPyConnection, key: _Key, inputs: list[Input]) -> None:
     "Take inputs out of `bar_inputs`."
     if inputs:
@@ -467,7 +467,7 @@ def _trade_span(con: DuckDBPyConnection, key: _Key, change: Change, length_us: i
 _COVERED = """SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id FROM coverage c
   LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0"""
 
-
+# %% ../../nbs/data/04a_growth.ipynb #ebb7745a
 def _trade_chunks(con: DuckDBPyConnection, key: _Key, span: _Span, length_us: int) -> Iterator[pa.Table]:
     "The bars of a span, made from trades, a chunk at a time."
     start, carry = span.first, np.array([np.nan, 0, 0])
@@ -641,7 +641,7 @@ def _sources(con: DuckDBPyConnection, symbol: str, spec: str, source: str | None
         raise DataNotFound(f"expected trades or candles of {symbol}{f' from {source}' if source else ''} in the store; found {what}. Load some: cryptoresearch ingest FILE, or process_file(con, uri)")
     return chosen
 
-
+# %% ../../nbs/data/04a_growth.ipynb #652895ff
 def grow_bars(
     con: DuckDBPyConnection,  # the store, from init_duckdb()
     symbol: str,  # such as BTCUSDT

@@ -85,7 +85,7 @@ def _neighbours(
         f"SELECT file_id, kind, interval, epoch_us(first_ts), epoch_us(last_ts) FROM lake.main.ingest_ledger WHERE symbol = ? AND rows > 0 AND {own}", [job.spec.symbol]
     ).fetchall()
 
-
+# %% ../../nbs/data/03_ingest.ipynb #0248f288
 def _price_near(
     cur: DuckDBPyConnection,
     job: Job,
@@ -126,7 +126,7 @@ def _check_symbol(
         if ((before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1])) and _beyond(cur, job.series, old, facts, before) > max(1, old.rows // 1000):
             raise SchemaError(f"expected in {job.name} ids {'above' if before else 'below'} {old.last[1] if before else old.first[1]}, as those of {old.uri.rsplit('/', 1)[-1]}; found {facts.first[1]} to {facts.last[1]}. {remedy}")
 
-
+# %% ../../nbs/data/03_ingest.ipynb #a557f653
 def _beyond(
     cur: DuckDBPyConnection,
     series: Series,
@@ -156,7 +156,7 @@ def _older_version(
             return old
     return None
 
-
+# %% ../../nbs/data/03_ingest.ipynb #4f6bad18
 def _check_version(
     cur: DuckDBPyConnection,
     job: Job,
@@ -176,7 +176,7 @@ def _check_version(
             "If the newer one is right all the same, pass replace=True (--replace)"
         )
 
-
+# %% ../../nbs/data/03_ingest.ipynb #2fe8dba4
 def _uncovered(cur: DuckDBPyConnection, series: Series, facts: Facts, old: Older) -> int:
     "Trades of an older version beyond the newer one's ids that do not lie within its time."
     assert facts.first and facts.last  # noqa: S101  (checked before)
@@ -219,7 +219,7 @@ class _Left:
     first: tuple[int, int]  # ts (µs), trade id
     last: tuple[int, int]
 
-
+# %% ../../nbs/data/03_ingest.ipynb #f364fae1
 def _without_known(
     cur: DuckDBPyConnection,  # with the table `met`
     job: Job,
@@ -297,7 +297,7 @@ def _somebody_looks() -> bool:
     "Whether a progress bar would be seen: a terminal, or a kernel with a front end."
     return sys.stderr.isatty() or ("ipykernel" in sys.modules and "JPY_SESSION_NAME" in os.environ)
 
-
+# %% ../../nbs/data/03_ingest.ipynb #2c497ebc
 @contextmanager
 def _progress(
     name: str,  # what is loaded
@@ -360,7 +360,7 @@ class _Plan:
 class _Stale(Exception):
     "Other files came or went since the plan was made."
 
-
+# %% ../../nbs/data/03_ingest.ipynb #c17fd8a9
 def _plan(
     cur: DuckDBPyConnection,  # of its own
     job: Job,
@@ -414,7 +414,7 @@ def _check_kinds(con: DuckDBPyConnection, job: Job) -> None:
     if other:
         raise SchemaError(f"expected {other[0][0]} of {job.spec.symbol} in the source {job.source!r}, as before; found {job.spec.kind}, which would count its trades twice. Pass another source=")
 
-
+# %% ../../nbs/data/03_ingest.ipynb #f49f3cd7
 def _commit(
     con: DuckDBPyConnection,  # in the transaction
     job: Job,
@@ -482,7 +482,7 @@ class _Wanted:
     check_symbol: bool
     replace: bool
 
-
+# %% ../../nbs/data/03_ingest.ipynb #e443b87d
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
     job: Job,
@@ -528,7 +528,7 @@ def _note_refusal(
     with suppress(StoreBusy):
         write(con, note, timeout_s=10.0)
 
-
+# %% ../../nbs/data/03_ingest.ipynb #dbd1f60a
 def _says_simulated(
     path: Path,  # a local copy
     uri: str,  # as given

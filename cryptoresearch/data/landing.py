@@ -207,7 +207,7 @@ def _trade_columns(
     out["n_trades"] = pa.array(_counts(c, n))
     return out | {"side_tick": pa.array(side, mask=side == 0 if n and side[0] == 0 else None), "received_at": pa.nulls(n, _US)}
 
-
+# %% ../../nbs/data/03f_landing.ipynb #076a79d5
 def _reported(c: dict[str, np.ndarray], n: int) -> np.ndarray:  # int8
     "The aggressor's side: −1 where the buyer was the maker; 0 where the file does not tell."
     return (1 - 2 * c["buyer_maker"]).astype(np.int8) if "buyer_maker" in c else np.zeros(n, np.int8)
@@ -230,7 +230,7 @@ def _digested(
     unknown = {"trades": np.full(n, UNKNOWN, np.int64), **dict.fromkeys(("quote_volume", "buy_volume"), np.full(n, float(UNKNOWN)))}
     return [c["ts"], c["ts"] + step_us, *(c.get(name, unknown.get(name)) for name in _CANDLE_COLUMNS)]  # type: ignore[list-item]
 
-
+# %% ../../nbs/data/03f_landing.ipynb #19612889
 def _candle_columns(
     block: Block,  # checked candles
     step_us: int,  # length
@@ -277,7 +277,7 @@ class Job:
 class OutOfOrder(Exception):
     "The rows of a file are not in the order of their ids and times."
 
-
+# %% ../../nbs/data/03f_landing.ipynb #e3936e92
 @dataclass
 class _Stream:
     "Rows of a file on their way, in order."
@@ -364,7 +364,7 @@ def discard(file: str) -> None:
     if "://" not in file:
         Path(file).unlink(missing_ok=True)
 
-
+# %% ../../nbs/data/03f_landing.ipynb #bf076ed5
 def copy_rows(
     cur: DuckDBPyConnection,  # of its own
     job: Job,
@@ -496,7 +496,7 @@ def _ids_and_times(
             group = source.read_row_group(i, ["trade_id", "ts"])
             yield group["trade_id"].to_numpy(), group["ts"].to_numpy()
 
-
+# %% ../../nbs/data/03f_landing.ipynb #a88e4527
 def _sorted_blocks(
     ordered: Path,  # Parquet, in the order of the key, rows with one key in the file's order; gone behind it
 ) -> Iterator[Block]:  # without the rows' text
@@ -527,7 +527,7 @@ def _write_staged(
     _add_refused(stream, blocks, facts)
     return file
 
-
+# %% ../../nbs/data/03f_landing.ipynb #e3a49b37
 def _add_refused(
     stream: _Stream,  # at its end
     blocks: Callable[[], Iterator[Block]],  # the file's rows, from the start

@@ -70,7 +70,7 @@ def length_of(
             return length
     raise ConfigError(problem(f"{what} to be a length of time such as 1d or 12h", repr(text), f"Change {what}"))
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #0ce5f9ce
 def expire(
     con: DuckDBPyConnection,  # from `init_duckdb`
     settings: Settings | None = None,  # RUNS_DIR; from the environment when None
@@ -142,7 +142,7 @@ class Tidied:
         sizes = f"catalog {b['catalog_bytes'] / 1e6:.1f} to {a['catalog_bytes'] / 1e6:.1f} MB, {b['files']:,} to {a['files']:,} files"
         return f"Tidied({self.expired:,} snapshots expired, {a['snapshots']:,} left, {self.pinned} pinned by runs; {sizes})"
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #39b6be9e
 def tidy(
     con: DuckDBPyConnection,  # from `init_duckdb`
     settings: Settings | None = None,  # the same store's; from the environment when None
@@ -220,7 +220,7 @@ def _check_files(
                     state, detail = _read_file(con, file, int(size))
                     yield "file", f"{table}/{str(file).rsplit('/', 1)[-1]}", state, detail
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #f66b5135
 def _read_file(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     file: str,  # path or s3:// address
@@ -256,7 +256,7 @@ def _ledger(
     query = f"SELECT file_id, rows, first_ts, last_ts, {ids}, symbol, source, {interval}, 0, rejected, gaps FROM ingest_ledger WHERE rows > 0 AND (kind = 'klines') = ? ORDER BY symbol, source, first_ts"
     return {row[0]: list(row[1:]) for row in con.execute(query, [table == "candles"]).fetchall()}
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #d578b54c
 def _stored(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     table: str,  # 'trades' or 'candles'
@@ -296,7 +296,7 @@ def _check_ledger(
             else:
                 yield "rows", f"{table} {str(file)[:12]}", "differs", f"{found[0]} rows of a file that is not in the ledger"
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #7774cc3c
 def _compare(
     expected: list[Any],  # of the ledger, by the names of `_NAMES`
     found: tuple[Any, ...] | str,  # the same of the store; a text where it cannot be read
@@ -342,7 +342,7 @@ def _known_files(
     leaving = con.execute(f"SELECT path_is_relative, path FROM {META}.ducklake_files_scheduled_for_deletion").fetchall()
     return {f"{root}{path}" if inside else str(path) for inside, path in [*rows, *leaving]}
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #74841e9e
 def _check_orphans(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     older_than: str = "1d",
@@ -439,7 +439,7 @@ class _Folder:
         "Remove what was begun."
         shutil.rmtree(self.path, ignore_errors=True)
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #ada94f1c
 class _Tar:
     "A backup that is one file."
 
@@ -473,7 +473,7 @@ class Backup:
     def __repr__(self) -> str:
         return f"Backup({self.path.name}: {len(self.manifest['files'])} files, {self.bytes / 1e6:,.1f} MB, store as of snapshot {self.snapshot})"
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #6eedae46
 def backup(
     con: DuckDBPyConnection,  # from `init_duckdb`
     target: str | Path,  # a new folder, or a new file ending in .tar
@@ -577,7 +577,7 @@ def _take(
     if digest.hexdigest() != entry["sha256"]:
         raise SchemaError(problem(f"sha256 {entry['sha256'][:12]}… for {entry['path']}", f"{digest.hexdigest()[:12]}…", again))
 
-
+# %% ../../nbs/data/07_maintenance.ipynb #1c18c82a
 def _empty_place(
     settings: Settings,  # of the new store
     kind: str,  # of the backup's catalog

@@ -76,7 +76,7 @@ def mirror_span(
         raise ConfigError(problem(f"days that are over: until {today - timedelta(days=1)} (UTC)", f"--from {start} --to {end}", "The archive publishes a day on the following one"))
     return first, min(last, today - timedelta(days=1))
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #6389ac60
 def plan_mirror(
     symbol: str,  # such as BTCUSDT
     start: str | date,  # first month or day, 2022-01 or 2022-01-15
@@ -117,7 +117,7 @@ class MirrorFile:
     uri: str = ""  # where it is
     reason: str = ""  # of a failure
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #a50aca11
 @dataclass(frozen=True, repr=False)
 class MirrorResult:
     "What became of a range of the archive."
@@ -175,7 +175,7 @@ class _Place(Protocol):
     def has(self, name: str, rehash: bool) -> tuple[str, int] | None: ...  # sha256 and bytes
     def bring(self, client: httpx.Client, url: str, name: str, timeout_s: float, patience: Patience, progress: Progress) -> tuple[int, int]: ...  # received, bytes
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #49b40380
 @dataclass
 class _Folder:
     "A local folder."
@@ -235,7 +235,7 @@ class _Bucket:
                     folder.rmdir()
         return received, size
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #a9a37510
 def _place(folder: str | Path | None, bucket: str | None, settings: Settings, dry_run: bool) -> _Place:
     "Where the files go: what is named, else the bucket MINIO_BUCKET_RAW where a server is set, else `data/archive`."
     if folder is not None and bucket is not None:
@@ -293,7 +293,7 @@ class _Board:
             guess = known + unknown * known // max(len(self.total), 1)
             self.bar.update(self.task, description=f"{self.over} of {self.files} files", completed=sum(self.done.values()), total=guess or None)
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #af2b518f
 class _Stopped(CryptoResearchError):
     "The caller wants no more."
 
@@ -339,7 +339,7 @@ class _Run:
     def patience(self) -> Patience:
         return Patience(self.attempts, self.stop)
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #fc4456f7
 def _there(run: _Run, wanted: Wanted) -> int | None:
     "Bytes of a file that need not be fetched, else None."
     found = run.place.has(wanted.name, run.rehash)
@@ -371,7 +371,7 @@ def _one(run: _Run, wanted: Wanted) -> tuple[list[MirrorFile], tuple[Wanted, ...
         run.failures, run.last_error = run.failures + isinstance(e, DataNotFound), str(e)
         return [run.result(wanted, "failed", began, reason=f"{e}" if isinstance(e, CryptoResearchError) else f"{type(e).__name__}: {e}")], ()
 
-
+# %% ../../nbs/data/02a_mirror.ipynb #f64db23d
 def _days_there(run: _Run, month: Wanted, began: float) -> list[MirrorFile]:
     "The days of a month when all of them are there, else nothing."
     found: list[MirrorFile] = []

@@ -62,7 +62,7 @@ _DAILY = {
         count(side_reported + side_tick) AS both_sides, avg((side_reported = side_tick)::INT) AS agreement""",
 }
 
-
+# %% ../../nbs/data/06a_quality.ipynb #72582230
 def daily(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT

@@ -64,7 +64,7 @@ def _name_of(text: str) -> str | None:
     "Our name of a header's column; None for one nobody needs."
     return _ALIASES.get(text.strip().strip('"').lower().replace(" ", "_"))
 
-
+# %% ../../nbs/data/03c_rows.ipynb #c4d2b313
 def columns_by_name(
     names: list[str],  # a header
     kind: str,  # one of KINDS
@@ -235,7 +235,7 @@ def _decimal(buf, i):  # type: ignore[no-untyped-def]
         return -1.0, i
     return value / _TENS[behind], i
 
-
+# %% ../../nbs/data/03c_rows.ipynb #221a7d6b
 @njit(cache=True, nogil=True)
 def _boolean(buf, i):  # type: ignore[no-untyped-def]
     "1 for True or true, 0 for False or false, -1 for anything else, and the end of the field."
@@ -255,7 +255,7 @@ def _past(buf, i):  # type: ignore[no-untyped-def]
         end += 1
     return end
 
-
+# %% ../../nbs/data/03c_rows.ipynb #bd5c67ec
 @njit(cache=True, nogil=True)
 def _trade_row(buf, i, n, aggregated, best, whole, decimal):  # type: ignore[no-untyped-def]
     "Read a row of trades or aggregated trades into place `n`; whether that was sure, and its end."
@@ -450,7 +450,7 @@ def check_values(
     block.keep(good, lambda i: next(_reason(text, columns, i) for text, ok in checks if not ok[i]))
     return block
 
-
+# %% ../../nbs/data/03c_rows.ipynb #f31340af
 def _reason(
     text: str,  # of the check that failed
     columns: dict[str, np.ndarray],  # as they were checked
@@ -484,7 +484,7 @@ class Stream(Protocol):
 
     def read(self, size: int, /) -> bytes: ...
 
-
+# %% ../../nbs/data/03c_rows.ipynb #4719bdc2
 def pieces(
     stream: Stream,  # text, decompressed
     size: int = _PIECE,  # bytes to read at a time
@@ -512,7 +512,7 @@ def _text_of(piece: bytes, start: int) -> str:
 # the layouts of the archive's own trades: aggregated or not, with or without a last column that nobody needs
 _TRADE_LAYOUTS = {layout: (kind == "aggTrades", layout[-1] is None) for kind in ("trades", "aggTrades") for layout in LAYOUTS[kind].values()}
 
-
+# %% ../../nbs/data/03c_rows.ipynb #bd992359
 def parse_piece(
     piece: bytes,  # whole lines
     columns: Columns,  # the file's layout

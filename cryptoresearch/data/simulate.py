@@ -121,7 +121,7 @@ def _activity(market: Market, state: State, rng: np.random.Generator) -> list[np
     noise = [rng.standard_normal(DAY_S) + news * (sqrt(half / 2 / log(2)) if h == half else 0.0) for h, _ in _COMPONENTS]
     return [ar1(n, h, start) for n, (h, _), start in zip(noise, _COMPONENTS, state.activity, strict=True)]
 
-
+# %% ../../nbs/data/05_simulate.ipynb #a6ff1e4b
 def simulate_seconds(
     market: Market,  # parameters
     state: State,  # at midnight
@@ -175,7 +175,7 @@ def _around(fair, half, u):  # type: ignore[no-untyped-def]
     shift = np.rint(side / grid) * grid - side
     return bid + shift, ask + shift
 
-
+# %% ../../nbs/data/05_simulate.ipynb #ae8f6919
 @njit(cache=True, nogil=True)
 def _fills(size, fair, sold, quoted, rounded, deep, step, half, price):  # type: ignore[no-untyped-def]
     "Fill in the price in ticks of each trade of each order; quoted, rounded and deep are uniform per order, step per trade."
@@ -298,7 +298,7 @@ def _digits(buf, end, value, least):  # type: ignore[no-untyped-def]
         rest = higher
     return at
 
-
+# %% ../../nbs/data/05_simulate.ipynb #a8d28e17
 @njit(cache=True, nogil=True)
 def _number(buf, i, value, decimals, zeros):  # type: ignore[no-untyped-def]
     "Write a whole number with a point before its last digits and zeros behind; where it ends."
@@ -323,7 +323,7 @@ def _number(buf, i, value, decimals, zeros):  # type: ignore[no-untyped-def]
             i += 1
     return i
 
-
+# %% ../../nbs/data/05_simulate.ipynb #08fd94e1
 @njit(cache=True, nogil=True)
 def _encode(table, decimals, zeros, words, buf):  # type: ignore[no-untyped-def]
     "Write a table (columns x rows) of whole numbers as CSV lines; the length."
@@ -619,7 +619,7 @@ def simulate_archive(
             s.close(complete)
     return [path for s in series for path in s.done]
 
-
+# %% ../../nbs/data/05_simulate.ipynb #1d6194f7
 def _run(market: Market, series: list[_Series], first: date, days: int, seed: int, state: State) -> None:
     "Simulate day after day."
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

@@ -53,7 +53,7 @@ def _rows(
 
 _Series = tuple[str, str, str]  # symbol, source, interval of candles or ''
 
-
+# %% ../../nbs/data/06_status.ipynb #3e933f67
 def _by_series(
     claims: pd.DataFrame,
 ) -> Iterator[tuple[_Series, pd.DataFrame]]:
@@ -469,7 +469,7 @@ def length_text(
     hours = round(s / 3600, 1)
     return f"{hours:g} h" if hours < 48 else f"{hours // 24:.0f} d" + (f" {hours % 24:.0f} h" if hours % 24 >= 0.5 else "")
 
-
+# %% ../../nbs/data/06_status.ipynb #06608d35
 def _facts(row: Any) -> str:
     "What a line says of a series beside its name and verdict."
     parts = [_count(row.rows, "row"), _count(row.files, "file"), _count(row.stretches, "stretch").replace("stretchs", "stretches")]
@@ -554,7 +554,7 @@ def _market(source: str) -> str:
     "Market of a source."
     return "um" if source.startswith("um.") else "none" if source in NO_MARKET else "spot"
 
-
+# %% ../../nbs/data/06_status.ipynb #02c52b41
 def _candidates(
     claims: pd.DataFrame,  # of one symbol, trades only
     symbol: str,

@@ -177,7 +177,7 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     _s3_secret(con, settings)
     return con
 
-
+# %% ../../nbs/data/01_store.ipynb #eb3b1c8e
 def _data_path(settings: Settings, is_new: bool) -> str | None:
     "Where the Parquet files go; None: where the catalog says."
     given, catalog = settings.duckdb_data_path, catalog_file(settings)
@@ -281,7 +281,7 @@ def schema_version(con: DuckDBPyConnection) -> int:  # 0 where no schema was cre
         return 0
     return int(row[0]) if row else 0
 
-
+# %% ../../nbs/data/01_store.ipynb #d8cff01f
 def _migrate(con: DuckDBPyConnection, steps: dict[int, list[str]]) -> int:
     "Bring the schema to the newest version of `steps`, in one transaction; called by `init_duckdb` under `write`."
     have, newest = schema_version(con), max(steps)
@@ -317,7 +317,7 @@ def _lock_path(con: DuckDBPyConnection) -> Path | None:
 _POLL_S = 0.003
 _last_turn: dict[Path, float] = {}
 
-
+# %% ../../nbs/data/01_store.ipynb #8814093f
 @contextlib.contextmanager
 def _my_turn(path: Path | None, timeout_s: float) -> Iterator[None]:
     if path is None:
@@ -370,7 +370,7 @@ def _give_up(state: Any) -> Any:
     error = state.outcome.exception()
     raise StoreBusy(problem("a commit without a conflict", f"one at each of {state.attempt_number} attempts ({str(error)[:120]})", "Try again later")) from error
 
-
+# %% ../../nbs/data/01_store.ipynb #1479f270
 def _transaction[T](con: DuckDBPyConnection, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
     con.execute("BEGIN")
     _turn.con = con
@@ -424,7 +424,7 @@ def init_duckdb(
         _keep_wal(con, catalog)
     return con
 
-
+# %% ../../nbs/data/01_store.ipynb #194b3c56
 def use_lake(con: DuckDBPyConnection) -> DuckDBPyConnection:  # the same connection
     "Make the lake current: `FROM trades` then means `lake.main.trades`."
     con.execute("USE lake")
@@ -458,7 +458,7 @@ def snapshot(
     assert row is not None  # noqa: S101  (a lake always has a snapshot)
     return int(row[0])
 
-
+# %% ../../nbs/data/01_store.ipynb #d3b44fda
 def connect(
     settings: Settings | None = None,  # from the environment and `.env` when None
     *,
@@ -499,7 +499,7 @@ def turn(
     with _my_turn(_lock_path(con), timeout_s):
         yield
 
-
+# %% ../../nbs/data/01_store.ipynb #a5926e9c
 def in_turn(
     con: DuckDBPyConnection,  # from `init_duckdb`
     sql: str,  # a call that makes its own transaction

@@ -37,7 +37,7 @@ def too_far(
     "Whether more ids are missing than can have been traded."
     return np.asarray(missing.astype(float) > MOST_A_SECOND * (1 + np.maximum(us, 0) / 1e6))
 
-
+# %% ../../nbs/data/03e_strays.ipynb #b4e3b870
 @dataclass
 class _Runs:
     "Runs of ids, as they are found."
@@ -89,7 +89,7 @@ def stray_ids(
     p, q = last[longer[np.maximum(above - 1, 0)]], first[longer[np.minimum(above, len(longer) - 1)]]
     return np.asarray(first[one[_contradicted(first[one], p, q, has_below, has_above)], 0])
 
-
+# %% ../../nbs/data/03e_strays.ipynb #2f68df99
 def _contradicted(s: np.ndarray, p: np.ndarray, q: np.ndarray, has_p: np.ndarray, has_q: np.ndarray) -> np.ndarray:
     "Which trades `s` cannot lie between `p` and `q`, as far as there are any; m x 2 each: id, time."
     ordered = ~(has_p & has_q) | (p[:, 1] <= q[:, 1] + _SLACK_US)

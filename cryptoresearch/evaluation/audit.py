@@ -40,7 +40,7 @@ def _shapes(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions o
     logs = np.log(bars[PRICES].to_numpy()[whole])
     return whole, logs - np.r_[logs[0, 0], logs[:-1, 3]][:, None]
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #0f1f951f
 def _rebuilt(bars: pd.DataFrame, whole: np.ndarray, shape: np.ndarray) -> pd.DataFrame:
     "Bars of these shapes, one after the other, with the amounts of `bars`: of dollar bars the money, of others the volume."
     shape = np.c_[shape[:, 0], shape.max(axis=1), shape.min(axis=1), shape[:, 3]]
@@ -59,7 +59,7 @@ def _rebuilt(bars: pd.DataFrame, whole: np.ndarray, shape: np.ndarray) -> pd.Dat
 
 _VOLUMES = ["volume", "buy_volume", "buy_volume_tick"]
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #e10bc39e
 def turned(
     bars: pd.DataFrame,  # time or event bars, n rows
     side: np.ndarray,  # 1 as it was, -1 upside down; n
@@ -103,7 +103,7 @@ def _momentum_drift(returns, sigma, horizon, strength, drift):  # type: ignore[n
         path[t] = returns[t] + drift[t]
         total += path[t] - (path[t - horizon] if t >= horizon else 0.0)
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #70be8f7d
 def planted(
     bars: pd.DataFrame,  # bar frame, n rows
     horizon: int,  # bars
@@ -163,7 +163,7 @@ def other_outcomes(
     labels = taken.assign(known_ts=own["known_ts"], y=taken["y"].where(own["y"].notna()))
     return replace(samples, labels=labels, intervals=samples.intervals.assign(end_ts=labels["planned_ts" if "planned_ts" in labels else "end_ts"]))
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #8187be21
 def _block_ends(n: int, n_blocks: int, seed: int) -> np.ndarray:
     "Ends of blocks of random lengths, one of them in the middle, so that no block keeps its place."
     if n_blocks < 2 or n_blocks % 2 or n < 2 * n_blocks:
@@ -255,7 +255,7 @@ def _scored(p: pd.DataFrame, horizon: int, oracle: pd.Series | None, twin: pd.Se
     more = {"n": len(y), "independent": independent_outcomes(y, horizon), "oracle": best, "auc": auc(f[told], y[told])}
     return {k: float(np.nan_to_num(v)) for k, v in found.items()} | more
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #0a75335a
 def _row(expected: str, draws: list[dict[str, float]]) -> dict[str, Any]:
     "The draws of a world as one row."
     d, m = pd.DataFrame(draws), len(draws)
@@ -371,7 +371,7 @@ def planted_world(
             break
     return make(signal, config), keyed(oracle, bars)
 
-
+# %% ../../nbs/evaluation/43_audit.ipynb #9abaab17
 def audit(
     bars: pd.DataFrame,  # time or event bars
     config: RunConfig,  # used as it is: features, model, parameters, weights, splits

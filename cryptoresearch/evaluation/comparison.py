@@ -131,7 +131,7 @@ def _mean_of(loss: Callable[..., np.ndarray]) -> Callable[..., float]:
 def _happened(y: np.ndarray) -> np.ndarray:
     return (np.asarray(y) > 0).astype(float)
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #88de4402
 def measures(
     target: str,  # name of a kind of label
     level: float = 0.9,  # probability that the intervals claim
@@ -155,7 +155,7 @@ def measures(
         return {"QLIKE": Measure(pair, qlike, -1, qlike_loss, ".3f"), "log MSE": Measure(pair, mse_log, -1, log_loss, ".3f")} | skill | order | interval
     return {"RMSE": Measure(pair, _rmse, -1, squared_loss, ".4%")} | skill | order | _of_probability() | interval
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #77c9f8fe
 def _rmse(f: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(squared_loss(f, y))))
 
@@ -239,7 +239,7 @@ def interval_view(
     view = pd.DataFrame({"score": [number(v, f) for v, f in zip(table["value"], forms, strict=True)], "95 % interval": _spans(table, forms)}, index=table.index)
     return Table(view, note="Intervals by circular block bootstrap; blocks are as long as the lags of the tests, so overlapping outcomes are allowed for.")
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #ffa8380a
 def difference_view(
     table: pd.DataFrame,  # of score_differences
     target: str,
@@ -358,7 +358,7 @@ def known_baselines(
     asked = predictions[["y", "prediction"]].notna().all(axis=1)
     return [c for c in map(str, predictions) if c in _BASELINES and predictions.loc[asked, c].notna().mean() > LEAST_COVER]
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #5bebf8f1
 def baseline_table(
     predictions: pd.DataFrame,  # of a run
     target: str,
@@ -405,7 +405,7 @@ def known_level(
     sigma = np.log(bars["close"]).diff().rolling(window_bars, min_periods=window_bars // 2).std()
     return sigma.reindex(rows.index) if bars.index.is_unique else sigma.set_axis(bars["first_id"]).reindex(rows["first_id"]).set_axis(rows.index)
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #22fc0f1f
 def regime_table(
     predictions: pd.DataFrame,  # of a run
     bars: pd.DataFrame,  # bars of the run
@@ -429,7 +429,7 @@ def regime_table(
     table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), sigma))
     return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "hour", "year").index(k[0]), k[1]))]  # calm, middle, storm
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #9fa17565
 def regime_view(
     table: pd.DataFrame,  # of regime_table
     baseline: str,  # name of the reference
@@ -462,7 +462,7 @@ def interval_table(
     table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), known_level(rows, bars)), ("volatility", "year"))
     return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "year").index(k[0]), k[1]))]
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #8f6d61da
 def interval_parts_view(
     table: pd.DataFrame,  # of interval_table
     level: float,  # share of outcomes that the interval should hold
@@ -491,7 +491,7 @@ def wanted_positions(
         return wanted
     return wanted | {"interval": positions(rows, "interval", cost_bps=costs.fee_bps + costs.half_spread_bps)}
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #a15a98b7
 def payable(
     costs: Costs,
     bars: pd.DataFrame,  # bars of the run
@@ -517,7 +517,7 @@ def placed_positions(
     frame = on_bars(pd.DataFrame(wanted).assign(first_id=rows["first_id"], **({} if held is None else {"held": held})), bars)
     return {rule: frame[rule] for rule in wanted}, frame.get("held")
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #5a58590d
 def strategies(
     predictions: pd.DataFrame,  # of a run on returns; of another target as `as_returns` of models.targets gives them
     bars: pd.DataFrame,  # bars of the run
@@ -555,7 +555,7 @@ def strategy_rows(
     out.attrs["trials"] = int(np.isfinite(counted).sum())
     return out
 
-
+# %% ../../nbs/evaluation/42a_comparison.ipynb #554d053e
 def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: int) -> dict[str, float]:
     "One rule."
     days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)

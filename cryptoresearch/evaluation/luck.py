@@ -30,7 +30,7 @@ class Side:
     undated: int  # trials of an older store, without times
     n_blocks: int  # of CSCV
 
-
+# %% ../../nbs/evaluation/42b_luck.ipynb #bdb75800
 def lay_beside(
     con: duckdb.DuckDBPyConnection,  # the store
     rows: pd.DataFrame,  # of read_trials, of one question and one kind
@@ -154,7 +154,7 @@ def luck_view(
     order = max(columns.values(), key=len).index
     return Table(pd.DataFrame(columns).reindex(order).fillna("–"), words=True, note=_NOTE.format(n=next(iter(many.values())).rivals.n_blocks))
 
-
+# %% ../../nbs/evaluation/42b_luck.ipynb #76dc6e64
 def search_view(
     con: duckdb.DuckDBPyConnection,  # the store
     luck: SearchLuck,  # of search_luck

@@ -105,7 +105,7 @@ def _of_order(
         return "weak", f"A weak signal: the order of the {'forecasts' if REFERENCE[target] == 'zero' else 'probabilities'} tells something ({order}), their size does not beat {base} ({evidence})"
     return "none", f"No skill beyond the baseline: {what} {fail} {base} ({evidence}; {order})"
 
-
+# %% ../../nbs/evaluation/42_report.ipynb #e7130d44
 def _forecast(
     row: Mapping[str, Any],  # the model's row of the score table
     target: str,  # name of a kind of label
@@ -181,7 +181,7 @@ def judge(
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""
     return Judgement(level, f"{prefix}{sentence}.")
 
-
+# %% ../../nbs/evaluation/42_report.ipynb #7eb3d6a7
 def verdict(
     scores: pd.DataFrame,  # of score_table
     strategy: StrategyResult | None = None,  # of sign_strategy; for returns
@@ -224,7 +224,7 @@ def loss_name(
     "Name of the loss by which forecasts of a target are tested."
     return "QLIKE" if target == "volatility" else "Brier score" if REFERENCE[target] == "base" else "squared error"
 
-
+# %% ../../nbs/evaluation/42_report.ipynb #e135bab2
 def score_view(
     scores: pd.DataFrame,  # of score_table
     target: str,  # name of a kind of label
@@ -269,7 +269,7 @@ def _count(n: int, noun: str) -> str:
     "Such as '1 bar' or '3 bars'."
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
-
+# %% ../../nbs/evaluation/42_report.ipynb #45ffccaf
 def data_view(
     bars: pd.DataFrame,  # bar frame
     facts: Mapping[str, str],  # what else to say, such as the source

@@ -55,7 +55,7 @@ def _rivals(m: Measure, have: Sequence[str], columns: Sequence[str], reference: 
     asked = tuple(naive.get(c, c) for c in m.columns)
     return {name: asked} if set(asked) <= set(columns) else {}
 
-
+# %% ../../nbs/evaluation/42c_scorecard.ipynb #87e86357
 def scorecard(
     predictions: pd.DataFrame,  # of a run, joined with known_quantiles
     target: str,
@@ -160,7 +160,7 @@ def reliability_table(
         out[name] = {"n": len(rows), "brier": brier_loss(p, y).mean(), "log_loss": cross_entropy(p, y).mean(), "gap": gap, "dm_p": test}
     return pd.DataFrame(out).T.astype({"n": int})
 
-
+# %% ../../nbs/evaluation/42c_scorecard.ipynb #aa0b6409
 def reliability_view(
     table: pd.DataFrame,  # of reliability_table
     method: str,  # none, isotonic or platt

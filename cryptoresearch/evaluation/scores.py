@@ -37,7 +37,7 @@ def ic(
         return float("nan")
     return float(np.corrcoef(f, o)[0, 1])
 
-
+# %% ../../nbs/evaluation/40_scores.ipynb #f908a9ab
 def rank_ic(
     prediction: pd.Series | np.ndarray,  # n forecasts
     y: pd.Series | np.ndarray,  # n outcomes
@@ -66,7 +66,7 @@ def qlike_loss(
         loss = np.where(f > 0, ratio - np.log(ratio) - 1, np.inf)
     return np.where(np.isnan(f) | ~(o > 0), np.nan, loss)
 
-
+# %% ../../nbs/evaluation/40_scores.ipynb #fa5dec53
 def log_loss(
     prediction: pd.Series | np.ndarray,  # n volatilities forecast
     y: pd.Series | np.ndarray,  # n volatilities that came
@@ -99,7 +99,7 @@ def mse_log(
     "Mean squared error of logarithms."
     return _mean(log_loss(prediction, y))
 
-
+# %% ../../nbs/evaluation/40_scores.ipynb #76a982c9
 def r2_oos(
     prediction: pd.Series | np.ndarray,  # n forecasts
     y: pd.Series | np.ndarray,  # n outcomes
@@ -135,7 +135,7 @@ class DieboldMariano(NamedTuple):
     n: int  # rows compared
     lags: int  # of the Newey-West variance
 
-
+# %% ../../nbs/evaluation/40_scores.ipynb #ec4f68b3
 def diebold_mariano(
     loss1: pd.Series | np.ndarray,  # n losses of the first forecast
     loss2: pd.Series | np.ndarray,  # n losses of the second
@@ -203,7 +203,7 @@ def _scores(f: np.ndarray, y: np.ndarray, reference: np.ndarray, target: str, ho
     scores |= {"rmse": float(np.sqrt(_mean(squared_loss(f, y))))}
     return scores | ({"qlike": qlike(f, y), "mse_log": mse_log(f, y)} if target == "volatility" else {})
 
-
+# %% ../../nbs/evaluation/40_scores.ipynb #6535ccc9
 def score_table(
     predictions: pd.DataFrame,  # index ts in order of time; y, prediction and the baselines' columns, in the label's unit
     target: str,  # what y is; one of models.targets

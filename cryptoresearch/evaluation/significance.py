@@ -42,7 +42,7 @@ def winkler_loss(
     low, high, o = (np.asarray(v, dtype=np.float64) for v in (lower, upper, y))
     return (high - low) + 2 / (1 - level) * (np.maximum(low - o, 0) + np.maximum(o - high, 0))
 
-
+# %% ../../nbs/evaluation/40a_significance.ipynb #5494f352
 def brier_loss(
     probability: pd.Series | np.ndarray,  # n forecasts, 0 to 1
     happened: pd.Series | np.ndarray,  # n outcomes, 0 or 1
@@ -66,7 +66,7 @@ def block_length(
     "Length of a bootstrap block: the lags that the Diebold-Mariano test looks at."
     return max(1, min(hac_lags(n, horizon), n))
 
-
+# %% ../../nbs/evaluation/40a_significance.ipynb #28cef1b4
 def bootstrap_score(
     score: Callable[..., float],  # called with arrays, one for each column
     *columns: pd.Series | np.ndarray,  # n rows each, in order of time
@@ -115,7 +115,7 @@ class Overfitting(NamedTuple):
     n_trials: int
     n_blocks: int
 
-
+# %% ../../nbs/evaluation/40a_significance.ipynb #8b1ab5cd
 def overfitting(
     returns: pd.DataFrame | np.ndarray,  # T periods x N trials, in order of time: returns, or loss saved; more is better
     n_blocks: int = 10,  # even; C(n, n/2) choices
@@ -136,7 +136,7 @@ def overfitting(
         logits.append(np.log(w / (1 - w)))
     return Overfitting(float(np.mean(np.array(logits) <= 0)), np.array(logits), r.shape[1], n_blocks)
 
-
+# %% ../../nbs/evaluation/40a_significance.ipynb #28b02fa4
 def _sharpe(sums: np.ndarray, squares: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Sharpe ratio of each trial from the sums of some blocks; 0 where it does not vary."
     n = counts.sum()

@@ -48,7 +48,7 @@ def slices(
     market = (opens.bfill().shift(-1) / opens - 1).where(~gap, 0.0)
     return pd.DataFrame({"position": position, "market": market, "gap": gap}, index=part.index).iloc[:-1]
 
-
+# %% ../../nbs/evaluation/41_strategy.ipynb #bb69fe93
 def _places(wanted: pd.Series, bars: pd.DataFrame) -> np.ndarray:
     "Positions of the decisions among the bars."
     if not bars.index.is_unique:  # event bars: a time does not tell a bar
@@ -163,7 +163,7 @@ def max_drawdown(
     equity = np.cumprod(np.concatenate([[1.0], 1 + np.asarray(returns, dtype=np.float64)]))
     return float((equity / np.maximum.accumulate(equity) - 1).min())
 
-
+# %% ../../nbs/evaluation/41_strategy.ipynb #8c3cb43d
 def bar_seconds(
     bars: pd.DataFrame,  # time or event bars
 ) -> float:  # seconds
@@ -204,7 +204,7 @@ def on_bars(
     row[at] = np.arange(len(at))
     return forecasts.reset_index(drop=True).reindex(row).set_axis(bars.index)
 
-
+# %% ../../nbs/evaluation/41_strategy.ipynb #a5cf9e8d
 def on_clock(
     strategy: StrategyResult,  # bar by bar
     every: str = CLOCK,  # length of a period
@@ -238,7 +238,7 @@ def probabilistic_sharpe(
         return float("nan")
     return float(stats.norm.cdf((sr - benchmark) * np.sqrt(n - 1) / np.sqrt(variance)))
 
-
+# %% ../../nbs/evaluation/41_strategy.ipynb #4bda9d9e
 def expected_max_sharpe(
     n_trials: int,  # trials, at least 1
     trial_variance: float,  # variance of the trials' Sharpe ratios, per period

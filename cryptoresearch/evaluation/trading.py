@@ -67,7 +67,7 @@ def _market_size(bars: pd.DataFrame, bar_s: float) -> tuple[pd.Series, pd.Series
 
 _FUNDING_S = 28_800  # eight hours, counted from midnight UTC
 
-
+# %% ../../nbs/evaluation/41a_trading.ipynb #bf951028
 def funding_paid(
     opens: pd.DatetimeIndex,  # of bars, UTC, n
     bar_s: float,  # length of a bar, seconds
@@ -168,7 +168,7 @@ def _shifted(result: StrategyResult, n: int, seed: int) -> list[np.ndarray]:  # 
 
     return [after(k) for k in (0, *rng.integers(size // 20, size - size // 20, n))]
 
-
+# %% ../../nbs/evaluation/41a_trading.ipynb #694e0e10
 def random_signals(
     result: StrategyResult,  # of trade or sign_strategy
     n: int = 500,  # random signals

@@ -61,7 +61,7 @@ def decay_parkinson(
     "Log of the Parkinson volatility with fading weights."
     return logarithm(fading_mean(log_ratio(high, low) ** 2, half_life) / (4 * log(2))) / 2
 
-
+# %% ../../nbs/features/20k_decay.ipynb #93d9995a
 def decay_volume(
     volume: pd.Series,  # base currency, n bars
     half_life: int,  # bars

@@ -65,7 +65,7 @@ def silence_index(
     old, fresh = (np.isfinite(np.asarray(x, dtype=float)) for x in (train, new))
     return _index(np.array([old.sum(), (~old).sum()], dtype=float), np.array([fresh.sum(), (~fresh).sum()], dtype=float))
 
-
+# %% ../../nbs/features/26_drift.ipynb #a04bdab8
 def _index(old: Array, new: Array) -> float:
     "The index from the rows of each bin."
     p, q = ((c + SMOOTHING) / (c.sum() + SMOOTHING * len(c)) for c in (old, new))

@@ -58,7 +58,7 @@ def _loaded(code: types.CodeType) -> set[str]:
     names = {str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return names.union(*(_loaded(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
-
+# %% ../../nbs/features/22a_held.ipynb #0b8441c2
 def _parts_of_function(fn: types.FunctionType) -> dict[tuple[str, Any], Any]:
     "Closure, globals and defaults."
     found: dict[tuple[str, Any], Any] = {}
@@ -118,7 +118,7 @@ def held_data(
     "Name the data that a function holds besides its arguments."
     return list(_walk(holder, "", refit, set(), 12))
 
-
+# %% ../../nbs/features/22a_held.ipynb #6f851354
 def _walk(value: Any, name: str, refit: bool, seen: set[int], depth: int) -> Iterator[Held]:
     if id(value) in seen or depth == 0:
         return
@@ -184,7 +184,7 @@ def swap_held(
     "The same function with other data in place of those that it holds."
     return _swap(holder, new, {}, 12) if new else holder
 
-
+# %% ../../nbs/features/22a_held.ipynb #1ed2c6f4
 def _swap(value: Any, new: Mapping[int, Any], done: dict[int, Any], depth: int) -> Any:
     if id(value) in new:
         return new[id(value)]

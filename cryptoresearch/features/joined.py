@@ -71,7 +71,7 @@ def other_symbols(
     "Other symbols whose features are asked for."
     return tuple(dict.fromkeys(name.rpartition(":")[0] for name in features if ":" in name))
 
-
+# %% ../../nbs/features/24a_joined.ipynb #4734e1d3
 def join_needed(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs

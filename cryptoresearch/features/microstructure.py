@@ -202,7 +202,7 @@ def corwin_schultz(
     spread = 2 * (np.exp(alpha) - 1) / (1 + np.exp(alpha))
     return mean_over(spread.clip(lower=0), length)
 
-
+# %% ../../nbs/features/21a_microstructure.ipynb #e59dcb48
 def abdi_ranaldo(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
@@ -307,7 +307,7 @@ def flow_leads(
     "Correlation of log returns with the imbalance of the bar before."
     return correlation_over(log_return(close), imbalance(buy_volume, volume).shift(1), length, skip=True)
 
-
+# %% ../../nbs/features/21a_microstructure.ipynb #a266d84e
 def flow_follows(
     close: pd.Series,  # quote currency, n bars
     buy_volume: pd.Series,  # base currency bought by aggressors, n bars

@@ -77,7 +77,7 @@ def ao(
     "Awesome oscillator: gap between two averages of the bars' middles."
     return average_gap((high + low) / 2, fast, slow) / close
 
-
+# %% ../../nbs/features/20e_oscillators.ipynb #80c50090
 def apo(
     close: pd.Series,  # quote currency, n bars
     fast: int = 12,  # bars
@@ -365,7 +365,7 @@ def cg(
     arm: Array = (length - 1) / 2 - np.arange(length, dtype=np.float64)
     return weighted_over(close, arm) / sum_over(close, length)
 
-
+# %% ../../nbs/features/20e_oscillators.ipynb #942b1dd6
 def inertia(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars of the regression
@@ -523,7 +523,7 @@ def value_gap(
     span = low - high.shift(2) if side > 0 else low.shift(2) - high
     return 100 * ratio(span, window_max(high, length) - window_min(low, length))
 
-
+# %% ../../nbs/features/20e_oscillators.ipynb #8862645f
 def wide_bar(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars

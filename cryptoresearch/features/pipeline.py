@@ -96,7 +96,7 @@ def check_frame(
         raise SchemaError(problem("a DataFrame of bars", type(bars).__name__, "Make one with bar_frame(df, spec) or read_bars(con, symbol, spec)"))
     return check_event_bars(bars) if is_event_frame(bars) else check_bars(bars)
 
-
+# %% ../../nbs/features/22_pipeline.ipynb #a84158e4
 def check_meaning(
     made: Iterable[Feature],  # features
     bars: pd.DataFrame,  # bar frame

@@ -30,7 +30,7 @@ def ha_open(
     weights[0] = 0.0
     return weighted_over(mean, weights / weights.sum())
 
-
+# %% ../../nbs/features/20f_recursions.ipynb #a88c6182
 def ha_part(
     open_: pd.Series,  # quote currency, n bars
     high: pd.Series,  # quote currency, n bars
@@ -169,7 +169,7 @@ def _fisher(place: Array, memory: int) -> Array:
         out[t] = turned
     return out
 
-
+# %% ../../nbs/features/20f_recursions.ipynb #6fa41c79
 def fisher(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars

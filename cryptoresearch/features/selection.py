@@ -71,7 +71,7 @@ def filter_table(
     table = {c: (*rows[c][:2], same[c], not why[c], why[c]) for c in rows}
     return pd.DataFrame.from_dict(table, orient="index", columns=["known", "common", "same_as", "kept", "why"]).rename_axis("feature")
 
-
+# %% ../../nbs/features/25_selection.ipynb #6f0a0f5c
 def _moves(x: pd.Series, least_known: float, most_common: float) -> tuple[float, float, str]:
     "Share known, share of the commonest value, and what is wrong."
     known = float(x.notna().mean())
@@ -98,7 +98,7 @@ def mutual_information(
     table = pd.DataFrame({"mi": {c: v[0] for c, v in found.items()}, "noise": {c: float(np.mean(v[1:]) + 3 * np.std(v[1:], ddof=1)) for c, v in found.items()}})
     return table.assign(above=table["mi"] > table["noise"]).rename_axis("feature").sort_values("mi", ascending=False, kind="stable")
 
-
+# %% ../../nbs/features/25_selection.ipynb #e1340873
 def _mi(x: Array, y: Array, discrete: bool, neighbours: int, seed: int) -> float:
     "Mutual information in nats over the rows where the column is known."
     known = np.isfinite(x)
@@ -139,7 +139,7 @@ class FittedFold:
     model: Any  # fitted copy
     test: NDArray[np.int64]  # positions of the test rows
 
-
+# %% ../../nbs/features/25_selection.ipynb #8d67afb8
 def fit_folds(
     model: Any,  # with fit(X, y) and predict(X)
     X: pd.DataFrame,  # features, n rows
@@ -185,7 +185,7 @@ def permutation_importance(
     found = {i: _permuted(f, X, y, groups, loss, repeats, np.random.default_rng([seed, i])) for i, f in enumerate(folds)}
     return pd.DataFrame(found).rename_axis(index="cluster", columns="fold")
 
-
+# %% ../../nbs/features/25_selection.ipynb #81068808
 def _permuted(fold: FittedFold, X: pd.DataFrame, y: pd.Series, groups: dict[str, list[str]], loss: Callable[[Array, Array], float], repeats: int, rng: np.random.Generator) -> dict[str, float]:
     "The rise of one fold's loss, by cluster."
     test, truth = X.iloc[fold.test], y.iloc[fold.test].to_numpy(dtype=float)
@@ -273,7 +273,7 @@ def selection_table(
     table = table.join(of_feature[["mean", "folds_in_top"]].set_axis(["share", "in_top"], axis=1)).join(mi[["mi", "noise"]]).join(filters["why"].rename("remark"))
     return table.reset_index().sort_values(["rise", "cluster", "share"], ascending=[False, True, False], kind="stable").set_index(["cluster", "feature"])
 
-
+# %% ../../nbs/features/25_selection.ipynb #a469bc75
 def _shares(folds: list[FittedFold], X: pd.DataFrame) -> pd.DataFrame:
     "Shares of the contributions; NaN for models that have none."
     try:

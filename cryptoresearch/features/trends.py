@@ -642,7 +642,7 @@ def _holt_step(x: Array, state: Array, rates: tuple[float, float, float, float])
         square[j] = (1 - d) * square[j] + d * (before[j] - forecast[j]) ** 2
         forecast[j], before[j] = new + turn + 0.5 * bend[j], x[j]
 
-
+# %% ../../nbs/features/20i_trends.ipynb #b4352c4b
 @njit(cache=True, nogil=True)
 def _holt_over(x: Array, memory: int, rates: tuple[float, float, float, float]) -> Array:
     "Forecast, and root mean square of the errors before it, after each bar's last `memory` bars; shape (2, n)."

@@ -40,7 +40,7 @@ _TRADE_COLUMNS = pa.schema(list(zip(_NAMES, _TYPES, strict=True)))
 def _us(when: datetime) -> int:
     return (when - _EPOCH) // timedelta(microseconds=1)
 
-
+# %% ../../nbs/live/11_collector.ipynb #23ec5f70
 @dataclass
 class _Track:
     "What a session remembers of one symbol; event times in microseconds."
@@ -139,7 +139,7 @@ def _header(session: Session) -> dict[str, Any]:
     tracks = {s: [t.start, t.end, t.before, t.price, t.side] for s, t in session.tracks.items()}
     return {"e": "session", **{k: getattr(session, k) for k in _FIELDS}, "refused": session.refused, "last_at": session.last_at, "tracks": tracks}
 
-
+# %% ../../nbs/live/11_collector.ipynb #5363ebe3
 def replay_journal(
     path: Path,  # a journal file
 ) -> Session | None:  # with every row of the file in its batch; None for a file without a readable header
@@ -161,7 +161,7 @@ def replay_journal(
             _apply(session, doc)
     return session
 
-
+# %% ../../nbs/live/11_collector.ipynb #4a6e7a29
 def _apply(
     session: Session,  # changed
     event: dict[str, Any],  # one line of a journal
@@ -227,7 +227,7 @@ def _table(rows: list[tuple[Any, ...]]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(_TRADE_COLUMNS)
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, _TRADE_COLUMNS, strict=True)], schema=_TRADE_COLUMNS)
 
-
+# %% ../../nbs/live/11_collector.ipynb #192e1d37
 def _commit(
     con: duckdb.DuckDBPyConnection,  # inside a transaction
     session: Session,  # whose rows they are
@@ -277,7 +277,7 @@ def journal_folder(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-
+# %% ../../nbs/live/11_collector.ipynb #e3e177f5
 def recover(
     con: duckdb.DuckDBPyConnection,  # the store
     folder: Path,  # of the journals
@@ -293,7 +293,7 @@ def recover(
             lock_file.unlink(missing_ok=True)
     return done
 
-
+# %% ../../nbs/live/11_collector.ipynb #79085f56
 def _bring_in(con: duckdb.DuckDBPyConnection, path: Path) -> int:
     session = replay_journal(path)
     if session is None:

@@ -150,7 +150,7 @@ def _trades(
                 quotes.append(read)
     return Trades(tuple(trades), tuple(quotes), tuple(rejected))
 
-
+# %% ../../nbs/live/10_feed.ipynb #5b38ba11
 def parse_message(
     text: str | bytes,  # one text frame as received
 ) -> Message:  # never raises
@@ -212,7 +212,7 @@ def address(
         raise ConfigError(problem("wss:// for Finnhub, so that the key travels encrypted", "ws://", "Correct FINNHUB_URL or url="))
     return _address(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, key, finnhub)
 
-
+# %% ../../nbs/live/10_feed.ipynb #433335ab
 def _address(scheme: str, host: str, path: str, key: str | None, finnhub: bool) -> Address:
     shown = f"{scheme}://{host}{path}"
     full = f"{shown}?{urlencode({'token': key})}" if key else shown

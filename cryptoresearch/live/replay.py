@@ -91,7 +91,7 @@ def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: st
     query = "SELECT DISTINCT epoch_ms(end_ts) FROM gaps WHERE list_contains(?, symbol) AND source = ? ORDER BY 1 DESC"
     return [row[0] for row in cursor(con).execute(query, [list(symbols), source]).fetchall()]
 
-
+# %% ../../nbs/live/12_replay.ipynb #fa5dec53
 def _naive_utc(when: pd.Timestamp | str) -> Any:
     try:
         stamp = pd.Timestamp(when)

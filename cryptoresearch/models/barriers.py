@@ -188,7 +188,7 @@ def _resolve(
         if found:
             hit[t], price[t], end.iloc[t] = found
 
-
+# %% ../../nbs/models/30a_barriers.ipynb #f01485b3
 def _barrier_frame(
     bars: pd.DataFrame, arrays: list[np.ndarray], exit_at: np.ndarray, price: np.ndarray, hit: np.ndarray, end: pd.Series, horizon: int, timeout: str, whole: bool
 ) -> pd.DataFrame:

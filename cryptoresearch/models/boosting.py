@@ -91,7 +91,7 @@ def _weights(weight: Any, n: int) -> np.ndarray | None:
         raise SchemaError(f"expected {n} weights of zero or more, not all zero; found shape {values.shape} or others among them. Take the rows of X and y, without NaN")
     return values
 
-
+# %% ../../nbs/models/32_boosting.ipynb #bfa563e3
 def monotone_list(
     monotone: Mapping[str, int],  # 1 or -1 by feature
     names: list[str],  # features of the model, in order
@@ -313,7 +313,7 @@ def _format(kind: type[TailModel]) -> str:
     "What model.json says it is."
     return f"cryptoresearch.{kind.__name__}/2"
 
-
+# %% ../../nbs/models/32_boosting.ipynb #da0ab440
 def _read(kind: type[TailModel], folder: Path) -> tuple[dict[str, Any], bytes]:
     "Description and trees of a stored model, checked against each other."
     for name in ("model.json", kind.file):

@@ -122,7 +122,7 @@ def volatility_intervals(
             ends[:, asked] = [design[asked] @ line for line in quantile_lines(design[learn], y[learn], level)]
     return pd.DataFrame({"lower": ends.min(axis=0), "upper": ends.max(axis=0)}, index=forecasts.index)
 
-
+# %% ../../nbs/models/35_conformal.ipynb #7c95bd97
 def quantile_lines(
     design: np.ndarray,  # n rows that are known, k columns
     y: np.ndarray,  # their outcomes

@@ -67,7 +67,7 @@ class PurgedKFold:
         "Number of folds."
         return self.n_splits
 
-
+# %% ../../nbs/models/31a_crossval.ipynb #fed410a2
 def _with_rows(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     "The training rows; `SchemaError` where purging left none."
     if not len(train):
@@ -146,7 +146,7 @@ class Splitter(Protocol):
 
     def get_n_splits(self, intervals: Any = None, y: Any = None, groups: Any = None) -> int: ...
 
-
+# %% ../../nbs/models/31a_crossval.ipynb #60533b95
 def intervals_of(
     index: pd.DatetimeIndex,  # times of m rows, some of them perhaps twice
     intervals: pd.DataFrame,  # index ts, start_ts and end_ts, n rows

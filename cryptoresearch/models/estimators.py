@@ -118,7 +118,7 @@ def _same_bytes(
             new.writestr(zipfile.ZipInfo(name), data)
     return out.getvalue()
 
-
+# %% ../../nbs/models/32b_estimators.ipynb #2d458de0
 class _SklearnTrees(TailModel):
     "scikit-learn's boosters: grown in steps, stopped by the tail."
 

@@ -59,7 +59,7 @@ def interval_params(
             raise ConfigError(problem(f"interval parameter {name} to be {text}", repr(value), f"Change {name}"))
     return found
 
-
+# %% ../../nbs/models/35a_intervals.ipynb #382b5733
 def scaled_params(
     kind: str,  # one of INTERVALS
     params: Mapping[str, Any],  # of interval_params
@@ -113,7 +113,7 @@ class ScaledEnds:
         ends = np.array([_design(sigma, unit, side, self.given) @ np.array(line) for line in self.lines])
         return {"lower": ends.min(axis=0), "upper": ends.max(axis=0), "volatility": sigma}
 
-
+# %% ../../nbs/models/35a_intervals.ipynb #f904d9b3
 def fit_scaled(
     model: TailModel,  # of the volatility, fitted
     sigma: np.ndarray,  # n volatilities forecast out of sample; NaN where none was
@@ -158,7 +158,7 @@ def raw_quantiles(low: TailModel, high: TailModel, X: pd.DataFrame) -> tuple[np.
     both = np.array([np.log(m.predict(X)) if m.log_target else m.predict(X) for m in (low, high)])
     return both.min(axis=0), both.max(axis=0)
 
-
+# %% ../../nbs/models/35a_intervals.ipynb #22aa1f09
 def tail_margin(
     low: TailModel,  # fitted without the rows asked about
     high: TailModel,
@@ -208,7 +208,7 @@ def save_ends(
     text = json.dumps(info | {"models": {name: names[type(model)] for name, model in models.items()}}, indent=1, allow_nan=False)
     (folder / "interval.json").write_text(text + "\n", encoding="utf-8")
 
-
+# %% ../../nbs/models/35a_intervals.ipynb #9d5b94fc
 def load_ends(
     folder: str | Path,  # that save_ends wrote
 ) -> Ends:  # whose ends are those of the saved one, bit for bit

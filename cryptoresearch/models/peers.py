@@ -169,7 +169,7 @@ class HARRidgeModel(_CalendarRidge):
     model = "har_ridge"
     needs = ("har_24", "har_168", "har_720", "har_range_1", "har_range_6", "har_range_24", "har_range_168", "har_range_720", "volume_ratio_24", "volume_ratio_168", "hour_of_week")
 
-
+# %% ../../nbs/models/32c_peers.ipynb #9bbf07b4
 class DecayRidgeModel(_CalendarRidge):
     "Ridge on fading ranges, volumes and trends, and 168 dummies of New York's hour of the week."
 
@@ -303,7 +303,7 @@ def over_bars(
     settled = omega / (1 - keep)
     return horizon * settled + (after - settled) * (1 - keep**horizon) / (1 - keep)
 
-
+# %% ../../nbs/models/32c_peers.ipynb #1938a888
 class Garch(BaseEstimator):
     "GARCH(1,1) of `arch` as a forecast of the variance of the next bars (Bollerslev 1986)."
 
@@ -371,7 +371,7 @@ def _filter_rows(returns, omega, alpha, beta, mean):  # type: ignore[no-untyped-
         out[i] = last
     return out
 
-
+# %% ../../nbs/models/32c_peers.ipynb #e40d4404
 class GarchModel(TailModel):
     "GARCH(1,1) of `arch` on the returns of the last 168 bars, as a forecast of volatility; stored as JSON (Bollerslev 1986)."
 

@@ -121,7 +121,7 @@ def registry_log(
         raise SchemaError(f"expected a registry of one JSON entry a line; found something else ({e}). Mend or remove {path.name}") from None
     return pd.DataFrame(rows, columns=list(_FIELDS))
 
-
+# %% ../../nbs/models/36_registry.ipynb #f22eb462
 def registry(
     settings: Settings | None = None,
 ) -> pd.DataFrame:  # index run: question, state, at, reason; the newest entry of each
@@ -173,7 +173,7 @@ def audit_of(
     path = run.folder / "audit.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-
+# %% ../../nbs/models/36_registry.ipynb #77153dff
 def challengers(
     asked: tuple[str, str, str, int],  # of `question`
     settings: Settings | None = None,
@@ -204,7 +204,7 @@ class Promotion:
     tried: int | None = None  # models that it is corrected for
     audit: str = "none"  # passed, failed or none
 
-
+# %% ../../nbs/models/36_registry.ipynb #61089f52
 def promote(
     run: str | Run,  # the challenger: name, its beginning, or the run
     settings: Settings | None = None,
@@ -226,7 +226,7 @@ def promote(
             _enter(load_run(holder, settings), "retired", f"beaten by {found.id}", settings)
         return done
 
-
+# %% ../../nbs/models/36_registry.ipynb #138228e0
 def _claim_p(run: Run) -> float:
     "Largest p-value that the verdict of skill rests on."
     scores, base = run.info["scores"], REFERENCE[run.config.target]

@@ -81,7 +81,7 @@ def least_length(
     "Shortest length of time that holds a bar."
     return pd.Timedelta("1us") if by_events(spec) else bar_length(spec)
 
-
+# %% ../../nbs/models/34_runs.ipynb #351f49e8
 @dataclass(frozen=True)
 class RunConfig:
     "What to forecast, from what, how and since when; checked, never changed."
@@ -125,7 +125,7 @@ class RunConfig:
         set_(self, "interval_params", interval_params(self.interval, dict(self.interval_params or {})))
         _check_interval(self)
 
-
+# %% ../../nbs/models/34_runs.ipynb #7cf51e6d
 def volatility_config(
     config: RunConfig,  # of the run
 ) -> RunConfig | None:  # None where the interval is not scaled
@@ -188,7 +188,7 @@ def _check_config(c: RunConfig) -> None:
         _length("train_window", c.train_window, least_length(c.spec))
     _check_order_and_model(c)
 
-
+# %% ../../nbs/models/34_runs.ipynb #b636cca8
 def _check_order_and_model(c: RunConfig) -> None:
     "Refuse times out of order, unknown models and unknown parameters."
     times = [(name, getattr(c, name)) for name in ("start", "test_start", "end") if getattr(c, name) is not None]
@@ -210,7 +210,7 @@ def _check_order_and_model(c: RunConfig) -> None:
         except SchemaError as e:
             raise ConfigError(problem(f"a model that gives probabilities for the target {c.target}", c.model, f"Choose a booster or ridge ({e})")) from None
 
-
+# %% ../../nbs/models/34_runs.ipynb #a77a06c3
 def _check_interval(c: RunConfig) -> None:
     "Refuse intervals and calibrations that a target or a model cannot have."
     if c.calibrate not in ("none", "isotonic", "platt") or (c.calibrate != "none" and not is_event(c.target)):
@@ -248,7 +248,7 @@ def _column_bytes(column: pd.Series) -> bytes:
         return np.where(np.isnan(values), np.nan, values).astype("<f8").tobytes()
     return json.dumps(column.astype(str).tolist()).encode()
 
-
+# %% ../../nbs/models/34_runs.ipynb #b3ddb2f7
 def frame_digest(
     frame: pd.DataFrame,  # index ts, columns of floats, times, booleans or texts
 ) -> dict[str, str]:  # sha256 by column, the index as 'ts'
@@ -297,7 +297,7 @@ def _function_parts(fn: Any, seen: frozenset[int]) -> Any:
     near = {k: _parts(v, seen) for k, v in beside.items() if isinstance(v, int | float | str | bytes | tuple | None) or getattr(v, "__module__", "") == fn.__module__}
     return [_source(fn), fixed, near]
 
-
+# %% ../../nbs/models/34_runs.ipynb #3bf39a9b
 def _parts(value: Any, seen: frozenset[int] = frozenset()) -> Any:
     "What a value of a feature is made of, as JSON."
     if id(value) in seen:
@@ -327,7 +327,7 @@ def _source(kind: Any) -> Any:
         code = getattr(kind, "__code__", None)
         return [kind.__qualname__, *([code.co_code.hex(), [repr(c) for c in code.co_consts if not isinstance(c, CodeType)]] if code else [])]
 
-
+# %% ../../nbs/models/34_runs.ipynb #38a9b5da
 def _parts_of_object(value: Any, seen: frozenset[int]) -> Any:
     "The same of a function, a method, a class or an object with fields."
     if hasattr(value, "__func__"):
@@ -354,7 +354,7 @@ def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest by name, o
     "Digest the features that a user wrote or made."
     return {f.name: _sha(canonical(_parts(f))) for f in resolve(names) if f is not SHIPPED.get(f.name) and not _lag_of_shipped(f)}
 
-
+# %% ../../nbs/models/34_runs.ipynb #75390feb
 def _lag_of_shipped(f: Feature) -> bool:
     "Whether a feature is a lag, made by its name, of one of the package's own."
     fn: Any = f.fn
@@ -372,7 +372,7 @@ class RunData:
     simulated: bool  # any of it from the simulated exchange
     trades: pd.DataFrame | None = None  # of the bars that hold both barriers of a label, where the label asks for them
 
-
+# %% ../../nbs/models/34_runs.ipynb #62669fb0
 def read_data(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # which bars
@@ -392,6 +392,7 @@ def read_data(
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))
     return RunData(bars, sources, pinned, tuple(sha for s, sha in files if s in sources), simulated, trades)
 
+# %% ../../nbs/models/34_runs.ipynb #0be75e8b
 def _read_events(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, *, start: Any, end: Any, source: str | None) -> pd.DataFrame:
     "Stored event bars with their holes as rows."
     bars = read_event_bars(con, symbol, spec, start=start, end=end, source=source)
@@ -436,7 +437,7 @@ def beside_features(
     "Features that the interval needs and the model does not see."
     return interval_features(config.interval, config.interval_params)
 
-
+# %% ../../nbs/models/34_runs.ipynb #71650dc6
 def identity(
     config: RunConfig,  # the question
     data: RunData,  # the data
@@ -483,7 +484,7 @@ class Samples:
     left_out: tuple[str, ...]  # features that the data cannot give
     volatility: "Samples | None" = None  # of the same bars, for the volatility behind a scaled interval
 
-
+# %% ../../nbs/models/34_runs.ipynb #d3767a08
 def prepare(
     bars: pd.DataFrame,  # bar frame
     config: RunConfig,  # features, target, horizon
@@ -510,7 +511,7 @@ def prepare(
     volatility = _volatility_samples(bars, config.horizon, beside, rows) if beside else None
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], tuple(raw.columns[~known]), volatility)
 
-
+# %% ../../nbs/models/34_runs.ipynb #e21283e9
 def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[str, ...], rows: np.ndarray) -> Samples:
     "The same rows with the volatility as outcome; their intervals begin at the decision, since only outcomes that are known are learned from."
     labels = fixed_horizon(bars, horizon, "volatility")
@@ -538,7 +539,7 @@ def first_test(config: RunConfig, bars: pd.DataFrame) -> pd.Timestamp:  # UTC
         return pd.Timestamp(config.test_start)
     return bars.index[int(len(bars) * 0.6)]
 
-
+# %% ../../nbs/models/34_runs.ipynb #086a35f2
 def sample_weights(
     labels: pd.DataFrame,  # y, known_ts, end_ts of the training rows alone, n rows
     weights: str | None,  # as in RunConfig
@@ -594,7 +595,7 @@ class Fitted:
         lower, upper = self.model.predict_interval(X)
         return out | ({"lower": lower, "upper": upper} if self.ends is None else self.ends(X))
 
-
+# %% ../../nbs/models/34_runs.ipynb #9c157b7d
 def known_by(
     config: RunConfig,  # sliding window and embargo
     samples: Samples,  # whose intervals begin at the decision
@@ -616,7 +617,7 @@ def fit_volatility(
     "Fit the volatility behind a scaled interval on what is known at a time."
     return fit_rows(volatility_config(config) or config, samples, known_by(config, samples, now))
 
-
+# %% ../../nbs/models/34_runs.ipynb #bc01d7c4
 def past_volatility(
     config: RunConfig,  # of the run
     samples: Samples,  # of `prepare`, n rows
@@ -659,7 +660,7 @@ def _fit_calibrator(config: RunConfig, samples: Samples, rows: np.ndarray) -> Ca
     said = out_of_fold(lambda: make_model(config), samples.X.iloc[rows], y, spans, PurgedKFold(CALIBRATION_FOLDS, config.embargo), weight)
     return Calibrator(method).fit(said, y)
 
-
+# %% ../../nbs/models/34_runs.ipynb #14ff5c84
 def _fit_quantiles(config: RunConfig, samples: Samples, rows: np.ndarray) -> QuantileEnds:
     "Both quantile models, and their margin from the purged tail."
     rows = rows[samples.labels["y"].notna().to_numpy()[rows]]
@@ -686,7 +687,7 @@ def outcome_unit(
     "Unit in which an outcome is measured."
     return labels["sigma"].to_numpy(np.float64) if config.target == "scaled_return" else 1.0
 
-
+# %% ../../nbs/models/34_runs.ipynb #3a2273af
 def _forecast(fitted: Fitted, samples: Samples, train: np.ndarray, rows: np.ndarray, fold: int) -> pd.DataFrame:
     "Forecasts of a fold beside outcomes, baselines and what a strategy needs to know."
     labels, event = samples.labels.iloc[rows], fitted.model.loss == "probability"
@@ -718,7 +719,7 @@ def _walk(config: RunConfig, samples: Samples, test_start: pd.Timestamp, progres
             progress(k / (total + 1), f"fold {k} of {total}")
     return _adapted(config, pd.concat(parts).rename_axis("ts")), folds, sigma
 
-
+# %% ../../nbs/models/34_runs.ipynb #8fa10ef5
 def walk_forward(
     config: RunConfig,  # how to split and what to fit
     samples: Samples,  # of `prepare`
@@ -833,7 +834,7 @@ def _finite(value: Any) -> Any:
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
-
+# %% ../../nbs/models/34_runs.ipynb #fd8837ab
 def _save_fitted(fitted: Fitted, folder: Path) -> None:
     "Write the model and what belongs to it."
     fitted.model.save(folder)
@@ -847,7 +848,7 @@ def _files(folder: Path) -> dict[str, Path]:  # by name from the folder on, in o
     "All files of a folder."
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
-
+# %% ../../nbs/models/34_runs.ipynb #5c94923b
 def _store_run(folder: Path, info: dict[str, Any], fitted: Fitted, predictions: pd.DataFrame) -> None:
     "Write a run's folder whole."
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -887,7 +888,7 @@ def _assess(con: duckdb.DuckDBPyConnection, run_id: str, config: RunConfig, data
     record_trial(con, run_id, values, question_of(config, data.simulated), kind="loss" if strategy is None else "return", model=model_text(config))
     return _judged(config, data, predictions, [] if strategy is None else trial_sharpes(con, config.spec, data.simulated))
 
-
+# %% ../../nbs/models/34_runs.ipynb #debd1f84
 def _judged(config: RunConfig, data: RunData, predictions: pd.DataFrame, trials: list[float]) -> dict[str, Any]:
     "Scores, strategy and verdict, given the Sharpe ratios of all trials."
     scores = score_table(predictions, config.target, config.horizon)
@@ -926,7 +927,7 @@ def _record(run_id: str, config: RunConfig, parts: dict[str, Any], data: RunData
         "trained_until": known.max().isoformat(),
     }
 
-
+# %% ../../nbs/models/34_runs.ipynb #a6778722
 def _warmup(config: RunConfig, samples: Samples) -> int:
     "Bars that a forecast needs, with the interval, counting its own."
     beside = [] if samples.volatility is None else [*samples.volatility.X.columns]
@@ -953,7 +954,7 @@ def fit_last(
     "Fit on everything whose outcome is known."
     return fit_all(config, samples, np.arange(len(samples.X)), sigma, samples.intervals["end_ts"].max())
 
-
+# %% ../../nbs/models/34_runs.ipynb #238ca265
 def train_run(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # the question
@@ -1005,7 +1006,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise RunMismatch(problem(f"the record of run {folder.name}", f"a run.json that cannot be read ({type(e).__name__})", "Delete the folder and train again")) from None
 
-
+# %% ../../nbs/models/34_runs.ipynb #c357c863
 def _read_calibrator(file: Path) -> Calibrator:
     "A stored map of probabilities; RunMismatch where it is none."
     try:
@@ -1018,7 +1019,7 @@ def _read_calibrator(file: Path) -> Calibrator:
         raise RunMismatch(problem(f"a calibrator in {file.parent.name}", "something else", "Delete the folder and train again")) from None
     return made
 
-
+# %% ../../nbs/models/34_runs.ipynb #dce590a4
 def load_run(
     run_id: str,  # name, or the beginning of it
     settings: Settings | None = None,  # where the runs are; from the environment when None
@@ -1078,7 +1079,7 @@ class _Checks:
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows).set_index("check")
 
-
+# %% ../../nbs/models/34_runs.ipynb #926ae53a
 def first_difference(
     then: pd.DataFrame,  # as stored
     now: pd.DataFrame,  # as made again
@@ -1134,7 +1135,7 @@ def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.Data
         for name, path in _files(Path(tmp)).items():
             checks.must(f"{name} made again", _sha((folder / name).read_bytes())[:16], _sha(path.read_bytes())[:16])
 
-
+# %% ../../nbs/models/34_runs.ipynb #9ee40915
 def reproduce(
     run_id: str,  # name, or the beginning of it
     settings: Settings | None = None,  # store and runs; from the environment when None

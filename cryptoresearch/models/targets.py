@@ -42,7 +42,7 @@ TARGETS: dict[str, TargetKind] = {
     "meta": TargetKind("1 where following the primary rule's side from the open of bar t+1 to its target, its stop or h bars pays more than its cost, else 0", _BARRIERS | {"primary": "ret_24", "cost_bps": 0.0}, True, "base"),
 }
 
-
+# %% ../../nbs/models/30b_targets.ipynb #10f1897e
 def is_event(
     target: str,  # name of a kind
 ) -> bool:  # whether its forecasts are probabilities
@@ -107,7 +107,7 @@ def primary_side(
     side = np.sign(values[0].values(bars)) * (-1.0 if primary.startswith("-") else 1.0)
     return pd.Series(np.nan_to_num(side) + 0.0, bars.index, name="side")
 
-
+# %% ../../nbs/models/30b_targets.ipynb #dc88b457
 def label_warmup(
     target: str,  # name of a kind
     params: Mapping[str, Any],  # of label_params
@@ -144,7 +144,7 @@ def make_labels(
     found = found.assign(y=_happened(found["y"])) if side is None else meta_label(found, p["cost_bps"] / 1e4).assign(side=side)
     return found.drop(columns=["ret", "barrier"])
 
-
+# %% ../../nbs/models/30b_targets.ipynb #720fafc1
 def _happened(y: pd.Series) -> pd.Series:
     "1 above zero, else 0; NaN stays."
     return (y > 0).astype(float).where(y.notna())

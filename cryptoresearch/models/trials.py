@@ -48,7 +48,7 @@ def target_text(
     label = config.get("label") or {}
     return str(config["target"]) + (f"({','.join(f'{k}={label[k]}' for k in sorted(label))})" if label else "")
 
-
+# %% ../../nbs/models/33_trials.ipynb #5a394f29
 def question_of(
     config: Any,  # RunConfig
     simulated: bool = False,  # from the simulated exchange
@@ -197,7 +197,7 @@ class Aligned(NamedTuple):
     undated: int  # trials without times
     apart: int  # trials with too little in common
 
-
+# %% ../../nbs/models/33_trials.ipynb #c11ee433
 def _common(
     rows: pd.DataFrame,  # trials with times
     first: pd.Timestamp,  # of the stretch

@@ -62,7 +62,7 @@ def _histgb(t: optuna.Trial) -> dict[str, Any]:
         "max_features": t.suggest_float("max_features", 0.1, 1.0),
     }  # fmt: skip
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #9b5bf05a
 def _gb(t: optuna.Trial) -> dict[str, Any]:
     return {
         "learning_rate": t.suggest_float("learning_rate", 0.02, 0.2, log=True), "max_depth": t.suggest_int("max_depth", 2, 5),
@@ -102,7 +102,7 @@ def _members(config: RunConfig) -> list[str]:
     "Members of an ensemble that have a space."
     return [m for m in dict.fromkeys(config.params.get("members", EnsembleModel().members)) if m in SPACES]
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #38b4ea4f
 def suggest(
     trial: optuna.Trial,
     config: RunConfig,  # its params stay fixed
@@ -174,7 +174,7 @@ def fold_loss(
     found = ic(prediction, y)
     return 0.0 if np.isnan(found) else -found
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #b90c0b3f
 def _objective(
     trial: optuna.Trial,
     search: Search,
@@ -221,7 +221,7 @@ def open_storage(
     folder.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(str(folder / f"{name}.journal")))
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #a7ca2f23
 def open_study(
     name: str,  # of the study
     storage: str | None = None,  # as for open_storage
@@ -253,7 +253,7 @@ class Tuned:
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #d4ba7d3c
 def tune(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # the question; its params stay fixed
@@ -282,7 +282,7 @@ def tune(
         study.optimize(lambda t: _objective(t, search, record), callbacks=[MaxTrialsCallback(n_trials, states=_DONE), told])
     return _finished(config, study)
 
-
+# %% ../../nbs/models/34a_tuning.ipynb #36e1fb55
 def _best(study: optuna.Study) -> float:
     "Lowest loss so far, NaN before the first complete trial."
     values = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]

@@ -107,7 +107,7 @@ class Bar(Answer):
     vwap: Number = Field(description="volume-weighted mean price, quote currency")
     gap: bool = Field(description="the store does not have every trade of this bar; its numbers are null")
 
-
+# %% ../../nbs/serving/51_api.ipynb #6affc904
 class BarPage(Answer):
     "A page of bars of one symbol, length and source."
 
@@ -135,7 +135,7 @@ class FeatureRow(Answer):
     known_ts: Time = Field(description="when the values could be known: the bar's close, UTC")
     values: dict[str, float | None] = Field(description="value by feature; null before the warm-up and where its window meets a gap")
 
-
+# %% ../../nbs/serving/51_api.ipynb #fa5dec53
 class FeaturePage(Answer):
     "A page of feature values, as a model of this symbol and bar length would see them."
 
@@ -168,7 +168,7 @@ class Prediction(Answer):
     outcome_ts: Time | None = Field(description="when the outcome is known, UTC")
     state: str = Field(description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time; unscored: a label whose outcome only its run can tell")
 
-
+# %% ../../nbs/serving/51_api.ipynb #76a982c9
 class PredictionPage(Answer):
     "A page of predictions."
 
@@ -221,7 +221,7 @@ class Reader:
                 self._con.close()
             self._con = None
 
-
+# %% ../../nbs/serving/51_api.ipynb #ec4f68b3
 def _cursor(request: Request) -> Iterator[duckdb.DuckDBPyConnection]:
     "A request's cursor in one transaction: all its queries see the same snapshot."
     con = request.app.state.reader.cursor()
@@ -256,7 +256,7 @@ async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
     items = error.errors() if isinstance(error, RequestValidationError) else []
     return _problem(422, "ValidationError", "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}, found {str(item.get('input'))[:80]!r}" for item in items))
 
-
+# %% ../../nbs/serving/51_api.ipynb #1116cb5e
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     "No such path, or a method that does not exist."
     status = error.status_code if isinstance(error, HTTPException) else 500

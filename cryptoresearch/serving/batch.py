@@ -285,7 +285,7 @@ def _holds(notebook: Path, asked: Mapping[str, Any]) -> bool:
     given = nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {})
     return all(given.get(name) == value for name, value in asked.items())
 
-
+# %% ../../nbs/serving/53_batch.ipynb #1ebb7339
 def train_report(
     config: RunConfig,  # the question
     settings: Settings | None = None,  # store and runs; from the environment when None

@@ -52,7 +52,7 @@ def true_source(
     kinds = set(read_symbols(con).query("symbol == @symbol")["source"]) - {"replay"}
     return "replay of simulated" if source == "replay" and kinds == {"simulated"} else source
 
-
+# %% ../../nbs/serving/54_dashboards.ipynb #f908a9ab
 def provenance(
     bars: pd.DataFrame,  # frame of bars, one row at least
     source: str,  # as of true_source
@@ -217,7 +217,7 @@ def draw(
     else:
         page.forecast.show(prediction_figure(forecasts, target, source=origin, title=f"{symbol} · {page.run.label}"))
 
-
+# %% ../../nbs/serving/54_dashboards.ipynb #9cc5fe93
 def _forecasts(page: MarketPage, con: duckdb.DuckDBPyConnection, bars: pd.DataFrame) -> tuple[str, pd.DataFrame | None]:
     "Target and predictions of the chosen model over the bars shown."
     if not page.run.value:

@@ -88,7 +88,7 @@ class Panel(NamedTuple):
     traces: list[Any]
     axis: dict[str, Any]
 
-
+# %% ../../nbs/serving/52_figures.ipynb #ed0ad9cc
 def stack_panels(
     panels: Sequence[Panel],  # from top to bottom
     title: str,  # first line
@@ -153,7 +153,7 @@ def _heading(bars: pd.DataFrame, merge: int, source: str | None, title: str | No
         name += f"<br><b style='color:{COLORS['warning']}'>{warning}</b>"
     return name, "<br>".join(lines)
 
-
+# %% ../../nbs/serving/52_figures.ipynb #d27802eb
 def _span(length: pd.Timedelta) -> str:
     "A length as people write it: 1s, 5m, 4h, 1d, and 2d 6h where one unit does not do."
     names = {"d": length.components.days, "h": length.components.hours, "m": length.components.minutes, "s": length.components.seconds}

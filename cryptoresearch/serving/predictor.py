@@ -229,7 +229,7 @@ class _Follower:
             self.last_id = int(trades["trade_id"].iloc[-1])
         return _in_utc(trades, "ts"), _in_utc(gaps, "start_ts", "end_ts")
 
-
+# %% ../../nbs/serving/50_predictor.ipynb #ec4f68b3
 def _in_utc(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame.assign(**{c: pd.to_datetime(frame[c]).dt.tz_localize("UTC") for c in columns})
 
@@ -358,7 +358,7 @@ def predict_live(
     finally:
         con.close()
 
-
+# %% ../../nbs/serving/50_predictor.ipynb #d27802eb
 def _utc(time: Any) -> pd.Timestamp | None:
     if time is None:
         return None

@@ -40,7 +40,7 @@ def read_symbols(
         UNION ALL SELECT symbol, source, 'candles', interval, {columns} FROM candles GROUP BY ALL ORDER BY ALL""").df()
     )
 
-
+# %% ../../nbs/serving/50a_queries.ipynb #cfed6d04
 def read_specs(
     con: duckdb.DuckDBPyConnection,  # of data.store
 ) -> pd.DataFrame:  # one row a symbol, source and spec: symbol, source, spec, first_ts, last_ts, bars, gaps (bars that met one)
@@ -95,7 +95,7 @@ def _on_page(rows: pd.DataFrame, symbol: str, first: pd.Timestamp, stop: pd.Time
     out = rows.reindex(index)
     return out.assign(symbol=symbol, close_ts=(index + length).as_unit("us"), gap=out["gap"].astype("boolean").fillna(True).astype(bool))
 
-
+# %% ../../nbs/serving/50a_queries.ipynb #8ba4a7d3
 def bars_page(
     con: duckdb.DuckDBPyConnection,  # of data.store
     symbol: str,  # such as BTCUSDT
@@ -174,7 +174,7 @@ def with_outcomes(
     parts = [_outcomes(con, part, specs) for _, part in numbered.groupby(_ONE_LABEL, dropna=False)]
     return pd.concat(parts).sort_index().set_index("ts")
 
-
+# %% ../../nbs/serving/50a_queries.ipynb #7a90f054
 def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
     "Outcomes of the predictions of one label: from their own source first, then from the others in order of trust."
     symbol, spec, target, horizon, own = (part[name].iloc[0] for name in _ONE_LABEL)
@@ -214,7 +214,7 @@ def _record(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         return {"level": "unreadable", "verdict": f"run.json cannot be read ({type(error).__name__}). Delete the folder and train again"}
 
-
+# %% ../../nbs/serving/50a_queries.ipynb #0dff644a
 def read_run(
     settings: Settings,  # names the folder of runs
     run_id: str,  # identity, or its beginning if only one run begins so
@@ -248,7 +248,7 @@ def _matured_since(con: duckdb.DuckDBPyConnection, settings: Settings, run_id: s
         past.loc[waiting, "y"], past.loc[waiting, "state"] = now["y"], now["state"]
     return past
 
-
+# %% ../../nbs/serving/50a_queries.ipynb #1ef95e93
 def read_forecasts(
     con: duckdb.DuckDBPyConnection,  # of data.store
     settings: Settings,  # names the folder of runs

@@ -79,7 +79,7 @@ def equities_figure(
     fig.update_yaxes(title="return", tickformat=".0%")
     return fig
 
-
+# %% ../../nbs/serving/52c_research_figures.ipynb #670d280b
 def random_figure(
     randoms: pd.Series,  # of random_signals
 ) -> go.Figure:  # histogram with the strategy's own line
@@ -144,7 +144,7 @@ def study_figures(
         found |= _pruning(study, loss)
     return found
 
-
+# %% ../../nbs/serving/52c_research_figures.ipynb #31aabb34
 def _slices(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     "One or two parameters against the loss."
     fig = _look(pictures.plot_slice(study, params=names, target_name=loss), f"{loss} against {' and '.join(names)}", 280, legend=False)
@@ -224,7 +224,7 @@ def contribution_figure(
     fig.update_yaxes(title="contribution", exponentformat="e", nticks=6)
     return fig
 
-
+# %% ../../nbs/serving/52c_research_figures.ipynb #0bd06276
 def bars_figure(
     share: pd.Series,  # index label, largest first; lengths of 0 or more
     title: str,

@@ -136,7 +136,7 @@ def test_a_tampered_interval_is_named(store, tmp_path):
     mine = store.model_copy(update={"runs_dir": str(tmp_path / "runs")})
     shutil.copytree(run.folder, tmp_path / "runs" / run.id)
     file = tmp_path / "runs" / run.id / "interval" / "interval.json"
-    file.write_text(file.read_text().replace('"given": []', '"given": ["log_sigma"]'))
+    file.write_text(file.read_text().replace('"log_sigma"', '"hour_sin"'))
     with pytest.raises(RunMismatch, match=r"interval/interval\.json"):
         load_run(run.id, mine)
 

@@ -23,7 +23,7 @@ from .estimators import MODELS
 from .peers import HARRidgeModel
 
 # %% ../../nbs/models/35a_intervals.ipynb #2db78639
-_SCALED = {"volatility": "har_ridge", "volatility_params": {}, "volatility_features": [], "given": []}
+_SCALED = {"volatility": "har_ridge", "volatility_params": {}, "volatility_features": [], "given": ["log_sigma"]}
 INTERVALS: dict[str, dict[str, Any]] = {  # parameters of each kind
     "residual": {},
     "scaled": _SCALED,

@@ -8,8 +8,8 @@ __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'LEAST_KNOWN', 'Progress', 'PAST_BLOC
            'library_versions', 'own_features', 'RunData', 'read_data', 'read_doubtful', 'features_of',
            'beside_features', 'identity', 'run_name', 'usable_rows', 'Samples', 'prepare', 'make_model', 'first_test',
            'sample_weights', 'fit_rows', 'Fitted', 'known_by', 'fit_volatility', 'past_volatility', 'fit_all',
-           'outcome_unit', 'walk_forward', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run', 'fit_last',
-           'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
+           'outcome_unit', 'forecast_fold', 'walk_forward', 'Run', 'summary', 'runs_folder', 'run_strategy', 'find_run',
+           'fit_last', 'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
 
 # %% ../../nbs/models/34_runs.ipynb #e3792a07
 import ast
@@ -688,7 +688,13 @@ def outcome_unit(
     return labels["sigma"].to_numpy(np.float64) if config.target == "scaled_return" else 1.0
 
 # %% ../../nbs/models/34_runs.ipynb #3a2273af
-def _forecast(fitted: Fitted, samples: Samples, train: np.ndarray, rows: np.ndarray, fold: int) -> pd.DataFrame:
+def forecast_fold(
+    fitted: Fitted,
+    samples: Samples,
+    train: np.ndarray,  # positions of the rows that it was fitted on
+    rows: np.ndarray,  # positions of the rows to forecast, m
+    fold: int,  # its number
+) -> pd.DataFrame:  # m rows: known_ts, end_ts, y, prediction, lower, upper, fold, baselines, and what a strategy needs
     "Forecasts of a fold beside outcomes, baselines and what a strategy needs to know."
     labels, event = samples.labels.iloc[rows], fitted.model.loss == "probability"
     side = None if samples.volatility is None else samples.volatility.X.iloc[rows]
@@ -708,7 +714,7 @@ def _walk(config: RunConfig, samples: Samples, test_start: pd.Timestamp, progres
     for k, (train, test) in enumerate(split.split(samples.intervals), start=1):
         fitted = fit_all(config, samples, train, sigma, pd.DatetimeIndex(samples.labels["known_ts"])[test[0]])
         model = fitted.model
-        parts.append(_forecast(fitted, samples, train, test, k))
+        parts.append(forecast_fold(fitted, samples, train, test, k))
         if sigma is not None:
             sigma[test] = parts[-1]["volatility"]
         used = samples.intervals.iloc[train]

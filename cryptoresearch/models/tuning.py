@@ -31,7 +31,7 @@ from ..evaluation.scores import cross_entropy, ic, qlike
 from ..evaluation.strategy import on_clock
 from .peers import EnsembleModel
 from cryptoresearch.models.runs import (
-    RunConfig, RunData, Samples, canonical, _forecast, by_events, first_test, fit_rows, identity, prepare, read_data, run_strategy, runs_folder,
+    Fitted, RunConfig, RunData, Samples, by_events, canonical, first_test, fit_rows, forecast_fold, identity, prepare, read_data, run_strategy, runs_folder,
 )  # fmt: skip
 from .splits import WalkForward
 from .targets import is_event
@@ -186,7 +186,7 @@ def _objective(
     trial.set_user_attr("params", asked.params)
     losses, parts = [], []
     for k, (train, test) in enumerate(search.folds):
-        parts.append(_forecast(fit_rows(asked, search.samples, train), search.samples, train, test, k + 1))
+        parts.append(forecast_fold(Fitted(fit_rows(asked, search.samples, train)), search.samples, train, test, k + 1))
         losses.append(fold_loss(c.target, parts[-1]["prediction"].to_numpy(), parts[-1]["y"].to_numpy()))
         trial.report(float(np.mean(losses)), k)
         if trial.should_prune() and k + 1 < len(search.folds):

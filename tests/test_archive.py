@@ -216,6 +216,7 @@ def test_a_text_is_loaded_while_it_comes(on_s3: Settings, tmp_path: Path, monkey
             process_file(local, file, source="trades")
             everything = "FROM trades ORDER BY ts, trade_id"
             assert con.sql(everything).fetchall() == local.sql(everything).fetchall()
+    remove(on_s3, uri, f"s3://{on_s3.minio_bucket_raw}/BTCUSDT-trades-2024-02-01.csv")  # the bucket is everybody's
     line.server.close()
 
 

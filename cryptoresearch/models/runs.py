@@ -804,7 +804,7 @@ def summary(
         "question": f"{c['target']} of {c['symbol']} over the next {c['horizon']} bars of {c['spec']}" + "".join(f", {k} {v}" for k, v in c.get("label", {}).items()),
         "data": f"{'SIMULATED: ' if info['simulated'] else ''}{', '.join(d['sources'])}; {d['bars']:,} bars, {d['gap_bars']:,} missing, {d['first'][:10]} to {d['last_close'][:10]}",
         "method": f"{c['model']} on {len(info['features'])} features, seed {c['seed']}, {len(info['folds'])} folds of {c['refit_every']}, {c['mode']}",
-        "interval": "none: a probability says itself how sure it is" if TARGETS[c["target"]].event else c.get("interval", "residual") + "".join(f", {k} {v}" for k, v in c.get("interval_params", {}).items() if v),
+        "interval": "none: a probability says itself how sure it is" if TARGETS[c["target"]].event else c.get("interval", "residual") + "".join(f", {k} {' and '.join(v) if isinstance(v, list) else v}" for k, v in c.get("interval_params", {}).items() if v),
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
     } | _no_days(info)
 

@@ -229,3 +229,13 @@ def test_a_correction_rewrites_only_what_differs(tmp_path: Path) -> None:
 
 def test_names_have_one_spelling() -> None:
     assert {event_spec(s).spec for s in ("dollar:1000000", "dollar:1e6", "dollar:1M", "dollar:1000k")} == {"1000000"}
+
+
+def test_a_replay_does_not_stand_before_what_was_replayed(tmp_path: Path) -> None:
+    "A session's ids tell no holes, so runs cannot use its bars while there are better ones."
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"))) as con:
+        process_file(con, write_day(tmp_path, random_trades(500, 1), "part0"), symbol="SIMUSDT", kind="trades", source="simulated")
+        make_event_bars(con, "SIMUSDT", "tick:50")
+        con.execute("INSERT INTO bars SELECT * REPLACE ('replay' AS source) FROM bars")
+        assert read_event_bars(con, "SIMUSDT", "tick:50").attrs["source"] == "simulated"
+        assert read_event_bars(con, "SIMUSDT", "tick:50", source="replay").attrs["source"] == "replay"

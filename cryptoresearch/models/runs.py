@@ -41,7 +41,7 @@ import pandas as pd
 import cryptoresearch
 import cryptoresearch.models.peers  # its models join MODELS
 from ..data.bars import bar_length, read_bars, source_market
-from ..data.event_bars import event_spec, read_event_bars
+from ..data.event_bars import UNNUMBERED, event_spec, read_event_bars
 from ..data.event_frames import is_event_frame, with_gap_rows
 from ..data.status import read_trades
 from ..data.store import connect, snapshot
@@ -396,7 +396,7 @@ def read_data(
 def _read_events(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, *, start: Any, end: Any, source: str | None) -> pd.DataFrame:
     "Stored event bars with their holes as rows."
     bars = read_event_bars(con, symbol, spec, start=start, end=end, source=source)
-    if bars.attrs["source"] in ("finnhub", "replay"):
+    if bars.attrs["source"] in UNNUMBERED:
         raise ConfigError(problem("event bars of trades that an exchange numbered, so that holes can be told", f"bars of {bars.attrs['source']}", "Choose another source, or time bars"))
     if bars.empty:
         raise DataNotFound(problem(f"{spec} bars of {symbol} from {start} to {end}", "none", "Choose another stretch of time"))

@@ -234,7 +234,8 @@ def train(
 ) -> None:
     "Train a walk-forward model and write its report; the same question again finds the run that is there."
     from cryptoresearch.features.own import whole_paths
-    from cryptoresearch.models.runs import RunConfig, load_run
+    from cryptoresearch.models.question import RunConfig
+    from cryptoresearch.models.runs import load_run
     from cryptoresearch.serving.batch import train_report
 
     asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,

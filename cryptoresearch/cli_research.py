@@ -118,7 +118,7 @@ def tune(
     "Search a model's parameters on what lies before the test; start it several times to use more cores, again to go on."
     from cryptoresearch.data.store import init_duckdb
     from cryptoresearch.features.own import whole_paths
-    from cryptoresearch.models.runs import RunConfig
+    from cryptoresearch.models.question import RunConfig
     from cryptoresearch.models.tuning import param_options
     from cryptoresearch.models.tuning import tune as search
 
@@ -199,7 +199,8 @@ def audit(
 
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.own import whole_paths
-    from cryptoresearch.models.runs import RunConfig, load_run, read_data
+    from cryptoresearch.models.question import RunConfig, read_data
+    from cryptoresearch.models.runs import load_run
 
     stored = None if run is None else load_run(run, get_settings())
     if stored is not None:

@@ -25,7 +25,8 @@ from .data.store import init_duckdb, maintain
 from .errors import DataNotFound, FeedError, problem
 from .live.feed import FinnhubWebSocket
 from .live.replay import ReplayServer
-from .models.runs import RunConfig, load_run
+from .models.question import RunConfig
+from .models.runs import load_run
 from .serving.batch import TrainReport, train_report
 from .serving.predictor import predict_live
 from .settings import Settings, get_settings

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig, identity, read_data
 from typer.testing import CliRunner
 
 from cryptoresearch.data.bars import make_bars, read_bars
@@ -17,7 +18,7 @@ from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch
 from cryptoresearch.features.joined import read_trade_columns
 from cryptoresearch.features.microstructure import trade_features
 from cryptoresearch.features.registry import REGISTRY
-from cryptoresearch.models.runs import RunConfig, identity, load_run, prepare, read_data, reproduce, train_run
+from cryptoresearch.models.runs import load_run, prepare, reproduce, train_run
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 

@@ -7,16 +7,15 @@ import numpy as np
 import pandas as pd
 import pandas_ta as ta
 import pytest
-from scipy.signal import filtfilt, hilbert, lfilter, savgol_filter
-from scipy.signal import oaconvolve
+from scipy.signal import filtfilt, hilbert, lfilter, oaconvolve, savgol_filter
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
-from sklearn.tree import DecisionTreeRegressor
 from sklearn.feature_selection import SelectKBest, f_regression
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, OneHotEncoder, QuantileTransformer, StandardScaler, TargetEncoder
+from sklearn.tree import DecisionTreeRegressor
 
 from cryptoresearch.data.bars import bar_frame, resample_bars
 from cryptoresearch.errors import ConfigError, SchemaError

@@ -158,8 +158,10 @@ def test_expiry_spares_what_is_pinned(data: st.DataObject, tmp_path_factory: pyt
 
 @pytest.mark.slow
 def test_a_trained_run_reproduces_after_expiry(settings: Settings, shared: Path) -> None:
+    from cryptoresearch.models.question import RunConfig
+
     from cryptoresearch.data.bars import make_bars
-    from cryptoresearch.models.runs import RunConfig, reproduce, train_run
+    from cryptoresearch.models.runs import reproduce, train_run
 
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-1h-2017-08_2024-04.parquet", symbol="BTCUSDT", kind="klines", interval="1h")

@@ -20,6 +20,7 @@ import httpx
 import nbformat
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig
 
 from cryptoresearch.data.bars import make_bars
 from cryptoresearch.data.ingest import process_file
@@ -28,7 +29,7 @@ from cryptoresearch.evaluation.comparison import judge_lineup, line_up
 from cryptoresearch.evaluation.luck import search_luck
 from cryptoresearch.evaluation.report import number
 from cryptoresearch.models.registry import audit_of
-from cryptoresearch.models.runs import Run, RunConfig, train_run
+from cryptoresearch.models.runs import Run, train_run
 from cryptoresearch.models.trials import question_of, read_trials, trial_sharpes
 from cryptoresearch.serving.batch import notebook_path, outside
 from cryptoresearch.settings import Settings

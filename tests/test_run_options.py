@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig
 from test_runs import SMALL, put_bars
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
-from cryptoresearch.models import runs
-from cryptoresearch.models.runs import RunConfig, load_run, reproduce, train_run
+from cryptoresearch.models import question, runs
+from cryptoresearch.models.runs import load_run, reproduce, train_run
 from cryptoresearch.serving.batch import train_report
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
@@ -43,7 +44,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bars(store):
     with connect(store) as con:
-        return runs.read_data(con, CALM).bars
+        return question.read_data(con, CALM).bars
 
 
 INTERVALS = {
@@ -225,7 +226,7 @@ def test_lags_by_name_are_the_packages_own_and_join_no_group():
     from cryptoresearch.features.registry import REGISTRY, feature_names, resolve
 
     before = feature_names("all")
-    assert runs.own_features(("ret_1_lags_40", "rv_24_lag_9")) == {} and feature_names("all") == before and "rv_24_lag_9" not in REGISTRY
+    assert question.own_features(("ret_1_lags_40", "rv_24_lag_9")) == {} and feature_names("all") == before and "rv_24_lag_9" not in REGISTRY
     assert [f.warmup for f in resolve("ret_1_lags_2")] == [2, 3, 4]
 
 

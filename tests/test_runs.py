@@ -16,6 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig
 
 from cryptoresearch.data.bars import bar_frame, make_bars
 from cryptoresearch.data.ingest import process_file
@@ -24,9 +25,9 @@ from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
 from cryptoresearch.features.frames import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
-from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns
-from cryptoresearch.models import runs
-from cryptoresearch.models.runs import RunConfig, list_runs, load_run, reproduce, train_run
+from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns, resolve
+from cryptoresearch.models import question, runs
+from cryptoresearch.models.runs import list_runs, load_run, reproduce, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings, shared_data
@@ -93,7 +94,7 @@ def rewrite(folder: Path, change) -> dict:
     "Change run.json, and the checksums of files along with it."
     info = json.loads((folder / "run.json").read_text())
     change(info)
-    info["files"] = {name: runs._sha((folder / name).read_bytes()) for name in info["files"]}
+    info["files"] = {name: question.sha256_of((folder / name).read_bytes()) for name in info["files"]}
     (folder / "run.json").write_text(json.dumps(info))
     return info
 
@@ -201,7 +202,7 @@ def test_other_libraries_are_named_with_the_difference(copied):
     changed = run.predictions.assign(prediction=run.predictions["prediction"] + 1e-12)
     changed.to_parquet(folder / "predictions.parquet")
     info = rewrite(folder, lambda info: info["identity"]["libraries"].update(xgboost="2.0.0"))
-    name = f"{run.id.rsplit('-', 1)[0]}-{runs._sha(runs.canonical(info['identity']))[:10]}"
+    name = f"{run.id.rsplit('-', 1)[0]}-{question.sha256_of(question.canonical(info['identity']))[:10]}"
     folder.rename(folder.parent / name)
     with pytest.raises(RunMismatch, match=r"column prediction .*xgboost 2\.0\.0 then"):
         reproduce(name, settings)
@@ -212,7 +213,8 @@ def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, moment
     script = textwrap.dedent(f"""
         import os, pathlib, signal, sys
         from cryptoresearch.data.store import connect
-        from cryptoresearch.models.runs import RunConfig, train_run
+        from cryptoresearch.models.question import RunConfig
+        from cryptoresearch.models.runs import train_run
         from cryptoresearch.settings import Settings
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if {moment!r} == "rename":
@@ -371,7 +373,7 @@ def _feature(fn, name="mine"):
 
 
 def _digest(f):
-    return runs.own_features((f,))[f.name]
+    return question.own_features((f,))[f.name]
 
 
 def test_a_feature_is_what_it_is_made_of(monkeypatch):
@@ -400,11 +402,11 @@ def test_a_feature_is_what_it_is_made_of(monkeypatch):
 
 
 def test_the_packages_own_features_are_not_own_until_somebody_takes_their_name():
-    assert runs.own_features(("all",)) == {}
+    assert question.own_features(("all",)) == {}
     held = REGISTRY["ret_1_lag_1"]
     try:
         register(Feature(held.name, held.inputs, held.warmup, held.unit, held.group, held.source, lagged(_feature(_closing_over(1.0)), 1).fn), replace=True)
-        assert list(runs.own_features(("ret_1_lag_1", "ret_1"))) == ["ret_1_lag_1"]
+        assert list(question.own_features(("ret_1_lag_1", "ret_1"))) == ["ret_1_lag_1"]
     finally:
         REGISTRY[held.name] = held
 
@@ -448,7 +450,7 @@ def test_every_kind_of_label_is_trained_reported_and_made_again(trained, tmp_pat
 
 def read_walk(settings):
     with connect(settings) as con:
-        return runs.read_data(con, WALK).bars
+        return question.read_data(con, WALK).bars
 
 
 def test_label_parameters_are_part_of_the_question(trained):
@@ -470,7 +472,7 @@ def test_a_label_s_own_inputs_are_purged(trained):
     short = replace(WALK, target="triple_barrier", label={"window": 300})
     samples = runs.prepare(bars, short)
     reach = bars.index.get_indexer(samples.X.index) - bars.index.get_indexer(samples.intervals["start_ts"])
-    assert reach.max() == 300 > max(f.warmup for f in runs.resolve(list(samples.X.columns)))
+    assert reach.max() == 300 > max(f.warmup for f in resolve(list(samples.X.columns)))
     assert (samples.intervals["end_ts"].dropna() - samples.labels["known_ts"][samples.intervals["end_ts"].notna()] == pd.Timedelta("6h")).all()  # the planned end
 
 
@@ -495,7 +497,7 @@ EVENTS = RunConfig("SIMUSDT", "tick:50", horizon=8, refit_every="12h", features=
 def test_event_bars_are_trained_and_made_again(events, target, spec, label):
     asked = replace(EVENTS, target=target, spec=spec, label=label)
     with connect(events) as con:
-        bars = runs.read_data(con, asked).bars
+        bars = question.read_data(con, asked).bars
         run = train_run(con, asked, events)
         assert train_run(con, replace(asked, spec="dollar:1e5" if ":100" in spec else spec), events).reused
         sharpes = runs.trial_sharpes(con, spec, simulated=True)
@@ -524,7 +526,7 @@ def test_event_bars_can_have_the_options_too(events, more):
 
     asked = replace(EVENTS, **more)
     with connect(events) as con:
-        bars = runs.read_data(con, asked).bars
+        bars = question.read_data(con, asked).bars
         run = train_run(con, asked, events)
     p = run.predictions
     assert (p["lower"] <= p["upper"]).all() and 0.5 < interval_table(p, bars, 0.9).loc[("all", "all"), "coverage"] < 1
@@ -536,7 +538,7 @@ def test_event_bars_can_have_the_options_too(events, more):
 
 def test_a_hole_is_spanned_by_no_label_and_no_feature(events):
     with connect(events) as con:
-        bars = runs.read_data(con, EVENTS).bars
+        bars = question.read_data(con, EVENTS).bars
     samples, k = runs.prepare(bars, EVENTS), int(np.flatnonzero(bars["gap"])[0])
     at = pd.Index(bars["first_id"]).get_indexer(samples.labels["first_id"])
     y = pd.Series(samples.labels["y"].to_numpy(), at)
@@ -548,7 +550,7 @@ def test_a_hole_is_spanned_by_no_label_and_no_feature(events):
 def test_event_bars_are_predicted_one_by_one_as_all_at_once(events):
     "A predictor that is given one bar at a time, behind stored history and across a hole, says what batch says."
     with connect(events) as con:
-        run, bars = train_run(con, EVENTS, events), runs.read_data(con, EVENTS).bars
+        run, bars = train_run(con, EVENTS, events), question.read_data(con, EVENTS).bars
     run.info["trained_until"] = bars.index[0].isoformat()  # so that bars of the training are predicted too
     k = int(np.flatnonzero(bars["gap"])[0])
     begin, end = k - 30, k + run.info["warmup"] + 60
@@ -563,7 +565,7 @@ def test_event_bars_are_predicted_one_by_one_as_all_at_once(events):
 
 def test_what_has_no_meaning_on_event_bars_is_refused(events):
     with connect(events) as con:
-        bars = runs.read_data(con, EVENTS).bars
+        bars = question.read_data(con, EVENTS).bars
     learned = SimpleNamespace(config=replace(EVENTS, spec="tick_imbalance:50"))
     with pytest.raises(ConfigError, match="learn their threshold"):
         Predictor(learned, pd.DataFrame())

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig
 
 from cryptoresearch.data.bars import make_bars
 from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.models.runs import Run, RunConfig, train_run
+from cryptoresearch.models.runs import Run, train_run
 from cryptoresearch.settings import Settings
 
 HOURS = RunConfig(target="direction", start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cryptoresearch.models.question import RunConfig
 
 from cryptoresearch.data.bars import make_bars
 from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.models.tuning import tune, trial_table, open_study
-from cryptoresearch.models.runs import RunConfig
+from cryptoresearch.models.tuning import open_study, trial_table, tune
 from cryptoresearch.settings import Settings
 
 SEARCH = """
 import sys
 from cryptoresearch.data.store import init_duckdb
-from cryptoresearch.models.runs import RunConfig
+from cryptoresearch.models.question import RunConfig
 from cryptoresearch.models.tuning import tune
 from cryptoresearch.settings import Settings
 home, n = sys.argv[1], int(sys.argv[2])

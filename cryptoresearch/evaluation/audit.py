@@ -25,7 +25,8 @@ from ..errors import ConfigError, problem
 from .report import Judgement, Table, number
 from .scores import _long_run_variance, _pairs, auc, hac_lags, ic, ic_t, rank_ic
 from ..models.estimators import MODELS
-from ..models.runs import RunConfig, Samples, first_test, prepare, walk_forward
+from ..models.question import RunConfig
+from ..models.runs import Samples, first_test, prepare, walk_forward
 from ..models.targets import is_event, make_labels, primary_side
 
 # %% ../../nbs/evaluation/43_audit.ipynb #2e6d8a63

@@ -27,7 +27,8 @@ from .significance import Interval, bootstrap_score, brier_loss, by_regime, conf
 from .strategy import ANNUAL_SECONDS, StrategyResult, max_drawdown, on_bars, on_clock, sharpe_ratio
 from .trading import Costs, capacity_of, positions, random_signals, trade
 from ..models.registry import question
-from ..models.runs import Run, RunConfig, load_run
+from ..models.question import RunConfig
+from ..models.runs import Run, load_run
 from ..models.targets import is_event
 from ..settings import Settings
 

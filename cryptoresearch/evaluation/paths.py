@@ -15,7 +15,8 @@ import pandas as pd
 from .report import Table, number
 from .scores import score_table
 from ..models.crossval import CombinatorialPurged, assemble_paths
-from ..models.runs import RunConfig, Samples, fit_all, run_strategy
+from ..models.question import RunConfig
+from ..models.runs import Samples, fit_all, run_strategy
 from ..models.targets import is_event
 
 # %% ../../nbs/evaluation/42d_paths.ipynb #0aabd8f1

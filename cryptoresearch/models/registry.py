@@ -23,7 +23,8 @@ from filelock import FileLock
 from ..errors import ConfigError, DataNotFound, RunMismatch, SchemaError, problem
 from ..evaluation.audit import Audit
 from ..evaluation.scores import REFERENCE, DieboldMariano, diebold_mariano, qlike_loss, score_table, squared_loss
-from .runs import Run, _find_folder, _read_info, code_version, load_run, runs_folder
+from .question import code_version
+from .runs import Run, _find_folder, _read_info, load_run, runs_folder
 from .trials import corrected_p, target_text
 from ..settings import Settings
 

@@ -30,9 +30,8 @@ from ..features.own import import_modules
 from ..evaluation.scores import cross_entropy, ic, qlike
 from ..evaluation.strategy import on_clock
 from .peers import EnsembleModel
-from cryptoresearch.models.runs import (
-    Fitted, RunConfig, RunData, Samples, by_events, canonical, first_test, fit_rows, forecast_fold, identity, prepare, read_data, run_strategy, runs_folder,
-)  # fmt: skip
+from .question import RunConfig, RunData, by_events, canonical, identity, read_data
+from .runs import Fitted, Samples, first_test, fit_rows, forecast_fold, prepare, run_strategy, runs_folder
 from .splits import WalkForward
 from .targets import is_event
 from .trials import model_text, question_of, record_trial, saved_loss

@@ -35,7 +35,8 @@ import cryptoresearch
 from .. import errors
 from ..data.store import connect
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
-from ..models.runs import Progress, RunConfig, find_run, runs_folder
+from ..models.question import RunConfig
+from ..models.runs import Progress, find_run, runs_folder
 from ..settings import Settings, get_settings, project_home
 from .report_figures import figure_html, plotly_js
 

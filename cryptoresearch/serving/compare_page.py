@@ -15,7 +15,8 @@ from ..data.store import connect
 from ..errors import CryptoResearchError, DataNotFound, problem
 from ..evaluation.comparison import Lineup, difference_view, judge_lineup, line_up, score_differences, setting_table
 from ..evaluation.report import Table, loss_name
-from ..models.runs import list_runs, read_data, run_strategy
+from ..models.question import read_data
+from ..models.runs import list_runs, run_strategy
 from .dashboards import PlotlyView, run_config
 from .figures import empty_figure
 from .queries import read_runs

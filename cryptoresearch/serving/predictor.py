@@ -23,7 +23,8 @@ from ..data.event_frames import check_event_bars, with_gap_rows
 from ..data.store import init_duckdb, write
 from ..errors import ConfigError, DataNotFound, StoreBusy, problem
 from ..features.registry import resolve
-from ..models.runs import Run, by_events, load_run
+from ..models.question import by_events
+from ..models.runs import Run, load_run
 from ..settings import Settings, get_settings
 
 # %% ../../nbs/serving/50_predictor.ipynb #00000006

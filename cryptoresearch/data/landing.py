@@ -291,59 +291,69 @@ class _Stream:
     state: np.ndarray = field(default_factory=lambda: np.zeros(6, np.int64))
     last_price: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
-    def _followed(self, block: Block) -> np.ndarray:
-        "The tick rule's sign of each row, after strays and repeats are moved out; `OutOfOrder` where the order breaks."
-        trades = self.job.series.table == "trades"
-        if len(self.strays):
-            self._refuse(block, ~np.isin(block.columns["trade_id"], self.strays), _STRAY)
-        c, n = block.columns, len(block.line)
-        side, repeat, hole = np.empty(n, np.int8), np.empty(n, np.bool_), np.empty((n, 6), np.int64)
-        ids, price = (c["trade_id"], c["price"]) if trades else (c["ts"], c["close"])
-        done, repeats, holes = _follow(ids, c["ts"], price, block.line, self.job.step_us or 1, self.careful, self.state, self.last_price, side, repeat, hole)
-        if done < n or (trades and not self.careful and too_far(hole[:holes, 3] - hole[:holes, 2] + 1, hole[:holes, 1] - hole[:holes, 0]).any()):
-            raise OutOfOrder
-        self.facts.note_holes(hole[:holes])
-        if repeats:
-            same = repeats_the_same(c, repeat, self.kept)
-            self.facts.repeated += int(same.sum())
-            self._refuse(block, ~same, None)
-            self._refuse(block, ~repeat[~same], _REPEATED.format(self.job.series.key))
-        if len(block.line):
-            self.kept = {name: values[-1] for name, values in block.columns.items()}
-        return np.asarray(side[~repeat])
-
-    def _refuse(self, block: Block, good: np.ndarray, reason: str | None) -> None:
+    def refuse(self, block: Block, good: np.ndarray, reason: str | None) -> None:
         "Take the rows outside a mask out of a block, and note them unless the reason is None."
         if reason and self.careful and not good.all():
             self.refused.setdefault(reason, []).append(block.line[~good])
         block.keep(good, None if self.careful or reason is None else lambda i: reason)
 
-    def _note(self, block: Block, side: np.ndarray) -> None:
-        "Add a block to the facts."
-        c, facts, trades = block.columns, self.facts, self.job.series.table == "trades"
-        facts.refused.add(block.bad)
-        facts.units |= block.units
-        if len(block.line) == 0:
-            return
-        at = [(int(c["ts"][i]), int(c["trade_id"][i]) if trades else 0) for i in (0, -1)]
-        low, high = (at[0], at[1]) if not (self.careful and trades) else ((int(c["ts"].min()), at[0][1]), (int(c["ts"].max()), at[1][1]))
-        price = c["open"][0] if not trades else c["price"][0], c["close"][-1] if not trades else c["price"][-1]
-        facts.prices = (facts.prices[0] if facts.first else float(price[0])), float(price[1])
-        facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
-        facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
-        facts.rows += len(block.line)
-        facts.digest = (facts.digest + rows_digest(_digested(block, side, self.job.step_us))) % 2**64
-
-    def columns(self, blocks: Iterator[Block]) -> Iterator[dict[str, pa.Array]]:
-        "Columns of the lake's table, but for those with one value."
-        for block in blocks:
-            side = self._followed(block)
-            self._note(block, side)
-            if len(block.line):
-                yield _trade_columns(block, side) if self.job.series.table == "trades" else _candle_columns(block, self.job.step_us)
-
-
+# %% ../../nbs/data/03f_landing.ipynb #7405b071
 _REPEATED, _STRAY = "{} is repeated with other values", "trade_id fits neither the ids nor the times around it"
+
+
+def _followed(
+    stream: _Stream,
+    block: Block,  # the next rows; what does not stay is taken out
+) -> np.ndarray:  # int8, one for each row that stays
+    "The tick rule's sign of each row, after strays and repeats are moved out; `OutOfOrder` where the order breaks."
+    trades = stream.job.series.table == "trades"
+    if len(stream.strays):
+        stream.refuse(block, ~np.isin(block.columns["trade_id"], stream.strays), _STRAY)
+    c, n = block.columns, len(block.line)
+    side, repeat, hole = np.empty(n, np.int8), np.empty(n, np.bool_), np.empty((n, 6), np.int64)
+    ids, price = (c["trade_id"], c["price"]) if trades else (c["ts"], c["close"])
+    done, repeats, holes = _follow(ids, c["ts"], price, block.line, stream.job.step_us or 1, stream.careful, stream.state, stream.last_price, side, repeat, hole)
+    if done < n or (trades and not stream.careful and too_far(hole[:holes, 3] - hole[:holes, 2] + 1, hole[:holes, 1] - hole[:holes, 0]).any()):
+        raise OutOfOrder
+    stream.facts.note_holes(hole[:holes])
+    if repeats:
+        same = repeats_the_same(c, repeat, stream.kept)
+        stream.facts.repeated += int(same.sum())
+        stream.refuse(block, ~same, None)
+        stream.refuse(block, ~repeat[~same], _REPEATED.format(stream.job.series.key))
+    if len(block.line):
+        stream.kept = {name: values[-1] for name, values in block.columns.items()}
+    return np.asarray(side[~repeat])
+
+# %% ../../nbs/data/03f_landing.ipynb #934e6942
+def _note(
+    stream: _Stream,  # whose facts grow
+    block: Block,
+    side: np.ndarray,  # of `_followed`
+) -> None:
+    "Add a block to the facts."
+    c, facts, trades = block.columns, stream.facts, stream.job.series.table == "trades"
+    facts.refused.add(block.bad)
+    facts.units |= block.units
+    if len(block.line) == 0:
+        return
+    at = [(int(c["ts"][i]), int(c["trade_id"][i]) if trades else 0) for i in (0, -1)]
+    low, high = (at[0], at[1]) if not (stream.careful and trades) else ((int(c["ts"].min()), at[0][1]), (int(c["ts"].max()), at[1][1]))
+    price = c["open"][0] if not trades else c["price"][0], c["close"][-1] if not trades else c["price"][-1]
+    facts.prices = (facts.prices[0] if facts.first else float(price[0])), float(price[1])
+    facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
+    facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
+    facts.rows += len(block.line)
+    facts.digest = (facts.digest + rows_digest(_digested(block, side, stream.job.step_us))) % 2**64
+
+# %% ../../nbs/data/03f_landing.ipynb #00c60d2d
+def _columns(stream: _Stream, blocks: Iterator[Block]) -> Iterator[dict[str, pa.Array]]:
+    "Columns of the lake's table, but for those with one value."
+    for block in blocks:
+        side = _followed(stream, block)
+        _note(stream, block, side)
+        if len(block.line):
+            yield _trade_columns(block, side) if stream.job.series.table == "trades" else _candle_columns(block, stream.job.step_us)
 
 # %% ../../nbs/data/03f_landing.ipynb #140cb3e8
 def _table_folder(
@@ -441,7 +451,7 @@ def _write_stream(
     differences = {name: how for name, how in _DIFFERENCES.items() if name in _LAKE[table].names}
     try:
         with pq.ParquetWriter(local, _LAKE[table], use_dictionary=dictionaries, column_encoding=differences, compression=compression) as writer:
-            for rows in _row_groups(stream.columns(blocks), job):
+            for rows in _row_groups(_columns(stream, blocks), job):
                 writer.write_table(rows, row_group_size=len(rows))
         _exchange_mark(local, job.mark, job.sha256)
     except BaseException:

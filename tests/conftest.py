@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from minio_server import S3, NoServer, s3_server  # noqa: E402
 
+from cryptoresearch.data.bars import make_bars  # noqa: E402
+from cryptoresearch.data.ingest import process_file  # noqa: E402
+from cryptoresearch.data.store import init_duckdb  # noqa: E402
 from cryptoresearch.errors import CryptoResearchError  # noqa: E402
 from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
@@ -131,6 +135,23 @@ def shared() -> Path:
     except CryptoResearchError as e:
         NOTES["Real market data"] = f"absent, tests on them were skipped ({e})"
         pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def hours_in(shared: Path) -> Callable[[Path, str, str], Settings]:
+    "Make a store with real hours of Bitcoin, [start, end), and their bars, in a folder."
+
+    def make(home: Path, start: str, end: str) -> Settings:
+        s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)
+        hours = pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
+        times = pd.to_datetime(hours["open_time"], utc=True)
+        hours[(times >= start) & (times < end)].to_parquet(home / "BTCUSDT-1h.parquet")
+        with init_duckdb(s) as con:
+            process_file(con, home / "BTCUSDT-1h.parquet", kind="klines", symbol="BTCUSDT", interval="1h")
+            make_bars(con, "BTCUSDT", "1h")
+        return s
+
+    return make
 
 
 def find_chromium() -> str | None:

@@ -18,12 +18,9 @@ from typing import Any
 
 import httpx
 import nbformat
-import pandas as pd
 import pytest
 from cryptoresearch.models.question import RunConfig
 
-from cryptoresearch.data.bars import make_bars
-from cryptoresearch.data.ingest import process_file
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
 from cryptoresearch.evaluation.luck import search_luck
@@ -49,16 +46,11 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Desk:
+def desk(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings]) -> Desk:
     "Five real months of hours, two forecasts of volatility and one of returns."
     home = tmp_path_factory.mktemp("desk")
-    s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)
-    hours = pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
-    times = pd.to_datetime(hours["open_time"], utc=True)
-    hours[(times >= "2021-01-01") & (times < "2021-06-01")].to_parquet(home / "BTCUSDT-1h.parquet")
+    s = hours_in(home, "2021-01-01", "2021-06-01")
     with init_duckdb(s) as con:
-        process_file(con, home / "BTCUSDT-1h.parquet", kind="klines", symbol="BTCUSDT", interval="1h")
-        make_bars(con, "BTCUSDT", "1h")
         good = replace(QUESTION, target="volatility", features=("volatility",))
         runs = [train_run(con, good, s), train_run(con, QUESTION, s)]
         time.sleep(1.1)  # records say when to the second, and the page shows the newest first

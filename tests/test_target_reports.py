@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from cryptoresearch.models.question import RunConfig
 
@@ -38,16 +37,11 @@ class Floor:
 
 
 @pytest.fixture(scope="module")
-def floor(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Floor:
+def floor(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings]) -> Floor:
     "Five real months of hours, and four simulated days of trades in dollar bars."
     home = tmp_path_factory.mktemp("floor")
-    s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)
-    hours = pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
-    times = pd.to_datetime(hours["open_time"], utc=True)
-    hours[(times >= "2021-01-01") & (times < "2021-06-01")].to_parquet(home / "BTCUSDT-1h.parquet")
+    s = hours_in(home, "2021-01-01", "2021-06-01")
     with init_duckdb(s) as con:
-        process_file(con, home / "BTCUSDT-1h.parquet", kind="klines", symbol="BTCUSDT", interval="1h")
-        make_bars(con, "BTCUSDT", "1h")
         for file in simulate_trades(home / "sim", "SIMUSDT", days=4, trades_per_day=30_000):
             process_file(con, str(file))
         make_bars(con, "SIMUSDT", "dollar:100000")

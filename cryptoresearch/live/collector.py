@@ -307,6 +307,48 @@ def _bring_in(con: duckdb.DuckDBPyConnection, path: Path) -> int:
     logger.info("%s: %d trades of a killed collector looked through", path.name, len(session.batch.trades))
     return 1
 
+# %% ../../nbs/live/11_collector.ipynb #786ed17c
+class _Locks:
+    "The lock files of a collector: one for each symbol, one for its session."
+
+    def __init__(self) -> None:
+        self._held = list[FileLock]()
+
+    def hold(self, path: Path) -> None:
+        "Take a lock; `FeedError` where another collector has it."
+        lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            found = f"another that collects {path.name.removesuffix('.symbol.lock')} into this store"
+            raise FeedError(problem("one collector for a symbol and source", found, "Stop the other one first")) from None
+        self._held.append(lock)
+
+    def release(self, ended: bool) -> None:
+        "Let all go; the file of a session that ended well goes too, that of another tells that there is something to recover."
+        for lock in self._held:
+            lock.release()
+            if ended and lock.lock_file.endswith(".session.lock"):
+                Path(lock.lock_file).unlink(missing_ok=True)
+        self._held = []
+
+# %% ../../nbs/live/11_collector.ipynb #6395f749
+def _new_session(
+    con: duckdb.DuckDBPyConnection,
+    source: str,
+    url: str,  # without any key
+    symbols: list[str],  # without exchange
+) -> Session:  # its ids go on above those that are stored
+    "A session that begins now."
+    row = con.execute("SELECT max(trade_id) FROM trades WHERE source = ?", [source]).fetchone()
+    now = time.time_ns() // 1000
+    next_id = max(now, (row[0] or 0) + 1 if row else 0)
+    session = Session(f"{source}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}", source, url, symbols, now, next_id)
+    if source != "replay":  # a replay may go back in time, a market does not
+        ends = con.execute("SELECT symbol, epoch_us(max(end_ts)) FROM coverage WHERE source = ? GROUP BY ALL", [source]).fetchall()
+        session.tracks = {s: _Track(before=end) for s, end in ends if s in symbols}
+    return session
+
 # %% ../../nbs/live/11_collector.ipynb #a6768d65
 class Collector:
     "Batches live trades into the store in the background."
@@ -326,7 +368,7 @@ class Collector:
         self.settings, self.con, self.interval_s, self.timeout_s = settings or get_settings(), con, interval_s, timeout_s
         self.error: CryptoResearchError | None = None
         self.commits = self.stored = 0
-        self._lock, self._stopping, self._locks, self._reason = threading.Lock(), threading.Event(), list[FileLock](), "stopped"
+        self._lock, self._stopping, self._locks, self._reason = threading.Lock(), threading.Event(), _Locks(), "stopped"
         self._waiting, self._check = Batch(), False
         self._thread: threading.Thread | None = None
 
@@ -336,7 +378,7 @@ class Collector:
         folder = journal_folder(self._own, self.settings)
         try:
             for symbol in self.symbols:
-                self._hold(folder / f"{self.source}-{symbol}.symbol.lock")
+                self._locks.hold(folder / f"{self.source}-{symbol}.symbol.lock")
             recover(self._own, folder)
             self._begin(folder)
         except BaseException:
@@ -346,25 +388,9 @@ class Collector:
         self._thread.start()
         return self
 
-    def _hold(self, path: Path) -> None:
-        lock = FileLock(path, timeout=0, thread_local=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            found = f"another that collects {path.name.removesuffix('.symbol.lock')} into this store"
-            raise FeedError(problem("one collector for a symbol and source", found, "Stop the other one first")) from None
-        self._locks.append(lock)
-
     def _begin(self, folder: Path) -> None:
-        row = self._own.execute("SELECT max(trade_id) FROM trades WHERE source = ?", [self.source]).fetchone()
-        now = time.time_ns() // 1000
-        next_id = max(now, (row[0] or 0) + 1 if row else 0)
-        session_id = f"{self.source}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-        self.session = Session(session_id, self.source, self.url, self.symbols, now, next_id)
-        if self.source != "replay":  # a replay may go back in time, a market does not
-            ends = self._own.execute("SELECT symbol, epoch_us(max(end_ts)) FROM coverage WHERE source = ? GROUP BY ALL", [self.source]).fetchall()
-            self.session.tracks = {s: _Track(before=end) for s, end in ends if s in self.symbols}
-        self._hold(folder / f"{session_id}.session.lock")
+        self.session = _new_session(self._own, self.source, self.url, self.symbols)
+        self._locks.hold(folder / f"{self.session.session_id}.session.lock")
         self.journal = Journal(folder, self.session)
         write(self._own, _session_row, self.session, None, None)
 
@@ -441,11 +467,7 @@ class Collector:
             self._release()
 
     def _release(self) -> None:
-        for lock in self._locks:
-            lock.release()
-            if self.error is None and lock.lock_file.endswith(".session.lock"):
-                Path(lock.lock_file).unlink(missing_ok=True)
-        self._locks = []
+        self._locks.release(ended=self.error is None)
         self._own.close()
 
     def stop(

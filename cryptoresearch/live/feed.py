@@ -446,6 +446,53 @@ class FinnhubWebSocket:
         else:
             self._quietly_stop()  # the error of the body is the one to see
 
+# %% ../../nbs/live/10_feed.ipynb #64c4fb09
+def _pass_on(feed: FinnhubWebSocket, message: Trades, at: datetime) -> None:
+    "Trades to the collector and the caller; what cannot be one to quarantine."
+    stats, latest = feed._stats, at + feed.future
+    trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed.symbols]
+    odd = [Rejected(_shorten(vars_of(t)), "dated in the future" if t.ts > latest else "not subscribed") for t in message.trades if t.ts > latest or t.symbol not in feed.symbols]
+    _refuse(feed, [*message.rejected, *odd])
+    stats.rejected += len(message.rejected) + len(odd)
+    stats.quotes += len(message.quotes)
+    stats.trades += len(trades)
+    for symbol in (*message.quotes, *(t.symbol for t in trades)):
+        stats.last_seen[symbol] = at
+    if not trades:
+        return
+    stats.lag_s = (at - max(t.ts for t in trades)).total_seconds()
+    if feed.collector is not None:
+        feed.collector.add(trades, at)
+    if feed.on_trades is not None:
+        feed.on_trades(trades)
+
+
+def _refuse(feed: FinnhubWebSocket, items: list[Rejected]) -> None:
+    "What is no trade goes to quarantine."
+    if items and feed.collector is not None:
+        feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items])
+
+# %% ../../nbs/live/10_feed.ipynb #6ee50e53
+def _take(feed: FinnhubWebSocket, data: bytes, at: datetime) -> None:
+    "Count one frame and hand its trades on."
+    stats = feed._stats
+    stats.last_message_at = at
+    match parse_message(data):
+        case Trades() as message:
+            _pass_on(feed, message, at)
+        case Ping():
+            stats.pings += 1
+        case ErrorMessage(text):
+            stats.server_errors, stats.last_problem = stats.server_errors + 1, feed.address.hide(text)
+            logger.warning("the server says: %s", stats.last_problem)
+        case Unknown(kind, raw):
+            stats.malformed += 1
+            _refuse(feed, [Rejected(raw, f"unknown type {kind}")])
+        case Malformed(raw, reason):
+            stats.malformed += 1
+            _refuse(feed, [Rejected(raw, reason)])
+    stats.frames += 1
+
 # %% ../../nbs/live/10_feed.ipynb #0000002d
 class _Reader:
     "The background half of a feed."
@@ -529,52 +576,9 @@ class _Reader:
             data = connection.receive()
             if data is not None:
                 heard = time.monotonic()
-                self._take(data, datetime.now(UTC))
+                _take(feed, data, datetime.now(UTC))
             elif time.monotonic() - heard > feed.silence_s:
                 raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
-
-    def _take(self, data: bytes, at: datetime) -> None:
-        "Count one frame and hand its trades on."
-        stats = self.feed._stats
-        stats.last_message_at = at
-        match parse_message(data):
-            case Trades() as message:
-                self._pass_on(message, at)
-            case Ping():
-                stats.pings += 1
-            case ErrorMessage(text):
-                stats.server_errors, stats.last_problem = stats.server_errors + 1, self.feed.address.hide(text)
-                logger.warning("the server says: %s", stats.last_problem)
-            case Unknown(kind, raw):
-                stats.malformed += 1
-                self._refuse([Rejected(raw, f"unknown type {kind}")])
-            case Malformed(raw, reason):
-                stats.malformed += 1
-                self._refuse([Rejected(raw, reason)])
-        stats.frames += 1
-
-    def _pass_on(self, message: Trades, at: datetime) -> None:
-        "Trades to the collector and the caller; what cannot be one to quarantine."
-        feed, stats, latest = self.feed, self.feed._stats, at + self.feed.future
-        trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed.symbols]
-        odd = [Rejected(_shorten(vars_of(t)), "dated in the future" if t.ts > latest else "not subscribed") for t in message.trades if t.ts > latest or t.symbol not in feed.symbols]
-        self._refuse([*message.rejected, *odd])
-        stats.rejected += len(message.rejected) + len(odd)
-        stats.quotes += len(message.quotes)
-        stats.trades += len(trades)
-        for symbol in (*message.quotes, *(t.symbol for t in trades)):
-            stats.last_seen[symbol] = at
-        if not trades:
-            return
-        stats.lag_s = (at - max(t.ts for t in trades)).total_seconds()
-        if feed.collector is not None:
-            feed.collector.add(trades, at)
-        if feed.on_trades is not None:
-            feed.on_trades(trades)
-
-    def _refuse(self, items: list[Rejected]) -> None:
-        if items and self.feed.collector is not None:
-            self.feed.collector.refuse([(self.feed.address.hide(i.raw), i.reason) for i in items])
 
 # %% ../../nbs/live/10_feed.ipynb #0000002d-1
 def vars_of(

@@ -147,6 +147,23 @@ class _Client:
         else:
             self.send('{"msg":"Invalid message","type":"error"}')
 
+# %% ../../nbs/live/12_replay.ipynb #2e85bdba
+def _to_play(
+    trades: pd.DataFrame | duckdb.DuckDBPyConnection,  # trades, or the store to read them from
+    symbols: Sequence[str],  # without exchange; needed with a store
+    start: pd.Timestamp | str | None,  # first event time, UTC (store only)
+    end: pd.Timestamp | str | None,  # event time before which to end, UTC (store only)
+    source: str | None,  # of the stored trades
+    exchange: str,  # prefix of every symbol
+) -> tuple[Iterator[Chunk], list[int]]:  # the trades, and where their gaps end (µs)
+    "What is to be played; `ConfigError` where a store is asked for no symbol."
+    if isinstance(trades, pd.DataFrame):
+        return _from_frame(trades, symbols[0] if symbols else None, exchange), []
+    if not symbols:
+        raise ConfigError(problem("the symbol to replay from the store", "none", "For example: symbol='BTCUSDT'"))
+    chosen = source or _choose_source(trades, symbols)
+    return _from_store(trades, symbols, start, end, chosen, exchange), _gap_ends(trades, symbols, chosen)
+
 # %% ../../nbs/live/12_replay.ipynb #00000014
 class ReplayServer:
     "Finnhub's protocol over stored trades: `with ReplayServer(con, 'BTCUSDT') as server: server.url`."
@@ -171,14 +188,8 @@ class ReplayServer:
         if not speed > 0:
             raise ConfigError(problem("a speed above zero, such as 60 or math.inf", f"{speed}", "Correct speed="))
         symbols = [symbol] if isinstance(symbol, str) else list(symbol or [])
-        if isinstance(trades, pd.DataFrame):
-            chunks = _from_frame(trades, symbols[0] if symbols else None, exchange)
-        elif symbols:
-            chunks = _from_store(trades, symbols, start, end, source or _choose_source(trades, symbols), exchange)
-        else:
-            raise ConfigError(problem("the symbol to replay from the store", "none", "For example: symbol='BTCUSDT'"))
+        chunks, self._gap_ends = _to_play(trades, symbols, start, end, source, exchange)
         self._frames = trade_frames(chunks, frame_ms)
-        self._gap_ends = [] if isinstance(trades, pd.DataFrame) else _gap_ends(trades, symbols, source or _choose_source(trades, symbols))
         self.speed, self.ping_s, self.max_symbols, self.faults = speed, ping_s, max_symbols, dict(faults or {})
         self.host, self.port = host, port
         self.done = threading.Event()  # every frame has been sent

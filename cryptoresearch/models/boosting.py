@@ -8,6 +8,7 @@ __all__ = ['Loss', 'purged_tail', 'monotone_list', 'TailModel', 'XGBoostModel']
 # %% ../../nbs/models/32_boosting.ipynb #4ae9991b
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -107,7 +108,7 @@ def monotone_list(
 Loss = Literal["mean", "probability", "quantile"]
 
 
-class TailModel(RegressorMixin, BaseEstimator):
+class TailModel(RegressorMixin, BaseEstimator, ABC):
     "A model that stops and measures itself on a purged tail; a library's own part is in `_grow`, `_raw`, `_dump` and `_restore`."
 
     library: ClassVar[str]  # distribution whose version is stored
@@ -120,25 +121,25 @@ class TailModel(RegressorMixin, BaseEstimator):
     alpha: float
     level: float
 
+    @abstractmethod
     def _grow(self, values: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None, rounds: int, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None) -> tuple[Any, int]:
         "Grow at most `rounds` trees, fewer where the tail stops improving; the trees, and the position of the best."
-        raise NotImplementedError
 
+    @abstractmethod
     def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
         "Forecast of the first `best` + 1 trees, before any exponential."
-        raise NotImplementedError
 
+    @abstractmethod
     def _dump(self) -> bytes:
         "The trees in the library's own form."
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self, data: bytes) -> Any:
         "The trees out of that form."
-        raise NotImplementedError
 
+    @abstractmethod
     def _gain(self) -> np.ndarray:
         "Mean gain of each feature's splits; 0 where never used."
-        raise NotImplementedError
 
     def fit(
         self,

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zipfile
+from abc import abstractmethod
 from typing import Any
 
 import lightgbm as lgb
@@ -125,13 +126,13 @@ class _SklearnTrees(TailModel):
     library, file = "scikit-learn", "model.skops"
     feature_names_in_: list[str]
 
+    @abstractmethod
     def _new(self, rounds: int) -> Any:
         "An unfitted booster of so many trees."
-        raise NotImplementedError
 
+    @abstractmethod
     def _more(self, trees: Any, rounds: int) -> None:
         "Ask a booster for so many trees at its next fit."
-        raise NotImplementedError
 
     def _filled(self, values: np.ndarray) -> np.ndarray:
         "Features as the booster can take them."

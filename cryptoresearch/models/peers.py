@@ -10,6 +10,7 @@ __all__ = ['MOST_PATTERNS', 'RAREST', 'MODELS', 'PATH_BARS', 'HARModel', 'HARRid
 import base64
 import inspect
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -58,8 +59,9 @@ class _Chosen(TailModel):
         "The features as the model sees them."
         return values[:, _places(self.feature_names_in_, self.needs, self.model)]
 
+    @abstractmethod
     def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Any:
-        raise NotImplementedError
+        "Fit the outcome on the columns of `_design`."
 
     def _grow(self, values: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None, rounds: int, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None) -> tuple[Any, int]:
         design = self._design(values)

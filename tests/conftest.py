@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,9 +18,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from minio_server import S3, NoServer, s3_server  # noqa: E402
 
-from cryptoresearch.data.bars import make_bars  # noqa: E402
-from cryptoresearch.data.ingest import process_file  # noqa: E402
-from cryptoresearch.data.store import init_duckdb  # noqa: E402
 from cryptoresearch.errors import CryptoResearchError  # noqa: E402
 from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
@@ -140,6 +136,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def hours_in(shared: Path) -> Callable[[Path, str, str], Settings]:
     "Make a store with real hours of Bitcoin, [start, end), and their bars, in a folder."
+    import pandas as pd  # not above: the number of threads is set before numpy loads
+
+    from cryptoresearch.data.bars import make_bars
+    from cryptoresearch.data.ingest import process_file
+    from cryptoresearch.data.store import init_duckdb
 
     def make(home: Path, start: str, end: str) -> Settings:
         s = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_memory_limit="1GB", duckdb_threads=1)

@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cryptoresearch.data.ingest import process_file
+    from cryptoresearch.ingest.files import process_file
     from cryptoresearch.data.store import connect, init_duckdb
     from cryptoresearch.features.causality import prove_causal
     from cryptoresearch.features.pipeline import DataProcessing
     from cryptoresearch.live.feed import FinnhubWebSocket
-    from cryptoresearch.settings import Settings, get_settings
+    from cryptoresearch.settings import get_settings, Settings
 
 # the names that most programs start with; each module is imported when its name is first used
 _WHERE = {
     "init_duckdb": "cryptoresearch.data.store",
     "connect": "cryptoresearch.data.store",
-    "process_file": "cryptoresearch.data.ingest",
+    "process_file": "cryptoresearch.ingest.files",
     "DataProcessing": "cryptoresearch.features.pipeline",
     "prove_causal": "cryptoresearch.features.causality",
     "FinnhubWebSocket": "cryptoresearch.live.feed",

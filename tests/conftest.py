@@ -138,8 +138,8 @@ def hours_in(shared: Path) -> Callable[[Path, str, str], Settings]:
     "Make a store with real hours of Bitcoin, [start, end), and their bars, in a folder."
     import pandas as pd  # not above: the number of threads is set before numpy loads
 
-    from cryptoresearch.data.bars import make_bars
-    from cryptoresearch.data.ingest import process_file
+    from cryptoresearch.data.build_bars import make_bars
+    from cryptoresearch.ingest.files import process_file
     from cryptoresearch.data.store import init_duckdb
 
     def make(home: Path, start: str, end: str) -> Settings:

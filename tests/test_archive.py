@@ -20,22 +20,12 @@ from typing import Any
 import pytest
 import urllib3
 
-from cryptoresearch.data import ingest
+from cryptoresearch.ingest import files as ingest
 from cryptoresearch.data.archive import (
-    archive_name,
-    download,
-    ensure_buckets,
-    fetch_day,
-    file_sha256,
-    list_objects,
-    local_copy,
-    minio_client,
-    remove,
-    stored,
-    upload,
-    verify,
+    archive_name, download, ensure_buckets, fetch_day, file_sha256, list_objects, local_copy, minio_client, remove, stored,
+    upload, verify,
 )
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError

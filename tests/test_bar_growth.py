@@ -10,18 +10,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data import growth
-from cryptoresearch.data.bars import bar_length, make_bars, read_bars, trades_to_bars
-from cryptoresearch.data.growth import (
-    _BAR_COLUMNS,
-    Change,
-    _candle_chunks,
-    _candle_lengths,
-    _candle_span,
-    _trade_chunks,
-    _trade_span,
-    changed_since,
-    read_ordered,
+from cryptoresearch.data import bar_updates as growth
+from cryptoresearch.data.bars import bar_length, read_bars, trades_to_bars
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.bar_updates import (
+    _BAR_COLUMNS, _candle_chunks, _candle_lengths, _candle_span, _trade_chunks, _trade_span, Change, changed_since, read_ordered,
 )
 from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
 from cryptoresearch.settings import Settings

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from cryptoresearch.data.bars import trades_to_bars
 from cryptoresearch.errors import SchemaError
-from cryptoresearch.evaluation.strategy import slices
-from cryptoresearch.models.barriers import covered_bars, doubtful_bars, trend_scanning, triple_barrier, uniqueness
-from cryptoresearch.models.labels import sample_intervals
+from cryptoresearch.metrics.strategy import slices
+from cryptoresearch.labels.barriers import covered_bars, doubtful_bars, trend_scanning, triple_barrier, uniqueness
+from cryptoresearch.labels.horizon import sample_intervals
 from cryptoresearch.models.splits import WalkForward
 
 HOUR = pd.Timedelta("1h")

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.bars import NUMBERS, bar_length, check_bars, make_bars, read_bars, resample_bars, trades_to_bars
+from cryptoresearch.data.bars import bar_length, check_bars, NUMBERS, read_bars, resample_bars, trades_to_bars
+from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import make_event_bars, read_event_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb, snapshot
 from cryptoresearch.errors import DataNotFound
 from cryptoresearch.settings import Settings

@@ -10,8 +10,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
 
 from cryptoresearch.errors import SchemaError
-from cryptoresearch.models.crossval import CombinatorialPurged, OnIntervals, PurgedKFold, assemble_paths, intervals_of, path_table
-from cryptoresearch.models.splits import WalkForward, overlaps
+from cryptoresearch.models.crossval import assemble_paths, CombinatorialPurged, intervals_of, OnIntervals, path_table, PurgedKFold
+from cryptoresearch.models.splits import overlaps, WalkForward
 
 HOUR = pd.Timedelta("1h")
 few = settings(max_examples=60, deadline=None, derandomize=True)

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cryptoresearch.data.bars import bar_frame, make_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb, write
-from cryptoresearch.models.labels import fixed_horizon
+from cryptoresearch.labels.horizon import fixed_horizon
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SERVE = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]))"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import DataNotFound
 from cryptoresearch.serving.batch import outside, run_notebook

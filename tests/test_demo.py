@@ -17,7 +17,7 @@ from rich.console import Console
 from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.demo import run_demo
-from cryptoresearch.models.runs import load_run
+from cryptoresearch.runs.run import load_run
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.bars import TRADE_COLUMNS, _complete
-from cryptoresearch.data.event_bars import EventFolder, event_bars, event_spec, make_event_bars, read_event_bars
-from cryptoresearch.data.ingest import forget_file, process_file
+from cryptoresearch.data.bars import complete_trades, TRADE_COLUMNS
+from cryptoresearch.data.event_bars import event_bars, event_spec, EventFolder, make_event_bars, read_event_bars
+from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.data.store import init_duckdb, snapshot
 from cryptoresearch.settings import Settings
 
@@ -81,7 +81,7 @@ def test_bars_are_the_loop(spec: str, seed: int, holes: int) -> None:
     t["trade_id"] += np.searchsorted(at, np.arange(400), side="right")  # an id is missing before each of these rows
     cuts = {int(t["trade_id"].iloc[i]) for i in at}
     folder = EventFolder(spec, missing=[c - 1 for c in cuts])
-    got = folder.add(_complete(t))
+    got = folder.add(complete_trades(t))
     want = by_the_book(t, spec, cuts)
     assert len(got["ts"]) == len(want)
     for name in want[0] if want else []:
@@ -112,7 +112,7 @@ def test_real_trades_are_the_loop(spec: str, shared: Path) -> None:
 @few
 @given(st.sampled_from(SPECS), st.integers(0, 10_000), st.lists(st.integers(0, 600), max_size=8))
 def test_any_pieces_give_the_same_bars(spec: str, seed: int, at: list[int]) -> None:
-    t = _complete(random_trades(600, seed, exact=False))
+    t = complete_trades(random_trades(600, seed, exact=False))
     whole, parts, folder = EventFolder(spec).add(t), [], EventFolder(spec)
     for a, b in itertools.pairwise([0, *sorted(at), 600]):
         parts.append(folder.add({name: t[name][a:b] for name in TRADE_COLUMNS}))

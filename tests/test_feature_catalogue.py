@@ -9,10 +9,10 @@ import pytest
 
 from cryptoresearch.data.bars import bar_frame, resample_bars
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
-from cryptoresearch.features import alpha158, frames, microstructure, oscillators, recursions, volatility, windows  # noqa: F401  they register
+from cryptoresearch.features import alpha158, derived as frames, microstructure, oscillators, recursions, volatility, windows  # noqa: F401  they register
 from cryptoresearch.features.causality import live_across_gap, prove_causal
 from cryptoresearch.features.pipeline import DataProcessing
-from cryptoresearch.features.registry import REGISTRY, Feature, resolve
+from cryptoresearch.features.registry import Feature, REGISTRY, resolve
 from cryptoresearch.settings import shared_data
 
 GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators", "averages", "statistics", "decay", "breakout")

@@ -17,7 +17,8 @@ from cryptoresearch.data.bars import bar_frame
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.features import indicators as ind
 from cryptoresearch.features.causality import KINDS, live_against_batch, other_future, prove_causal
-from cryptoresearch.features.pipeline import REGISTRY, DataProcessing, Feature, feature, feature_names, resolve
+from cryptoresearch.features.pipeline import DataProcessing
+from cryptoresearch.features.registry import Feature, feature, feature_names, REGISTRY, resolve
 from cryptoresearch.features.registry import GROUPS
 
 ALL = resolve(GROUPS)

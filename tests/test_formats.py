@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data import formats
-from cryptoresearch.data.formats import FileSpec, inspect_file, open_text, read_blocks
-from cryptoresearch.data.rows import LAYOUTS, BadRow, check_values, parse_piece, possible_time, read_row
+from cryptoresearch.ingest import formats
+from cryptoresearch.ingest.formats import FileSpec, inspect_file, open_text, read_blocks
+from cryptoresearch.ingest.parsing import BadRow, check_values, LAYOUTS, parse_piece, possible_time, read_row
 from cryptoresearch.errors import DataNotFound, SchemaError
 
 NAME = "BTCUSDT-trades-2024-01-05"

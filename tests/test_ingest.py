@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data import ingest
+from cryptoresearch.ingest import files as ingest
 from cryptoresearch.data.archive import minio_client
-from cryptoresearch.data.formats import LAYOUTS, BadRow, parse_piece, read_row
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.parsing import BadRow, LAYOUTS, parse_piece, read_row
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError, DataNotFound, SchemaError
@@ -306,7 +306,7 @@ def test_junk_never_changes_the_store_without_a_ledger_row(con: duckdb.DuckDBPyC
 
 LOAD = """
     import sys
-    from cryptoresearch.data.ingest import process_file
+    from cryptoresearch.ingest.files import process_file
     from cryptoresearch.data.store import init_duckdb
     from cryptoresearch.settings import Settings
     con = init_duckdb(Settings(_env_file=None, duckdb_path=sys.argv[1]))

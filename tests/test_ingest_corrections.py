@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cryptoresearch.data.bars import make_bars, read_bars, trades_to_bars
-from cryptoresearch.data.corrections import DIGESTED, stored_digest
+from cryptoresearch.data.bars import read_bars, trades_to_bars
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.ledger import DIGESTED, stored_digest
 from cryptoresearch.data.event_bars import event_bars
-from cryptoresearch.data.folders import process_files
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.folders import process_files
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.store import init_duckdb, write
 from cryptoresearch.errors import SchemaError
@@ -183,7 +184,7 @@ def test_a_repeated_id_with_any_other_value_is_a_bad_row(con: Con, tmp_path: Pat
 
 def test_repetitions_across_blocks_are_compared_with_what_was_kept(con: Con, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "A block of rows may begin with repetitions of a row of the block before."
-    monkeypatch.setattr("cryptoresearch.data.rows._ROWS", 4)
+    monkeypatch.setattr("cryptoresearch.ingest.parsing._ROWS", 4)
     lines = [line for line in trades(1, 50) for _ in range(3)]
     lines[14] = changed(lines[14], 2, "3.0")
     result = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
@@ -218,7 +219,7 @@ def test_one_corrupt_id_does_not_lock_a_series(con: Con, tmp_path: Path, at: int
 
 def test_a_stray_id_of_an_older_store_is_grown_out_of(con: Con, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Loaded before there was the rule: the next day comes in all the same, and the repaired file replaces the damaged one."
-    monkeypatch.setattr("cryptoresearch.data.landing.stray_ids", lambda parts: np.empty(0, np.int64))
+    monkeypatch.setattr("cryptoresearch.ingest.staging.stray_ids", lambda parts: np.empty(0, np.int64))
     lines = day(0)
     lines[100] = changed(lines[100], 0, 10_350)  # an id that the next day has
     first = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
@@ -235,7 +236,7 @@ def test_a_repaired_file_comes_in_before_the_next_day_too(con: Con, tmp_path: Pa
     lines = day(0)
     lines[100] = changed(lines[100], 0, 1010000000101)
     with monkeypatch.context() as m:
-        m.setattr("cryptoresearch.data.landing.stray_ids", lambda parts: np.empty(0, np.int64))
+        m.setattr("cryptoresearch.ingest.staging.stray_ids", lambda parts: np.empty(0, np.int64))
         first = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
     assert first.rows == 299
     cut = put(tmp_path / "cut" / "AAAUSDT-trades-2024-01-01.csv", day(0)[:298])

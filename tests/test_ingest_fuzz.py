@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.corrections import stored_digest
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.ledger import stored_digest
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import DataNotFound, SchemaError
 from cryptoresearch.settings import Settings

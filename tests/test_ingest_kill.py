@@ -15,7 +15,7 @@ KILLS, DAYS = 20, 16
 DRIVER = """
 import json, multiprocessing, os, random, signal, sys, time
 from pathlib import Path
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.settings import Settings
 
@@ -104,7 +104,7 @@ def test_twenty_kills_leave_what_an_undisturbed_load_leaves(tmp_path: Path, reco
 MEMORY = """
 import sys
 from pathlib import Path
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.settings import Settings
 settings = Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_memory_limit="512MB", duckdb_threads=2)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cryptoresearch.data.bars import make_bars
-from cryptoresearch.data.ingest import forget_file, process_file
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.status import gap_table
 from cryptoresearch.data.store import init_duckdb

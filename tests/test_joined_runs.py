@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cryptoresearch.models.question import RunConfig, identity, read_data
+from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.identity import identity, read_data
 from typer.testing import CliRunner
 
-from cryptoresearch.data.bars import make_bars, read_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.bars import read_bars
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch
-from cryptoresearch.features.joined import read_trade_columns
+from cryptoresearch.features.inputs import read_trade_columns
 from cryptoresearch.features.microstructure import trade_features
 from cryptoresearch.features.registry import REGISTRY
-from cryptoresearch.models.runs import load_run, prepare, reproduce, train_run
+from cryptoresearch.runs.reproduce import reproduce
+from cryptoresearch.runs.run import load_run, train_run
+from cryptoresearch.runs.walk_forward import prepare
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 

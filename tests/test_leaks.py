@@ -20,10 +20,10 @@ from sklearn.tree import DecisionTreeRegressor
 from cryptoresearch.data.bars import bar_frame, resample_bars
 from cryptoresearch.errors import ConfigError, SchemaError
 from cryptoresearch.features.causality import prove_causal
-from cryptoresearch.features.frames import lagged, of_symbol, on_frame
+from cryptoresearch.features.derived import lagged, of_symbol, on_frame
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature
-from cryptoresearch.models.labels import fixed_horizon
+from cryptoresearch.labels.horizon import fixed_horizon
 
 Bars = pd.DataFrame
 

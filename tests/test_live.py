@@ -27,7 +27,8 @@ from websockets.sync.server import ServerConnection, serve
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
 from cryptoresearch.live.collector import Collector
-from cryptoresearch.live.feed import FinnhubWebSocket, Trade
+from cryptoresearch.live.feed import FinnhubWebSocket
+from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.settings import Settings, shared_data
 
@@ -431,7 +432,7 @@ CHILD = textwrap.dedent(
     import sys, time
     from datetime import UTC, datetime, timedelta
     from cryptoresearch.live.collector import Collector
-    from cryptoresearch.live.feed import Trade
+    from cryptoresearch.live.messages import Trade
     from cryptoresearch.settings import Settings
     c = Collector(["BTCUSDT"], source="replay", settings=Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1), interval_s=0.02).start()
     t0, n = datetime(2024, 1, 1, tzinfo=UTC), 0

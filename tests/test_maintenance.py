@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.maintenance import backup, expire, measure_store, pinned_snapshots, restore, tidy, verify
 from cryptoresearch.data.status import _without, gap_table, read_trades, status
 from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
@@ -158,10 +158,11 @@ def test_expiry_spares_what_is_pinned(data: st.DataObject, tmp_path_factory: pyt
 
 @pytest.mark.slow
 def test_a_trained_run_reproduces_after_expiry(settings: Settings, shared: Path) -> None:
-    from cryptoresearch.models.question import RunConfig
+    from cryptoresearch.runs.config import RunConfig
 
-    from cryptoresearch.data.bars import make_bars
-    from cryptoresearch.models.runs import reproduce, train_run
+    from cryptoresearch.data.build_bars import make_bars
+    from cryptoresearch.runs.reproduce import reproduce
+    from cryptoresearch.runs.run import train_run
 
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-1h-2017-08_2024-04.parquet", symbol="BTCUSDT", kind="klines", interval="1h")

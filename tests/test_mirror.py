@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cryptoresearch.data.archive import archive_name, download, ensure_buckets, list_objects, minio_client, remove, stored, verify
-from cryptoresearch.data.folders import find_files, process_files
-from cryptoresearch.data.mirror import MirrorResult, mirror_archive, plan_mirror
+from cryptoresearch.ingest.folders import find_files, process_files
+from cryptoresearch.data.mirror import mirror_archive, MirrorResult, plan_mirror
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound
 from cryptoresearch.settings import Settings

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cryptoresearch.errors import DataNotFound, SchemaError
-from cryptoresearch.evaluation.scores import calibration_table, coverage_table, diebold_mariano, ic, ic_t, rank_ic, score_table
-from cryptoresearch.evaluation.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
-from cryptoresearch.models.baselines import baselines
-from cryptoresearch.models.boosting import XGBoostModel, purged_tail
-from cryptoresearch.models.labels import fixed_horizon, sample_intervals
-from cryptoresearch.models.splits import WalkForward, overlaps
+from cryptoresearch.metrics.scores import calibration_table, coverage_table, diebold_mariano, ic, ic_t, rank_ic, score_table
+from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
+from cryptoresearch.labels.baselines import baselines
+from cryptoresearch.models.boosting import purged_tail, XGBoostModel
+from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
+from cryptoresearch.models.splits import overlaps, WalkForward
 
 HOUR = pd.Timedelta("1h")
 few = settings(max_examples=60, deadline=None, derandomize=True)

@@ -19,15 +19,15 @@ from typing import Any
 import httpx
 import nbformat
 import pytest
-from cryptoresearch.models.question import RunConfig
+from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
-from cryptoresearch.evaluation.luck import search_luck
-from cryptoresearch.evaluation.report import number
-from cryptoresearch.models.registry import audit_of
-from cryptoresearch.models.runs import Run, train_run
-from cryptoresearch.models.trials import question_of, read_trials, trial_sharpes
+from cryptoresearch.evaluation.overfitting import search_luck
+from cryptoresearch.metrics.verdict import number
+from cryptoresearch.evaluation.promotion import audit_of
+from cryptoresearch.runs.run import Run, train_run
+from cryptoresearch.runs.trials import question_of, read_trials, trial_sharpes
 from cryptoresearch.serving.batch import notebook_path, outside
 from cryptoresearch.settings import Settings
 

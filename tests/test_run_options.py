@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from cryptoresearch.models.question import RunConfig
+from cryptoresearch.runs.config import RunConfig
 from test_runs import SMALL, put_bars
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
-from cryptoresearch.models import question, runs
-from cryptoresearch.models.runs import load_run, reproduce, train_run
+from cryptoresearch.runs import config as question, run as runs
+from cryptoresearch.runs.reproduce import reproduce
+from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.serving.batch import train_report
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
@@ -223,7 +224,7 @@ def test_garch_is_a_model_of_runs_with_a_finite_history(store, bars):
 
 
 def test_lags_by_name_are_the_packages_own_and_join_no_group():
-    from cryptoresearch.features.registry import REGISTRY, feature_names, resolve
+    from cryptoresearch.features.registry import feature_names, REGISTRY, resolve
 
     before = feature_names("all")
     assert question.own_features(("ret_1_lags_40", "rv_24_lag_9")) == {} and feature_names("all") == before and "rv_24_lag_9" not in REGISTRY
@@ -231,7 +232,7 @@ def test_lags_by_name_are_the_packages_own_and_join_no_group():
 
 
 def test_paths_of_a_combinatorial_split_stand_in_the_report_and_leave_the_run_alone(store, bars):
-    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+    from cryptoresearch.evaluation.cpcv import path_predictions, score_paths
 
     with connect(store) as con:
         before = train_run(con, CALM, store)
@@ -250,7 +251,7 @@ def test_paths_of_a_combinatorial_split_stand_in_the_report_and_leave_the_run_al
 
 @pytest.mark.parametrize("target, more", [("direction", {"calibrate": "platt"}), ("volatility", {}), ("meta", {"label": {"window": 48, "primary": "ret_6"}})])
 def test_no_path_has_seen_the_rows_it_forecasts(bars, target, more):
-    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+    from cryptoresearch.evaluation.cpcv import path_predictions, score_paths
 
     asked = replace(CALM, target=target, features=("ret_1", "ret_6", "calendar"), **more)  # which look back a few hours: much is purged around each group
     samples = runs.prepare(bars, asked)

@@ -16,19 +16,22 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from cryptoresearch.models.question import RunConfig
+from cryptoresearch.runs.config import RunConfig
 
-from cryptoresearch.data.bars import bar_frame, make_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
-from cryptoresearch.features.frames import lagged, of_symbol, on_frame, register, with_symbol
+from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
-from cryptoresearch.features.registry import REGISTRY, Feature, OnColumns, resolve
-from cryptoresearch.models import question, runs
-from cryptoresearch.models.runs import list_runs, load_run, reproduce, train_run
-from cryptoresearch.serving.batch import notebook_path, outside, plotly_js, run_notebook, train_report
+from cryptoresearch.features.registry import Feature, OnColumns, REGISTRY, resolve
+from cryptoresearch.runs import config as question, run as runs
+from cryptoresearch.runs.reproduce import reproduce
+from cryptoresearch.runs.run import list_runs, load_run, train_run
+from cryptoresearch.serving.batch import notebook_path, outside, run_notebook, train_report
+from cryptoresearch.serving.report_figures import plotly_js
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings, shared_data
 
@@ -213,8 +216,8 @@ def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, moment
     script = textwrap.dedent(f"""
         import os, pathlib, signal, sys
         from cryptoresearch.data.store import connect
-        from cryptoresearch.models.question import RunConfig
-        from cryptoresearch.models.runs import train_run
+        from cryptoresearch.runs.config import RunConfig
+        from cryptoresearch.runs.run import train_run
         from cryptoresearch.settings import Settings
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         if {moment!r} == "rename":
@@ -412,7 +415,7 @@ def test_the_packages_own_features_are_not_own_until_somebody_takes_their_name()
 
 
 def test_a_digest_is_the_same_in_another_process():
-    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runs as t; from cryptoresearch.features.frames import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))"
+    text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_runs as t; from cryptoresearch.features.derived import lagged; print(t._digest(lagged(t._feature(t._Slotted((1, 'a', None))), 3)), t._digest(t._feature(t._from_file)))"
     found = {subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
     assert len(found) == 1
 
@@ -522,7 +525,7 @@ def test_event_bars_are_trained_and_made_again(events, target, spec, label):
 @pytest.mark.parametrize("more", [{"interval": "scaled", "interval_params": {"volatility": "ridge", "volatility_features": ["returns"]}}, {"interval": "adaptive", "features": ("ret_1", "ret_6", "calendar")}])
 def test_event_bars_can_have_the_options_too(events, more):
     from cryptoresearch.evaluation.comparison import interval_table
-    from cryptoresearch.evaluation.paths import path_predictions, score_paths
+    from cryptoresearch.evaluation.cpcv import path_predictions, score_paths
 
     asked = replace(EVENTS, **more)
     with connect(events) as con:

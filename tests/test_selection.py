@@ -12,17 +12,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from cryptoresearch.features.drift import bin_counts, drift_over_time, drift_table, quantile_edges, silence_index, stability_index
 from cryptoresearch.features.selection import (
-    cluster_features,
-    contribution_importance,
-    contributions,
-    filter_table,
-    fit_folds,
-    importance_table,
-    mutual_information,
-    permutation_importance,
-    rank_agreement,
-    rank_correlation,
-    selection_table,
+    cluster_features, contribution_importance, contributions, filter_table, fit_folds, importance_table, mutual_information,
+    permutation_importance, rank_agreement, rank_correlation, selection_table,
 )
 from cryptoresearch.models.boosting import XGBoostModel
 from cryptoresearch.models.crossval import PurgedKFold

@@ -25,10 +25,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cryptoresearch.data.archive import fetch_day
-from cryptoresearch.data.dirt import KINDS as DIRT
-from cryptoresearch.data.dirt import Dirt, soil
-from cryptoresearch.data.ingest import process_file
-from cryptoresearch.data.simulate import CAPITAL, LOWER, Market, csv_text, simulate_archive, simulate_trades
+from cryptoresearch.data.corruption import KINDS as DIRT
+from cryptoresearch.data.corruption import Dirt, soil
+from cryptoresearch.ingest.files import process_file
+from cryptoresearch.data.simulate import CAPITAL, csv_text, LOWER, Market, simulate_archive, simulate_trades
 from cryptoresearch.data.status import gap_table
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import SchemaError

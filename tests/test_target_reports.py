@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cryptoresearch.models.question import RunConfig
+from cryptoresearch.runs.config import RunConfig
 
-from cryptoresearch.data.bars import make_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.models.runs import Run, train_run
+from cryptoresearch.runs.run import Run, train_run
 from cryptoresearch.settings import Settings
 
 HOURS = RunConfig(target="direction", start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))

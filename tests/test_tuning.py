@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cryptoresearch.models.question import RunConfig
+from cryptoresearch.runs.config import RunConfig
 
-from cryptoresearch.data.bars import make_bars
-from cryptoresearch.data.ingest import process_file
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.models.tuning import open_study, trial_table, tune
+from cryptoresearch.runs.tuning import open_study, trial_table, tune
 from cryptoresearch.settings import Settings
 
 SEARCH = """
 import sys
 from cryptoresearch.data.store import init_duckdb
-from cryptoresearch.models.question import RunConfig
-from cryptoresearch.models.tuning import tune
+from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.tuning import tune
 from cryptoresearch.settings import Settings
 home, n = sys.argv[1], int(sys.argv[2])
 settings = Settings(_env_file=None, duckdb_path=home + "/catalog.sqlite", runs_dir=home + "/runs")

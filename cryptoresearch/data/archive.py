@@ -38,7 +38,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random
 
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError
-from ..settings import Settings, get_settings
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/data/02_archive.ipynb #5d6a2300
 def _target(

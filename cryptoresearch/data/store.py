@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from .. import __version__
-from ..errors import ConfigError, DataNotFound, SchemaError, StoreBusy, problem
-from ..settings import Settings, get_settings
+from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/data/01_store.ipynb #bb1e86fb
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ MIGRATIONS: dict[int, list[str]] = {
         *(f"ALTER TABLE lake.{table} ADD COLUMN {column}" for table, columns in NEW_COLUMNS.items() for column in columns),
         *(f"CREATE TABLE lake.{name} ({columns})" for name, columns in NEW_TABLES.items()),
     ],
-    3: ["ALTER TABLE lake.ingest_ledger ADD COLUMN digest_version INTEGER"],  # NULL: 1, what `data.corrections` says that it covers
+    3: ["ALTER TABLE lake.ingest_ledger ADD COLUMN digest_version INTEGER"],  # NULL: 1, what `ingest.corrections` says that it covers
     4: [f"ALTER TABLE lake.predictions ADD COLUMN {column}" for column in ("first_id BIGINT", "lower DOUBLE", "upper DOUBLE")],  # first_id of an event bar, several of which may open at one moment
 }
 

@@ -8,22 +8,21 @@ __all__ = ['DIGEST_VERSION', 'DIGESTED', 'UNKNOWN', 'DIGEST_MODULUS', 'rows_dige
            'Older', 'stored_files', 'clear_ledger']
 
 # %% ../../nbs/data/04_ledger.ipynb #9b27ec64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, UTC
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
-import re
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC
-from datetime import datetime
 from duckdb import DuckDBPyConnection
 from numba import njit
-from typing import Any
 
 # %% ../../nbs/data/04_ledger.ipynb #69b91dad
 @njit(cache=True, nogil=True)
 def _mix(  # type: ignore[no-untyped-def]
-    mixed,  # uint64, n: a hash a row, changed in place
+    mixed,  # uint64, n: one hash per row, changed in place
     values,  # uint64, n
 ):
     "Mix one more value of each row into its hash."
@@ -34,26 +33,29 @@ def _mix(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _total(mixed):  # type: ignore[no-untyped-def]
-    "Sum modulo 2**64."
+    "Compute the sum modulo 2**64."
     total = np.uint64(0)
     for x in mixed:
         total += x
     return total
 
 # %% ../../nbs/data/04_ledger.ipynb #14ab8fbb
-DIGEST_VERSION = 2  # of new files; a ledger's row without a version has the first
+DIGEST_VERSION = 2  # of new files; a row of the ledger without a version has version 1
 DIGESTED = {
     1: {"trades": ("trade_id", "ts", "price", "qty", "side_reported"), "candles": ("ts", "open", "high", "low", "close", "volume")},
-    2: {"trades": ("trade_id", "ts", "price", "qty", "quote_qty", "marks"), "candles": ("ts", "close_ts", "open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume")},
+    2: {
+        "trades": ("trade_id", "ts", "price", "qty", "quote_qty", "marks"),
+        "candles": ("ts", "close_ts", "open", "high", "low", "close", "volume", "quote_volume", "trades", "buy_volume"),
+    },
 }
-UNKNOWN = -1  # stands for NULL in a digest, where no value can be negative
+UNKNOWN = -1  # replaces NULL in a digest, where no value can be negative
 DIGEST_MODULUS = 1 << 64
 
 
 def rows_digest(
-    columns: Sequence[np.ndarray],  # the columns of `DIGESTED`, n each; times as int64 microseconds, an unknown side as 0, other unknown values as `UNKNOWN`
+    columns: Sequence[np.ndarray],  # those of `DIGESTED`, n each; times as int64 µs, unknown sides 0, other unknown values `UNKNOWN`
 ) -> int:  # 0 to 2**64 - 1; 0 for no rows
-    "Sum of the rows' hashes, whatever their order."
+    "Sum the hashes of the rows; their order does not matter."
     mixed = np.full(len(columns[0]), 0x243F6A8885A308D3, np.uint64)
     for values in columns:
         _mix(mixed, np.ascontiguousarray(values if values.dtype.itemsize == 8 else values.astype(np.int64)).view(np.uint64))
@@ -62,11 +64,11 @@ def rows_digest(
 # %% ../../nbs/data/04_ledger.ipynb #73bb63b0
 @njit(cache=True, nogil=True)
 def trade_marks(  # type: ignore[no-untyped-def]
-    n_trades,  # int, n
+    n_trades,  # int, n: trades in the row
     reported,  # int8, n: the aggressor's side, 0 unknown
     tick,  # int8, n: the tick rule's, 0 unknown
-):  # int64, n
-    "Number of trades and both sides of a row as one number; other values give another one."
+):  # int64, n; different values give different numbers
+    "Pack the number of trades and both sides of each row into one integer."
     marks = np.empty(len(n_trades), np.int64)
     for i in range(len(marks)):
         marks[i] = np.int64(n_trades[i]) * 65536 + (np.int64(reported[i]) + 128) * 256 + np.int64(tick[i]) + 128
@@ -74,46 +76,51 @@ def trade_marks(  # type: ignore[no-untyped-def]
 
 # %% ../../nbs/data/04_ledger.ipynb #bf08de8d
 _IN_SQL = {
-    "ts": "epoch_us(ts)", "close_ts": "epoch_us(close_ts)", "side_reported": "coalesce(side_reported, 0)",
-    "marks": f"coalesce(n_trades, {UNKNOWN})::BIGINT * 65536 + (coalesce(side_reported, 0)::BIGINT + 128) * 256 + coalesce(side_tick, 0)::BIGINT + 128",
+    "ts": "epoch_us(ts)",
+    "close_ts": "epoch_us(close_ts)",
+    "side_reported": "coalesce(side_reported, 0)",
+    "marks": f"coalesce(n_trades, {UNKNOWN})::BIGINT * 65536"
+    " + (coalesce(side_reported, 0)::BIGINT + 128) * 256 + coalesce(side_tick, 0)::BIGINT + 128",
     **{name: f"coalesce({name}, {UNKNOWN})" for name in ("quote_qty", "quote_volume", "trades", "buy_volume")},
-}  # fmt: skip
+}
 
 
 def digest_sql(
-    table: str,  # 'trades' or 'candles'
+    table: str,  # `trades` or `candles`, as `Series.table`
     *versions: int,  # of `DIGESTED`
-) -> str:  # what stands between SELECT and FROM
-    "The columns of digests."
-    return ", ".join(f"{_IN_SQL.get(name, name)} AS {name}" for name in dict.fromkeys(name for version in versions for name in DIGESTED[version][table]))
+) -> str:  # the text between SELECT and FROM
+    "Build the SQL for the columns that digests cover."
+    columns = dict.fromkeys(name for version in versions for name in DIGESTED[version][table])
+    return ", ".join(f"{_IN_SQL.get(name, name)} AS {name}" for name in columns)
 
 
 def batches_digest(
-    batches: Iterator[pa.RecordBatch],  # as `digest_sql` gives them
-) -> int:
-    "Digest of streamed rows."
+    batches: Iterator[pa.RecordBatch],  # with the columns of `digest_sql`
+) -> int:  # 0 to 2**64 - 1; 0 for no rows
+    "Compute the digest of streamed rows."
     return sum(rows_digest([c.to_numpy(zero_copy_only=False) for c in batch.columns]) for batch in batches if len(batch)) % DIGEST_MODULUS
 
 # %% ../../nbs/data/04_ledger.ipynb #449cf41e
 def stored_digest(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
-    table: str,  # 'trades' or 'candles'
+    table: str,  # `trades` or `candles`, as `Series.table`
     file_id: str,  # sha256 of a loaded file
     version: int = DIGEST_VERSION,  # the ledger's `digest_version`
 ) -> int:  # to be compared with the ledger's `digest`
-    "Digest of the rows that are stored under a file."
+    "Compute the digest of the rows that are stored under a file."
     query = f"SELECT {digest_sql(table, version)} FROM lake.main.{table} WHERE file_id = ?"
     return batches_digest(con.execute(query, [file_id]).to_arrow_reader(122_880))
 
 
 def file_digest(
-    con: DuckDBPyConnection,
-    table: str,  # 'trades' or 'candles', whose layout the file has
-    file: str,  # Parquet
+    con: DuckDBPyConnection,  # any connection
+    table: str,  # whose layout the file has
+    file: str,  # path of the Parquet file
     version: int = DIGEST_VERSION,  # of `DIGESTED`
-) -> int:
-    "Digest of the rows of a Parquet file."
-    return batches_digest(con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quoted(file)})").to_arrow_reader(122_880))
+) -> int:  # 0 to 2**64 - 1; 0 for no rows
+    "Compute the digest of the rows of a Parquet file."
+    rows = con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quoted(file)})")
+    return batches_digest(rows.to_arrow_reader(122_880))
 
 # %% ../../nbs/data/04_ledger.ipynb #20071e66
 def moment(
@@ -125,13 +132,13 @@ def moment(
 
 def log_event(
     con: DuckDBPyConnection,  # inside a function that `write` runs
-    event: str,  # 'refused', 'duplicate', 'corrected', 'replaced', 'forgotten'
-    symbol: str | None,
-    source: str | None,
-    file_id: str | None,  # sha256
-    uri: str | None,
+    event: str,  # such as 'refused', 'duplicate', 'corrected', 'replaced' and 'forgotten'
+    symbol: str | None,  # of the series; None if unknown
+    source: str | None,  # of the series; None if unknown
+    file_id: str | None,  # sha256 of the file
+    uri: str | None,  # path or address of the file
     span: tuple[int, int] | None,  # affected time, µs since 1970
-    detail: str,  # for a reader
+    detail: str,  # text for the user
 ) -> None:
     "Add one line to `data_log`."
     start, end = (moment(us) for us in span) if span else (None, None)
@@ -173,53 +180,62 @@ class Series:
         return f"{same} AND interval = {quoted(self.interval)}" if table else f"{same} AND coalesce(interval, {quoted(self.interval)}) = {quoted(self.interval)}"
 
 # %% ../../nbs/data/04_ledger.ipynb #2566b3b5
-_ARCHIVE_NAME = re.compile(r"([A-Z0-9_]+-(?:trades|aggTrades|\d{1,3}(?:s|m|h|d|w|mo))-\d{4}-\d{2}(?:-\d{2})?)\.(?:zip|csv|csv\.gz|parquet)")
+_ARCHIVE_NAME = re.compile(
+    r"([A-Z0-9_]+-(?:trades|aggTrades|\d{1,3}(?:s|m|h|d|w|mo))-\d{4}-\d{2}(?:-\d{2})?)\.(?:zip|csv|csv\.gz|parquet)"
+)
 
 
 def archive_title(
-    uri: str,  # path or address; only the last part counts
-) -> str | None:  # such as 'BTCUSDT-trades-2022-01'; None for a name that the archive would not give
-    "What a file claims to be, by the archive's naming."
+    uri: str,  # address or path, of which only the last part counts
+) -> str | None:  # such as 'BTCUSDT-trades-2022-01'; None if the name is not an archive name
+    "Return the title that an archive name gives a file, without its ending."
     found = _ARCHIVE_NAME.fullmatch(re.split(r"[/\\]", uri)[-1])
     return found[1] if found else None
 
 # %% ../../nbs/data/04_ledger.ipynb #42f83f52
 @dataclass(frozen=True)
 class Older:
-    "A stored file, as far as it matters here."
+    "The ledger row of a stored file, as far as comparisons need it."
 
-    file_id: str
-    uri: str
-    rows: int
-    rejected: int
-    digest: int | None  # None for files that were loaded before there were digests
+    file_id: str  # sha256 of the file
+    uri: str  # path or address
+    rows: int  # stored
+    rejected: int  # refused
+    digest: int | None  # None for files that were loaded before digests existed
     first: tuple[int, int]  # ts (µs) and trade id of the first row that is stored; id 0 of candles
-    last: tuple[int, int]
+    last: tuple[int, int]  # the same of the last row
     version: int = DIGEST_VERSION  # of the digest
 
-    def span(self) -> tuple[int, int]:
-        "First and last time, µs since 1970."
+    def span(self) -> tuple[int, int]:  # µs since 1970, both included
+        "Return the times of the first and last stored row."
         return self.first[0], self.last[0]
 
 
-_OLDER = "file_id, uri, rows, rejected, digest, epoch_us(first_ts), coalesce(first_id, 0), epoch_us(last_ts), coalesce(last_id, 0), coalesce(digest_version, 1)"
+_OLDER = (
+    "file_id, uri, rows, rejected, digest, epoch_us(first_ts), coalesce(first_id, 0), epoch_us(last_ts), coalesce(last_id, 0), "
+    "coalesce(digest_version, 1)"
+)
 
 
-def _older(row: tuple[Any, ...]) -> Older:
-    "A row of the ledger, as selected by `_OLDER`."
+def _older(row: tuple[Any, ...]) -> Older:  # Any: DuckDB types no values
+    "Convert a row of the ledger, as selected by `_OLDER`."
     return Older(row[0], row[1], row[2], row[3], row[4], (row[5], row[6]), (row[7], row[8]), row[9])
 
 # %% ../../nbs/data/04_ledger.ipynb #06b64d84
 def stored_files(
-    con: DuckDBPyConnection,
-    series: Series,
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    series: Series,  # to which the rows belong
 ) -> list[Older]:  # in the order of loading
-    "Files of which the store has rows."
-    kind = f"{series.where(False)} AND kind = {quoted(series.kind)} AND rows > 0" if series.interval else f"{series.where()} AND kind = {quoted(series.kind)} AND rows > 0"
-    return [_older(row) for row in con.execute(f"SELECT {_OLDER} FROM lake.main.ingest_ledger WHERE {kind} ORDER BY ingested_at, file_id").fetchall()]
+    "List the files of a series that have rows in the store."
+    where = f"{series.where(not series.interval)} AND kind = {quoted(series.kind)} AND rows > 0"
+    query = f"SELECT {_OLDER} FROM lake.main.ingest_ledger WHERE {where} ORDER BY ingested_at, file_id"
+    return [_older(row) for row in con.execute(query).fetchall()]
 
 # %% ../../nbs/data/04_ledger.ipynb #a81b15f4
-def clear_ledger(con: DuckDBPyConnection, file_id: str) -> None:
-    "Take out what is known of a file, but for the log."
+def clear_ledger(
+    con: DuckDBPyConnection,  # inside a function that `write` runs
+    file_id: str,  # sha256 of a loaded file
+) -> None:
+    "Remove a file from the ledger and from quarantine; the log keeps its events."
     for table in ("ingest_ledger", "quarantine"):
         con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [file_id])

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.maintenance import backup, expire, measure_store, pinned_snapshots, restore, tidy, verify
-from cryptoresearch.data.status import _without, gap_table, read_trades, status
+from cryptoresearch.data.coverage import without_holes
+from cryptoresearch.data.status import gap_table, read_trades, status
 from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.settings import Settings
@@ -298,7 +299,7 @@ def test_intervals_without_others_are_what_sets_say(pieces: list, holes: list) -
         if a > reach:
             disjoint.append((a, b))
             reach = b
-    found = _without(disjoint, holes)
+    found = without_holes(disjoint, holes)
     inside = {i for a, b in disjoint for i in range(a, b)} - {i for a, b in holes for i in range(a, b)}
     assert [i for a, b in found for i in range(a, b)] == sorted(inside)
     assert all(a < b for a, b in found) and found == sorted(found)

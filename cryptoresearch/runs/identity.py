@@ -233,7 +233,8 @@ def read_doubtful(
     for k in doubtful_bars(bars, config.horizon, known_volatility(bars, p["window"], config.horizon), up=p["up"], down=p["down"], side=side):
         bar = bars.iloc[k : k + 1]
         try:
-            trades = read_trades(con, config.symbol, bar.index[0], bar["close_ts"].iloc[0], market=market if market in ("spot", "um") else None)
+            known = market if market in ("spot", "um") else None
+            trades = read_trades(con, config.symbol, bar.index[0], bar["close_ts"].iloc[0], market=known)  # type: ignore[arg-type]
         except DataNotFound:
             continue
         if covered_bars(bar, trades)[0] == 1:

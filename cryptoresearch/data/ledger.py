@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['DIGEST_VERSION', 'DIGESTED', 'UNKNOWN', 'DIGEST_MODULUS', 'rows_digest', 'trade_marks', 'digest_sql',
-           'batches_digest', 'stored_digest', 'file_digest', 'moment', 'log_event', 'quoted', 'Series', 'archive_title',
-           'Older', 'stored_files', 'clear_ledger']
+           'batches_digest', 'stored_digest', 'file_digest', 'log_event', 'archive_title', 'Older', 'stored_files',
+           'clear_ledger']
 
 # %% ../../nbs/data/04_ledger.ipynb #9b27ec64
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, UTC
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
+
+from .series import from_us, quote, Series, utc_now, where_recorded, where_rows
 
 # %% ../../nbs/data/04_ledger.ipynb #69b91dad
 @njit(cache=True, nogil=True)
@@ -119,17 +120,10 @@ def file_digest(
     version: int = DIGEST_VERSION,  # of `DIGESTED`
 ) -> int:  # 0 to 2**64 - 1; 0 for no rows
     "Compute the digest of the rows of a Parquet file."
-    rows = con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quoted(file)})")
+    rows = con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quote(file)})")
     return batches_digest(rows.to_arrow_reader(122_880))
 
 # %% ../../nbs/data/04_ledger.ipynb #20071e66
-def moment(
-    us: int,  # microseconds since 1970
-) -> datetime:  # naive UTC, as the store keeps times
-    "A time as the store keeps it."
-    return datetime.fromtimestamp(us // 1_000_000, UTC).replace(microsecond=us % 1_000_000, tzinfo=None)
-
-
 def log_event(
     con: DuckDBPyConnection,  # inside a function that `write` runs
     event: str,  # such as 'refused', 'duplicate', 'corrected', 'replaced' and 'forgotten'
@@ -141,43 +135,10 @@ def log_event(
     detail: str,  # text for the user
 ) -> None:
     "Add one line to `data_log`."
-    start, end = (moment(us) for us in span) if span else (None, None)
+    start, end = (from_us(us) for us in span) if span else (None, None)
     names = "logged_at, event, symbol, source, file_id, uri, start_ts, end_ts, detail"
-    row = [datetime.now(UTC).replace(tzinfo=None), event, symbol, source, file_id, uri, start, end, detail]
+    row = [utc_now(), event, symbol, source, file_id, uri, start, end, detail]
     con.execute(f"INSERT INTO lake.main.data_log ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-
-# %% ../../nbs/data/04_ledger.ipynb #55d92ade
-def quoted(text: str) -> str:
-    "A string in SQL."
-    return "'" + text.replace("'", "''") + "'"
-
-# %% ../../nbs/data/04_ledger.ipynb #65334767
-@dataclass(frozen=True)
-class Series:
-    "Rows of which each key is there once."
-
-    table: str  # 'trades' or 'candles'
-    symbol: str
-    source: str
-    kind: str  # 'trades', 'aggTrades' or 'klines'
-    interval: str | None = None  # of candles
-
-    @property
-    def key(self) -> str:
-        "Column that tells rows apart."
-        return "trade_id" if self.table == "trades" else "ts"
-
-    @property
-    def number(self) -> str:
-        "SQL for the key as a whole number."
-        return "trade_id" if self.table == "trades" else "epoch_us(ts)"
-
-    def where(self, table: bool = True) -> str:
-        "SQL that selects its rows: of the data, or of the other tables."
-        same = f"symbol = {quoted(self.symbol)} AND source = {quoted(self.source)}"
-        if self.interval is None:
-            return same if table else f"{same} AND interval IS NULL"
-        return f"{same} AND interval = {quoted(self.interval)}" if table else f"{same} AND coalesce(interval, {quoted(self.interval)}) = {quoted(self.interval)}"
 
 # %% ../../nbs/data/04_ledger.ipynb #2566b3b5
 _ARCHIVE_NAME = re.compile(
@@ -227,7 +188,8 @@ def stored_files(
     series: Series,  # to which the rows belong
 ) -> list[Older]:  # in the order of loading
     "List the files of a series that have rows in the store."
-    where = f"{series.where(not series.interval)} AND kind = {quoted(series.kind)} AND rows > 0"
+    same = where_recorded(series) if series.spec else where_rows(series)
+    where = f"{same} AND kind = {quote(series.kind)} AND rows > 0"
     query = f"SELECT {_OLDER} FROM lake.main.ingest_ledger WHERE {where} ORDER BY ingested_at, file_id"
     return [_older(row) for row in con.execute(query).fetchall()]
 

@@ -13,7 +13,8 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from .bars import bar_length
-from .status import coverage, gap_table, Level, PREFERRED, status, Time, Verdict
+from .series import naive_utc, TimeLike
+from .status import coverage, gap_table, Level, PREFERRED, status, Verdict
 from ..errors import DataNotFound, problem
 
 # %% ../../nbs/data/14_quality.ipynb #d5e47170
@@ -36,17 +37,16 @@ def pick_source(
 def _where(
     symbol: str,
     source: str,
-    start: Time | None,  # first time; naive means UTC; from the beginning when None
-    end: Time | None,  # times before this one; to the end when None
+    start: TimeLike | None,  # first time; naive means UTC; from the beginning when None
+    end: TimeLike | None,  # times before this one; to the end when None
 ) -> tuple[str, list[str | datetime]]:  # condition, its values
     "Build the SQL condition for the rows of a series."
     where = "symbol = ? AND source = ?"
     values: list[str | datetime] = [symbol, source]
     for sign, time in ((">=", start), ("<", end)):
         if time is not None:
-            stamp = pd.Timestamp(time)
             where += f" AND ts {sign} ?"
-            values.append((stamp.tz_convert(None) if stamp.tzinfo else stamp).to_pydatetime())
+            values.append(naive_utc(time))
     return where, values
 
 # %% ../../nbs/data/14_quality.ipynb #13cda872
@@ -72,8 +72,8 @@ def daily(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str,  # such as BTCUSDT
     source: str,  # as in `coverage`
-    start: Time | None = None,  # first time; naive means UTC; from the beginning when None
-    end: Time | None = None,  # times before this one; to the end when None
+    start: TimeLike | None = None,  # first time; naive means UTC; from the beginning when None
+    end: TimeLike | None = None,  # times before this one; to the end when None
 ) -> pd.DataFrame:  # one row per UTC day from first to last: rows, volumes, prices, both_sides, agreement; 0 rows and NaN without data
     "Aggregate a series day by day; `DataNotFound` if there are no rows."
     candles = is_candles(con, symbol, source)
@@ -163,7 +163,7 @@ def _compared(
 ) -> pd.DataFrame:  # as `against_candles`
     "Compare candles and trades within one stretch."
     us = bar_length(interval) // pd.Timedelta("1us")
-    bounds = {"start": start.tz_convert(None).to_pydatetime(), "end": end.tz_convert(None).to_pydatetime()}
+    bounds = {"start": naive_utc(start), "end": naive_utc(end)}
     values = {"symbol": symbol, "source": source, "candles": candles, "interval": interval, **bounds}
     frame = con.execute(_COMPARE.format(us=us), values).df()
     prices = [(frame[f"candle_{n}"] == frame[n]) | (frame["trades"] == 0) for n in ("open", "high", "low", "close")]

@@ -21,6 +21,7 @@ from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, read_bars, 
 from ..data.bars import complete_trades
 from ..data.event_bars import event_spec, EventFolder, to_event_frame
 from ..data.event_frames import check_event_bars, with_gap_rows
+from ..data.series import to_utc
 from ..data.store import init_duckdb, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.registry import resolve
@@ -340,7 +341,7 @@ def predict_live(
 ) -> int:  # predictions that are new in the store
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
-    end, stop, written = _utc(until), stop or threading.Event(), 0
+    end, stop, written = None if until is None else to_utc(until), stop or threading.Event(), 0
     con = init_duckdb(s)
     try:
         live = _Live(con, load_run(run_id, s), source)
@@ -361,8 +362,4 @@ def predict_live(
         con.close()
 
 # %% ../../nbs/serving/02_predictor.ipynb #d27802eb
-def _utc(time: Any) -> pd.Timestamp | None:
-    if time is None:
-        return None
-    stamp = pd.Timestamp(time)
-    return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+#| export

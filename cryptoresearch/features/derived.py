@@ -15,8 +15,7 @@ from math import gcd
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_length, combine_bars, NUMBERS, PRICES
-from ..data.event_frames import is_event_frame
+from ..data.bars import bar_kind, bar_length, combine_bars, NUMBERS, PRICES
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
 from .indicators import log_return
@@ -169,7 +168,7 @@ def with_symbol(
     other: pd.DataFrame,  # bar frame of the other, bars of the same length
 ) -> pd.DataFrame:  # the frame with the other's numbers as columns symbol_close …; NaN where the other has no bar
     "Join another symbol's bars to a frame on `close_ts`."
-    if is_event_frame(bars) or is_event_frame(other):
+    if not (bar_kind(bars).has_clock and bar_kind(other).has_clock):
         raise SchemaError(problem("time bars, which close together", "event bars", f"Hand time bars of {symbol} over: of_symbol({symbol!r}, feature, other)"))
     a, b = ((f["close_ts"] - f.index.to_series()).head(1).tolist() for f in (bars, other))
     if a and b and a != b:

@@ -13,7 +13,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_length, read_bars, source_market, SOURCES, Trades
+from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES, Trades
 from ..data.bar_updates import fold_ordered
 from ..errors import ConfigError, problem
 from .derived import symbol_prefix, with_symbol
@@ -80,7 +80,7 @@ def join_needed(
     "Join the columns that the features need and the bars do not have."
     names, beside = list(features), dict[str, tuple[str, ...]]()
     missing = {c for f in resolve(names) for c in f.inputs} - set(bars)
-    if not bars.index.is_unique or ":" in str(bars.attrs.get("spec", "")):
+    if not bar_kind(bars).has_clock:
         if other_symbols(names) or missing & set(TRADE_COLUMNS):
             raise ConfigError(problem("features of the event bars themselves", f"{', '.join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])}", "Columns of trades and of other symbols are joined to time bars only"))
         return bars, beside

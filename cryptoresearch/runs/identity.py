@@ -31,8 +31,7 @@ from types import CodeType
 from types import ModuleType
 from typing import Any
 from ..data.bars import read_bars, source_market
-from ..data.event_bars import read_event_bars, UNNUMBERED
-from ..data.event_frames import with_gap_rows
+from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
 from ..data.store import snapshot
 from ..errors import ConfigError, DataNotFound, problem

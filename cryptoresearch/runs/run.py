@@ -25,8 +25,7 @@ import numpy as np
 import pandas as pd
 from .config import by_events, least_length, RunConfig
 from .identity import beside_features, canonical, identity, read_data, run_name, RunData, sha256_of
-from ..data.bars import bar_length
-from ..data.event_frames import is_event_frame
+from ..data.bars import bar_kind, bar_length
 from ..errors import CryptoResearchError, DataNotFound, problem, RunMismatch, SchemaError
 from ..metrics.verdict import deflate, judge
 from ..metrics.scores import score_table
@@ -74,7 +73,7 @@ class Run:
         values = self.pipeline.process_data(bars)
         X = values[[f["name"] for f in self.info["features"]]]
         rows = usable_rows(X, bars)
-        out = bars.loc[rows, ["close_ts", *(["first_id"] if is_event_frame(bars) else [])]].rename(columns={"close_ts": "known_ts"})
+        out = bars.loc[rows, ["close_ts", *bar_kind(bars).id_columns]].rename(columns={"close_ts": "known_ts"})
         if not rows.any():
             return out.assign(prediction=0.0, lower=0.0, upper=0.0)
         scaled = isinstance(self.ends, ScaledEnds) and self.config.target == "scaled_return"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from ..data.event_frames import is_event_frame
+from ..data.bars import bar_kind
 from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing
 from ..features.registry import resolve
@@ -72,8 +72,7 @@ def prepare(
         base["har"] = har_volatility(bars, config.horizon)
     if is_event(config.target):
         base["last"] = previous_outcome(labels, labels)
-    if is_event_frame(bars):
-        labels = labels.assign(first_id=bars["first_id"])  # which bar, since a time does not tell
+    labels = labels.assign(**{c: bars[c] for c in bar_kind(bars).id_columns})
     beside = beside_features(config)
     warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in resolve([*X.columns, *beside])))
     rows = usable_rows(X, bars)

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from . import __version__
 from .cli_data import data_app
-from .cli_research import read_params, research_app
+from .cli_research import asked_config, research_app, takes
 from .errors import CryptoResearchError
+from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
@@ -205,44 +206,14 @@ def _progress(text: str) -> Any:
 
 # %% ../nbs/94_cli.ipynb #b037281e
 @app.command()
-def train(
-    symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
-    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h; or event bars that were built, such as dollar:1e6.")] = "1h",
-    target: Annotated[str, typer.Option(help="return, volatility, scaled_return, direction, triple_barrier, trend or meta.")] = "return",
-    horizon: Annotated[int, typer.Option(help="Bars ahead.", min=1)] = 24,
-    source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
-    start: Annotated[str | None, typer.Option(help="First bar, such as 2018-01-01.")] = None,
-    end: Annotated[str | None, typer.Option(help="Bars open before this.")] = None,
-    test_start: Annotated[str | None, typer.Option(help="First bar to forecast; after 60 % by default.")] = None,
-    refit_every: Annotated[str, typer.Option(help="A new model after each, such as 90D or 6h.")] = "90D",
-    mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
-    train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
-    features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
-    modules: Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge, garch or ensemble.")] = "xgboost",
-    param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
-    embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
-    weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
-    interval: Annotated[str, typer.Option(help="residual (one width), scaled (by a forecast volatility), quantile (two quantile models) or adaptive (by the outcomes of the test).")] = "residual",
-    interval_param: Annotated[list[str] | None, typer.Option(help="Interval parameter, name=value, such as volatility=har, given=log_sigma or of=scaled; may be given several times.")] = None,
-    calibrate: Annotated[str, typer.Option(help="Of probabilities: none, isotonic or platt, learned on purged folds of the training.")] = "none",
-    split: Annotated[str, typer.Option(help="walk, or cpcv to show beside the walk the scores over the paths of combinatorial purged cross-validation: fifteen trainings more.")] = "walk",
-    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine to eleven times the work of training.")] = False,
-) -> None:
-    "Train a walk-forward model and write its report; the same question again finds the run that is there."
-    from cryptoresearch.features.user_modules import whole_paths
-    from cryptoresearch.runs.config import RunConfig
+@takes(*options(RunOptions), *options(ReportOptions))
+def train(given: dict[str, Any]) -> None:
+    "Train a walk-forward model and write its report; the same options on the same data find the run that is there."
     from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.batch import train_report
 
-    asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"),
-                 interval=interval, interval_params=read_params(interval_param or [], "--interval-param given=log_sigma"), calibrate=calibrate)  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress, audit=audit, split=split)
+        done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)

@@ -9,33 +9,31 @@ __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'canonical', 'sha256_of', 'column_byt
 
 # %% ../../nbs/runs/02_identity.ipynb #9b27ec64
 import ast
-import cryptoresearch.features.pipeline
-import duckdb
 import hashlib
 import inspect
 import json
-import numpy as np
-import pandas as pd
 import platform
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
-from dataclasses import dataclass
-from functools import lru_cache
-from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import CodeType
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+
+import cryptoresearch.features.pipeline  # registers all features
 from ..data.bars import read_bars, source_market
 from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
 from ..data.store import snapshot
 from ..errors import ConfigError, DataNotFound, problem
-from ..features.derived import Lagged, lagged
+from ..features.derived import lagged, Lagged
 from ..features.inputs import join_needed
 from ..features.registry import Feature, REGISTRY, resolve
 from ..features.user_modules import import_modules
@@ -74,7 +72,7 @@ def frame_digest(
     return parts | {str(name): sha256_of(column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
 # %% ../../nbs/runs/02_identity.ipynb #eeaa3e5c
-CODE = ("data/bars.py", "data/growth.py", "features/*.py", "models/*.py", "evaluation/*.py")
+CODE = ("data/bars.py", "data/bar_updates.py", "data/build_bars.py", "features/*.py", "labels/*.py", "metrics/*.py", "models/*.py", "runs/*.py")
 LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops", "statsmodels", "arch")
 
 

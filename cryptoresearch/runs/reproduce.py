@@ -6,13 +6,14 @@
 __all__ = ['first_difference', 'reproduce']
 
 # %% ../../nbs/runs/06_reproduce.ipynb #9b27ec64
-import duckdb
-import pandas as pd
 import tempfile
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import duckdb
+import pandas as pd
+
 from ..data.store import connect
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch
 from ..features.user_modules import import_modules
@@ -21,10 +22,8 @@ from .config import RunConfig
 from cryptoresearch.runs.identity import (
     beside_features, canonical, code_version, column_bytes, features_of, frame_digest, library_versions, own_features, read_data,
     RunData, sha256_of,
-)
-from cryptoresearch.runs.run import (
-    find_run_folder, fit_last, folder_files, judge_run, read_run_info, run_record, save_fitted, to_json_value,
-)
+)  # fmt: skip
+from .run import find_run_folder, fit_last, folder_files, judge_run, read_run_info, run_record, save_fitted, to_json_value
 from .walk_forward import first_test, Fitted, prepare, Progress, walk_folds
 from ..settings import Settings
 

@@ -16,32 +16,33 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
 import duckdb
 import numpy as np
 import pandas as pd
-from .config import by_events, least_length, RunConfig
-from .identity import beside_features, canonical, identity, read_data, run_name, RunData, sha256_of
+
 from ..data.bars import bar_kind, bar_length
 from ..errors import CryptoResearchError, DataNotFound, problem, RunMismatch, SchemaError
-from ..metrics.verdict import deflate, judge
-from ..metrics.scores import score_table
-from ..metrics.strategy import on_bars, on_clock, sign_strategy, StrategyResult
-from ..features.user_modules import import_modules
 from ..features.pipeline import DataProcessing
 from ..features.registry import resolve
+from ..features.user_modules import import_modules
+from ..labels.targets import as_returns, known_volatility, label_warmup, TARGETS
+from ..metrics.scores import score_table
+from ..metrics.strategy import on_bars, on_clock, sign_strategy, StrategyResult
+from ..metrics.verdict import deflate, judge
 from ..models.boosting import TailModel
 from ..models.conformal import Calibrator
 from ..models.estimators import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
-from ..labels.targets import as_returns, known_volatility, label_warmup, TARGETS
-from .trials import model_text, question_of, record_trial, saved_loss, trial_sharpes
-from ..settings import get_settings, Settings
+from .config import by_events, least_length, RunConfig
+from .identity import beside_features, canonical, identity, read_data, run_name, RunData, sha256_of
+from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from .walk_forward import first_test, fit_all, Fitted, prepare, Progress, Samples, usable_rows, walk_folds
-from .trials import target_text
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/runs/05_run.ipynb #99f62a02
 @dataclass(frozen=True)

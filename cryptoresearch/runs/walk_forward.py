@@ -8,12 +8,14 @@ __all__ = ['LEAST_KNOWN', 'Progress', 'PAST_BLOCKS', 'CALIBRATION_FOLDS', 'usabl
            'fit_all', 'outcome_unit', 'forecast_fold', 'walk_folds', 'walk_forward']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
-import numpy as np
-import pandas as pd
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+import pandas as pd
+
 from ..data.bars import bar_kind
 from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing

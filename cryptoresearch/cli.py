@@ -91,7 +91,7 @@ def download(
     from cryptoresearch.data.mirror import mirror_archive
 
     folder = Path.cwd() / to_folder.expanduser() if to_folder else None
-    done = mirror_archive(symbol, start, end, kind, market=market, interval=interval, folder=folder, bucket=bucket, workers=workers,
+    done = mirror_archive(symbol, start, end, kind, market=market, interval=interval, folder=folder, bucket=bucket, workers=workers,  # type: ignore[arg-type]  # it checks both
                           dry_run=dry_run, refresh=refresh, rehash=rehash)  # fmt: skip
     _mirrored(done)
 

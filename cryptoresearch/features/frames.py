@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'one_feature', 'register', 'Lagged', 'lagged', 'OnFrame', 'on_frame', 'symbol_prefix', 'with_symbol',
-           'OfColumns', 'OfFrame', 'of_symbol', 'features_of_symbol', 'correlation_to', 'beta_to', 'fracdiff_weights',
-           'fractional_difference', 'fracdiff']
+           'OfColumns', 'OfFrame', 'of_symbol', 'split_symbol', 'features_of_symbol', 'resolve_derived',
+           'correlation_to', 'beta_to', 'fracdiff_weights', 'fractional_difference', 'fracdiff']
 
 # %% ../../nbs/features/24_frames.ipynb #7cdb2bc7
 import re
@@ -21,7 +21,7 @@ from ..errors import ConfigError, DataNotFound, SchemaError, problem
 from . import indicators, orderflow
 from .indicators import log_return
 from .microstructure import TRADE_COLUMNS
-from .registry import Feature, OnColumns, feature, resolve
+from .registry import REGISTRY, Feature, OnColumns, add_resolver, feature, find, resolve
 from .windows import Array, correlation_over, slope_over, weighted_over
 
 # %% ../../nbs/features/24_frames.ipynb #34612d63
@@ -243,14 +243,40 @@ def of_symbol(
     return Feature(f"{prefix}_{f.name}", ("close_ts",), -(-stretch // base_us), f.unit, "frames", f.source, OfFrame(f, other.copy(), base_us, length_us), f.tolerance)
 
 # %% ../../nbs/features/24_frames.ipynb #881db0e0
-def features_of_symbol(
-    name: str,  # SYMBOL:feature or SYMBOL:group; the symbol may have a colon of its own
-) -> list[Feature]:  # registered, such as ethusdt_ret_24, in the symbol's own group
-    "Features of another symbol whose columns are joined to the frame."
+def split_symbol(
+    name: str,  # SYMBOL:feature, or the name of a feature; the symbol may contain a colon
+) -> tuple[str, str]:  # symbol, empty for a feature of the bars themselves; feature
+    "Split the symbol from the name of a feature; `ta:` begins the name of an indicator, not a symbol."
+    if indicator := re.search(r"(?:^|:)(ta:.*)", name):
+        return name[: indicator.start()], indicator[1]
     symbol, _, what = name.rpartition(":")
+    return symbol, what
+
+
+def features_of_symbol(
+    name: str,  # SYMBOL:feature or SYMBOL:group; the symbol may contain a colon
+) -> list[Feature]:  # registered, such as ethusdt_ret_24, in the symbol's own group
+    "Make the features of another symbol whose columns are joined to the frame."
+    symbol, what = split_symbol(name)
     if not symbol or not what:
         raise ConfigError(problem("SYMBOL:feature, such as ETHUSDT:ret_24", name, "Name both"))
     return [register(of_symbol(symbol, f), group=symbol_prefix(symbol)) for f in resolve(what)]
+
+# %% ../../nbs/features/24_frames.ipynb #24f00002
+@add_resolver
+def resolve_derived(
+    name: str,  # SYMBOL:feature, feature_lag_N or feature_lags_N
+) -> list[Feature] | None:  # None if the name has another form, or the feature is unknown
+    "Make the features of another symbol, or of some bars ago, from their name."
+    symbol, what = split_symbol(name)
+    if symbol or (":" in name and not what.startswith("ta:")):
+        return features_of_symbol(name)
+    lag = re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", name)
+    found = find(lag[1]) if lag else None
+    if not lag or found is None or len(found) != 1:
+        return None
+    base, n = found[0], int(lag[3])
+    return [base, *(REGISTRY.get(f"{base.name}_lag_{k}") or lagged(base, k) for k in range(1, n + 1))] if lag[2] else [lagged(base, n)]
 
 # %% ../../nbs/features/24_frames.ipynb #b7e28361
 def _correlation_to(close: pd.Series, other: pd.Series, length: int) -> pd.Series:

@@ -16,7 +16,7 @@ import pandas as pd
 from ..data.bars import SOURCES, Trades, bar_length, read_bars, source_market
 from ..data.growth import fold_ordered
 from ..errors import ConfigError, problem
-from .frames import symbol_prefix, with_symbol
+from .frames import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
 from .registry import resolve
 
@@ -69,7 +69,7 @@ def other_symbols(
     features: Iterable[str],  # names and groups
 ) -> tuple[str, ...]:  # each once, in order
     "Other symbols whose features are asked for."
-    return tuple(dict.fromkeys(name.rpartition(":")[0] for name in features if ":" in name))
+    return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/24a_joined.ipynb #4734e1d3
 def join_needed(

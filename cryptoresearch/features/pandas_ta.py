@@ -220,7 +220,7 @@ def _power(indicator: Indicator, full: pd.DataFrame, size: Array, columns: list[
     scaled = indicator(bars.assign(**{c: bars[c] * SCALE for c in columns})).reindex(columns=full.columns)
     ratio = (scaled.abs() / full.abs().where(full != 0)).median().fillna(1.0).clip(lower=1e-12)
     powers = np.round(np.log(ratio) / np.log(SCALE)).to_numpy(dtype=int)
-    wrong = _differs(scaled / SCALE**powers, full, size).any(axis=0).tolist()
+    wrong = [column.any() for column in _differs(scaled / SCALE**powers, full, size).T]
     return [None if w else int(p) for w, p in zip(wrong, powers, strict=True)]
 
 
@@ -281,8 +281,7 @@ def _clocked(indicator: Indicator, full: pd.DataFrame, size: Array) -> list[bool
     "Which columns change when the same bars are minutes instead of hours."
     index = pd.date_range("2024-01-01 00:07", periods=len(full), freq="1min", tz="UTC", name="ts")
     minutes = indicator(proof_bars(len(full)).set_axis(index)).reindex(columns=full.columns)
-    found: list[bool] = _differs(minutes, full, size).any(axis=0).tolist()
-    return found
+    return [bool(column.any()) for column in _differs(minutes, full, size).T]
 
 # %% ../../nbs/features/24b_pandas_ta.ipynb #90de2900
 @cache
@@ -384,8 +383,11 @@ REPLACEMENTS = {  # where this package's feature has another name
     "cdl_pattern": "cdl_doji_10",
     "chandelier_exit": "chandelier_long_22",
     "chop": "choppiness_14",
+    "decay": "decay_24",
     "ichimoku": "tenkan_distance_9",
+    "long_run": "amat_8_21",
     "pivots": "pivot_traditional",
+    "short_run": "amat_8_21",
     "tos_stdevall": "stdevall_30",
     "vwap": "session_vwap_24",
 }

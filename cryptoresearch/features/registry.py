@@ -27,8 +27,8 @@ from ..errors import ConfigError, DataNotFound, SchemaError, problem
 # %% ../../nbs/features/19_registry.ipynb #481d9d9a
 def whole_rows(
     bars: pd.DataFrame,  # bar frame; a frame without a column `gap` has no gaps
-) -> NDArray[np.int64]:  # one a row: rows since the last gap or the start, counting this one; 0 in a gap
-    "Length of the whole stretch that ends at each row."
+) -> NDArray[np.int64]:  # n values: rows since the last gap or the start, counting this one; 0 in a gap
+    "Count the rows since the last gap, at each row."
     rows = np.arange(1, len(bars) + 1)
     if "gap" in bars and (gap := bars["gap"].to_numpy(dtype=bool)).any():
         rows -= np.maximum.accumulate(np.where(gap, rows, 0))
@@ -38,8 +38,8 @@ def whole_rows(
 def window_is_whole(
     bars: pd.DataFrame,  # bar frame; a frame without a column `gap` has no gaps
     warmup: int,  # bars, counting the current one
-) -> np.ndarray:  # bool, one a row: the last `warmup` rows exist and none is a gap
-    "True where the last `warmup` rows are all there."
+) -> np.ndarray:  # bool, n values: the last `warmup` rows exist and none is a gap
+    "Test whether the last `warmup` rows are all present."
     return whole_rows(bars) >= warmup
 
 # %% ../../nbs/features/19_registry.ipynb #a1d5c0e1
@@ -49,14 +49,14 @@ Array = NDArray[np.float64]
 def floats(
     x: pd.Series | Array,  # n values
 ) -> Array:  # n values, contiguous; the series' own memory where that is possible
-    "The values as one block of doubles."
+    "Convert values to one contiguous block of doubles."
     return np.ascontiguousarray(x.to_numpy(dtype=np.float64) if isinstance(x, pd.Series) else x, dtype=np.float64)
 
 # %% ../../nbs/features/19_registry.ipynb #1639e6f8
 def on_arrays(
-    fn: Callable[..., Any],  # arrays and parameters in; an array, or several, out
-) -> Callable[..., Any]:  # the same of series, or of arrays
-    "Let a formula on arrays take series; then it returns series on the index of the first."
+    fn: Callable[..., Any],  # takes arrays and parameters; returns one array or a tuple
+) -> Callable[..., Any]:  # takes series or arrays
+    "Let a formula on arrays also take series; it then returns series on the index of the first."
 
     @wraps(fn)
     def either(*columns: Any, **params: Any) -> Any:
@@ -74,10 +74,10 @@ def on_arrays(
 # %% ../../nbs/features/19_registry.ipynb #ab7dcb22
 @dataclass(frozen=True)
 class OnColumns:
-    "A function of columns and fixed parameters, seen as a function of the bar frame."
+    "A function of columns with fixed parameters, callable with a bar frame."
 
     fn: Callable[..., Any]  # takes the columns in order, then the parameters
-    columns: tuple[str, ...]  # columns handed over
+    columns: tuple[str, ...]  # columns passed to the function
     params: tuple[tuple[str, Any], ...] = ()  # fixed keyword arguments
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series | Array:
@@ -87,11 +87,11 @@ class OnColumns:
 
     @property
     def origin(self) -> tuple[Any, ...]:
-        "What tells it from another: module, parameters, name."
+        "Identify the function by module, parameters and name."
         return self.fn.__module__, self.params, self.fn.__qualname__
 
 # %% ../../nbs/features/19_registry.ipynb #f8301542
-CANDLE = ("open", "high", "low", "close", "volume", "close_ts")  # what bare candles know
+CANDLE = ("open", "high", "low", "close", "volume", "close_ts")  # columns of plain candles
 GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calendar")
 
 # %% ../../nbs/features/19_registry.ipynb #12c3e2b0
@@ -99,37 +99,37 @@ GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calen
 class Feature:
     "A named, documented function of the last `warmup` bars; call it with a bar frame."
 
-    name: str  # the column it makes
+    name: str  # name of its column
     inputs: tuple[str, ...]  # columns of the bar frame it reads
     warmup: int  # bars that determine a value, counting the current one
-    unit: str  # what the number means
+    unit: str  # unit of the values
     group: str  # one of GROUPS, or a user's own
     source: str  # author, year
     fn: Callable[[pd.DataFrame], Any] = field(repr=False)  # frame of the inputs -> n values
     tolerance: float = field(default=1e-9, repr=False)  # relative; how far a value from `warmup` bars may be from that of all history
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
-        "Values on the frame's index; NaN before the warm-up and where the window meets a gap."
+        "Compute the values on the frame's index; NaN before the warm-up and where the window meets a gap."
         return pd.Series(self.values(bars), index=bars.index, name=self.name)
 
     def values(self, bars: pd.DataFrame) -> np.ndarray:
-        "The same as an array."
+        "Compute the values as an array."
         out = np.empty(len(bars))
         self.write(bars, whole_rows(bars), out)
         return out
 
     def write(self, bars: pd.DataFrame, rows: NDArray[np.int64], out: Array) -> None:
-        "The same into an array, given `whole_rows` of the frame."
+        "Write the values into an array, given `whole_rows` of the frame."
         _settle(_evaluate(self, bars), rows, self.warmup, out)
 
     @property
     def candles_suffice(self) -> bool:
-        "Whether open, high, low, close and volume are all it needs."
+        "Whether open, high, low, close and volume suffice."
         return set(self.inputs) <= set(CANDLE)
 
     @property
     def bars_suffice(self) -> bool:
-        "Whether a bar frame has all it needs, without columns that have to be joined."
+        "Whether the columns of a bar frame suffice, with none that must be joined."
         return set(self.inputs) <= {*NUMBERS, "close_ts"}
 
 # %% ../../nbs/features/19_registry.ipynb #11d90892
@@ -141,7 +141,7 @@ def _settle(values: Array, rows: NDArray[np.int64], warmup: int, out: Array) -> 
 
 
 def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
-    "The function's n values, or an error that names the feature."
+    "Call the feature's function and check its result; `SchemaError` names the feature."
     missing = [c for c in feature.inputs if c not in bars]
     if missing:
         raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}", "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
@@ -153,7 +153,7 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
         raise SchemaError(problem(f"a function that reads its inputs {list(feature.inputs)}", f"it asked for {e}", remedy)) from e
     array = np.asarray(values, dtype=float)
     if array.shape != (len(bars),):
-        raise SchemaError(problem(f"{len(bars)} values of feature {feature.name!r}", f"shape {array.shape}", "Return one value a bar"))
+        raise SchemaError(problem(f"{len(bars)} values of feature {feature.name!r}", f"shape {array.shape}", "Return one value per bar"))
     return np.ascontiguousarray(array)
 
 # %% ../../nbs/features/19_registry.ipynb #abf5249a
@@ -161,38 +161,38 @@ REGISTRY: dict[str, Feature] = {}
 
 
 def _origin(fn: Callable[..., Any]) -> tuple[Any, ...]:
-    "What tells two functions apart across re-runs of a cell."
+    "Identify a function across repeated runs of its cell."
     return getattr(fn, "origin", None) or (getattr(fn, "__module__", ""), getattr(fn, "__qualname__", repr(fn)))
 
 
 def _same_author(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    "Whether one redefines the other: a cell run again, or the notebook of a module that is imported already."
+    "Whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
     a, b = _origin(fn), _origin(other)
     return a[1:] == b[1:] and (a[0] == b[0] or "__main__" in (a[0], b[0]))
 
 
 def _check_declaration(f: Feature) -> None:
-    "Refuse a declaration that cannot work."
+    "Raise `ConfigError` for a declaration that cannot work."
     if not f.name.isidentifier() or f.name in (*GROUPS, "default", "all"):
         raise ConfigError(problem("a name such as 'rsi_14' that is not a group's", repr(f.name), "Choose another name"))
     if not isinstance(f.warmup, int) or f.warmup < 1:
-        raise ConfigError(problem("warmup in bars, counting the current one, so at least 1", repr(f.warmup), f"Mend feature {f.name!r}"))
+        raise ConfigError(problem("warmup in bars, counting the current one, so at least 1", repr(f.warmup), f"Correct feature {f.name!r}"))
     if not 0 < f.tolerance < 1:
-        raise ConfigError(problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Mend feature {f.name!r}; 1e-9 is the default"))
+        raise ConfigError(problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Correct feature {f.name!r}; 1e-9 is the default"))
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
 # %% ../../nbs/features/19_registry.ipynb #6c49b42c
 def feature(
     *,
-    name: str,  # column it makes
+    name: str,  # name of its column
     inputs: Iterable[str],  # columns it reads
     warmup: int,  # bars that determine a value, counting the current one
-    unit: str = "1",  # meaning of the number
+    unit: str = "1",  # unit of the values
     group: str = "own",  # family
     source: str = "own",  # author, year
     tolerance: float = 1e-9,  # relative; how far a value from `warmup` bars may be from that of all history
-    replace: bool = False,  # take over a name that another function holds
+    replace: bool = False,  # replace another function of that name
 ) -> Callable[[Callable[[pd.DataFrame], Any]], Feature]:  # decorator
     "Make a function of the bar frame a registered `Feature`."
 
@@ -210,10 +210,10 @@ def feature(
 # %% ../../nbs/features/19_registry.ipynb #306cac3f
 def on_columns(
     fn: Callable[..., Any],  # takes the input columns in order, then params; series, or arrays if `on_arrays`
-    name: str,  # column it makes
-    inputs: str,  # columns it reads, separated by blanks
+    name: str,  # name of its column
+    inputs: str,  # columns it reads, separated by spaces
     warmup: int,  # bars
-    unit: str,  # meaning of the number
+    unit: str,  # unit of the values
     group: str,  # family
     source: str,  # author, year
     **params: Any,  # fixed keyword arguments of fn
@@ -254,13 +254,13 @@ def find(
 def resolve(
     features: str | Feature | Iterable[str | Feature] | None = None,  # names, groups, objects; `default` when None
 ) -> list[Feature]:  # without repetition, in the order asked for
-    "Features behind names and groups; an unknown name raises `DataNotFound` with the closest ones."
+    "Find the features of names and groups; an unknown name raises `DataNotFound` with the closest ones."
     wanted = ("default",) if features is None else (features,) if isinstance(features, str | Feature) else tuple(features)
     found: dict[str, Feature] = {}
     for item in wanted:
         for f in [item] if isinstance(item, Feature) else _named(item):
             if found.setdefault(f.name, f) != f:
-                raise ConfigError(problem("one feature a name", f"two different ones called {f.name!r}", "Rename one of them"))
+                raise ConfigError(problem("one feature per name", f"two different ones called {f.name!r}", "Rename one of them"))
     if not found:
         raise ConfigError(problem("at least one feature", "none", "Ask for features='default'"))
     return list(found.values())
@@ -288,13 +288,13 @@ def _named(item: object) -> list[Feature]:
 def feature_names(
     groups: str | Iterable[str] | None = None,  # names and groups; `all` when None
 ) -> list[str]:  # names
-    "Names of the registered features."
+    "List the names of registered features."
     return [f.name for f in resolve("all" if groups is None else groups)]
 
 # %% ../../nbs/features/19_registry.ipynb #7fbad9f9
 def feature_table(
     features: str | Feature | Iterable[str | Feature] | None = "all",  # names, groups, objects
 ) -> pd.DataFrame:  # index feature; group, inputs, warmup (bars), unit, source, tolerance (relative)
-    "One row a feature: what it is and what it needs."
+    "Describe features, one per row."
     rows = [(f.name, f.group, " ".join(f.inputs), f.warmup, f.unit, f.source, f.tolerance) for f in resolve(features)]
     return pd.DataFrame(rows, columns=["feature", "group", "inputs", "warmup", "unit", "source", "tolerance"]).set_index("feature")

@@ -35,12 +35,12 @@ def other_future(
     kind: str = "other",  # one of KINDS
     seed: int = 0,  # for the random numbers
 ) -> pd.DataFrame:  # valid bar frame, equal up to `cut`, gap rows kept
-    "Bars with the same past and a different future."
+    "Make bars with the same past and a different future."
     return _change(bars, np.arange(cut + 1, len(bars)), kind, np.random.default_rng(seed))
 
 # %% ../../nbs/features/20_causality.ipynb #49cca593
 def _change(bars: pd.DataFrame, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame:
-    "A copy with these rows changed, but for gap rows; missing values stay missing, whole numbers whole."
+    "Copy the bars with these rows changed, except gap rows; missing values stay missing, integers stay integers."
     new, columns = bars.copy(), _changeable(bars)
     rows = rows[~_flags(bars)[rows]]
     part = bars[columns].astype(float).iloc[rows]
@@ -53,19 +53,19 @@ def _change(bars: pd.DataFrame, rows: np.ndarray, kind: str, rng: np.random.Gene
 
 
 def _changeable(bars: pd.DataFrame) -> list[str]:
-    "Prices, amounts, and whatever else of numbers the frame carries."
+    "List prices, amounts and all other numeric columns."
     known = [c for c in (*_PRICES, *_AMOUNTS, "quote_volume") if c in bars]
     numbers = [c for c in bars if pd.api.types.is_numeric_dtype(bars[c]) and not pd.api.types.is_bool_dtype(bars[c])]
     return known + [str(c) for c in numbers if c not in known and c != "threshold"]
 
 
 def _flags(bars: pd.DataFrame) -> np.ndarray:
-    "True in gap rows."
+    "Mark gap rows."
     return bars["gap"].to_numpy(dtype=bool) if "gap" in bars else np.zeros(len(bars), dtype=bool)
 
 # %% ../../nbs/features/20_causality.ipynb #cc43973c
 def _scaled(part: pd.DataFrame, price: np.ndarray | float, amount: np.ndarray | float) -> pd.DataFrame:
-    "Bars with prices and amounts multiplied, one factor a row."
+    "Multiply prices and amounts by one factor per row."
     out, factor = part.copy(), {c: price for c in _PRICES} | {c: amount for c in _AMOUNTS} | {"quote_volume": price * amount}
     for c in part.columns:
         out[c] = part[c] * factor.get(c, amount)
@@ -73,7 +73,7 @@ def _scaled(part: pd.DataFrame, price: np.ndarray | float, amount: np.ndarray | 
 
 
 def _other(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    "Moved, turned over and traded otherwise."
+    "Move prices, swap some opens and closes, and change volumes."
     n = len(part)
     out = _scaled(part, np.exp(rng.uniform(-0.2, 0.2, n)), np.exp(rng.normal(0, 1, n)))
     if {"open", "close"} <= set(part):
@@ -85,7 +85,7 @@ def _other(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 
 # %% ../../nbs/features/20_causality.ipynb #06b82309
 def _still(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    "One price, no trades."
+    "Set one price and no trades."
     price = float(part["close"].iloc[0]) * rng.uniform(0.5, 2) if len(part) and "close" in part else 1.0
     out = part * 0.0
     out[[c for c in _PRICES if c in part]] = price
@@ -93,7 +93,7 @@ def _still(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def _nudged(part: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    "The same but for a billionth, another one in each row."
+    "Change prices and amounts by up to a billionth, differently in each row."
     return _scaled(part, 1 + 1e-9 * rng.uniform(-1, 1, len(part)), 1 + 1e-9 * rng.uniform(-1, 1, len(part)))
 
 
@@ -108,10 +108,10 @@ _CHANGES: dict[str, Callable[[pd.DataFrame, np.random.Generator], pd.DataFrame]]
 # %% ../../nbs/features/20_causality.ipynb #7dae748c
 def choose_cuts(
     bars: pd.DataFrame,  # bar frame
-    count: int = 8,  # random cuts, beside the special ones
+    count: int = 8,  # random cuts, in addition to the special ones
     seed: int = 0,  # for the random numbers
 ) -> list[int]:  # row numbers, sorted; the last row kept at each cut
-    "Rows after which to take away or change the future: random ones and the awkward ones."
+    "Choose rows after which to remove or change the future: random ones and edge cases."
     n, rng = len(bars), np.random.default_rng(seed)
     if n < 3:
         raise SchemaError(problem("at least 3 bars to cut", str(n), "Give more bars"))
@@ -123,7 +123,7 @@ def choose_cuts(
 
 
 def _awkward(bars: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
-    "Rows of each awkward sort, and how many of them to take."
+    "List the rows of each kind of edge case, and how many of them to take."
     gap = _flags(bars)
     last, first = np.flatnonzero(~gap[:-1] & gap[1:]), np.flatnonzero(gap[:-1] & ~gap[1:]) + 1  # beside gaps
     still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else last[:0]
@@ -134,7 +134,7 @@ def _events(
     bars: pd.DataFrame,  # bar frame
     count: int = 2,  # of each sort
 ) -> list[int]:  # rows at and just before something rare
-    "Cuts at the largest moves, ranges and volumes, before them, and at the turns of days."
+    "Choose cuts at and before the largest moves, ranges and volumes, and at the turns of days."
     close = bars["close"].astype(float) if "close" in bars else pd.Series(0.0, bars.index)
     sorts = [close.pct_change(fill_method=None), -close.pct_change(fill_method=None)]
     sorts += [(bars["high"] - bars["low"]) / close] if {"high", "low"} <= set(bars) else []
@@ -147,14 +147,14 @@ def _events(
 
 # %% ../../nbs/features/20_causality.ipynb #ae8d2a18
 class _Refused(Exception):
-    "The function made nothing of so short a frame."
+    "The function returned nothing for so short a frame."
 
 
 def _values(
     fn: Callable[[pd.DataFrame], Any],  # frame -> series, frame or array
     bars: pd.DataFrame,  # bar frame, handed over as a copy
 ) -> pd.DataFrame:  # float, on the index of the bars
-    "What the function makes of the bars, as a frame of floats on their index."
+    "Call the function and convert its result to a frame of floats on the bars' index."
     with np.errstate(all="ignore"):
         out = fn(bars.copy())
     if out is None:  # pandas-ta's answer to a series that is too short
@@ -164,24 +164,24 @@ def _values(
     if isinstance(out, pd.Series):
         out = out.to_frame(out.name if out.name is not None else "value")
     if not isinstance(out, pd.DataFrame) or out.index.has_duplicates:
-        raise SchemaError(problem("a series, frame or array with one row a bar", type(out).__name__, "Return values on the index of the bars"))
+        raise SchemaError(problem("a series, frame or array with one row per bar", type(out).__name__, "Return values on the index of the bars"))
     out = out.set_axis([str(c) for c in out.columns], axis=1).reindex(bars.index)
     return pd.DataFrame({i: _numbers(out.iloc[:, i], str(c)) for i, c in enumerate(out)}, index=bars.index).set_axis(out.columns, axis=1)
 
 # %% ../../nbs/features/20_causality.ipynb #40c4baf6
 def _numbers(column: pd.Series, name: str) -> np.ndarray:
-    "The column as floats; an error that names it where it holds something else."
+    "Convert a column to floats; `SchemaError` names it if it holds something else."
     try:
         if pd.api.types.is_datetime64_any_dtype(column.dtype) or pd.api.types.is_timedelta64_dtype(column.dtype):
             raise TypeError  # which numpy would take for numbers
         return column.to_numpy(dtype=float, na_value=np.nan)
     except (TypeError, ValueError):
         example = next(iter(column.dropna().astype(str)), "")
-        raise SchemaError(problem("numbers", f"{column.dtype} in column {name!r}, such as {example!r}", "Return codes or indicator columns, one number a bar")) from None
+        raise SchemaError(problem("numbers", f"{column.dtype} in column {name!r}, such as {example!r}", "Return codes or indicator columns, one number per bar")) from None
 
 
 def _errors(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
-    "Relative differences of two tables; inf where only one has a value."
+    "Compute the relative differences of two tables; inf where only one has a value."
     with np.errstate(all="ignore"):
         error = np.abs(a - b) / np.maximum(np.maximum(np.abs(a), np.abs(b)), size)
     error[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
@@ -190,7 +190,7 @@ def _errors(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
 # %% ../../nbs/features/20_causality.ipynb #0fe037c7
 @dataclass
 class _Finding:
-    "What one kind of trial showed for one column."
+    "Findings of one kind of trial for one column."
 
     error: float = 0.0  # worst relative difference
     rounding: float = 0.0  # worst of those that are rounding
@@ -202,7 +202,7 @@ class _Finding:
     trials: int = 0  # trials made
 
     def add(self, errors: np.ndarray, wrong: np.ndarray, cut: int, sized: bool = False) -> None:
-        "Take in the differences of the rows up to `cut`, and which rows are wrong."
+        "Add the differences of the rows up to `cut`, and which of them are wrong."
         self.trials += 1
         self.error = max(self.error, float(errors.max(initial=0.0)))
         self.rounding = max(self.rounding, float(errors[~wrong].max(initial=0.0)))
@@ -215,7 +215,7 @@ class _Finding:
 
 # %% ../../nbs/features/20_causality.ipynb #9a32b80a
 def _known_at(frame: pd.DataFrame | pd.Series) -> np.ndarray:  # µs since 1970
-    "When each row is known: at its close_ts, or else at its index."
+    "Get the time at which each row is known: its close_ts, or else its index."
     times = frame["close_ts"] if isinstance(frame, pd.DataFrame) and "close_ts" in frame else frame.index
     if not isinstance(times, pd.Series | pd.DatetimeIndex) or not pd.api.types.is_datetime64_any_dtype(times.dtype):
         raise SchemaError(problem("a frame with close_ts or with a time index", f"an index of {frame.index.dtype}", "Index it by the time at which each row is known"))
@@ -224,25 +224,25 @@ def _known_at(frame: pd.DataFrame | pd.Series) -> np.ndarray:  # µs since 1970
 
 
 def _ends(y: pd.DataFrame) -> np.ndarray:
-    "When each outcome is known, by its end_ts; one that never is, at the end of time."
+    "Get the time at which each outcome is known, its end_ts; the largest time if it never is."
     ends = pd.DatetimeIndex(y["end_ts"]).as_unit("us")
     return np.where(ends.isna(), np.iinfo(np.int64).max, ends.asi8)
 
 # %% ../../nbs/features/20_causality.ipynb #efc6815e
 @dataclass(frozen=True)
 class _Scene:
-    "Bars, and what else a function sees, as of one world."
+    "Bars and the other data that a function sees, as one consistent world."
 
     bars: pd.DataFrame
     others: Mapping[str, pd.DataFrame | pd.Series] = field(default_factory=dict)  # by name
     y: pd.DataFrame | None = None  # columns y and maybe end_ts, on the index of the bars
 
     def now(self, at: int) -> int:
-        "The close of a bar."
+        "Get the close of a bar."
         return int(_known_at(self.bars.iloc[[at]])[0])
 
     def until(self, at: int) -> "_Scene":
-        "What was known at the close of a bar."
+        "Keep what was known at the close of a bar."
         others = {k: o[_known_at(o) <= self.now(at)] for k, o in self.others.items()}
         y = None if self.y is None else self.y.iloc[: at + 1]
         if y is not None and "end_ts" in y:
@@ -250,12 +250,12 @@ class _Scene:
         return _Scene(self.bars.iloc[: at + 1], others, y)
 
     def after(self, at: int, kind: str, rng: np.random.Generator) -> "_Scene":
-        "The same past with another future."
+        "Keep the past and change the future."
         others = {k: _other_rows(o, np.flatnonzero(_known_at(o) > self.now(at)), kind, rng) for k, o in self.others.items()}
         return _Scene(_change(self.bars, np.arange(at + 1, len(self.bars)), kind, rng), others, self._dealt(at, rng))
 
     def _dealt(self, at: int, rng: np.random.Generator) -> pd.DataFrame | None:
-        "Outcomes that were not known yet, dealt out anew."
+        "Permute the outcomes that were not known yet."
         if self.y is None:
             return None
         late = np.flatnonzero(_ends(self.y) > self.now(at) if "end_ts" in self.y else np.arange(len(self.y)) > at)
@@ -264,13 +264,13 @@ class _Scene:
         return self.y.assign(y=y)
 
     def nudged(self, at: int, rng: np.random.Generator) -> "_Scene":
-        "The same but for a billionth of the past."
+        "Change the past by up to a billionth."
         others = {k: _other_rows(o, np.flatnonzero(_known_at(o) <= self.now(at)), "nudged", rng) for k, o in self.others.items()}
         return _Scene(_change(self.bars, np.arange(at + 1), "nudged", rng), others, self.y)
 
 # %% ../../nbs/features/20_causality.ipynb #788b5652
 def _other_rows(frame: pd.DataFrame | pd.Series, rows: np.ndarray, kind: str, rng: np.random.Generator) -> pd.DataFrame | pd.Series:
-    "A frame or series with these rows changed."
+    "Change these rows of a frame or series."
     if isinstance(frame, pd.Series):
         out = _change(frame.to_frame("value"), rows, kind, rng)["value"]
         out.name = frame.name
@@ -284,7 +284,7 @@ def _trial(
     full: pd.DataFrame,  # its values on all bars
     cut: int,  # last row that must be the same
 ) -> np.ndarray | None:  # (cut + 1, columns); None where the function refused
-    "Values up to the cut."
+    "Compute the values up to the cut."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a short or a still frame makes a library say
@@ -297,19 +297,19 @@ def _trial(
 
 
 def _sizes(full: pd.DataFrame) -> np.ndarray:
-    "Median absolute value of each column, 0 where there is none."
+    "Compute the median absolute value of each column; 0 if it has none."
     return full.abs().where(np.isfinite(full)).median().fillna(0.0).to_numpy(dtype=float)
 
 # %% ../../nbs/features/20_causality.ipynb #cf2c141d
 def _stretch(scene: _Scene, first: int, last: int) -> _Scene:
-    "The bars from one row to another, and what the other frames knew of that stretch of time."
+    "Take the bars from one row to another, and the rows of other frames in that time."
     bars = scene.bars.iloc[first : last + 1]
     others = {k: o[(_known_at(o) <= scene.now(last)) & (np.asarray(_opens(o)) >= _opens(bars)[0])] for k, o in scene.others.items()}
     return _Scene(bars, others)
 
 
 def _opens(frame: pd.DataFrame | pd.Series) -> np.ndarray:
-    "When each row begins, µs since 1970."
+    "Get the time at which each row begins, in microseconds since 1970."
     return _known_at(pd.Series(0.0, index=frame.index))
 
 # %% ../../nbs/features/20_causality.ipynb #28733360
@@ -320,9 +320,9 @@ def _warmup_error(
     full: np.ndarray,  # values on all bars
     size: float,  # median size of the values
     rng: np.random.Generator,  # picks the rows
-    rows: int = 10,  # random rows, beside the first known ones
+    rows: int = 10,  # random rows, in addition to the first known ones
 ) -> float:  # worst relative difference
-    "Difference between values from exactly `warmup` bars and from all bars."
+    "Compare values from exactly `warmup` bars with values from all bars."
     known = np.flatnonzero(~np.isnan(full))
     first = known[np.flatnonzero(np.diff(known, prepend=-2) > 1)][:4]  # first known rows, at the start and after gaps
     chosen = [*first, *rng.permutation(known)[:rows]]
@@ -332,7 +332,7 @@ def _warmup_error(
 # %% ../../nbs/features/20_causality.ipynb #d6c0b5a6
 @dataclass
 class _Subject:
-    "What is proven, and what it holds."
+    "The function under test and the data that it captures."
 
     holder: Any  # features, transformer or function, and y where it is a function: whatever may hold data
     compute: Callable[[Any, _Scene], Any]  # of the holder and a scene
@@ -342,12 +342,12 @@ class _Subject:
     unseen: dict[str, str] = field(default_factory=dict)  # data held that are not, by column; "" for all
 
     def values(self, scene: _Scene) -> pd.DataFrame:
-        "What it makes of a scene, with the scene's frames in place of those it holds."
+        "Compute the values in a scene, with the scene's frames in place of the captured ones."
         holder = swap_held(self.holder, {id(o): scene.others[name] for name, o in self.others.items()})
         return _values(lambda bars: self.compute(holder, _Scene(bars, scene.others, scene.y)), scene.bars)
 
     def of_feature(self, name: str) -> Callable[[_Scene], np.ndarray]:
-        "The values of one declared feature."
+        "Return the function of one declared feature."
 
         def values(scene: _Scene) -> np.ndarray:
             new = {id(o): scene.others[k] for k, o in self.others.items()}
@@ -362,7 +362,7 @@ def _subject(
     train_bars: int | None = None,  # bars that a transformer learns from; all it is given when None
     y: Any = None,  # function of the bars where outcomes are made, anything else where they are given
 ) -> _Subject:
-    "The function under test, and what was declared about its columns."
+    "Build the function under test, and what was declared about its columns."
     if isinstance(features, DataProcessing):
         made = resolve(features.features)
         return _Subject(DataProcessing(made), lambda h, s: h.transform(s.bars), {f.name: f for f in made})
@@ -382,12 +382,12 @@ def _subject(
 
 # %% ../../nbs/features/20_causality.ipynb #6815c2e3
 def _is_frame(value: Any) -> bool:
-    "Whether it is a frame whose rows say when they were known."
+    "Whether a value is a frame with the time at which each row is known."
     return isinstance(value, pd.DataFrame) and "close_ts" in value and pd.api.types.is_datetime64_any_dtype(value["close_ts"])
 
 
 def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
-    "The subject with what it holds sorted into what takes part and what does not."
+    "Sort the captured data into those that take part in the proof and those that do not."
     holder, refit = subject.holder, subject.learner is not None
     there = {id(h.value) for h in held_data(holder, refit)}
     for name, frame in others.items():
@@ -407,19 +407,19 @@ def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
 
 # %% ../../nbs/features/20_causality.ipynb #2c4b257a
 def _unseen(held: list[Held], others: Mapping[str, Any]) -> str:
-    "Names of the data that take no part."
+    "List the captured data that take no part."
     return ", ".join(str(h) for h in held if not any(h.value is o for o in others.values()))
 
 # %% ../../nbs/features/20_causality.ipynb #3f0c9e56
 @dataclass
 class _Learner:
-    "Fits a copy on the first bars of a scene and applies it to all."
+    "Fit a copy on the first bars of a scene and apply it to all."
 
     train_bars: int | None  # bars to learn from; all when None
     whole_rows: bool = False  # leave rows with missing values out
 
     def __call__(self, holder: tuple[Any, Any], scene: _Scene) -> pd.DataFrame:
-        "Values or predictions; NaN where it learned from the row itself."
+        "Compute values or predictions; NaN in the rows of the training."
         n = len(scene.bars)
         if self.train_bars is not None and n <= self.train_bars:
             raise ValueError("no bar after those of the training")
@@ -434,7 +434,7 @@ class _Learner:
         return pd.DataFrame(out, index=scene.bars.index).iloc[self.train_bars or 0 :].reindex(scene.bars.index)
 
     def _outcomes(self, make: Any, scene: _Scene) -> tuple[np.ndarray | None, np.ndarray]:  # y, rows to learn from
-        "Outcomes of the bars, and which of them the training may use."
+        "Compute the outcomes of the bars, and which of them the training may use."
         first = np.arange(len(scene.bars)) < (self.train_bars or len(scene.bars))
         table = scene.y if make is None else _outcome_table(make(scene.bars), scene.bars)
         if table is None:
@@ -445,12 +445,12 @@ class _Learner:
 
 # %% ../../nbs/features/20_causality.ipynb #28acf0b6
 def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, estimator still to be fitted (None where there is none)
-    "Apply the steps at the front that learn nothing."
+    "Apply the first steps, which learn nothing."
     X, steps = bars, [s for _, s in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
     while steps and hasattr(steps[0], "transform") and not get_tags(steps[0]).requires_fit:
         X = clone(steps.pop(0), safe=False).transform(X)
     if len(X) != len(bars):
-        raise SchemaError(problem("steps that give one row a bar", f"{len(X)} rows for {len(bars)} bars", "Leave rows out after the pipeline"))
+        raise SchemaError(problem("steps that give one row per bar", f"{len(X)} rows for {len(bars)} bars", "Leave rows out after the pipeline"))
     rest = [clone(s, safe=False) if hasattr(s, "fit") else s for s in steps]
     return X, (None if not rest else rest[0] if len(rest) == 1 else make_pipeline(*rest))
 
@@ -460,7 +460,7 @@ def _rows(table: Any, rows: np.ndarray) -> Any:
 
 # %% ../../nbs/features/20_causality.ipynb #1dd2a225
 def _applied(learned: Any, X: Any) -> pd.DataFrame:
-    "Probabilities, predictions or transformed values, under the best names that are known."
+    "Compute probabilities, predictions or transformed values, with the best known names."
     last = learned.steps[-1][1] if isinstance(learned, Pipeline) else learned
     if hasattr(last, "predict_proba"):
         return pd.DataFrame(learned.predict_proba(X), columns=[f"probability of {c}" for c in last.classes_])
@@ -479,7 +479,7 @@ def _applied(learned: Any, X: Any) -> pd.DataFrame:
 
 # %% ../../nbs/features/20_causality.ipynb #cd2cf92b
 def _outcome_table(y: Any, bars: pd.DataFrame) -> pd.DataFrame:  # y and maybe end_ts, on the index of the bars
-    "Outcomes in one form."
+    "Convert outcomes to one form."
     indexed = isinstance(y, pd.DataFrame | pd.Series)
     if not indexed and len(y) != len(bars):
         raise SchemaError(problem(f"outcomes for {len(bars)} bars", f"{len(y)} values", "Give one a bar, missing where it is not known"))
@@ -493,7 +493,7 @@ _SPACINGS = (16, 32, 64, 128, 256, 512)
 
 
 def _memory(trial: Callable[[np.ndarray], np.ndarray | None], n: int) -> np.ndarray | None:
-    "Bars after a changed one that still move, one number a column; None where the function refused."
+    "Count the bars after a changed one that still change, per column; None if the function refused."
     longest: np.ndarray | None = None
     for row in (n // 3, n // 2, 2 * n // 3):
         moved = trial(np.array([row]))
@@ -506,12 +506,12 @@ def _memory(trial: Callable[[np.ndarray], np.ndarray | None], n: int) -> np.ndar
 # %% ../../nbs/features/20_causality.ipynb #ce8226cf
 def _combed(
     trial: Callable[[np.ndarray], np.ndarray | None],  # rows to change -> (n, columns) bool, what moved
-    memory: np.ndarray,  # bars, one number a column
+    memory: np.ndarray,  # bars, one number per column
     n: int,  # rows
     runs: int,  # of the function, at most
     rng: np.random.Generator,  # picks the offsets
 ) -> list[set[int]]:  # suspected cuts of each column
-    "Change combs of bars, and note where a value moved without a changed bar within its memory."
+    "Change bars at regular distances, and note where a value changed without a changed bar in its memory."
     suspects: list[set[int]] = [set() for _ in memory]
     spacing = np.array([next((s for s in _SPACINGS if s > m + 1), 0) for m in memory])
     used = sorted(set(spacing.tolist()) - {0})
@@ -535,7 +535,7 @@ def _jumps(
     values: np.ndarray,  # one column
     count: int = 3,  # of each sort
 ) -> set[int]:  # rows at and before the largest jumps, and at the edges of what is missing
-    "Cuts where a column does something unusual."
+    "Choose cuts where a column does something unusual."
     step = np.abs(np.diff(values))
     top = np.argsort(-np.nan_to_num(step, nan=-1.0, posinf=0.0), kind="stable")[:count]
     edges = np.flatnonzero(np.diff(np.isnan(values).astype(int)) != 0)[:count]
@@ -544,7 +544,7 @@ def _jumps(
 # %% ../../nbs/features/20_causality.ipynb #324b8636
 @dataclass
 class _Proof:
-    "A function under test, its values, and what was found."
+    "A function under test, its values, and the findings."
 
     subject: _Subject  # scene -> values
     scene: _Scene  # as it is, n rows
@@ -557,17 +557,17 @@ class _Proof:
         self.truncated, self.changed = ([_Finding() for _ in self.names] for _ in range(2))
 
     def errors(self, part: np.ndarray) -> np.ndarray:
-        "Differences of the first rows from what they are on all bars."
+        "Compare the first rows with their values on all bars."
         return _errors(self.full.to_numpy()[: len(part)], part, self.size)
 
     def run(self, scene: _Scene, cut: int) -> np.ndarray | None:
-        "Differences of the rows up to the cut; None where the function refuses."
+        "Compare the rows up to the cut; None if the function refuses."
         part = _trial(self.subject.values, scene, self.full, cut)
         return None if part is None else self.errors(part)
 
 # %% ../../nbs/features/20_causality.ipynb #23aa0001
 def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
-    "The values on all bars; a typed error where there are none."
+    "Compute the values on all bars; a typed error if there are none."
     try:
         return subject.values(scene)
     except CryptoResearchError:
@@ -593,7 +593,7 @@ def _steady(
     part: np.ndarray,  # values up to the cut in the other world
     columns: list[int],  # in doubt
 ) -> np.ndarray:  # bool, (rows up to the cut, columns)
-    "Rows whose difference is the same after a billionth's change of the past, by column."
+    "Find rows whose difference is the same after a change of the past by a billionth, per column."
     differs = (part - proof.full.to_numpy()[: cut + 1])[:, columns]
     steady = differs != 0
     for seed in proof.rng.integers(1 << 30, size=8):
@@ -606,12 +606,12 @@ def _steady(
 # %% ../../nbs/features/20_causality.ipynb #23aa0004
 def _note(
     proof: _Proof,  # takes the findings
-    findings: list[_Finding],  # of truncation or of perturbation, one a column
+    findings: list[_Finding],  # of truncation or of perturbation, one per column
     scene: _Scene,  # the other world
     cut: int,  # row
     kind: str = "",  # of the other future
 ) -> None:
-    "Run in the other world, and note what moved up to the cut."
+    "Run the function in another world, and note what changed up to the cut."
     part = _trial(proof.subject.values, scene, proof.full, cut)
     if part is None:
         return
@@ -626,22 +626,22 @@ def _note(
 
 # %% ../../nbs/features/20_causality.ipynb #23aa0006
 def _cut(proof: _Proof, at: int) -> None:
-    "Take the future away."
+    "Run the function without the future."
     _note(proof, proof.truncated, proof.scene.until(at), at)
 
 
 def _future(proof: _Proof, at: int, kind: str) -> None:
-    "Put another future."
+    "Run the function with another future."
     _note(proof, proof.changed, proof.scene.after(at, kind, proof.rng), at, kind)
 
 
 def _innocent(proof: _Proof) -> list[int]:
-    "Columns with values against which nothing was found."
+    "List the columns without a finding."
     return [i for i in np.flatnonzero(proof.full.notna().any().to_numpy()).tolist() if i not in proof.guilty]
 
 
 def _moved(proof: _Proof, rows: np.ndarray) -> np.ndarray | None:
-    "What moves when these bars change."
+    "Find the values that change when these bars change."
     errors = proof.run(_Scene(_change(proof.bars, rows, "other", proof.rng), proof.scene.others, proof.scene.y), len(proof.bars) - 1)
     return None if errors is None else errors > proof.tolerance
 
@@ -650,7 +650,7 @@ def _search(
     proof: _Proof,  # with the findings so far; takes more
     runs: int,  # of the function, about
 ) -> None:
-    "Look for rare leaks of columns that seem innocent."
+    "Search for rare leaks in columns without a finding."
     for at in _events(proof.bars):
         _cut(proof, at)
     memory = _memory(lambda rows: _moved(proof, rows), len(proof.bars)) if _innocent(proof) else None
@@ -670,7 +670,7 @@ def _search(
 
 # %% ../../nbs/features/20_causality.ipynb #958f50ff
 def _inputs(scene: _Scene) -> dict[str, tuple[str, list[str]]]:  # label: frame ("" for the bars), columns
-    "Everything whose future can change by itself."
+    "List the inputs whose future can change separately."
     found = {c: ("", [c]) for c in _changeable(scene.bars)}
     for name, o in scene.others.items():
         found |= {name: (name, [])} if isinstance(o, pd.Series) else {f"{name}.{c}": (name, [c]) for c in _changeable(o)}
@@ -678,7 +678,7 @@ def _inputs(scene: _Scene) -> dict[str, tuple[str, list[str]]]:  # label: frame 
 
 
 def _alone(scene: _Scene, other: _Scene, frame: str, columns: list[str]) -> _Scene:
-    "The scene with these columns of one frame taken from another scene."
+    "Replace columns of one frame by those of another scene."
     if frame == "y":
         return _Scene(scene.bars, scene.others, other.y)
     if not frame:
@@ -693,7 +693,7 @@ def _through(
     at: int,  # cut
     guilty: list[int],  # columns
 ) -> dict[int, list[str]]:  # inputs that move the past, by column
-    "Inputs whose future moves each column's past, by the first of the futures that shows any."
+    "Find the inputs whose future changes each column's past, by the first kind of future that shows any."
     found: dict[int, list[str]] = {}
     inputs = _inputs(proof.scene)
     for kind in (*KINDS, *KINDS):
@@ -710,7 +710,7 @@ def _through(
 
 # %% ../../nbs/features/20_causality.ipynb #60edee66
 def _moved_by(proof: _Proof, scene: _Scene, at: int) -> np.ndarray | None:
-    "Which values up to the cut move in this scene; None where the function refuses."
+    "Find the columns that change up to the cut in this scene; None if the function refuses."
     try:
         errors = proof.run(scene, at)
     except SchemaError:
@@ -718,8 +718,8 @@ def _moved_by(proof: _Proof, scene: _Scene, at: int) -> np.ndarray | None:
     return None if errors is None else np.asarray((errors > proof.tolerance).any(axis=0))
 
 
-def _all_through(proof: _Proof) -> list[str]:  # one text a column, empty for the innocent
-    "The inputs through which each column leaks."
+def _all_through(proof: _Proof) -> list[str]:  # one text per column, empty for the innocent
+    "Find the inputs through which each column leaks."
     worst = [max(pair, key=lambda f: (f.late, f.ahead)).cut for pair in zip(proof.truncated, proof.changed, strict=True)]
     for at in sorted({w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}):  # found by truncation alone: how much does it matter?
         _future(proof, at, "other")
@@ -732,15 +732,15 @@ def prove_causal(
     features: Any,  # names, groups, Feature objects, a transformer, a pipeline, or a callable: bar frame -> series or frame
     bars: pd.DataFrame,  # bar frame; real bars with gaps and still hours prove more
     *,
-    cuts: int | Iterable[int] = 8,  # number of random cuts beside the awkward ones, or row numbers: range(len(bars) - 1) tries every row
+    cuts: int | Iterable[int] = 8,  # number of random cuts in addition to the edge cases, or row numbers: range(len(bars) - 1) tries every row
     search: int = 64,  # runs of the function to spend on rare leaks; 0 for none
     train_bars: int | None = None,  # bars that a transformer with `fit` learns from; all it is given when None
-    y: Any = None,  # outcomes to learn from: a function of the bars; or a series, array, or frame with y and end_ts, one row a bar
+    y: Any = None,  # outcomes to learn from: a function of the bars; or a series, array, or frame with y and end_ts, one row per bar
     others: Mapping[str, Any] | None = None,  # frames and series that the function holds or takes as arguments of these names; known at close_ts, or at their index
     seed: int = 0,  # for cuts and futures
     tolerance: float = 1e-9,  # relative
 ) -> pd.DataFrame:  # index: column; causal, truncation_ok, perturbation_ok, warmup_ok, worst_error, looks_ahead (bars), size (relative), through (inputs), where (ts), unseen (data not changed), note
-    "Test that no value changes when the future is taken away or changed, nor when older history is."
+    "Test that no value changes when the future is removed or changed, nor when older history is removed."
     subject = _with_others(_subject(features, train_bars, y), others or {})
     if y is not None and subject.learner is None:
         raise ConfigError(problem("a transformer or model to fit, with y", type(features).__name__, "Leave y out"))
@@ -759,12 +759,12 @@ def prove_causal(
 
 # %% ../../nbs/features/20_causality.ipynb #17d24037
 def _behind(train_bars: int | None, n: int) -> set[int]:
-    "Cuts just after the training, where outcomes that reach over its end show."
+    "Choose cuts just after the training, where outcomes that extend beyond its end show."
     return set() if train_bars is None else {train_bars + k for k in (0, 1, 2, 5, 11, 23, 47) if train_bars + k < n - 1}
 
 
 def _table(proof: _Proof, again: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
-    "The findings as a table; a warning where data were not changed."
+    "Convert the findings to a table; warn about captured data that were not changed."
     subject, through, rows = proof.subject, _all_through(proof), []
     for i, name in enumerate(proof.names):
         warm, f = None, subject.declared.get(name)
@@ -792,7 +792,7 @@ def _verdict(
     again: float,  # difference between two runs on the same bars
     tolerance: float,  # relative
 ) -> dict[str, Any]:  # a row of the table
-    "One row of the table of `prove_causal`."
+    "Build one row of the table of `prove_causal`."
     row: dict[str, Any] = {"feature": name, "causal": pd.NA, "truncation_ok": pd.NA, "perturbation_ok": pd.NA, "warmup_ok": pd.NA}
     row |= {"worst_error": np.nan, "looks_ahead": pd.NA, "size": np.nan, "through": "", "where": pd.NaT, "note": "no values on these bars: nothing is proved"}
     if not values.notna().any() or not cut.trials or not changed.trials:
@@ -814,7 +814,7 @@ def _verdict(
 
 # %% ../../nbs/features/20_causality.ipynb #0bbed977
 def _with_unseen(row: dict[str, Any], unseen: str) -> dict[str, Any]:
-    "The row, with what was not changed; such a row is not proved."
+    "Add the data that were not changed to a row; such a row is not proved."
     note = row.pop("note")
     if not unseen or row["causal"] is False or row["causal"] is pd.NA:
         return row | {"unseen": unseen, "note": note}
@@ -822,7 +822,7 @@ def _with_unseen(row: dict[str, Any], unseen: str) -> dict[str, Any]:
 
 
 def _leak(values: pd.Series, found: _Finding) -> dict[str, Any]:
-    "Where the leak begins, and how far it looks."
+    "Describe where a leak begins and how far it looks."
     first = int(np.flatnonzero(values.notna())[0])
     whole = (found.row <= first and found.ahead > 3) or found.ahead > len(values) / 2
     return {"where": values.index[found.row], "looks_ahead": pd.NA if whole else found.ahead, "note": "reads the whole sample" if whole else f"looks {found.ahead} bar{'s' * (found.ahead > 1)} ahead"}
@@ -834,7 +834,7 @@ def live_against_batch(
     rows: int = 100,  # newest bars to play
     tolerance: float | None = None,  # relative; what each feature declares when None
 ) -> pd.DataFrame:  # index: feature; equal, values (rows that had one), worst_error
-    "Compare rows computed bar by bar from the last `warmup` bars with the batch."
+    "Compare rows computed one by one from the last `warmup` bars with the batch."
     batch, size = processing.transform(bars), _sizes(processing.transform(bars))
     played = range(max(processing.warmup, len(bars) - rows), len(bars))
     live = pd.concat([processing.transform(bars.iloc[i + 1 - processing.warmup : i + 1]).iloc[[-1]] for i in played])
@@ -846,11 +846,11 @@ def live_against_batch(
 # %% ../../nbs/features/20_causality.ipynb #89221af6
 def _rows_across(
     known: np.ndarray,  # rows with a value in the batch
-    gap: np.ndarray,  # bool, one a row
+    gap: np.ndarray,  # bool, one per row
     warmup: int,  # bars
     rows: int,  # with values, on each side
 ) -> list[int]:  # rows to play
-    "Rows before, in, at the edges of and behind the first gap."
+    "Choose rows before, in, at the edges of and after the first gap."
     first = int(np.argmax(gap))
     last = first + int(np.argmin(np.append(gap[first:], False))) - 1
     edges = [first, last, last + 1, last + warmup - 1]  # the window of the last of these still meets the gap
@@ -860,9 +860,9 @@ def _rows_across(
 def live_across_gap(
     features: Any,  # names, groups, Feature objects
     bars: pd.DataFrame,  # bar frame with a gap, and more than the warm-up of whole bars on both sides of the first
-    bars_read: int = 1_000,  # bars of warm-up to read on each side, for each feature; 4 to 20 rows come of it
-) -> pd.DataFrame:  # index: feature; group, warmup, played (rows), compared (rows with a value), behind (of them behind the gap), worst_error (relative; inf where only one has a value), equal (within the declared tolerance)
-    "Compare features that are played bar by bar across a gap, from `warmup` bars and from all so far, with the batch."
+    bars_read: int = 1_000,  # bars of warm-up to read on each side, for each feature; 4 to 20 rows result
+) -> pd.DataFrame:  # index: feature; group, warmup, played (rows), compared (rows with a value), behind (of them after the gap), worst_error (relative; inf where only one has a value), equal (within the declared tolerance)
+    "Compare features computed bar by bar across a gap, from `warmup` bars and from all so far, with the batch."
     gap, found = _flags(bars), []
     if not gap.any():
         raise SchemaError(problem("bars with a gap", "none", "Take others, or drop some rows before bar_frame"))

@@ -24,12 +24,8 @@ from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
-<<<<<<< HEAD
-from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
-=======
 from cryptoresearch.features import pandas_ta
-from cryptoresearch.features.frames import lagged, of_symbol, on_frame, register, with_symbol
->>>>>>> w-ta
+from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature, OnColumns, REGISTRY, resolve
 from cryptoresearch.runs import config as question, run as runs

@@ -227,7 +227,7 @@ def on_columns(
 Resolver = Callable[[str], list[Feature] | None]
 RESOLVERS: list[Resolver] = []  # asked in this order for a name that is not registered
 PROVIDERS = {  # form of a name: module that adds its resolver
-    r".*:.*|.+_lags?_[0-9]+": "cryptoresearch.features.frames",
+    r".*:.*|.+_lags?_[0-9]+": "cryptoresearch.features.derived",
     r"(.*:)?ta[:_].*": "cryptoresearch.features.pandas_ta",
 }
 
@@ -266,38 +266,12 @@ def resolve(
     return list(found.values())
 
 # %% ../../nbs/features/01_registry.ipynb #a01196bc
-<<<<<<< /tmp/tmpp8b2n9n3
-def _named(item: object) -> list[Feature]:
-    "The features of one name or group."
-    if item in REGISTRY:
-        return [REGISTRY[str(item)]]
-    if isinstance(item, str) and ":" in item:
-        from cryptoresearch.features.derived import features_of_symbol  # which builds on this module
-||||||| /tmp/tmpl1b1jxww
-def _named(item: object) -> list[Feature]:
-    "The features of one name or group."
-    if item in REGISTRY:
-        return [REGISTRY[str(item)]]
-    if isinstance(item, str) and ":" in item:
-        from cryptoresearch.features.frames import features_of_symbol  # which builds on this module
-=======
 def _in_group(f: Feature, group: str) -> bool:
     "Whether a feature belongs to a group, or to `all` or `default`."
     if group == "all":
         return f.bars_suffice
     return f.group in GROUPS and f.candles_suffice if group == "default" else f.group == group
->>>>>>> /tmp/tmpits5h3q4
 
-<<<<<<< /tmp/tmpp8b2n9n3
-        return features_of_symbol(item)
-    if isinstance(item, str) and (lag := re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", item)) and lag[1] in REGISTRY:
-        from cryptoresearch.features.derived import lagged
-||||||| /tmp/tmpl1b1jxww
-        return features_of_symbol(item)
-    if isinstance(item, str) and (lag := re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", item)) and lag[1] in REGISTRY:
-        from cryptoresearch.features.frames import lagged
-=======
->>>>>>> /tmp/tmpits5h3q4
 
 def _named(item: object) -> list[Feature]:
     "Find the features of one name or group; `DataNotFound` if there are none."

@@ -101,27 +101,32 @@ def _section(title: str, entries: list[Entry]) -> list[str]:
     return lines
 
 
-def _sections(node: ast.AST, comments: dict[int, tuple[str, bool]]) -> list[str]:
-    "Write the numpydoc sections of a function or class; none if no comment is found."
+def _parts(node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]]) -> list[tuple[str, list[Entry]]]:
+    "List the sections of a function or a class; the parameters of a class are those of its `__init__`."
     if isinstance(node, ast.ClassDef):
-        parts = [("Attributes", attributes(node, comments))]
-    else:
-        assert isinstance(node, Function)
-        entries = signature(node, comments)
-        parts = [("Parameters", [e for e in entries if e.name != "return"]), ("Returns", [e for e in entries if e.name == "return"])]
-    if not any(e.comment for _, entries in parts for e in entries):
-        return []
-    lines: list[str] = []
-    for title, entries in parts:
-        if entries:
-            lines += ["", *_section(title, entries)]
-    return lines
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        return [("Parameters", signature(init, comments) if init is not None else []), ("Attributes", attributes(node, comments))]
+    entries = signature(node, comments)
+    return [("Parameters", [e for e in entries if e.name != "return"]), ("Returns", [e for e in entries if e.name == "return"])]
+
+
+def _sections(node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]]) -> list[str]:
+    "Write the sections that have at least one comment, in numpydoc's form."
+    return [line for title, entries in _parts(node, comments) if any(e.comment for e in entries) for line in ("", *_section(title, entries))]
+
+
+def shows_docstrings(tree: ast.Module) -> bool:
+    "Tell whether a module's docstrings are texts for users: help of commands (typer) or descriptions of routes (FastAPI)."
+    names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names} | {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}
+    return any(name.split(".")[0] in ("typer", "fastapi") for name in names)
 
 
 def with_sections(source: str) -> str:
     "Return a module's source with the comments of its signatures and fields as sections of the docstrings."
     tree, comments = ast.parse(source), comments_by_line(source)
-    lines = source.splitlines(keepends=True)
+    if shows_docstrings(tree):
+        return source
+    lines = [f"{line}\n" for line in source.split("\n")]  # as the tree counts; `splitlines` also splits at form feeds
     edits: list[tuple[int, int, str]] = []  # first and last line of a docstring, and what replaces them
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -136,7 +141,7 @@ def with_sections(source: str) -> str:
         # the docstring must be alone on its lines: a body behind a semicolon, or on the line of `def`, stays as it is
         assert isinstance(first, ast.Expr)
         last_line = first.end_lineno or first.lineno
-        before = lines[first.lineno - 1].encode()[: first.col_offset].decode()
+        before = lines[first.lineno - 1].encode()[: first.col_offset].decode()  # the tree counts bytes
         after = lines[last_line - 1].encode()[first.end_col_offset or 0 :].decode()
         if before.strip() or (after.strip() and not after.strip().startswith("#")):
             continue
@@ -146,4 +151,4 @@ def with_sections(source: str) -> str:
         edits.append((first.lineno, last_line, f'{before}"""{body}\n{before}"""{after.rstrip()}\n'))
     for start, end, text in sorted(edits, reverse=True):
         lines[start - 1 : end] = [text]
-    return "".join(lines)
+    return "".join(lines).removesuffix("\n")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'by_events', 'least_length', 'RunConfig', 'volatility_config', 'canonical',
-           'sha256_of', 'column_bytes', 'frame_digest', 'code_version', 'library_versions', 'own_features', 'RunData',
-           'read_data', 'read_doubtful', 'features_of', 'beside_features', 'identity', 'run_name']
+           'sha256_of', 'column_bytes', 'frame_digest', 'code_tree', 'code_version', 'library_versions', 'own_features',
+           'RunData', 'read_data', 'read_doubtful', 'features_of', 'beside_features', 'identity', 'run_name']
 
 # %% ../../nbs/models/33a_question.ipynb #65c6dfa6
 import ast
@@ -235,6 +235,17 @@ def frame_digest(
     parts = {"ts": sha256_of(column_bytes(frame.index.to_series()))}
     return parts | {str(name): sha256_of(column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
+# %% ../../nbs/models/33a_question.ipynb #5b1f0c7e
+def code_tree(
+    source: str,  # of a module
+) -> str:  # dump of its syntax tree without comments, layout and docstrings
+    "Reduce the source of a module to what computes."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
 # %% ../../nbs/models/33a_question.ipynb #eeaa3e5c
 CODE = ("data/bars.py", "data/growth.py", "features/*.py", "models/*.py", "evaluation/*.py")
 LIBRARIES = ("numpy", "pandas", "pandas-ta", "numba", "scikit-learn", "scipy", "xgboost", "lightgbm", "skops", "statsmodels", "arch")
@@ -245,7 +256,7 @@ def code_version() -> str:  # package version and digest
     "Version of the package and a digest of the modules that numbers depend on."
     root = Path(cryptoresearch.__file__).parent
     files = sorted({path for pattern in CODE for path in root.glob(pattern)})
-    trees = {path.relative_to(root).as_posix(): ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    trees = {path.relative_to(root).as_posix(): code_tree(path.read_text(encoding="utf-8")) for path in files}
     return f"{cryptoresearch.__version__}+{sha256_of(canonical(trees))[:16]}"
 
 

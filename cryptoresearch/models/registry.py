@@ -24,7 +24,8 @@ from ..errors import ConfigError, DataNotFound, RunMismatch, SchemaError, proble
 from ..evaluation.audit import Audit
 from ..evaluation.scores import REFERENCE, DieboldMariano, diebold_mariano, qlike_loss, score_table, squared_loss
 from .question import code_version
-from .runs import Run, _find_folder, _read_info, load_run, runs_folder
+from .runs import Run, load_run
+from .stored import find_folder, read_info, runs_folder
 from .trials import corrected_p, target_text
 from ..settings import Settings
 
@@ -183,7 +184,7 @@ def challengers(
     log, name, mine = registry_log(settings), "/".join(map(str, asked)), set()
     for path in runs_folder(settings).glob("[!.]*/run.json"):
         try:
-            c = _read_info(path.parent)["config"]
+            c = read_info(path.parent)["config"]
         except RunMismatch:
             continue  # one that cannot be read tells no question
         if (c["symbol"], c["spec"], target_text(c), c["horizon"]) == asked:
@@ -268,13 +269,13 @@ def delete_run(
     settings: Settings | None = None,  # where the runs are
 ) -> str:  # the whole name of what was deleted
     "Delete a run's folder and write that down; its trials stay. DataNotFound where there is none, ConfigError for a champion."
-    folder = _find_folder(run_id, settings)
+    folder = find_folder(run_id, settings)
     with FileLock(f"{_register(settings)}.lock"):
         known = registry(settings)
         if folder.name in known.index and known.loc[folder.name, "state"] == "champion":
             raise ConfigError(problem("a run that is not in use", f"{folder.name}, the champion of {known.at[folder.name, "question"]!s}", "Promote another run or retire this one first"))
         try:
-            config = _read_info(folder)["config"]
+            config = read_info(folder)["config"]
             asked = "/".join(map(str, (config["symbol"], config["spec"], target_text(config), config["horizon"])))
         except (RunMismatch, KeyError, TypeError):
             asked = ""  # its record cannot be read

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['LEAST_KNOWN', 'Progress', 'PAST_BLOCKS', 'CALIBRATION_FOLDS', 'usable_rows', 'Samples', 'prepare', 'make_model',
            'first_test', 'sample_weights', 'fit_rows', 'Fitted', 'known_by', 'fit_volatility', 'past_volatility',
-           'fit_all', 'outcome_unit', 'forecast_fold', 'walk_forward', 'Run', 'summary', 'runs_folder', 'run_strategy',
-           'find_run', 'fit_last', 'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
+           'fit_all', 'outcome_unit', 'forecast_fold', 'walk_forward', 'Run', 'summary', 'run_strategy', 'find_run',
+           'fit_last', 'train_run', 'load_run', 'list_runs', 'first_difference', 'reproduce']
 
 # %% ../../nbs/models/34_runs.ipynb #e3792a07
 import html
 import json
-import re
 import secrets
 import shutil
 import tempfile
@@ -32,7 +31,7 @@ from .question import RunConfig, RunData, beside_features, by_events, canonical,
 from ..data.bars import bar_length
 from ..data.event_frames import is_event_frame
 from ..data.store import connect
-from ..errors import ConfigError, CryptoResearchError, DataNotFound, RunMismatch, SchemaError, problem
+from ..errors import ConfigError, DataNotFound, RunMismatch, SchemaError, problem
 from ..evaluation.report import deflate, judge
 from ..evaluation.scores import score_table
 from ..evaluation.strategy import StrategyResult, on_bars, on_clock, sign_strategy
@@ -48,9 +47,10 @@ from .estimators import MODELS
 from .intervals import Ends, QuantileEnds, ScaledEnds, adapt, fit_scaled, load_ends, save_ends, tail_margin
 from .labels import fixed_horizon, sample_intervals
 from .splits import WalkForward
+from .stored import find_folder, read_info, runs_folder, stored_runs
 from .targets import TARGETS, as_returns, is_event, known_volatility, label_warmup, make_labels, previous_outcome, target_baselines
 from .trials import model_text, question_of, record_trial, saved_loss, trial_sharpes
-from ..settings import Settings, get_settings
+from ..settings import Settings
 
 # %% ../../nbs/models/34_runs.ipynb #d7c37162
 LEAST_KNOWN = 0.5  # share of the features
@@ -408,12 +408,6 @@ def _no_days(info: Mapping[str, Any]) -> dict[str, str]:
     return {"beware": f"{', '.join(terms[:3])}{' …' * (len(terms) > 3)} count bars, and 24 bars of {spec} are {24 * bar_length(spec)}, not a day: HAR's day, week and month hold for bars of 1h"}
 
 # %% ../../nbs/models/34_runs.ipynb #eea97f3b
-def runs_folder(settings: Settings | None = None) -> Path:  # absolute
-    "Folder that holds the runs."
-    s = settings or get_settings()
-    return s.path(s.runs_dir)
-
-
 def _sweep(folder: Path, older_s: float = 86_400.0) -> None:
     "Remove what killed processes left."
     for old in folder.glob(".tmp-*"):
@@ -581,28 +575,6 @@ def train_run(
     tell(1.0, "trained")
     return load_run(folder.name, settings)
 
-# %% ../../nbs/models/34_runs.ipynb #4d31de16
-def _find_folder(run_id: str, settings: Settings | None) -> Path:
-    "The folder of a run, by name or by the beginning of its name."
-    root = runs_folder(settings)
-    names = sorted(p.parent.name for p in root.glob("*/run.json") if not p.parent.name.startswith("."))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id or ""):
-        raise DataNotFound(problem("the name of a run", repr(run_id), "See them: cryptoresearch runs"))
-    fits = [run_id] if run_id in names else [n for n in names if n.startswith(run_id)]
-    if len(fits) != 1:
-        found = f"{len(fits)} runs that begin so" if fits else f"{len(names)} other runs"
-        raise DataNotFound(problem(f"a run {run_id}", found, "See them: cryptoresearch runs"))
-    return root / fits[0]
-
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    "run.json of a folder; RunMismatch where it cannot be read."
-    try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return info if info["id"] and info["config"] else {}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise RunMismatch(problem(f"the record of run {folder.name}", f"a run.json that cannot be read ({type(e).__name__})", "Delete the folder and train again")) from None
-
 # %% ../../nbs/models/34_runs.ipynb #c357c863
 def _read_calibrator(file: Path) -> Calibrator:
     "A stored map of probabilities; RunMismatch where it is none."
@@ -622,8 +594,8 @@ def load_run(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> Run:  # with its model
     "Load a run; DataNotFound where there is none, RunMismatch where its files are not those that were written."
-    folder = _find_folder(run_id, settings)
-    info = _read_info(folder)
+    folder = find_folder(run_id, settings)
+    info = read_info(folder)
     for name, sha in info["files"].items():
         if not (folder / name).is_file() or sha256_of((folder / name).read_bytes()) != sha:
             raise RunMismatch(problem(f"{name} of run {folder.name} as it was written", "another content or none", "Delete the folder and train again"))
@@ -637,19 +609,8 @@ def list_runs(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> pd.DataFrame:  # index run, newest first: created_at (UTC), symbol, spec, target, horizon, n, ic, r2_oos, dm_p, level, verdict, trained_until, simulated
     "List the runs; one that cannot be read says so in its verdict."
-    rows = []
-    for path in sorted(runs_folder(settings).glob("*/run.json")):
-        if path.parent.name.startswith("."):
-            continue
-        try:
-            info = _read_info(path.parent)
-            row = {"run": path.parent.name} | {k: info["config"][k] for k in ("symbol", "spec", "target", "horizon")}
-            row |= {k: info["scores"]["model"][k] for k in ("n", "ic", "r2_oos", "dm_p")}
-            rows.append(row | {k: info[k] for k in ("created_at", "level", "verdict", "trained_until", "simulated")})
-        except (CryptoResearchError, KeyError) as e:
-            rows.append({"run": path.parent.name, "level": "unreadable", "verdict": str(e)})
     columns = ["run", "created_at", "symbol", "spec", "target", "horizon", "n", "ic", "r2_oos", "dm_p", "level", "verdict", "trained_until", "simulated"]
-    table = pd.DataFrame(rows, columns=columns).set_index("run")
+    table = pd.DataFrame(stored_runs(settings), columns=columns).set_index("run")
     for name in ("created_at", "trained_until"):
         table[name] = pd.to_datetime(table[name], utc=True)
     return table.sort_values("created_at", ascending=False, kind="stable")
@@ -740,8 +701,8 @@ def reproduce(
     modules: Iterable[str] = (),  # where the run's own features lie; never taken from the record, which may run no code
 ) -> pd.DataFrame:  # index check: expected, found, same; differences that explain nothing are only noted
     "Make a run again and compare; RunMismatch names the first difference."
-    folder = _find_folder(run_id, settings)
-    info, checks = _read_info(folder), _Checks(folder.name)
+    folder = find_folder(run_id, settings)
+    info, checks = read_info(folder), _Checks(folder.name)
     parts = info["identity"]
     checks.must("run.json", folder.name.rsplit("-", 1)[1], sha256_of(canonical(parts))[:10], " from what the record says")
     checks.must("configuration", canonical(parts["config"]), canonical(info["config"]))

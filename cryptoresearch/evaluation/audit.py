@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from scipy import stats
-from scipy.signal import lfilter
 
 from ..data.bars import NUMBERS, PRICES, check_bars
 from ..data.event_frames import check_event_bars, is_event_frame
@@ -131,6 +130,8 @@ def planted_volatility(
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.Series]:  # bars, and the logarithm of the factor known at each close
     "Shuffled bars, stretched by a volatility that goes on for a while."
+    from scipy.signal import lfilter  # heavy, and used here only
+
     keep = 0.5 ** (1 / (5 * horizon))
     noise = np.random.default_rng([seed, 1]).standard_normal(len(bars))
     noise[1:] *= np.sqrt(1 - keep**2)

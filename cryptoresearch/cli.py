@@ -39,7 +39,7 @@ def _show(frame: Any, title: str = "") -> None:
     _show_rows([str(c) for c in frame.columns], frame.itertuples(index=False), title)
 
 
-def _show_rows(columns: list[str], rows: Iterable[Iterable[Any]], title: str = "") -> None:
+def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
     "Show rows as a table; missing values are empty."
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:

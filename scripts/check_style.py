@@ -21,13 +21,13 @@ from docments import Entry, Function, attributes, comments_by_line, is_dataclass
 
 # How many findings each check may have. A number only ever goes down; the goal is 0 everywhere.
 ALLOWED = {
-    "docments": 599,  # parameters, fields and returns of public functions without a comment
+    "docments": 598,  # parameters, fields and returns of public functions without a comment
     "docstring missing": 7,  # public functions and classes without a docstring
     "docstring question": 185,  # a docstring that begins like a question or a noun clause: What, Whether, How …
-    "docstring noun": 1141,  # a function's docstring that begins with no imperative verb
+    "docstring noun": 1137,  # a function's docstring that begins with no imperative verb
     "long cell": 102,  # exported cells above 25 lines
     "many cells": 0,  # notebooks above 75 code cells
-    "long line": 1729,  # code lines above 140 characters
+    "long line": 1728,  # code lines above 140 characters
     "conditional": 88,  # conditional expressions in cells of the research templates
     "words": 1033,  # words and phrases that STYLE replaces
     "module name": 9,  # modules named by a figure of speech

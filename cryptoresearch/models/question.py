@@ -236,13 +236,16 @@ def frame_digest(
     return parts | {str(name): sha256_of(column_bytes(frame[name])) for name in sorted(map(str, frame.columns))}
 
 # %% ../../nbs/models/33a_question.ipynb #5b1f0c7e
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def code_tree(
     source: str,  # of a module
 ) -> str:  # dump of its syntax tree without comments, layout and docstrings
     "Reduce the source of a module to what computes."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
     return ast.dump(tree)
 

@@ -10,6 +10,7 @@ __all__ = ['app', 'console', 'runs_app', 'doctor', 'download', 'ingest', 'forget
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,16 @@ console = Console()
 
 
 def _show(frame: Any, title: str = "") -> None:
-    "A DataFrame as a table, whatever the terminal's width."
+    "Show a DataFrame as a table, whatever the terminal's width."
+    _show_rows([str(c) for c in frame.columns], frame.itertuples(index=False), title)
+
+
+def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
+    "Show rows as a table; missing values are empty."
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in frame.columns:
-        table.add_column(str(column), overflow="fold")
-    for row in frame.itertuples(index=False):
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
         table.add_row(*("" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     console.print(table)
 
@@ -228,16 +234,16 @@ def runs(context: typer.Context) -> None:
     "List the runs, newest first; delete one."
     if context.invoked_subcommand:
         return
-    from cryptoresearch.runs.run import list_runs
+    from cryptoresearch.runs.stored import stored_runs  # pandas and the model libraries would take seconds
 
-    found = list_runs()
-    if found.empty:
+    found = stored_runs()
+    if not found:
         console.print("no runs yet. Run: cryptoresearch train")
         return
-    found = found.reset_index()
-    _show(found[["run", "n", "ic", "r2_oos", "dm_p", "level"]])
-    for run in found.itertuples():
-        console.print(f"[bold]{run.run}[/] {run.verdict}", soft_wrap=True)
+    columns = ["run", "n", "ic", "r2_oos", "dm_p", "level"]
+    _show_rows(columns, [[run.get(c) for c in columns] for run in found])
+    for run in found:
+        console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #c94124e4
 @runs_app.command("delete")

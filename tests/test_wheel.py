@@ -1,10 +1,12 @@
 """The wheel alone, in an empty environment without the development tools, imports and runs."""
 
+import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import docments
 import pytest
 from test_notebooks import LIB, TRAVEL, clean_environment, copy_project
 
@@ -37,6 +39,15 @@ def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_venv.python_of(folder).parent
 
 
+def documented(file: Path, function: str) -> list[tuple[str, str]]:
+    "Names and comments of a function's parameters and of its return, all of which must have one."
+    source = file.read_text(encoding="utf-8")
+    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == function)
+    entries = docments.signature(node, docments.comments_by_line(source))
+    assert all(e.comment for e in entries)
+    return [(e.name, e.comment) for e in entries]
+
+
 def run(command: list[object], cwd: Path, code: int | None = 0) -> str:
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert code is None or done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
@@ -59,6 +70,31 @@ def test_the_notebooks_travel_along(empty: Path, tmp_path: Path) -> None:
     code = "import importlib.resources as r; print(*(f.name for k in ('research', 'dashboards') for f in (r.files('cryptoresearch')/'notebooks'/k).iterdir()))"
     inside = run([empty / "python", "-c", code], tmp_path).split() if TRAVEL else []
     assert {Path(p).name for p in TRAVEL} <= set(inside)
+
+
+def test_help_explains_parameters(empty: Path, tmp_path: Path) -> None:
+    "The comments behind the parameters of `read_bars` and the fields of a dataclass, as `help` prints them."
+    code = "from cryptoresearch.data.bars import read_bars; from cryptoresearch.data.archive import StoredObject; help(read_bars); help(StoredObject)"
+    lines = [line.strip(" |") for line in run([empty / "python", "-c", code], tmp_path).splitlines()]
+    expected = documented(LIB / "data" / "bars.py", "read_bars")
+    assert len(expected) > 5 and expected[-1][0] == "return"
+    at = lines.index("Parameters")
+    for name, comment in expected:
+        at = next(i for i, line in enumerate(lines) if i > at and (line == "Returns" if name == "return" else line.startswith(f"{name} :")))
+        # a long comment is wrapped
+        assert " ".join(lines[at : at + 8]).count(comment) == 1, f"{name}: {comment}"
+    assert "Attributes" in lines
+
+
+def test_help_of_commands_stays_short(empty: Path, tmp_path: Path) -> None:
+    assert "---" not in run([empty / "cryptoresearch", "ingest", "--help"], tmp_path)
+
+
+def test_the_wheel_makes_the_same_runs(empty: Path, tmp_path: Path) -> None:
+    "Docstrings of the wheel differ from those of the checkout; the identity of the code does not."
+    from cryptoresearch.runs.identity import code_version
+
+    assert run([empty / "python", "-c", "from cryptoresearch.runs.config import code_version; print(code_version())"], tmp_path).strip() == code_version()
 
 
 def test_the_command_line_starts(empty: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import lightgbm as lgb
 import numpy as np
-import skops.io
-from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor, HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.ensemble import (
+    GradientBoostingClassifier, GradientBoostingRegressor, HistGradientBoostingClassifier, HistGradientBoostingRegressor,
+)
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from ..errors import SchemaError
@@ -174,9 +175,13 @@ class _SklearnTrees(TailModel):
         raise SchemaError(f"expected {best + 1} trees in the model; found fewer. Train the run again")
 
     def _dump(self) -> bytes:
+        import skops.io  # heavy: loads all of scikit-learn and its test tools
+
         return _same_bytes(skops.io.dumps({"trees": self.booster_, "fill": getattr(self, "fill_", None)}))
 
     def _restore(self, data: bytes) -> Any:
+        import skops.io  # heavy: loads all of scikit-learn and its test tools
+
         unknown = sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED))
         if unknown:
             raise SchemaError(f"expected only scikit-learn's trees in {self.file}; found {', '.join(unknown)}. Train the run again; do not load this file otherwise")

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
-from arch import arch_model
 from numba import njit
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LinearRegression, Ridge
@@ -323,6 +322,8 @@ class Garch(BaseEstimator):
         y: Any = None,  # ignored; for scikit-learn
     ) -> Self:
         "Estimate by maximum likelihood on the returns that are known; SchemaError with fewer than 500."
+        from arch import arch_model  # heavy: loads statsmodels and matplotlib
+
         r = np.asarray(returns, dtype=np.float64)
         known = r[np.isfinite(r)]
         if len(known) < 500 or self.horizon < 1:

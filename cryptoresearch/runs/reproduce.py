@@ -23,7 +23,8 @@ from cryptoresearch.runs.identity import (
     beside_features, canonical, code_version, column_bytes, features_of, frame_digest, library_versions, own_features, read_data,
     RunData, sha256_of,
 )  # fmt: skip
-from .run import find_run_folder, fit_last, folder_files, judge_run, read_run_info, run_record, save_fitted, to_json_value
+from .run import fit_last, folder_files, judge_run, run_record, save_fitted, to_json_value
+from .stored import find_folder, read_info
 from .walk_forward import first_test, Fitted, prepare, Progress, walk_folds
 from ..settings import Settings
 
@@ -113,8 +114,8 @@ def reproduce(
     modules: Iterable[str] = (),  # where the run's own features lie; never taken from the record, which may run no code
 ) -> pd.DataFrame:  # index check: expected, found, same; differences that explain nothing are only noted
     "Make a run again and compare; RunMismatch names the first difference."
-    folder = find_run_folder(run_id, settings)
-    info, checks = read_run_info(folder), _Checks(folder.name)
+    folder = find_folder(run_id, settings)
+    info, checks = read_info(folder), _Checks(folder.name)
     parts = info["identity"]
     checks.must("run.json", folder.name.rsplit("-", 1)[1], sha256_of(canonical(parts))[:10], " from what the record says")
     checks.must("configuration", canonical(parts["config"]), canonical(info["config"]))

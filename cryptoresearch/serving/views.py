@@ -281,7 +281,7 @@ def _luck_rows(luck: Luck, deflated: float | None) -> dict[str, str]:
     rows = {
         "deflated Sharpe ratio (probability)": number(deflated, ".2f") if luck.kind == "return" else no,
         "trials behind it": f"{luck.n_trials:,}" + (f"; left out: {luck.left_out:,} on bars of another length" if luck.left_out else "") if luck.kind == "return" else no,
-        "trials of this question_key": f"{luck.asked:,}", "of them over the same time": f"{side.compared:,} over {side.bars:,} bars" + (f"; left out: {short}" if short else ""), "that differ in effect": f"{side.effective:,}",
+        "trials of this question": f"{luck.asked:,}", "of them over the same time": f"{side.compared:,} over {side.bars:,} bars" + (f"; left out: {short}" if short else ""), "that differ in effect": f"{side.effective:,}",
         "probability of back-test overfitting": number(side.pbo, ".0%"), "models judged on these rows": f"{luck.models:,}", "Diebold-Mariano against the baseline": p_value(luck.dm_p), "corrected for these models": p_value(luck.corrected_p),
     }  # fmt: skip
     if luck.search is None:
@@ -290,7 +290,7 @@ def _luck_rows(luck: Luck, deflated: float | None) -> dict[str, str]:
 
 # %% ../../nbs/serving/08_views.ipynb #96d818b4
 _NOTE = (
-    f"The deflated ratio counts all trials on returns of bars of this length. Side by side: trials of the same question_key that have at least {LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars) in common; PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be compared, weak below ten."
+    f"The deflated ratio counts all trials on returns of bars of this length. Side by side: trials of the same question that have at least {LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars) in common; PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be compared, weak below ten."
     " Corrected: p times the distinct models judged on rows that meet these (Bonferroni). Trials outside this store's ledger are not counted."
 )
 

@@ -36,7 +36,7 @@ def one_feature(
         raise ConfigError(problem("one feature", f"{len(found)} in the group {what!r}", "Name one of them, or call it for each"))
     return found[0]
 
-
+# %% ../../nbs/features/15_derived.ipynb #34612d64
 def register(
     made: Feature,  # from on_frame, of_symbol, lagged, fracdiff, or by hand
     group: str | None = None,  # family to list it in; its own when None
@@ -62,7 +62,7 @@ class Lagged:
         "Identify the function."
         return __name__, self.inner.name, self.lag, type(self).__qualname__
 
-
+# %% ../../nbs/features/15_derived.ipynb #9a0518b9
 def lagged(
     what: str | Feature,  # a feature's name, or a feature
     lag: int,  # bars, at least 1
@@ -200,7 +200,7 @@ def _length_us(bars: pd.DataFrame) -> int:
     "Measure the length of the first bar in microseconds."
     return int((bars["close_ts"].iloc[0] - bars.index[0]) // pd.Timedelta("1us"))
 
-
+# %% ../../nbs/features/15_derived.ipynb #6c45ddf5
 @dataclass(frozen=True, eq=False)
 class OfFrame:
     "A feature's function on another frame, as known at each bar's close."
@@ -287,7 +287,7 @@ def _beta_to(close: pd.Series, other: pd.Series, length: int) -> pd.Series:
     "Compute the slope of the log returns on the other symbol's."
     return slope_over(log_return(close), log_return(other), length)
 
-
+# %% ../../nbs/features/15_derived.ipynb #b7e28362
 def correlation_to(
     symbol: str,  # the other, whose columns were joined by with_symbol
     length: int = 168,  # returns

@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['PRICES', 'NUMBERS', 'COLUMNS', 'Trades', 'TRADE_COLUMNS', 'RECORD', 'SOURCES', 'PLAYED', 'bar_length', 'bar_spec',
            'check_columns', 'check_price_range', 'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars',
-           'check_frame', 'trade_rows', 'to_utc', 'to_us', 'bar_frame', 'begin_record', 'add_trade', 'check_amounts',
-           'fold_trades', 'record_amount', 'place_bars', 'vwap_of', 'complete_trades', 'trades_to_bars', 'bars_frame',
-           'combine_bars', 'resample_bars', 'source_market', 'read_bars']
+           'check_frame', 'trade_rows', 'bar_frame', 'begin_record', 'add_trade', 'check_amounts', 'fold_trades',
+           'record_amount', 'place_bars', 'vwap_of', 'complete_trades', 'trades_to_bars', 'bars_frame', 'combine_bars',
+           'resample_bars', 'source_market', 'read_bars']
 
 # %% ../../nbs/data/06_bars.ipynb #fdbe84e9
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
 import duckdb
 import numpy as np
 import pandas as pd
 from numba import njit
-from ..errors import DataNotFound, problem, SchemaError
+
 from .coverage import missing_bars
+from .series import naive_utc, to_us, to_utc, utc_index
+from ..errors import DataNotFound, problem, SchemaError
 
 # %% ../../nbs/data/06_bars.ipynb #40014f38
 _UNITS_S = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -211,27 +214,13 @@ _OPEN_TIMES = ("ts", "open_time", "time", "timestamp", "date", "datetime")
 _OTHER_NAMES = {"count": "trades", "taker_buy_volume": "buy_volume", "quote_asset_volume": "quote_volume"}
 
 
-def to_utc(
-    time: Any,  # anything pandas reads as a time; naive means UTC
-) -> pd.Timestamp:  # the same in UTC
-    "One time in UTC."
-    t = pd.Timestamp(time)
-    return t.tz_localize("UTC") if t.tzinfo is None else t.tz_convert("UTC")
-
-
-def to_us(time: Any) -> int:
-    "Microseconds since 1970 of a time; naive means UTC."
-    return (to_utc(time) - pd.Timestamp(0, tz="UTC")) // pd.Timedelta("1us")
-
-
 def _open_times(df: pd.DataFrame) -> pd.DatetimeIndex:
     "Open times of a table of candles, from its time column or its index, in UTC."
     name = next((c for c in _OPEN_TIMES if c in df.columns), None)
     times = df.index if name is None else df[name]
     if not pd.api.types.is_datetime64_any_dtype(times.dtype):
         raise SchemaError(f"{name or 'index'}: expected open times; found {times.dtype}. Convert it: pd.to_datetime(df[{name or 'index'!r}], unit='ms', utc=True)")
-    index = pd.DatetimeIndex(times, name="ts")
-    return (index.tz_localize("UTC") if index.tz is None else index.tz_convert("UTC")).as_unit("us")
+    return utc_index(times)
 
 # %% ../../nbs/data/06_bars.ipynb #604dee5b
 def _on_grid(
@@ -641,7 +630,7 @@ def _choose(
     where = "symbol = $1 AND kind = 'time' AND spec = $2 AND list_contains($3::VARCHAR[], source)"
     for condition, value in (("ts >= $", start), ("ts < $", end)):
         if value is not None:
-            params.append(value.tz_localize(None).to_pydatetime())
+            params.append(naive_utc(value))
             where = f"{where} AND {condition}{len(params)}"
     more = ""
     if ids:  # a snapshot of an older store has no such columns

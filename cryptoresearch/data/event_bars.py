@@ -19,12 +19,13 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
 
+from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from cryptoresearch.data.bars import (
     add_trade, BarKind, begin_record, check_amounts, check_event_bars, COLUMNS, complete_trades, NUMBERS, RECORD, record_amount,
-    source_market, SOURCES, to_us, to_utc, TRADE_COLUMNS, Trades, vwap_of, with_kind,
+    source_market, SOURCES, TRADE_COLUMNS, Trades, vwap_of, with_kind,
 )
 from .coverage import covered_spans
-from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
+from .series import BARS_OF, naive_utc, Series, to_us
 from .store import write
 from ..errors import DataNotFound, SchemaError
 
@@ -247,7 +248,6 @@ def event_bars(
     return with_kind(bars, BarKind("events", f"{folder.spec.kind}:{folder.spec.spec}", symbol))
 
 # %% ../../nbs/data/09_event_bars.ipynb #08925023
-_SERIES = "symbol = ? AND source = ? AND kind = ? AND spec = ?"
 _STORED = ("ts", "close_ts", *NUMBERS, "gap", "first_id", "last_id", "threshold")
 
 
@@ -281,36 +281,36 @@ def _appends(change: Change, state: str | None) -> bool:
     return change.start is not None and len(known) == len(_STATE) and float.fromhex(known[17]) <= change.start
 
 
-def _first_difference(con: DuckDBPyConnection, key: tuple[str, str, str, str], names: str) -> int | None:
+def _first_difference(con: DuckDBPyConnection, key: Series, names: str) -> int | None:
     "Open time, µs since 1970, from which on the new bars are not the stored ones; None where all are the same."
-    found = con.execute(f"""SELECT epoch_us(min(ts)) FROM ((SELECT {names} FROM _event_bars EXCEPT ALL SELECT {names} FROM bars WHERE {_SERIES})
-        UNION ALL (SELECT {names} FROM bars WHERE {_SERIES} EXCEPT ALL SELECT {names} FROM _event_bars))""", [*key, *key]).fetchall()[0][0]
+    found = con.execute(f"""SELECT epoch_us(min(ts)) FROM ((SELECT {names} FROM _event_bars EXCEPT ALL SELECT {names} FROM bars WHERE {BARS_OF})
+        UNION ALL (SELECT {names} FROM bars WHERE {BARS_OF} EXCEPT ALL SELECT {names} FROM _event_bars))""", [*key.values, *key.values]).fetchall()[0][0]
     return None if found is None else int(found)
 
 # %% ../../nbs/data/09_event_bars.ipynb #1043c515
-def _commit(con: DuckDBPyConnection, key: tuple[str, str, str, str], bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool) -> int:
+def _commit(con: DuckDBPyConnection, key: Series, bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool) -> int:
     "Write new bars, or those that differ from the stored ones; the number of stored bars."
-    new = _table(bars, key[1])
+    new = _table(bars, key.source)
     con.register("_event_bars", new)
     names = ", ".join(_STORED)
     since = _first_difference(con, key, names) if from_start else None
     if since is not None:
-        last = con.execute(f"SELECT epoch_us(max(close_ts)) FROM (SELECT close_ts FROM _event_bars UNION ALL SELECT close_ts FROM bars WHERE {_SERIES})", key).fetchall()[0][0]
-        con.execute(f"DELETE FROM bars WHERE {_SERIES} AND ts >= make_timestamp(?)", [*key, since])
+        last = con.execute(f"SELECT epoch_us(max(close_ts)) FROM (SELECT close_ts FROM _event_bars UNION ALL SELECT close_ts FROM bars WHERE {BARS_OF})", key.values).fetchall()[0][0]
+        con.execute(f"DELETE FROM bars WHERE {BARS_OF} AND ts >= make_timestamp(?)", [*key.values, since])
         if not change.never:
-            record_rebuilt(con, *key, since, last, change.causes)
+            record_rebuilt(con, key, since, last, change.causes)
     if since is not None or not from_start:
-        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) SELECT ?, ?, ?, ?, {names} FROM _event_bars WHERE epoch_us(ts) >= ? ORDER BY first_id, ts", [*key, since if since is not None else -(2**62)])
+        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) SELECT ?, ?, ?, ?, {names} FROM _event_bars WHERE epoch_us(ts) >= ? ORDER BY first_id, ts", [*key.values, since if since is not None else -(2**62)])
     con.unregister("_event_bars")
-    total = int(con.execute(f"SELECT count(*) FROM bars WHERE {_SERIES}", key).fetchall()[0][0])
-    record_build(con, *key, total, state, change)
+    total = int(con.execute(f"SELECT count(*) FROM bars WHERE {BARS_OF}", key.values).fetchall()[0][0])
+    record_build(con, key, total, state, change)
     return total
 
 # %% ../../nbs/data/09_event_bars.ipynb #59aeb8d9
 def _grow_one(con: DuckDBPyConnection, symbol: str, source: str, e: EventSpec) -> int:
     "Bring the stored event bars of one source up to date; their number."
-    key = (symbol, source, e.kind, e.spec)
-    change = changed_since(con, *key)
+    key = Series(symbol, source, e.kind, e.spec)
+    change = changed_since(con, key)
     if change.nothing or not change.inputs or change.end is None:
         return change.bars
     more = _appends(change, change.state)
@@ -366,10 +366,10 @@ def read_event_bars(
     ranked = sorted(found, key=lambda s: (("spot", "um", "played").index(source_market(s)), s in UNNUMBERED, SOURCES.index(s) if s in SOURCES else len(SOURCES)))
     if (source or (ranked[0] if ranked else "")) not in found:
         raise DataNotFound(f"expected {e.kind}:{e.spec} bars of {symbol}{f' from {source}' if source else ''}; found {', '.join(found) or 'none'}. Build them: cryptoresearch bars {symbol} {e.kind}:{e.spec}")
-    key, where = [symbol, source or ranked[0], e.kind, e.spec], _SERIES
+    key, where = [symbol, source or ranked[0], e.kind, e.spec], BARS_OF
     for condition, value in (("ts >= ?", start), ("ts < ?", end)):
         if value is not None:
-            where, key = f"{where} AND {condition}", [*key, to_utc(value).tz_localize(None).to_pydatetime()]
+            where, key = f"{where} AND {condition}", [*key, naive_utc(value)]
     rows = con.execute(f"SELECT epoch_us(ts) AS ts, epoch_us(close_ts) AS close_ts, {', '.join(f'{n}::DOUBLE AS {n}' for n in NUMBERS)}, first_id, last_id, threshold FROM bars WHERE {where} ORDER BY ts, first_id", key).fetchnumpy()
     out = to_event_frame({name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.asarray(column) for name, column in rows.items()}, symbol)
     return with_kind(out, BarKind("events", f"{e.kind}:{e.spec}", symbol, str(key[1])))

@@ -25,9 +25,10 @@ from typing import Literal, NoReturn
 import duckdb
 from duckdb import DuckDBPyConnection
 from filelock import FileLock, Timeout
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import retry_if_exception, RetryCallState, Retrying, stop_after_delay, wait_random_exponential
 
 from .. import __version__
+from .series import quote
 from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
 from ..settings import get_settings, Settings
 
@@ -93,10 +94,6 @@ def _catalog_uri(settings: Settings) -> str:
     return f"ducklake:{'sqlite:' if kind == 'sqlite' else ''}{catalog_file(settings)}"
 
 # %% ../../nbs/data/01_store.ipynb #6c597bdb
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
 def _quietly(con: DuckDBPyConnection, sql: str, secrets: list[str]) -> None:
     "Run a statement that holds secrets; remove them from the text of an error."
     try:
@@ -118,7 +115,7 @@ def _tls(con: DuckDBPyConnection, settings: Settings) -> None:
     if not file.is_file():
         remedy = "Correct the path, or leave it empty for the system's authorities"
         raise ConfigError(problem("a file of certificates (PEM) at MINIO_CA_FILE", f"none at {file}", remedy))
-    con.execute(f"SET GLOBAL ca_cert_file = {_quote(str(file))}")
+    con.execute(f"SET GLOBAL ca_cert_file = {quote(str(file))}")
 
 # %% ../../nbs/data/01_store.ipynb #adf5dde3
 def _s3_secret(con: DuckDBPyConnection, settings: Settings) -> None:
@@ -129,10 +126,10 @@ def _s3_secret(con: DuckDBPyConnection, settings: Settings) -> None:
     secrets = [settings.minio_access_key.get_secret_value(), settings.minio_secret_key.get_secret_value()]
     ssl = settings.minio_secure if not scheme else scheme == "https"
     style = "path" if settings.minio_url_style == "path" else "vhost"
-    options = f"KEY_ID {_quote(secrets[0])}, SECRET {_quote(secrets[1])}, ENDPOINT {_quote(host)}, REGION {_quote(settings.minio_region)}"
+    options = f"KEY_ID {quote(secrets[0])}, SECRET {quote(secrets[1])}, ENDPOINT {quote(host)}, REGION {quote(settings.minio_region)}"
     if settings.minio_session_token is not None:
         secrets.append(settings.minio_session_token.get_secret_value())
-        options += f", SESSION_TOKEN {_quote(secrets[2])}"
+        options += f", SESSION_TOKEN {quote(secrets[2])}"
     if ssl:
         _tls(con, settings)
     _quietly(con, f"CREATE OR REPLACE SECRET minio (TYPE s3, {options}, URL_STYLE '{style}', USE_SSL {str(ssl).lower()})", secrets)
@@ -216,11 +213,11 @@ def _data_path(settings: Settings, is_new: bool) -> str | None:
 def _attach(con: DuckDBPyConnection, settings: Settings, snapshot: int | None, read_only: bool, is_new: bool) -> None:
     "Attach the lake; raise the error that explains a failure."
     data = _data_path(settings, is_new)
-    options = [f"DATA_PATH {_quote(data)}", "OVERRIDE_DATA_PATH true"] if data else []
+    options = [f"DATA_PATH {quote(data)}", "OVERRIDE_DATA_PATH true"] if data else []
     options += [f"SNAPSHOT_VERSION {int(snapshot)}"] if snapshot is not None else []
     options += ["READ_ONLY"] if read_only or snapshot is not None else []
     options += ["META_JOURNAL_MODE 'WAL'"] if is_new and catalog_kind(settings.duckdb_path) == "sqlite" else []
-    statement = f"ATTACH {_quote(_catalog_uri(settings))} AS lake ({', '.join(options)})"
+    statement = f"ATTACH {quote(_catalog_uri(settings))} AS lake ({', '.join(options)})"
     try:
         _quietly(con, statement, [settings.duckdb_path])
     except duckdb.Error as e:
@@ -594,7 +591,7 @@ def maintain(
 ) -> dict[str, int]:  # the size of the store afterwards, as from `store_size`
     "Move inlined rows into Parquet files and merge small files; loses no snapshot."
     for (name,) in con.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = 'lake' ORDER BY 1").fetchall():
-        in_turn(con, f"CALL ducklake_flush_inlined_data('lake', table_name => {_quote(name)})")
+        in_turn(con, f"CALL ducklake_flush_inlined_data('lake', table_name => {quote(name)})")
     while in_turn(con, "CALL ducklake_merge_adjacent_files('lake', max_compacted_files => 20)"):
         pass
     in_turn(con, "CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")

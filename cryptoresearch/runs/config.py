@@ -16,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-import cryptoresearch.models.linear  # noqa: F401  (adds its models to MODELS)
+import cryptoresearch.models.linear  # noqa: F401 (its models join MODELS)
 from ..data.bars import bar_length
 from ..data.event_bars import event_spec
+from ..data.series import to_utc
 from ..errors import ConfigError, problem, SchemaError
 from ..labels.targets import is_event, label_params, TARGETS
 from ..models.estimators import MODELS
@@ -90,7 +91,7 @@ def _utc_text(name: str, value: Any) -> str | None:  # ISO text in UTC
     stamp: Any = pd.to_datetime(value, errors="coerce") if isinstance(value, str | datetime) else None
     if stamp is None or pd.isna(stamp):
         raise _wrong(name, "a time such as 2022-01-01", value)
-    return (stamp.tz_localize("UTC") if stamp.tz is None else stamp.tz_convert("UTC")).isoformat()
+    return to_utc(stamp).isoformat()
 
 
 def _length(name: str, value: Any, least: pd.Timedelta) -> None:

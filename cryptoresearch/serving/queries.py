@@ -14,6 +14,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
+from ..data.series import naive_utc, to_utc
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
 from ..settings import Settings
@@ -75,16 +76,10 @@ def pick_source(
 def _clauses(**parts: Any) -> tuple[str, list[Any]]:
     "WHERE clause and its values from column=value, start=, end=; None means no condition."
     words = {"start": "ts >= ?", "end": "ts < ?"}
-    given = {k: _as_utc(v).tz_localize(None).to_pydatetime() if k in words else v for k, v in parts.items() if v is not None}
+    given = {k: naive_utc(v) if k in words else v for k, v in parts.items() if v is not None}
     if {"start", "end"} <= set(given) and given["start"] >= given["end"]:
         raise ConfigError(problem("a start before the end", f"{given['start']} and {given['end']} UTC", "Swap them"))
     return " AND ".join(words.get(k, f"{k} = ?") for k in given) or "true", list(given.values())
-
-
-def _as_utc(time: Any) -> pd.Timestamp:
-    "A time with its zone; without one it is meant as UTC."
-    stamp = pd.Timestamp(time)
-    return (stamp.tz_localize("UTC") if stamp.tz is None else stamp.tz_convert("UTC")).as_unit("us")
 
 # %% ../../nbs/serving/01_queries.ipynb #7ef56155
 def _on_page(rows: pd.DataFrame, symbol: str, first: pd.Timestamp, stop: pd.Timestamp, length: pd.Timedelta) -> pd.DataFrame:
@@ -107,9 +102,9 @@ def bars_page(
     "One page of a symbol's bars."
     spec, length, chosen = bar_spec(spec), bar_length(spec), pick_source(con, symbol, spec, source)
     _clauses(start=start, end=end)  # refuses an end before the start
-    least, most = (_as_utc(t) for t in con.execute("SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?", [symbol, spec, chosen]).fetchall()[0])
-    stop = most + length if end is None else min(most + length, _as_utc(end).ceil(length))
-    first = max(least, stop - limit * length) if start is None else max(least, _as_utc(start).ceil(length))
+    least, most = (to_utc(t) for t in con.execute("SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?", [symbol, spec, chosen]).fetchall()[0])
+    stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
+    first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None
     try:
         rows = read_bars(con, symbol, spec, source=chosen, start=first, end=following or stop)
@@ -277,7 +272,7 @@ def read_forecasts(
 ) -> pd.DataFrame:  # index ts: prediction, y, state, kind (walk-forward or live), lower and upper where the run has them
     "Walk-forward and live predictions of a run in an interval, one a bar."
     past = _walk_forward(settings, run_id)
-    past = _matured_since(con, settings, run_id, past[(past.index >= _as_utc(start)) & (past.index < _as_utc(end))].copy())
+    past = _matured_since(con, settings, run_id, past[(past.index >= to_utc(start)) & (past.index < to_utc(end))].copy())
     live, _ = read_predictions(con, run_id=run_id, start=start, end=end, limit=1_000_000)
     parts = [part[[c for c in ("prediction", "y", "lower", "upper", "state", "kind") if c in part]] for part in (past, live.assign(kind="live")) if len(part)]
     rows = pd.concat(parts) if parts else past

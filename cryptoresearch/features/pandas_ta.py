@@ -112,15 +112,18 @@ def _check(indicator: Indicator) -> Indicator:
     "Return an indicator whose name and parameters pandas-ta knows; raise `DataNotFound` or `ConfigError` otherwise."
     if indicator.name not in indicator_names():
         close = get_close_matches(indicator.name, indicator_names(), n=3, cutoff=0.5)
-        raise DataNotFound(problem("an indicator of pandas-ta", f"ta:{indicator.name}", f"Closest: {', '.join(close)}" if close else "See its documentation"))
+        remedy = f"Closest: {', '.join(close)}" if close else "See its documentation"
+        raise DataNotFound(problem("an indicator of pandas-ta", f"ta:{indicator.name}", remedy))
     given = inspect.signature(getattr(library(), indicator.name)).parameters
     known = [n for n, p in given.items() if n not in (*INPUTS, "talib") and p.kind is not p.VAR_KEYWORD]
     for name, value in indicator.params:
         if name not in known:
             close = get_close_matches(name, known, n=1, cutoff=0.3)
-            raise ConfigError(problem(f"a parameter of ta:{indicator.name}, one of {', '.join(known)}", repr(name), f"Closest: {close[0]}" if close else "Leave it out"))
+            remedy = f"Closest: {close[0]}" if close else "Leave it out"
+            raise ConfigError(problem(f"a parameter of ta:{indicator.name}, one of {', '.join(known)}", repr(name), remedy))
         if fault := _fault(name, value, given[name].annotation):
-            raise ConfigError(problem(f"a value that ta:{indicator.name} accepts as {name}", f"{value!r}, {fault}", "pandas-ta would use its default without notice; correct the value"))
+            remedy = "pandas-ta would use its default without notice; correct the value"
+            raise ConfigError(problem(f"a value that ta:{indicator.name} accepts as {name}", f"{value!r}, {fault}", remedy))
     return indicator
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #f55a3822
@@ -138,7 +141,8 @@ def read_indicator(
             raise ValueError("another form")
         params = tuple((str(k.arg), ast.literal_eval(k.value)) for k in call.keywords)
     except (SyntaxError, ValueError) as e:
-        raise ConfigError(problem("ta:NAME(parameter=number).COLUMN, such as ta:macd(fast=12, slow=26).MACDh", name, "Parameters and column may be left out")) from e
+        form = "ta:NAME(parameter=number).COLUMN, such as ta:macd(fast=12, slow=26).MACDh"
+        raise ConfigError(problem(form, name, "Parameters and column may be left out")) from e
     return _check(Indicator(found[1], params)), found[3] or ""
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #b946b263
@@ -187,7 +191,9 @@ def _differs(a: pd.DataFrame, b: pd.DataFrame, size: Array) -> np.ndarray:  # bo
     return ~(near | (np.isnan(x) & np.isnan(y)))
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #9616794b
-def _memory(indicator: Indicator, bars: pd.DataFrame, full: pd.DataFrame, size: Array, rows: int) -> Array:  # bars, by column; `rows` where it does not end
+def _memory(
+    indicator: Indicator, bars: pd.DataFrame, full: pd.DataFrame, size: Array, rows: int
+) -> Array:  # bars, by column; `rows` where it does not end
     "Start the series later, and count the bars until the values are those of the whole series again."
     longest = np.ones(full.shape[1], dtype=int)
     for start in np.linspace(100, len(bars) - rows, 12).astype(int):
@@ -435,7 +441,8 @@ def indicator_features(
     if wanted and findings[0].column:
         column = short.get(wanted, wanted)
         if column not in short.values():
-            raise DataNotFound(problem(f"a column of ta:{indicator.name}, one of {', '.join(short)}", wanted, "Leave it out for all columns"))
+            columns = f"a column of ta:{indicator.name}, one of {', '.join(short)}"
+            raise DataNotFound(problem(columns, wanted, "Leave it out for all columns"))
     chosen = {s: f for (s, c), f in zip(short.items(), findings, strict=True) if not wanted or wanted in (s, c) or not c}
     if any(f.reason for f in chosen.values()):
         raise _refusal(name, indicator, [*chosen.values()])

@@ -228,7 +228,7 @@ def runs(context: typer.Context) -> None:
     "List the runs, newest first; delete one."
     if context.invoked_subcommand:
         return
-    from cryptoresearch.runs.run import list_runs
+    from cryptoresearch.runs.folder import list_runs  # loads pandas
 
     found = list_runs()
     if found.empty:

@@ -22,7 +22,8 @@ from ..errors import ConfigError, DataNotFound, problem, RunMismatch, SchemaErro
 from .audit import Audit
 from ..metrics.scores import diebold_mariano, DieboldMariano, qlike_loss, REFERENCE, score_table, squared_loss
 from ..runs.identity import code_version
-from ..runs.run import find_run_folder, load_run, read_run_info, Run, runs_folder
+from ..runs.folder import find_run_folder, read_run_info, runs_folder
+from ..runs.run import load_run, Run
 from ..runs.trials import corrected_p, target_text
 from ..settings import Settings
 from ..runs.run import question_key

@@ -32,7 +32,8 @@ from ..metrics.strategy import on_clock
 from ..models.linear import EnsembleModel
 from .config import by_events, RunConfig
 from .identity import canonical, identity, read_data, RunData
-from .run import run_strategy, runs_folder
+from .folder import runs_folder
+from .run import run_strategy
 from .walk_forward import first_test, fit_rows, Fitted, forecast_fold, prepare, Samples
 from ..models.splits import WalkForward
 from ..labels.targets import is_event

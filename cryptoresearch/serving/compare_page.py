@@ -18,7 +18,8 @@ from .views import difference_view
 from ..metrics.scores import loss_name
 from .views import Table
 from ..runs.identity import read_data
-from ..runs.run import list_runs, run_strategy
+from ..runs.folder import list_runs
+from ..runs.run import run_strategy
 from .dashboards import PlotlyView, run_config
 from .figures import empty_figure
 from .queries import read_runs

@@ -28,9 +28,10 @@ from cryptoresearch.features import pandas_ta
 from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature, OnColumns, REGISTRY, resolve
-from cryptoresearch.runs import config as question, run as runs
+from cryptoresearch.runs import identity as question, run as runs
 from cryptoresearch.runs.reproduce import reproduce
-from cryptoresearch.runs.run import list_runs, load_run, train_run
+from cryptoresearch.runs.stored import list_runs
+from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, run_notebook, train_report
 from cryptoresearch.serving.report_figures import plotly_js
 from cryptoresearch.serving.predictor import Predictor

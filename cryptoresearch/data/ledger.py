@@ -8,15 +8,15 @@ __all__ = ['DIGEST_VERSION', 'DIGESTED', 'UNKNOWN', 'DIGEST_MODULUS', 'rows_dige
            'clear_ledger']
 
 # %% ../../nbs/data/04_ledger.ipynb #9b27ec64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
-import re
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
 from duckdb import DuckDBPyConnection
 from numba import njit
-from typing import Any
 
 from .series import from_us, quote, Series, utc_now, where_recorded, where_rows
 

@@ -13,23 +13,23 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
+
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
+
 from ..errors import DataNotFound, SchemaError
-from ..metrics.verdict import ALPHA, FEWEST_OUTCOMES, number, p_value
-from ..metrics.scores import loss_name
+from ..labels.targets import is_event
 from cryptoresearch.metrics.scores import (
-    auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, LEAST_COVER, log_loss, mse_log, qlike, qlike_loss, r2_oos,
-    rank_ic, REFERENCE, squared_loss,
+    auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, LEAST_COVER, log_loss, loss_name, mse_log, qlike,
+    qlike_loss, r2_oos, rank_ic, REFERENCE, squared_loss,
 )
 from cryptoresearch.metrics.significance import (
     bootstrap_score, brier_loss, by_regime, confidence_set, Interval, pinball_loss, regimes, winkler_loss,
 )
-from ..runs.run import question_key
+from ..metrics.verdict import ALPHA, FEWEST_OUTCOMES, number, p_value
 from ..runs.config import RunConfig
-from ..runs.run import load_run, Run
-from ..labels.targets import is_event
+from ..runs.run import load_run, question_key, Run
 from ..settings import Settings
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #a1eff453

@@ -23,9 +23,9 @@ from filelock import FileLock
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch, SchemaError
 from .audit import Audit
 from ..metrics.scores import diebold_mariano, DieboldMariano, qlike_loss, REFERENCE, score_table, squared_loss
-from ..runs.stored import find_folder, read_info, runs_folder
 from ..runs.identity import code_version
 from ..runs.run import load_run, question_key, Run
+from ..runs.stored import find_folder, read_info, runs_folder
 from ..runs.trials import corrected_p, target_text
 from ..settings import Settings
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import clone
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline, Pipeline
 from sklearn.utils import get_tags
 
 from ..errors import ConfigError, CryptoResearchError, problem, SchemaError

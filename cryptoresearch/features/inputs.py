@@ -16,8 +16,7 @@ import pandas as pd
 from ..data.bar_updates import fold_ordered
 from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES, Trades
 from ..errors import ConfigError, problem
-from .derived import symbol_prefix, with_symbol
-from .derived import split_symbol
+from .derived import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
 from .registry import resolve
 

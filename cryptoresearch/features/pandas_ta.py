@@ -26,7 +26,7 @@ import pandas as pd
 from ..errors import ConfigError, DataNotFound, problem
 from . import pipeline
 from .causality import prove_causal
-from .registry import REGISTRY, Array, Feature, add_resolver
+from .registry import add_resolver, Array, Feature, REGISTRY
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #a525cd37
 Value = int | float | bool | str

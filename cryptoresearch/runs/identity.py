@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODE', 'LIBRARIES', 'SHIPPED', 'canonical', 'sha256_of', 'column_bytes', 'frame_digest', 'code_tree', 'code_version',
-           'library_versions', 'own_features', 'RunData', 'read_data', 'read_doubtful', 'features_of',
-           'beside_features', 'identity', 'run_name']
+           'library_versions', 'own_features', 'RunData', 'read_data', 'read_doubtful', 'identity', 'run_name']
 
 # %% ../../nbs/runs/02_identity.ipynb #9b27ec64
 import ast
@@ -15,7 +14,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,13 +32,12 @@ from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
 from ..data.store import snapshot
 from ..errors import ConfigError, DataNotFound, problem
-from ..features.derived import lagged, Lagged
+from ..features.derived import Lagged, lagged
 from ..features.inputs import join_needed
 from ..features.registry import Feature, REGISTRY, resolve
 from ..features.user_modules import import_modules
 from ..labels.barriers import covered_bars, doubtful_bars
 from ..labels.targets import known_volatility, primary_side
-from ..models.intervals import interval_features
 from .config import by_events, RunConfig
 
 # %% ../../nbs/runs/02_identity.ipynb #32d80b9d
@@ -179,9 +177,11 @@ def _parts_of_object(value: Any, seen: frozenset[int]) -> Any:
 SHIPPED = {f.name: f for f in resolve("all")}  # registered before any user could
 
 
-def own_features(names: tuple[str, ...]) -> dict[str, str]:  # digest by name, of features from outside the package
+def own_features(
+    features: Iterable[str | Feature],  # names, groups and features
+) -> dict[str, str]:  # sha256 by name, of features from outside the package
     "Digest the features that a user wrote or made."
-    return {f.name: sha256_of(canonical(_parts(f))) for f in resolve(names) if f is not SHIPPED.get(f.name) and not _lag_of_shipped(f)}
+    return {f.name: sha256_of(canonical(_parts(f))) for f in resolve(features) if f is not SHIPPED.get(f.name) and not _lag_of_shipped(f)}
 
 # %% ../../nbs/runs/02_identity.ipynb #75390feb
 def _lag_of_shipped(f: Feature) -> bool:
@@ -211,7 +211,7 @@ def read_data(
     try:
         bars = (_read_events if by_events(config.spec) else read_bars)(con, config.symbol, config.spec, start=config.start, end=config.end, source=config.source)
         sources = tuple(sorted(bars.attrs.get("sources") or ([bars.attrs["source"]] if bars.attrs.get("source") else [])))
-        bars, beside = join_needed(con, bars, (*config.features, *beside_features(config)))  # of the trades inside the bars, and of other symbols
+        bars, beside = join_needed(con, bars, config.resolved.names)  # of the trades inside the bars, and of other symbols
         sources = tuple(sorted({*sources, *(s for used in beside.values() for s in used)}))
         span = [[config.symbol, *beside], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
         files = con.execute("SELECT DISTINCT source, sha256 FROM ingest_ledger WHERE list_contains(?::VARCHAR[], symbol) AND last_ts >= ? AND first_ts < ? ORDER BY ALL", span).fetchall()
@@ -251,21 +251,6 @@ def read_doubtful(
             found.append(trades[["trade_id", "ts", "price", "qty"]])
     return pd.concat(found, ignore_index=True) if len(found) > 1 else found[0]
 
-# %% ../../nbs/runs/02_identity.ipynb #8491f5e3
-def features_of(
-    config: RunConfig,  # the question
-) -> tuple[str, ...]:  # names and groups
-    "Features of a run; of a meta-label the primary rule's own, so that the model knows the side."
-    own = (config.label["primary"].removeprefix("-"),) if "primary" in config.label else ()
-    return (*config.features, *own)
-
-
-def beside_features(
-    config: RunConfig,  # the question
-) -> tuple[str, ...]:  # names and groups; empty where the interval needs none
-    "Features that the interval needs and the model does not see."
-    return interval_features(config.interval, config.interval_params)
-
 # %% ../../nbs/runs/02_identity.ipynb #71650dc6
 def identity(
     config: RunConfig,  # the question
@@ -276,7 +261,7 @@ def identity(
         "config": json.loads(canonical(asdict(config) | {"modules": [Path(m).name for m in config.modules]})),  # wherever they lie
         "bars": frame_digest(data.bars.drop(columns="symbol")),
         "files": list(data.ledger),
-        "own_features": own_features((*features_of(config), *beside_features(config))) | import_modules(config.modules),
+        "own_features": own_features(config.resolved.all) | import_modules(config.modules),
         "code": code_version(),
         "libraries": library_versions(),
     } | ({} if data.trades is None else {"trades": frame_digest(data.trades.set_index("ts"))})

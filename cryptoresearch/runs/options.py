@@ -10,7 +10,7 @@ __all__ = ['Target', 'Model', 'Mode', 'Interval', 'Calibration', 'Split', 'TEMPL
 # %% ../../nbs/runs/00_options.ipynb #ec5fd756
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, Field, fields, MISSING, replace
+from dataclasses import dataclass, Field, field, fields, MISSING, replace
 from functools import partial
 from typing import Any, cast, get_args, get_origin, Literal
 

@@ -19,10 +19,9 @@ from ..errors import ConfigError, DataNotFound, problem, RunMismatch
 from ..features.user_modules import import_modules
 from ..metrics.scores import score_table
 from .config import RunConfig
-from cryptoresearch.runs.identity import (
-    beside_features, canonical, code_version, column_bytes, features_of, frame_digest, library_versions, own_features, read_data,
-    RunData, sha256_of,
-)  # fmt: skip
+from cryptoresearch.runs.identity import (  # fmt: skip
+    canonical, code_version, column_bytes, frame_digest, library_versions, own_features, read_data, RunData, sha256_of,
+)
 from .run import fit_last, folder_files, judge_run, run_record, save_fitted, to_json_value
 from .stored import find_folder, read_info
 from .walk_forward import first_test, Fitted, prepare, Progress, walk_folds
@@ -125,7 +124,7 @@ def reproduce(
     config, given = RunConfig(**info["config"]), import_modules(modules)
     if left := [m for m in config.modules if m not in given]:
         raise ConfigError(problem(f"the modules of run {folder.name}", f"no {', '.join(left)}", f"Say where they lie: {' '.join(f'--module {m}' for m in left)}"))
-    checks.must("own features", parts["own_features"], own_features((*features_of(config), *beside_features(config))) | given)
+    checks.must("own features", parts["own_features"], own_features(config.resolved.all) | given)
     data = _data_then(info, config, checks, settings)
     _compare_files(folder, info, checks)
     samples, start = prepare(data.bars, config, data.trades), first_test(config, data.bars)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'summary', 'to_json_value', 'save_fitted', 'folder_files', 'run_strategy', 'judge_run', 'run_record',
-           'find_run', 'fit_last', 'train_run', 'load_run', 'list_runs', 'question_key']
+           'find_run', 'fit_last', 'train_run', 'load_run', 'question_key']
 
 # %% ../../nbs/runs/05_run.ipynb #e3792a07
 import html
@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, UTC
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ import pandas as pd
 from ..data.bars import bar_kind, bar_length
 from ..errors import problem, RunMismatch, SchemaError
 from ..features.pipeline import DataProcessing
-from ..features.registry import resolve
 from ..features.user_modules import import_modules
 from ..labels.targets import as_returns, known_volatility, label_warmup, TARGETS
 from ..metrics.scores import score_table
@@ -37,8 +35,8 @@ from ..models.conformal import Calibrator
 from ..models.estimators import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
 from .config import by_events, least_length, RunConfig
-from .identity import beside_features, canonical, identity, read_data, run_name, RunData, sha256_of
-from .stored import find_folder, read_info, runs_folder, stored_runs
+from .identity import canonical, identity, read_data, run_name, RunData, sha256_of
+from .stored import find_folder, read_info, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from .walk_forward import first_test, fit_all, Fitted, prepare, Progress, Samples, usable_rows, walk_folds
 from ..settings import Settings
@@ -58,12 +56,11 @@ class Run:
     ends: Ends | None = field(default=None, repr=False)  # of the interval, where it has models of its own
     calibrator: Calibrator | None = field(default=None, repr=False)  # of the probability, where it was calibrated
 
-    @cached_property
+    @property
     def pipeline(self) -> DataProcessing:
-        "Features of the model, in its order, and after them what its interval needs beside."
-        if others := [name for name in (*self.config.features, *beside_features(self.config)) if ":" in name]:
-            resolve(others)  # ETHUSDT:ret_24 registers ethusdt_ret_24
-        return DataProcessing(features=[*(f["name"] for f in self.info["features"]), *self.info.get("interval_features", [])])
+        "Return the features of the model in its order, followed by those that only its interval needs."
+        names = [*(f["name"] for f in self.info["features"]), *self.info.get("interval_features", [])]
+        return DataProcessing(features=self.config.resolved.named(names))
 
     def predict(
         self,
@@ -206,7 +203,7 @@ def judge_run(config: RunConfig, data: RunData, predictions: pd.DataFrame, trial
 def run_record(run_id: str, config: RunConfig, parts: dict[str, Any], data: RunData, samples: Samples, test_start: pd.Timestamp) -> dict[str, Any]:
     "The part of run.json that is known before training."
     bars = data.bars
-    features = [{"name": f.name, "group": f.group, "warmup": f.warmup, "unit": f.unit} for f in resolve(list(samples.X.columns))]
+    features = [{"name": f.name, "group": f.group, "warmup": f.warmup, "unit": f.unit} for f in config.resolved.named(samples.X.columns)]
     known = samples.labels.loc[samples.labels["y"].notna(), "end_ts"]
     return {
         "id": run_id,
@@ -231,7 +228,7 @@ def _warmup(config: RunConfig, samples: Samples) -> int:
     "Bars that a forecast needs, with the interval, counting its own."
     beside = [] if samples.volatility is None else [*samples.volatility.X.columns]
     unit = label_warmup(config.target, config.label) if beside and config.target == "scaled_return" else 1
-    return max(unit, *(f.warmup for f in resolve([*samples.X.columns, *beside])))
+    return max(unit, *(f.warmup for f in config.resolved.named([*samples.X.columns, *beside])))
 
 # %% ../../nbs/runs/05_run.ipynb #961c73b6
 def find_run(
@@ -311,17 +308,6 @@ def load_run(
     ends = load_ends(folder / "interval") if "interval/interval.json" in info["files"] else None
     calibrator = _read_calibrator(folder / "calibrator.json") if "calibrator.json" in info["files"] else None
     return Run(folder.name, folder, config, info, MODELS[config.model].load(folder), pd.read_parquet(folder / "predictions.parquet"), ends=ends, calibrator=calibrator)
-
-# %% ../../nbs/runs/05_run.ipynb #d2a7ee53
-def list_runs(
-    settings: Settings | None = None,  # where the runs are; from the environment when None
-) -> pd.DataFrame:  # index run, newest first: created_at (UTC), symbol, spec, target, horizon, n, ic, r2_oos, dm_p, level, verdict, trained_until, simulated
-    "List the runs; one that cannot be read says so in its verdict."
-    columns = ["run", "created_at", "symbol", "spec", "target", "horizon", "n", "ic", "r2_oos", "dm_p", "level", "verdict", "trained_until", "simulated"]
-    table = pd.DataFrame(stored_runs(settings), columns=columns).set_index("run")
-    for name in ("created_at", "trained_until"):
-        table[name] = pd.to_datetime(table[name], utc=True)
-    return table.sort_values("created_at", ascending=False, kind="stable")
 
 # %% ../../nbs/runs/05_run.ipynb #710a27e0
 def question_key(run: Run) -> tuple[str, str, str, int]:  # symbol, bar length, target with its parameters, horizon

@@ -39,8 +39,8 @@ from ..runs.config import RunConfig
 from ..runs.run import find_run
 from ..runs.stored import runs_folder
 from ..runs.walk_forward import Progress
-from ..settings import get_settings, project_home, Settings
 from .report_figures import figure_html, plotly_js
+from ..settings import get_settings, project_home, Settings
 
 # %% ../../nbs/serving/09_batch.ipynb #00000006
 def notebook_path(

@@ -10,15 +10,17 @@ __all__ = ['FIXED', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'f
 import json
 from pathlib import Path
 from typing import Any
+
 import duckdb
 import numpy as np
 import pandas as pd
+
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
 from ..data.series import naive_utc, to_utc
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
-from ..settings import Settings
 from ..labels.targets import make_labels
+from ..settings import Settings
 
 # %% ../../nbs/serving/01_queries.ipynb #4e647e44
 def _utc(frame: pd.DataFrame) -> pd.DataFrame:

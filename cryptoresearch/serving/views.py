@@ -9,26 +9,25 @@ __all__ = ['Table', 'score_view', 'strategy_view', 'data_view', 'coverage_view',
            'audit_view', 'comparison_rules']
 
 # %% ../../nbs/serving/08_views.ipynb #9b27ec64
-import duckdb
 import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import duckdb
 import numpy as np
 import pandas as pd
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
+
 from ..evaluation.audit import Audit, LOUD
 from ..evaluation.comparison import measures
 from ..evaluation.overfitting import Luck, SearchLuck
-from .figures import gap_stretches
 from ..evaluation.scorecard import FEWEST
 from ..evaluation.strategies import clocked, costs_text, RULES
 from ..metrics.costs import Costs
-from ..metrics.scores import REFERENCE
+from ..metrics.scores import loss_name, REFERENCE
 from ..metrics.strategy import sharpe_ratio, StrategyResult
-from ..metrics.verdict import ALPHA, deflate, number, p_value
+from ..metrics.verdict import ALPHA, deflate, FEWEST_OUTCOMES, number, p_value
 from ..runs.trials import LEAST_BARS, LEAST_SHARE, read_trials, tried_sharpes
-from ..metrics.scores import loss_name
-from ..metrics.verdict import FEWEST_OUTCOMES
+from .figures import gap_stretches
 
 # %% ../../nbs/serving/08_views.ipynb #00000019
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _weights(weight: Any, n: int) -> np.ndarray | None:
         raise InputError(f"expected {n} weights of zero or more, not all zero; found shape {values.shape} or others among them. Take the rows of X and y, without NaN")
     return values
 
-
+# %% ../../nbs/models/32_boosting.ipynb #64820cb7
 @dataclass(frozen=True)
 class Rows:
     "Checked rows of a fit."
@@ -155,7 +155,7 @@ def monotone_list(
 # %% ../../nbs/models/32_boosting.ipynb #17fc3271
 Loss = Literal["mean", "probability", "quantile"]
 
-
+# %% ../../nbs/models/32_boosting.ipynb #f466c9cf
 class Grower(ABC):
     "Grow, forecast with and store the trees (or coefficients) of one library."
 
@@ -191,7 +191,7 @@ def keep_params(
     for name in type(model)._get_param_names():
         setattr(model, name, given[name])
 
-
+# %% ../../nbs/models/32_boosting.ipynb #cf5ccf6c
 class _Checked(RegressorMixin, BaseEstimator, Grower):
     "Parameters that all models share, and their checks."
 
@@ -437,7 +437,7 @@ def _format(kind: type[TailModel]) -> str:
     "Name the kind of model in model.json."
     return f"cryptoresearch.{kind.__name__}/2"
 
-
+# %% ../../nbs/models/32_boosting.ipynb #546596e0
 def _description(model: TailModel, trees: bytes) -> dict[str, Any]:
     "Describe a fitted model for model.json."
     fitted = {"feature_names_in": model.names_} | {k: getattr(model, k + "_") for k in _FITTED[1:]}

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
 GIVEN_ENV = dict(os.environ)  # as the caller set it
 NOTES: dict[str, str] = {}  # what the closing summary says beside pytest's own lines
+SECONDS: Counter[str] = Counter()  # what each test, or group of tests, took
+DURATIONS = "cryptoresearch/durations"
 _HOME = tempfile.TemporaryDirectory(prefix="cryptoresearch-tests-", ignore_cleanup_errors=True)
 
 
@@ -36,11 +39,13 @@ def _isolate() -> None:
         os.environ.pop(name.upper(), None)
     os.environ["CRYPTORESEARCH_HOME"] = _HOME.name
     os.environ["CRYPTORESEARCH_SHARED_DATA"] = shared
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // workers))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out slow tests and the slow cells of notebooks")
+    parser.addoption("--heavy", action="store_true", help="run the tests marked heavy too, as `make test-all` does")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,11 +57,71 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _HOME.cleanup()
 
 
+def shared_group(item: Any) -> str | None:
+    "Name the tests that must run in one process: those of a module that has a module-wide fixture, if they use it."
+    module = item.nodeid.split("::")[0]
+    found = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
+    return module if any(d.scope == "module" and d.baseid == module for d in found) else None
+
+
+def group_of(item: Any) -> str:
+    "What is given to a worker as one piece: a group of tests, else the test itself."
+    mark = item.get_closest_marker("xdist_group")
+    return mark.kwargs["name"] if mark else item.nodeid
+
+
+def guessed_seconds(item: Any) -> float:
+    "A rough guess for a test that was never run here; for a notebook, by what it compiles and its slow cells."
+    if "path" in getattr(item, "fixturenames", ()) and item.originalname == "test_runs":
+        text = (ROOT / item.callspec.params["path"]).read_text(encoding="utf-8")
+        return 4 + text.count("@njit") + 5 * text.count("#| slow")
+    return 10 if item.get_closest_marker("slow") or item.get_closest_marker("browser") else 1
+
+
+def longest_first(items: list[Any], known: dict[str, float]) -> list[Any]:
+    "Sort tests so that no worker is left with a long one at the end; the tests of a group stay together, in their own order."
+    guess: Counter[str] = Counter()
+    for item in items:
+        guess[group_of(item)] += guessed_seconds(item)
+    place = {group: number for number, group in enumerate(guess)}
+    return sorted(items, key=lambda item: (-known.get(group_of(item), guess[group_of(item)]), place[group_of(item)]))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    left_out = {mark for mark, out in (("slow", config.getoption("--quick")), ("heavy", not config.getoption("--heavy"))) if out}
+    if dropped := [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+    if hasattr(config, "workerinput"):
+        for item in items:
+            if group := shared_group(item):
+                item.add_marker(pytest.mark.xdist_group(name=group))
+        items[:] = longest_first(items, config.workerinput["durations"])
+
+
+def pytest_configure_node(node: Any) -> None:
+    "Tell a worker how long its tests took the last time in this folder."
+    cache = getattr(node.config, "cache", None)
+    node.workerinput["durations"] = cache.get(DURATIONS, {}) if cache else {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    SECONDS[report.nodeid.split("@")[-1] if report.nodeid.rfind("@") > report.nodeid.rfind("]") else report.nodeid] += report.duration
+
+
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    "Take over what served the tests of a worker."
+    NOTES.update(getattr(node, "workeroutput", {}).get("notes", {}))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config: Any = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["notes"] = NOTES
+    elif getattr(config.option, "numprocesses", None) and getattr(config, "cache", None):
+        config.cache.set(DURATIONS, config.cache.get(DURATIONS, {}) | {group: round(s, 1) for group, s in SECONDS.items()})
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 # tests run in as many processes as there are cores; JOBS=0: in one, e.g. for a debugger
 JOBS ?= logical
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
 # bytecode is worth its disk space: without it each start of the command line compiles a few thousand files anew
 unexport PYTHONDONTWRITEBYTECODE

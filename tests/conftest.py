@@ -24,6 +24,8 @@ from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
 GIVEN_ENV = dict(os.environ)  # as the caller set it
 NOTES: dict[str, str] = {}  # what the closing summary says beside pytest's own lines
+# tests that share nothing with the others of their file
+APART = ("tests/test_notebooks.py::test_runs[", "tests/test_event_bars.py::test_stored_bars_equal_a_build_from_nothing[")
 SECONDS: Counter[str] = Counter()  # what each test, or group of tests, took
 DURATIONS = "cryptoresearch/durations"
 _HOME = tempfile.TemporaryDirectory(prefix="cryptoresearch-tests-", ignore_cleanup_errors=True)
@@ -57,22 +59,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _HOME.cleanup()
 
 
-def shared_group(item: Any) -> str | None:
-    "Name the tests that must run in one process: those of a module that has a module-wide fixture, if they use it."
-    module = item.nodeid.split("::")[0]
-    found = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
-    return module if any(d.scope == "module" and d.baseid == module for d in found) else None
-
-
-def group_of(item: Any) -> str:
-    "What is given to a worker as one piece: a group of tests, else the test itself."
-    mark = item.get_closest_marker("xdist_group")
-    return mark.kwargs["name"] if mark else item.nodeid
+def group_of(nodeid: str) -> str:
+    "Name what is given to a worker as one piece: the tests of a file, in their order; each test of those that go by themselves."
+    return nodeid if nodeid.startswith(APART) else nodeid.split("::")[0]
 
 
 def guessed_seconds(item: Any) -> float:
     "A rough guess for a test that was never run here; for a notebook, by what it compiles and its slow cells."
-    if "path" in getattr(item, "fixturenames", ()) and item.originalname == "test_runs":
+    if "runner" in item.fixturenames and "path" in item.fixturenames:
         text = (ROOT / item.callspec.params["path"]).read_text(encoding="utf-8")
         return 4 + text.count("@njit") + 5 * text.count("#| slow")
     return 10 if item.get_closest_marker("slow") or item.get_closest_marker("browser") else 1
@@ -82,24 +76,34 @@ def longest_first(items: list[Any], known: dict[str, float]) -> list[Any]:
     "Sort tests so that no worker is left with a long one at the end; the tests of a group stay together, in their own order."
     guess: Counter[str] = Counter()
     for item in items:
-        guess[group_of(item)] += guessed_seconds(item)
+        guess[group_of(item.nodeid)] += guessed_seconds(item)
     place = {group: number for number, group in enumerate(guess)}
-    return sorted(items, key=lambda item: (-known.get(group_of(item), guess[group_of(item)]), place[group_of(item)]))
+    return sorted(items, key=lambda item: (-known.get(group_of(item.nodeid), guess[group_of(item.nodeid)]), place[group_of(item.nodeid)]))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = {mark for mark, out in (("slow", config.getoption("--quick")), ("heavy", not config.getoption("--heavy"))) if out}
     if dropped := [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
     if hasattr(config, "workerinput"):
-        for item in items:
-            if group := shared_group(item):
-                item.add_marker(pytest.mark.xdist_group(name=group))
         items[:] = longest_first(items, config.workerinput["durations"])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    "Give the groups to the workers in the order of `longest_first`."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     "Tell a worker how long its tests took the last time in this folder."
     cache = getattr(node.config, "cache", None)
@@ -107,9 +111,10 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    SECONDS[report.nodeid.split("@")[-1] if report.nodeid.rfind("@") > report.nodeid.rfind("]") else report.nodeid] += report.duration
+    SECONDS[group_of(report.nodeid)] += report.duration
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
     "Take over what served the tests of a worker."
     NOTES.update(getattr(node, "workeroutput", {}).get("notes", {}))

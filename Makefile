@@ -35,10 +35,10 @@ demo: $(READY)  ## the whole way: trades, bars, features, model, report, live pr
 	@$(BIN)/cryptoresearch demo $(ARGS)
 
 test: $(READY)  ## every notebook and every test but the heavy ones (about ten minutes on two cores)
-	@$(BIN)/python scripts/minio_server.py --prepare
+	@$(BIN)/python scripts/minio_server.py --prepare --no-build
 	@$(PYTEST) $(ARGS)
 
-test-all: $(READY)  ## the tests with the heavy ones: long kills, whole audits, the wheel in an empty environment
+test-all: $(READY)  ## all tests: long kills, the wheel in an empty environment, S3 on a MinIO built for it
 	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) --heavy $(ARGS)
 

@@ -1,9 +1,12 @@
-"""The wheel alone, in an empty environment without the development tools, imports and runs."""
+"""The wheel, without the development tools, imports and runs: next to the libraries that are here, and alone in an empty environment."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import docments
@@ -26,16 +29,31 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Folder with the programs of an environment that holds the wheel and what it requires, nothing else."
+HIDE = f"""
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: None if name.partition(".")[0] in {DEVELOPMENT!r} else find(name, path, target)
+"""
+
+
+@pytest.fixture(scope="module", params=["hiding", pytest.param("empty", marks=pytest.mark.heavy)])
+def empty(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Folder with the programs of an environment: the wheel and libraries of this one, where development tools cannot be found; or the wheel and what it requires."
     import venv
 
     import make_venv
 
-    folder = tmp_path_factory.mktemp("empty") / "venv"
-    venv.create(folder, with_pip=True, symlinks=sys.platform != "win32")
-    make_venv.install(folder, [str(wheel)], quiet=True, bytecode=False)
+    folder = tmp_path_factory.mktemp(request.param) / "venv"
+    venv.create(folder, with_pip=request.param == "empty", symlinks=sys.platform != "win32")
+    if request.param == "empty":
+        make_venv.install(folder, [str(wheel)], quiet=True, bytecode=False)
+    else:
+        python = make_venv.python_of(folder)
+        subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+        (site,) = folder.glob("**/site-packages")
+        (site / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        (site / "sitecustomize.py").write_text(HIDE)
     return make_venv.python_of(folder).parent
 
 
@@ -46,6 +64,14 @@ def documented(file: Path, function: str) -> list[tuple[str, str]]:
     entries = docments.signature(node, docments.comments_by_line(source))
     assert all(e.comment for e in entries)
     return [(e.name, e.comment) for e in entries]
+
+
+def test_no_development_tool_is_declared(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as z:
+        (name,) = (n for n in z.namelist() if n.endswith(".dist-info/METADATA"))
+        required = [line.split(": ")[1] for line in z.read(name).decode().splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert len(required) > 10
+    assert not {re.split(r"[^\w-]", r)[0].lower().replace("_", "-") for r in required} & set(DEVELOPMENT)
 
 
 def run(command: list[object], cwd: Path, code: int | None = 0) -> str:

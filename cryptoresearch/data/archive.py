@@ -22,10 +22,10 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime, UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -36,7 +36,7 @@ from filelock import FileLock
 from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random
+from tenacity import retry_if_exception_type, RetryCallState, Retrying, sleep_using_event, wait_random
 
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError
 from ..settings import get_settings, Settings

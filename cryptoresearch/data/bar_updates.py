@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity import retry_if_exception_type, Retrying, stop_after_attempt
 
 from .bars import bar_length, bar_spec, combine_bars, fold_trades, NUMBERS, place_bars, TRADE_COLUMNS, Trades
 from .coverage import missing_bars

@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'NUMBERS', 'COLUMNS', 'Trades', 'TRADE_COLUMNS', 'RECORD', 'SOURCES', 'PLAYED', 'bar_length', 'bar_spec',
-           'check_columns', 'check_price_range', 'check_bars', 'bar_frame', 'begin_record', 'add_trade',
-           'check_amounts', 'fold_trades', 'record_amount', 'place_bars', 'vwap_of', 'complete_trades',
-           'trades_to_bars', 'bars_frame', 'combine_bars', 'resample_bars', 'source_market', 'read_bars']
+           'check_columns', 'check_price_range', 'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars',
+           'check_frame', 'trade_rows', 'bar_frame', 'begin_record', 'add_trade', 'check_amounts', 'fold_trades',
+           'record_amount', 'place_bars', 'vwap_of', 'complete_trades', 'trades_to_bars', 'bars_frame', 'combine_bars',
+           'resample_bars', 'source_market', 'read_bars']
 
 # %% ../../nbs/data/06_bars.ipynb #fdbe84e9
 import re
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
 import duckdb
 import numpy as np
 import pandas as pd
 from numba import njit
-from ..errors import DataNotFound, SchemaError
+
 from .coverage import missing_bars
 from .series import naive_utc, to_us, to_utc, utc_index
+from ..errors import DataNotFound, problem, SchemaError
 
 # %% ../../nbs/data/06_bars.ipynb #40014f38
 _UNITS_S = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -106,6 +110,105 @@ def check_bars(
     check_price_range(*(numbers[name] for name in PRICES))
     return df
 
+# %% ../../nbs/data/06_bars.ipynb #cb11ff0a
+@dataclass(frozen=True)
+class BarKind:
+    "Kind and origin of the bars in a frame."
+
+    closed_by: Literal["time", "events"]  # a clock, or the trades themselves
+    spec: str = ""  # such as '1m' or 'dollar:1000000'; empty where unknown
+    symbol: str = ""  # such as BTCUSDT; empty where unknown
+    source: str | None = None  # source of all bars, such as 'trades'; None where several gave bars, or unknown
+
+    @property
+    def has_clock(self) -> bool:  # True for time bars
+        "Whether all bars have one length and no two open at the same time."
+        return self.closed_by == "time"
+
+    @property
+    def id_columns(self) -> tuple[str, ...]:  # ('first_id',) for event bars, none for time bars
+        "Columns that a row needs besides its time to be identified."
+        return () if self.has_clock else ("first_id",)
+
+    def key(
+        self,
+        bars: pd.DataFrame,  # frame of this kind, n rows
+    ) -> pd.Index:  # n; ids of the first trades, or open times; strictly increasing in a frame of the contract
+        "Return what orders and identifies the rows; open times where a frame has lost its ids."
+        return bars.index if self.has_clock or "first_id" not in bars else pd.Index(bars["first_id"])
+
+# %% ../../nbs/data/06_bars.ipynb #c3cfbdef
+def with_kind(
+    bars: pd.DataFrame,  # any bar frame; its attrs are changed
+    kind: BarKind,  # what it holds
+) -> pd.DataFrame:  # the same frame
+    "Note the kind of a frame in its attrs."
+    bars.attrs = {**bars.attrs, "closed_by": kind.closed_by, "spec": kind.spec, "symbol": kind.symbol, "source": kind.source}
+    return bars
+
+
+def bar_kind(
+    bars: pd.DataFrame,  # any bar frame
+) -> BarKind:  # as noted in its attrs, else as its columns show
+    "Return the kind of a frame's bars."
+    noted = bars.attrs
+    events = noted["closed_by"] == "events" if "closed_by" in noted else {"first_id", "threshold"} <= set(bars.columns)
+    return BarKind("events" if events else "time", noted.get("spec") or "", noted.get("symbol") or "", noted.get("source"))
+
+# %% ../../nbs/data/06_bars.ipynb #013957b5
+def check_event_bars(
+    df: pd.DataFrame,  # what should be a frame of event bars
+) -> pd.DataFrame:  # the same frame, untouched
+    "Return `df` if it keeps the contract of event bars; `SchemaError` naming the column otherwise."
+    index = df.index
+    if not isinstance(index, pd.DatetimeIndex) or str(index.tz) != "UTC" or index.name != "ts":
+        raise SchemaError(f"index: expected opens in UTC, named ts; found {index.dtype} named {index.name!r}. Take the frame of event_bars or read_event_bars")
+    check_columns(df)
+    if missing := [c for c in ("first_id", "last_id", "threshold") if c not in df.columns]:
+        raise SchemaError(f"{missing[0]}: expected the columns first_id, last_id, threshold of event bars; found none named {', '.join(missing)}. Take the frame of event_bars or read_event_bars")
+    if not index.is_monotonic_increasing or (np.diff(df["first_id"].to_numpy()) <= 0).any():
+        raise SchemaError("first_id: expected ids that strictly increase, and opens in their order; found others. Sort the frame by first_id, and drop what is double")
+    if (df["close_ts"] < index).any() or (df["close_ts"].to_numpy()[:-1] > df.index.to_numpy()[1:]).any():
+        raise SchemaError("close_ts: expected a close no earlier than the open and no later than the next open; found others. Take the frame of event_bars or read_event_bars")
+    prices = [df[name].to_numpy() for name in PRICES]
+    if (np.isnan(prices).any(axis=0) != df["gap"].to_numpy()).any():
+        raise SchemaError("open: expected NaN in gap rows and a number elsewhere; found it otherwise. A gap has no prices")
+    check_price_range(*prices)
+    return df
+
+
+def check_frame(
+    bars: object,  # what should be a bar frame
+) -> pd.DataFrame:  # the same, unchanged
+    "Return `bars` if they keep the contract of their kind; raise `SchemaError` otherwise."
+    if not isinstance(bars, pd.DataFrame):
+        raise SchemaError(problem("a DataFrame of bars", type(bars).__name__, "Make one with bar_frame(df, spec) or read_bars(con, symbol, spec)"))
+    return check_bars(bars) if bar_kind(bars).has_clock else check_event_bars(bars)
+
+# %% ../../nbs/data/06_bars.ipynb #b1836798
+def _check_order(trades: pd.DataFrame, by_id: bool) -> None:
+    "Refuse trades out of order of time, or of their ids within a moment."
+    if missing := [c for c in ("ts", "price", *(["trade_id"] if by_id else [])) if c not in trades]:
+        raise SchemaError(f"expected trades with ts, price{' and trade_id, since event bars may share a moment' if by_id else ''}; found none of {', '.join(missing)}. Use read_trades")
+    step = np.diff(pd.DatetimeIndex(trades["ts"]).as_unit("ns").asi8)
+    later = np.diff(trades["trade_id"].to_numpy()) > 0 if "trade_id" in trades else np.ones(len(step), bool)
+    if (step < 0).any() or not later[(step == 0) | by_id].all():
+        raise SchemaError("expected trades in order of ts and trade_id; found others. Sort them: trades.sort_values(['ts', 'trade_id'])")
+
+
+def trade_rows(
+    bars: pd.DataFrame,  # time or event bars, n rows
+    trades: pd.DataFrame,  # ts (UTC), price; trade_id for event bars; in order of ts and trade_id
+) -> tuple[np.ndarray, np.ndarray]:  # row of each bar's first trade, and the row after its last one, n each
+    "Locate each bar's trades: by time for time bars, by id for event bars, whose neighbours may share a moment."
+    by_id = not bar_kind(bars).has_clock
+    _check_order(trades, by_id)
+    if not by_id:
+        close = pd.DatetimeIndex(bars["close_ts"])
+        return trades["ts"].searchsorted(bars.index), trades["ts"].searchsorted(close)
+    ids = trades["trade_id"].to_numpy()
+    return np.searchsorted(ids, bars["first_id"].to_numpy()), np.searchsorted(ids, bars["last_id"].to_numpy(), "right")
+
 # %% ../../nbs/data/06_bars.ipynb #534ea566
 _OPEN_TIMES = ("ts", "open_time", "time", "timestamp", "date", "datetime")
 _OTHER_NAMES = {"count": "trades", "taker_buy_volume": "buy_volume", "quote_asset_volume": "quote_volume"}
@@ -153,7 +256,7 @@ def bar_frame(
         raise SchemaError(f"ts: expected one candle for each time; found several at {double[0]}. Drop those that are double")
     if "vwap" not in out and "quote_volume" in out:
         out["vwap"] = (out["quote_volume"] / out["volume"].where(out["volume"] > 0)).fillna(out["close"].where(out["quote_volume"].notna()))
-    return _on_grid(out, length, symbol)
+    return with_kind(_on_grid(out, length, symbol), BarKind("time", bar_spec(spec), symbol))
 
 # %% ../../nbs/data/06_bars.ipynb #f7c764bc
 _UNIT = 100_000_000  # parts of one that amounts are added in
@@ -392,7 +495,8 @@ def trades_to_bars(
     missing = [] if gaps is None else [(to_us(a), to_us(b), "given") for a, b in zip(gaps["start_ts"], gaps["end_ts"], strict=True)]
     holes, span = missing_bars([(*known, None, None)], missing, length_us)
     bars = place_bars(fold_trades([t], length_us), holes, length_us, span["first"], span["last"])
-    return bars_frame({name: column[span["whole"] - span["first"] :] for name, column in bars.items()}, bar_length(spec), symbol)
+    whole = {name: column[span["whole"] - span["first"] :] for name, column in bars.items()}
+    return with_kind(bars_frame(whole, bar_length(spec), symbol), BarKind("time", bar_spec(spec), symbol))
 
 # %% ../../nbs/data/06_bars.ipynb #2a3b9927
 def bars_frame(
@@ -490,7 +594,8 @@ def resample_bars(
     ts = pd.DatetimeIndex(bars.index).as_unit("us").asi8
     columns = {"ts": ts} | {name: bars[name].to_numpy() for name in NUMBERS}
     out = combine_bars(columns, short_us, long_us, -(-int(ts[0]) // long_us), (int(ts[-1]) + short_us) // long_us - 1)
-    return bars_frame(out, long, str(bars["symbol"].iloc[0]))
+    symbol = str(bars["symbol"].iloc[0])
+    return with_kind(bars_frame(out, long, symbol), replace(bar_kind(bars), spec=bar_spec(spec), symbol=symbol))
 
 # %% ../../nbs/data/06_bars.ipynb #ec166919
 SOURCES = ("trades", "aggTrades", "klines", "finnhub", "um.trades", "um.aggTrades", "um.klines", "replay", "simulated")  # the first that covers a bar wholly gives it
@@ -552,7 +657,7 @@ def read_bars(
     source: str | None = None,  # force one source; the rule above when None
     market: str | None = None,  # 'spot', 'um' or 'played'; the first that has such bars when None
     ids: bool = False,  # add first_id and last_id, the ids of the bar's first and last trade (Int64)
-) -> pd.DataFrame:  # bar frame; attrs: symbol, spec, source, sources (bars by source)
+) -> pd.DataFrame:  # bar frame; attrs: closed_by, symbol, spec, source, sources (bars by source)
     "Read stored bars as one frame on the complete grid; `DataNotFound` says what is there instead."
     spec, length = bar_spec(spec), bar_length(spec)
     if market not in (None, "spot", "um", "played"):
@@ -568,5 +673,5 @@ def read_bars(
     if ids:
         out = out.join(rows.set_index(pd.DatetimeIndex(rows["ts"], name="ts").tz_localize("UTC"))[["first_id", "last_id"]].astype("Int64"))
     used = rows.loc[~rows["gap"], "source"].value_counts()
-    out.attrs = {"symbol": symbol, "spec": spec, "source": source, "sources": {s: int(used[s]) for s in sorted(used.index)}}
-    return out
+    out.attrs = {"sources": {s: int(used[s]) for s in sorted(used.index)}}
+    return with_kind(out, BarKind("time", spec, symbol, source))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'BOUND', 'FLOOR', 'EVENT_COLUMNS', 'UNNUMBERED', 'EventSpec', 'event_spec', 'EventFolder', 'fold_events',
-           'to_event_frame', 'event_bars', 'make_event_bars', 'read_event_bars']
+           'to_event_frame', 'event_bars', 'make_event_bars', 'read_event_bars', 'with_gap_rows']
 
 # %% ../../nbs/data/09_event_bars.ipynb #cc193f4d
 import json
@@ -19,12 +19,12 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
 
+from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from cryptoresearch.data.bars import (
-    add_trade, begin_record, check_amounts, COLUMNS, complete_trades, NUMBERS, RECORD, record_amount, source_market, SOURCES,
-    TRADE_COLUMNS, Trades, vwap_of,
+    add_trade, BarKind, begin_record, check_amounts, check_event_bars, COLUMNS, complete_trades, NUMBERS, RECORD, record_amount,
+    source_market, SOURCES, TRADE_COLUMNS, Trades, vwap_of, with_kind,
 )
 from .coverage import covered_spans
-from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .series import BARS_OF, naive_utc, Series, to_us
 from .store import write
 from ..errors import DataNotFound, SchemaError
@@ -243,7 +243,9 @@ def event_bars(
     if not len(trades):
         raise DataNotFound("expected trades; found none. Wait for the first trade")
     holes = [] if gaps is None else [to_us(end) for end in gaps["end_ts"]]
-    return to_event_frame(fold_events(EventFolder(spec, holes), [complete_trades(trades)]), symbol)
+    folder = EventFolder(spec, holes)
+    bars = to_event_frame(fold_events(folder, [complete_trades(trades)]), symbol)
+    return with_kind(bars, BarKind("events", f"{folder.spec.kind}:{folder.spec.spec}", symbol))
 
 # %% ../../nbs/data/09_event_bars.ipynb #08925023
 _STORED = ("ts", "close_ts", *NUMBERS, "gap", "first_id", "last_id", "threshold")
@@ -357,7 +359,7 @@ def read_event_bars(
     start: Any = None,  # first open time, inclusive; naive means UTC
     end: Any = None,  # open times before this one
     source: str | None = None,  # the first of SOURCES that has them when None, one with numbered trades before others; sources are never mixed
-) -> pd.DataFrame:  # frame of the contract; attrs: symbol, spec, source
+) -> pd.DataFrame:  # frame of the contract; attrs: closed_by, symbol, spec, source
     "Read stored event bars; `DataNotFound` where there are none."
     e = event_spec(spec)
     found = [r[0] for r in con.execute("SELECT DISTINCT source FROM bars WHERE symbol = ? AND kind = ? AND spec = ?", [symbol, e.kind, e.spec]).fetchall()]
@@ -370,5 +372,23 @@ def read_event_bars(
             where, key = f"{where} AND {condition}", [*key, naive_utc(value)]
     rows = con.execute(f"SELECT epoch_us(ts) AS ts, epoch_us(close_ts) AS close_ts, {', '.join(f'{n}::DOUBLE AS {n}' for n in NUMBERS)}, first_id, last_id, threshold FROM bars WHERE {where} ORDER BY ts, first_id", key).fetchnumpy()
     out = to_event_frame({name: np.ma.filled(column, np.nan) if column.dtype.kind == "f" else np.asarray(column) for name, column in rows.items()}, symbol)
-    out.attrs = {"symbol": symbol, "spec": f"{e.kind}:{e.spec}", "source": key[1]}
+    return with_kind(out, BarKind("events", f"{e.kind}:{e.spec}", symbol, str(key[1])))
+
+# %% ../../nbs/data/09_event_bars.ipynb #1abaf4eb
+def with_gap_rows(
+    bars: pd.DataFrame,  # event bars of a source that numbers its trades without a hole, n rows
+) -> pd.DataFrame:  # the same with a gap row for each hole
+    "Event bars with holes as rows."
+    check_event_bars(bars)
+    first, last = bars["first_id"].to_numpy(), bars["last_id"].to_numpy()
+    hole = np.flatnonzero(first[1:] != last[:-1] + 1) if len(bars) else np.empty(0, np.int64)
+    hole = hole[~(bars["gap"].to_numpy()[hole] | bars["gap"].to_numpy()[hole + 1])]
+    if not len(hole):
+        return bars
+    index = pd.DatetimeIndex(bars["close_ts"].iloc[hole], name="ts").as_unit("us")
+    rows = pd.DataFrame({"symbol": bars["symbol"].iloc[hole].to_numpy(), "close_ts": bars.index[hole + 1], "gap": True, "first_id": last[hole] + 1, "last_id": first[hole + 1] - 1}, index=index)
+    rows = rows.assign(**dict.fromkeys([*NUMBERS, "threshold"], np.nan))[list(bars.columns)]
+    order = np.argsort(np.r_[np.arange(len(bars)), hole + 0.5], kind="stable")
+    out = pd.concat([bars, rows]).iloc[order].astype(bars.dtypes.to_dict())
+    out.attrs = bars.attrs
     return out

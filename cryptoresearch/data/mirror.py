@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta, UTC
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,12 +24,11 @@ import httpx
 import pandas as pd
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, DownloadColumn, Progress as Bar, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from cryptoresearch.data.archive import (
-    alone, archive_name, check_host, ensure_buckets, fetch_file, Kind, Market, NotPublished, Patience, Progress, proved, published,
-    published_sha256, stored, upload, verify,
+    alone, archive_name, check_host, ensure_buckets, fetch_file, Kind, Market, NotPublished, Patience, Progress, proved,
+    published, published_sha256, stored, upload, verify,
 )
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, SchemaError
 from ..settings import get_settings, Settings

@@ -25,7 +25,7 @@ from typing import Literal, NoReturn
 import duckdb
 from duckdb import DuckDBPyConnection
 from filelock import FileLock, Timeout
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import retry_if_exception, RetryCallState, Retrying, stop_after_delay, wait_random_exponential
 
 from .. import __version__
 from .series import quote

@@ -12,27 +12,22 @@ import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+
 import numpy as np
 import pandas as pd
 from numba import njit
 from scipy import stats
-from scipy.signal import lfilter
-from ..data.bars import check_bars, NUMBERS, PRICES
-from ..data.event_frames import check_event_bars, is_event_frame
+
+from ..data.bars import bar_kind, check_frame, NUMBERS, PRICES
 from ..errors import ConfigError, problem
-from ..metrics.verdict import Judgement, number
+from ..labels.targets import is_event, make_labels, primary_side
 from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_t, long_run_variance, rank_ic
+from ..metrics.verdict import Judgement, number
 from ..models.estimators import MODELS
 from ..runs.config import RunConfig
 from ..runs.walk_forward import first_test, prepare, Samples, walk_forward
-from ..labels.targets import is_event, make_labels, primary_side
 
 # %% ../../nbs/evaluation/07_audit.ipynb #2e6d8a63
-def _checked(bars: pd.DataFrame) -> pd.DataFrame:
-    "The same frame, after the check of its kind."
-    return check_event_bars(bars) if is_event_frame(bars) else check_bars(bars)
-
-
 def _shapes(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the m bars that are no gap; m x 4 log prices relative to the close before
     "Each bar's open, high, low and close as seen from the close before it."
     whole = np.flatnonzero(~bars["gap"].to_numpy())
@@ -48,12 +43,12 @@ def _rebuilt(bars: pd.DataFrame, whole: np.ndarray, shape: np.ndarray) -> pd.Dat
     prices[whole] = np.exp(start[:, None] + shape)
     out = bars.assign(**dict(zip(PRICES, prices.T, strict=True)))
     ratio = out["close"] / bars["close"]
-    if str(bars.attrs.get("spec", "")).startswith("dollar"):
+    if bar_kind(bars).spec.startswith("dollar"):
         out[_VOLUMES] = bars[_VOLUMES].div(ratio.to_numpy(), axis=0)
     else:
         out["quote_volume"] = bars["quote_volume"] * ratio
     out["vwap"] = (bars["vwap"] * ratio).clip(out["low"], out["high"])
-    return _checked(out)
+    return check_frame(out)
 
 
 _VOLUMES = ["volume", "buy_volume", "buy_volume_tick"]
@@ -64,7 +59,7 @@ def turned(
     side: np.ndarray,  # 1 as it was, -1 upside down; n
 ) -> pd.DataFrame:  # bars of the same index, amounts, ranges and gaps
     "Some of the bars upside down: a rise becomes a fall, buyers become sellers."
-    whole, shape = _shapes(_checked(bars))
+    whole, shape = _shapes(check_frame(bars))
     kept = pd.Series(side > 0, bars.index)
     mirrored = bars.assign(**{c: bars[c].where(kept, bars["volume"] - bars[c]) for c in ("buy_volume", "buy_volume_tick")})
     return _rebuilt(mirrored, whole, shape * side[whole, None])
@@ -83,7 +78,7 @@ def shuffled_bars(
     seed: int = 0,
 ) -> pd.DataFrame:  # bar frame of the same index and gaps
     "Random walk of constant volatility: each bar at another time."
-    whole, shape = _shapes(_checked(bars))
+    whole, shape = _shapes(check_frame(bars))
     order = np.random.default_rng(seed).permutation(len(whole))
     numbers = bars[NUMBERS].to_numpy()
     dealt = numbers.copy()
@@ -129,6 +124,8 @@ def planted_volatility(
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.Series]:  # bars, and the logarithm of the factor known at each close
     "Shuffled bars, stretched by a volatility that goes on for a while."
+    from scipy.signal import lfilter  # heavy, and used here only
+
     keep = 0.5 ** (1 / (5 * horizon))
     noise = np.random.default_rng([seed, 1]).standard_normal(len(bars))
     noise[1:] *= np.sqrt(1 - keep**2)

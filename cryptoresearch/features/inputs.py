@@ -13,16 +13,16 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_length, read_bars, source_market, SOURCES, Trades
 from ..data.bar_updates import fold_ordered
+from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES, Trades
 from ..errors import ConfigError, problem
-from .derived import symbol_prefix, with_symbol
+from .derived import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
 from .registry import resolve
 
 # %% ../../nbs/features/17_inputs.ipynb #61e06db4
 def _frame(batches: list[Trades]) -> pd.DataFrame:
-    "Trades as `trade_features` takes them."
+    "Concatenate batches of trades for `trade_features`."
     whole = {name: np.concatenate([b[name] for b in batches]) for name in ("ts", "trade_id", "price", "qty", "side_reported", "side_tick")}
     return pd.DataFrame(whole | {"ts": pd.to_datetime(whole["ts"], unit="us", utc=True)})
 
@@ -31,7 +31,7 @@ def _bar_by_bar(
     batches: Iterator[Trades],  # in the order (ts, trade_id)
     bars: pd.DataFrame,  # bar frame
 ) -> pd.DataFrame:  # columns TRADE_COLUMNS, on the index of the bars
-    "What the trades of each bar say, a few bars at a time."
+    "Compute the trade columns, a few bars at a time."
     opens, closes = (pd.DatetimeIndex(t).as_unit("us").asi8 for t in (bars.index, bars["close_ts"]))
     done, held, parts = 0, list[Trades](), [pd.DataFrame(columns=list(TRADE_COLUMNS), index=bars.index[:0], dtype=float)]
     for batch in batches:
@@ -50,7 +50,7 @@ def read_trade_columns(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
 ) -> pd.DataFrame:  # columns TRADE_COLUMNS, on the index of the bars; NaN where the trades of a bar are not all there
-    "Read what the trades inside each bar say, from the sources of the bars."
+    "Compute the trade columns of each bar from the stored trades of the bars' sources."
     symbol, spec = bars.attrs["symbol"], bars.attrs["spec"]
     out = pd.DataFrame(np.nan, index=bars.index, columns=list(TRADE_COLUMNS))
     taken = np.zeros(len(bars), dtype=bool)
@@ -68,8 +68,8 @@ def read_trade_columns(
 def other_symbols(
     features: Iterable[str],  # names and groups
 ) -> tuple[str, ...]:  # each once, in order
-    "Other symbols whose features are asked for."
-    return tuple(dict.fromkeys(name.rpartition(":")[0] for name in features if ":" in name))
+    "List the other symbols whose features are requested."
+    return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/17_inputs.ipynb #4734e1d3
 def join_needed(
@@ -80,7 +80,7 @@ def join_needed(
     "Join the columns that the features need and the bars do not have."
     names, beside = list(features), dict[str, tuple[str, ...]]()
     missing = {c for f in resolve(names) for c in f.inputs} - set(bars)
-    if not bars.index.is_unique or ":" in str(bars.attrs.get("spec", "")):
+    if not bar_kind(bars).has_clock:
         if other_symbols(names) or missing & set(TRADE_COLUMNS):
             raise ConfigError(problem("features of the event bars themselves", f"{', '.join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])}", "Columns of trades and of other symbols are joined to time bars only"))
         return bars, beside

@@ -9,14 +9,14 @@ __all__ = ['SHORT_HOLE', 'Met', 'compare', 'check_same_series', 'taken_back', 't
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
-from ..errors import SchemaError
-from cryptoresearch.data.ledger import (
-    batches_digest, clear_ledger, DIGEST_MODULUS, digest_sql, DIGESTED, log_event, Older,
-)
+
+from ..data.ledger import batches_digest, clear_ledger, DIGEST_MODULUS, digest_sql, DIGESTED, log_event, Older
 from ..data.series import quote, Series, utc_now, where_recorded, where_rows
+from ..errors import SchemaError
 
 # %% ../../nbs/ingest/05_corrections.ipynb #bf8d1706
 _VALUES = {

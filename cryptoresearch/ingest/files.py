@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from math import log as ln
-from math import sqrt
+from datetime import datetime, UTC
+from math import log as ln, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from .. import __version__
 from ..data.archive import file_sha256, local_file, open_object
-from cryptoresearch.data.ledger import (
-    archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files,
-)
+from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
 from ..data.series import from_us, quote, Series, utc_now, where_rows
+from ..data.store import exclusive, write
+from ..errors import DataNotFound, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
 )
 from .formats import FileSpec, inspect_file, interval_us
 from .staging import copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, write_rows
-from ..data.store import exclusive, write
-from ..errors import DataNotFound, SchemaError, StoreBusy
 from ..settings import Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725

@@ -529,7 +529,10 @@ def parse_piece(
         block = Block(values, first_line + np.arange(n), lambda i, start=start: _text_of(piece, int(start[i])))  # type: ignore[misc]
         first_line = block.next_line = first_line + n
         if not sure[:n].all():
-            _ask_again(block, columns, sure[:n])
+            first = buf[start[:n]]
+            empty = (first == _NEWLINE) | ((first == _RETURN) & (buf[start[:n] + 1] == _NEWLINE))  # a file may have millions of them
+            block.keep(~empty, None)
+            _ask_again(block, columns, sure[:n][~empty])
         yield block
 
 # %% ../../nbs/ingest/01_parsing.ipynb #c3b2f04c

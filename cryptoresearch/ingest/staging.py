@@ -27,10 +27,10 @@ from numba import njit
 from ..data.archive import ObjectStream
 from ..data.ledger import rows_digest, trade_marks, UNKNOWN
 from ..data.series import quote, Series
-from .formats import FileSpec, interval_us, read_blocks
-from .parsing import Block
-from .late_rows import repeats_the_same, stray_ids, too_far
 from ..errors import SchemaError
+from .formats import FileSpec, interval_us, read_blocks
+from .late_rows import repeats_the_same, stray_ids, too_far
+from .parsing import Block
 
 # %% ../../nbs/ingest/04_staging.ipynb #8dacb68d
 _BAD_SCHEMA = pa.schema([("line", pa.int64()), ("raw", pa.string()), ("reason", pa.string())])

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from ..data.event_frames import is_event_frame
+from ..data.bars import trade_rows
 from ..errors import SchemaError
 
 # %% ../../nbs/labels/02_barriers.ipynb #9003ac2e
@@ -71,36 +71,13 @@ def _touch_in_trades(
     first = touched[0]
     return (TARGET, target, inside["ts"].iloc[first]) if reached[first] else (STOP, stop, inside["ts"].iloc[first])
 
-# %% ../../nbs/labels/02_barriers.ipynb #ed8944a7
-def _check_order(trades: pd.DataFrame, by_id: bool) -> None:
-    "Refuse trades in another order than that of time, and of their ids within a moment."
-    if missing := [c for c in ("ts", "price", *(["trade_id"] if by_id else [])) if c not in trades]:
-        raise SchemaError(f"expected trades with ts, price{' and trade_id, since event bars may share a moment' if by_id else ''}; found none of {', '.join(missing)}. Use read_trades")
-    step = np.diff(pd.DatetimeIndex(trades["ts"]).as_unit("ns").asi8)
-    later = np.diff(trades["trade_id"].to_numpy()) > 0 if "trade_id" in trades else np.ones(len(step), bool)
-    if (step < 0).any() or not later[(step == 0) | by_id].all():
-        raise SchemaError("expected trades in order of ts and trade_id; found others. Sort them: trades.sort_values(['ts', 'trade_id'])")
-
-
-def _bounds(
-    bars: pd.DataFrame,  # time bars, or event bars with first_id and last_id, n rows
-    trades: pd.DataFrame,  # in order of ts, and of trade_id
-) -> tuple[np.ndarray, np.ndarray]:  # first row of each bar's trades, and the row behind the last, n each
-    "Where each bar's trades are: by id for event bars, whose neighbours may share a moment, else by time."
-    _check_order(trades, is_event_frame(bars))
-    if not is_event_frame(bars):
-        close = pd.DatetimeIndex(bars["close_ts"])
-        return trades["ts"].searchsorted(bars.index), trades["ts"].searchsorted(close)
-    ids = trades["trade_id"].to_numpy()
-    return np.searchsorted(ids, bars["first_id"].to_numpy()), np.searchsorted(ids, bars["last_id"].to_numpy(), "right")
-
 # %% ../../nbs/labels/02_barriers.ipynb #cff46e44
 def covered_bars(
     bars: pd.DataFrame,  # time or event bars, n rows
     trades: pd.DataFrame,  # ts (UTC), price, in order; trade_id for event bars, qty where known
 ) -> np.ndarray:  # n: 1 all trades of the bar are there, 0 none, -1 a part of them
     "How much of each bar's trades is at hand, by prices and volume."
-    begin, behind = _bounds(bars, trades)
+    begin, behind = trade_rows(bars, trades)
     out = np.where(behind > begin, -1, 0)
     price, bar = trades["price"].to_numpy(np.float64), bars[["open", "high", "low", "close"]].to_numpy(np.float64)
     volume = bars["volume"].to_numpy(np.float64) if {"volume"} <= set(bars) and "qty" in trades else None
@@ -176,7 +153,7 @@ def _resolve(
     bars: pd.DataFrame, trades: pd.DataFrame, arrays: list[np.ndarray], exit_at: np.ndarray, price: np.ndarray, hit: np.ndarray, both: np.ndarray, end: pd.Series, up: float, down: float
 ) -> None:
     "Look the labels that met both barriers in one bar up in the trades; changes the arrays."
-    begin, behind = _bounds(bars, trades)
+    begin, behind = trade_rows(bars, trades)
     doubtful = np.unique(exit_at[both])
     covered = dict(zip(doubtful, covered_bars(bars.iloc[doubtful], trades), strict=True))
     if part := [k for k in doubtful if covered[k] < 0]:

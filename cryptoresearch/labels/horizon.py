@@ -6,12 +6,12 @@
 __all__ = ['Target', 'realised', 'fixed_horizon', 'sample_intervals']
 
 # %% ../../nbs/labels/01_horizon.ipynb #00000002
-from typing import Literal, get_args
+from typing import get_args, Literal
 
 import numpy as np
 import pandas as pd
 
-from ..data.event_frames import is_event_frame
+from ..data.bars import bar_kind
 from ..errors import SchemaError
 
 # %% ../../nbs/labels/01_horizon.ipynb #00000006
@@ -24,8 +24,8 @@ def _check(bars: pd.DataFrame, horizon: int, target: str) -> None:
     missing = [c for c in _NEEDED if c not in bars]
     if missing:
         raise SchemaError(f"expected bars with {', '.join(_NEEDED)}; found none of {', '.join(missing)}. Use read_bars or bar_frame of data.bars")
-    ordered = (np.diff(bars["first_id"].to_numpy()) > 0).all() if is_event_frame(bars) else bars.index.is_unique
-    if not bars.index.is_monotonic_increasing or not ordered:
+    key = bar_kind(bars).key(bars)
+    if not (bars.index.is_monotonic_increasing and key.is_monotonic_increasing and key.is_unique):
         raise SchemaError("expected bars in strictly increasing order of time; found rows out of order or twice. Sort by ts and drop duplicates")
     if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
         raise SchemaError(f"expected a horizon of at least 1 bar; found {horizon!r}. Give a whole number of bars")

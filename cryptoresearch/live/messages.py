@@ -9,8 +9,7 @@ __all__ = ['Message', 'Trade', 'Rejected', 'Trades', 'Ping', 'ErrorMessage', 'Un
 import json
 import math
 from dataclasses import dataclass
-from datetime import datetime
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from ..data.series import EPOCH

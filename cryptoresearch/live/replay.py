@@ -23,7 +23,7 @@ import duckdb
 import pandas as pd
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.sync.server import Server, ServerConnection, serve
+from websockets.sync.server import serve, Server, ServerConnection
 
 from ..data.series import naive_utc
 from ..data.store import cursor

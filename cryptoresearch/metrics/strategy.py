@@ -164,12 +164,12 @@ def max_drawdown(
 
 # %% ../../nbs/metrics/03_strategy.ipynb #8c3cb43d
 def bar_seconds(
-    bars: pd.DataFrame,  # time or event bars
-) -> float:  # seconds
-    "Length of a bar; of event bars the mean, gaps included, so that n of them are the time that passed."
-    if "first_id" in bars.columns:  # event bars
-        return max(float((bars["close_ts"].iloc[-1] - bars.index[0]).total_seconds()) / len(bars), 1e-6)
-    return float((bars["close_ts"] - bars.index).dt.total_seconds().median())
+    bars: pd.DataFrame,  # time or event bars, n rows, gaps included
+) -> float:  # seconds, at least 1e-6; NaN without bars
+    "Compute the mean length of a bar, so that n of them last as long as the time that passed."
+    if not len(bars):
+        return float("nan")
+    return max(float((bars["close_ts"].iloc[-1] - bars.index[0]).total_seconds()) / len(bars), 1e-6)
 
 
 def sign_strategy(

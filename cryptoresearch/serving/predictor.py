@@ -10,17 +10,17 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from typing import Any
 
 import duckdb
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, read_bars, trades_to_bars
-from ..data.bars import complete_trades
-from ..data.event_bars import event_spec, EventFolder, to_event_frame
-from ..data.event_frames import check_event_bars, with_gap_rows
+from cryptoresearch.data.bars import (
+    bar_frame, bar_length, bar_spec, check_bars, check_event_bars, complete_trades, read_bars, trades_to_bars,
+)
+from ..data.event_bars import event_spec, EventFolder, to_event_frame, with_gap_rows
 from ..data.series import to_utc
 from ..data.store import init_duckdb, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page', 'read_predictions',
-           'with_outcomes', 'read_runs', 'read_run', 'read_forecasts', 'match_outcomes']
+           'with_outcomes', 'match_outcomes', 'read_runs', 'read_run', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import json
 from pathlib import Path
 from typing import Any
+
 import duckdb
 import numpy as np
 import pandas as pd
+
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
 from ..data.series import naive_utc, to_utc
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
-from ..settings import Settings
 from ..labels.targets import make_labels
+from ..settings import Settings
 
 # %% ../../nbs/serving/01_queries.ipynb #4e647e44
 def _utc(frame: pd.DataFrame) -> pd.DataFrame:
@@ -167,6 +169,27 @@ def with_outcomes(
     parts = [_outcomes(con, part, specs) for _, part in numbered.groupby(_ONE_LABEL, dropna=False)]
     return pd.concat(parts).sort_index().set_index("ts")
 
+# %% ../../nbs/serving/01_queries.ipynb #e11d9ba8
+FIXED = ("return", "volatility", "direction")  # labels that only their horizon decides; the others need the parameters of their run and its history
+
+
+def match_outcomes(
+    predictions: pd.DataFrame,  # index ts (bar open, UTC); one run's rows
+    bars: pd.DataFrame,  # frame of the same symbol and spec, reaching beyond the predictions as far as it is known
+    target: str,  # name of a kind of label
+    horizon: int,  # bars
+) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC) and state: matured, waiting, gap or unscored
+    "Predictions with what came of them by the label's own definition."
+    out = predictions.copy()
+    if bars.empty or target not in FIXED:
+        return out.assign(y=np.nan, end_ts=pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]"), state="waiting" if target in FIXED else "unscored")
+    labels = make_labels(bars, target, horizon)
+    out["y"] = labels["y"].reindex(out.index).to_numpy()
+    out["end_ts"] = out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0]
+    over = out["end_ts"] <= bars["close_ts"].iloc[-1]
+    out["state"] = np.where(out["y"].notna(), "matured", np.where(over, "gap", "waiting"))
+    return out
+
 # %% ../../nbs/serving/01_queries.ipynb #7a90f054
 def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
     "Outcomes of the predictions of one label: from their own source first, then from the others in order of trust."
@@ -256,24 +279,3 @@ def read_forecasts(
     parts = [part[[c for c in ("prediction", "y", "lower", "upper", "state", "kind") if c in part]] for part in (past, live.assign(kind="live")) if len(part)]
     rows = pd.concat(parts) if parts else past
     return rows[~rows.index.duplicated()].sort_index()
-
-# %% ../../nbs/serving/01_queries.ipynb #e11d9ba8
-FIXED = ("return", "volatility", "direction")  # labels that only their horizon decides; the others need the parameters of their run and its history
-
-
-def match_outcomes(
-    predictions: pd.DataFrame,  # index ts (bar open, UTC); one run's rows
-    bars: pd.DataFrame,  # frame of the same symbol and spec, reaching beyond the predictions as far as it is known
-    target: str,  # name of a kind of label
-    horizon: int,  # bars
-) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC) and state: matured, waiting, gap or unscored
-    "Predictions with what came of them by the label's own definition."
-    out = predictions.copy()
-    if bars.empty or target not in FIXED:
-        return out.assign(y=np.nan, end_ts=pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]"), state="waiting" if target in FIXED else "unscored")
-    labels = make_labels(bars, target, horizon)
-    out["y"] = labels["y"].reindex(out.index).to_numpy()
-    out["end_ts"] = out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0]
-    over = out["end_ts"] <= bars["close_ts"].iloc[-1]
-    out["state"] = np.where(out["y"].notna(), "matured", np.where(over, "gap", "waiting"))
-    return out

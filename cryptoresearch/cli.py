@@ -134,7 +134,7 @@ def ingest(
 
     found = process_files(
         init_duckdb(), uris, workers=workers, told=told, symbol=symbol, interval=interval, max_rejected=max_rejected,
-        kind=kind, market=market,  # type: ignore[arg-type]  (a wrong name is explained when the first file is read)
+        kind=kind, market=market,  # type: ignore[arg-type]  # a wrong name is explained when the first file is read
         check_symbol=check_symbol, replace=replace,
     )  # fmt: skip
     counts = found.outcome.value_counts(sort=False)

@@ -95,14 +95,14 @@ class Given(TypedDict):
     "Hold what the caller states about a file; None where the file decides."
 
     symbol: str | None  # such as BTCUSDT
-    kind: Kind | None  # of the rows
+    kind: Kind | Literal["candles"] | None  # candles are klines
     interval: str | None  # length of candles
     market: Market | None  # of the exchange
 
 
 @dataclass(frozen=True)
 class FileSpec:
-    "Describe whose trades or candles a file has, and in which layout."
+    "Describe a file: symbol, kind, layout, market and period."
 
     symbol: str  # such as BTCUSDT
     kind: Kind  # of the rows
@@ -317,7 +317,8 @@ def _layout_of(
         why = f" ({_fault(shown, layouts[width])})" if width in layouts else ""
         widths, shown = " or ".join(map(str, layouts)), shown[:60] + ("…" if len(shown) > 60 else "")
         raise SchemaError(
-            f"expected {kind} with {widths} columns in {name}; found lines such as {shown!r}{why}. Is this the right file, and the right kind?"
+            f"expected {kind} with {widths} columns in {name}; found lines such as {shown!r}{why}. "
+            "Is this the right file, and the right kind?"
         )
     return layout, False
 

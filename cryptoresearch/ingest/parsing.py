@@ -544,7 +544,9 @@ def parse_piece(
         block = Block(values, first_line + np.arange(n), lambda i, start=start: _text_of(piece, int(start[i])))  # type: ignore[misc]
         first_line = block.next_line = first_line + n
         if not sure[:n].all():
-            _ask_again(block, columns, sure[:n])
+            left = buf[start[:n]] != _NEWLINE  # without empty lines, of which a damaged file may have millions
+            block.keep(left, None)
+            _ask_again(block, columns, sure[:n][left])
         yield block
 
 # %% ../../nbs/ingest/01_parsing.ipynb #c3b2f04c

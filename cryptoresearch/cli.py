@@ -139,8 +139,11 @@ def ingest(
         to = Console(stderr=True) if isinstance(result, Exception) else console
         to.print(f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result), soft_wrap=True, markup=False)
 
-    found = process_files(init_duckdb(), uris, workers=workers, told=told, symbol=symbol, kind=kind, interval=interval, market=market, max_rejected=max_rejected,
-                          check_symbol=check_symbol, replace=replace)  # fmt: skip
+    found = process_files(
+        init_duckdb(), uris, workers=workers, told=told, symbol=symbol, interval=interval, max_rejected=max_rejected,
+        kind=kind, market=market,  # type: ignore[arg-type]  # a wrong name is explained when the first file is read
+        check_symbol=check_symbol, replace=replace,
+    )  # fmt: skip
     counts = found.outcome.value_counts(sort=False)
     if len(found) > 1:
         console.print(f"{len(found):,} files: {', '.join(f'{n:,} {outcome}' for outcome, n in counts.items())}")

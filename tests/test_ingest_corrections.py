@@ -219,7 +219,7 @@ def test_one_corrupt_id_does_not_lock_a_series(con: Con, tmp_path: Path, at: int
 
 def test_a_stray_id_of_an_older_store_is_grown_out_of(con: Con, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Loaded before there was the rule: the next day comes in all the same, and the repaired file replaces the damaged one."
-    monkeypatch.setattr("cryptoresearch.ingest.staging.stray_ids", lambda parts: np.empty(0, np.int64))
+    monkeypatch.setattr("cryptoresearch.ingest.staging.wrong_ids", lambda parts: np.empty(0, np.int64))
     lines = day(0)
     lines[100] = changed(lines[100], 0, 10_350)  # an id that the next day has
     first = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
@@ -236,7 +236,7 @@ def test_a_repaired_file_comes_in_before_the_next_day_too(con: Con, tmp_path: Pa
     lines = day(0)
     lines[100] = changed(lines[100], 0, 1010000000101)
     with monkeypatch.context() as m:
-        m.setattr("cryptoresearch.ingest.staging.stray_ids", lambda parts: np.empty(0, np.int64))
+        m.setattr("cryptoresearch.ingest.staging.wrong_ids", lambda parts: np.empty(0, np.int64))
         first = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
     assert first.rows == 299
     cut = put(tmp_path / "cut" / "AAAUSDT-trades-2024-01-01.csv", day(0)[:298])

@@ -38,7 +38,7 @@ test: $(READY)  ## every notebook and every test but the heavy ones (about ten m
 	@$(BIN)/python scripts/minio_server.py --prepare --no-build
 	@$(PYTEST) $(ARGS)
 
-test-all: $(READY)  ## all tests: long kills, the wheel in an empty environment, S3 on a MinIO built for it
+test-all: $(READY)  ## all tests: also long kills, whole audits, the wheel in an empty environment, S3 on a MinIO built for it
 	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) --heavy $(ARGS)
 

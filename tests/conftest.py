@@ -52,7 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.chdir(ROOT)
-    _isolate()
+    if not config.getoption("numprocesses", None):  # with workers, this process runs no test, and they need the caller's environment
+        _isolate()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -108,7 +108,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", RUN)
 def test_runs(path: str, runner: Runner, project: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     "A notebook runs from top to bottom in a process of its own, without the user's settings; next to an S3 server where it has cells `#| minio`."
-    flags = "minio" if request.config.getoption("--quick") else "slow minio"
+    flags = "minio" if request.config.getoption("--quick") else "slow minio heavy" if request.config.getoption("--heavy") else "slow minio"
     env = clean_environment() | {"TMPDIR": str(tmp_path)}
     if any(re.search(r"^#\|\s*minio\b", cell["source"], re.MULTILINE) for cell in cells(path)):
         env |= request.getfixturevalue("s3").env

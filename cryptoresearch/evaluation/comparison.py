@@ -355,8 +355,7 @@ def regime_table(
             return found | {"auc": auc(part["prediction"], part["y"]), "log_loss": float(cross_entropy(part["prediction"], part["y"]).mean())}
         return found | {"coverage": interval_coverage(part["y"], part["lower"], part["upper"])}
 
-    table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), sigma))
-    return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "hour", "year").index(k[0]), k[1]))]  # calm, middle, storm
+    return by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), sigma))
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #b8f833f3
 def interval_table(
@@ -372,8 +371,7 @@ def interval_table(
         shares = {"coverage": interval_coverage(y, low, high), "below": float((y < low).mean()), "above": float((y > high).mean())}
         return shares | {"width": float((high - low).mean()), "winkler": float(winkler_loss(low, high, y, level).mean())}
 
-    table = by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), known_level(rows, bars)), ("volatility", "year"))
-    return table.loc[sorted(table.index, key=lambda k: (("all", "volatility", "year").index(k[0]), k[1]))]
+    return by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), known_level(rows, bars)), ("volatility", "year"))
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #42c48eff
 def feature_ic(

@@ -10,7 +10,7 @@ __all__ = ['FEWEST_OUTCOMES', 'ALPHA', 'SUSPICIOUS_IC', 'SUSPICIOUS_R2', 'CLEAR_
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -22,31 +22,49 @@ from .strategy import deflated_sharpe, sharpe_ratio, StrategyResult
 FEWEST_OUTCOMES = 30  # outcomes that do not overlap
 ALPHA = 0.05  # level of the Diebold-Mariano test
 SUSPICIOUS_IC = 0.1  # IC of returns, bars shorter than a day
-SUSPICIOUS_R2 = 0.9  # of volatility
+SUSPICIOUS_R2 = 0.9  # OOS R² of volatility
 CLEAR_T = 2.0  # t of the IC
-LEAK_T = 3.0  # t of an IC that is too high; 30 outcomes without skill show |t| > 2 in one sample of ten
-FEW_OUTCOMES = 100  # below this the sentence says how few
+LEAK_T = 3.0  # t of an IC that is too high; with 30 outcomes without skill, |t| exceeds 2 in one sample of ten
+FEW_OUTCOMES = 100  # below this the sentence gives the number of outcomes
 CONFIDENT = 0.95  # deflated Sharpe ratio
 
+_SUSPICIOUS = (
+    f"IC above {SUSPICIOUS_IC} with t above {LEAK_T:g} on returns or events of bars shorter than a day, "
+    f"or OOS R² of volatility above {SUSPICIOUS_R2}: check for leakage"
+)
+_SKILL = (
+    f"better than the baseline by the Diebold-Mariano test, p below {ALPHA}. Returns: squared error, OOS R² above 0, and an IC "
+    f"with t above {CLEAR_T:g}, because a forecast that only follows the drift has no skill. Events: the same with the Brier score "
+    "against the base rate of the training. Volatility: QLIKE, against every baseline of the table"
+)
+_WEAK = (
+    f"returns and events: not skill, but the forecasts order the outcomes (IC above 0, t above {CLEAR_T:g}); "
+    "or probabilities that beat the base rate, but not clearly the forecast from the last outcome"
+)
+_TRADABLE = (
+    "returns and events, in addition to the above: break-even cost above the fee, a better Sharpe ratio than holding, "
+    f"and a deflated one of {CONFIDENT} or more"
+)
 
-def verdict_rules() -> pd.DataFrame:  # one row a rule, in the order of their use: verdict, when
+# %% ../../nbs/metrics/05_verdict.ipynb #32ef19d7
+def verdict_rules() -> pd.DataFrame:  # one row per rule, in the order of their use; index verdict, column when
     "Return the rules of the verdict; the first that fits is used."
     rules = [
         ("too little to judge", f"fewer than {FEWEST_OUTCOMES} outcomes that do not overlap"),
-        ("suspicious", f"IC above {SUSPICIOUS_IC} with t above {LEAK_T:g} on returns or events of bars shorter than a day, or OOS R² of volatility above {SUSPICIOUS_R2}: hunt for a leak"),
-        ("skill", f"better than the baseline by the Diebold-Mariano test, p below {ALPHA} (returns: squared error, OOS R² above 0, and an IC with t above {CLEAR_T:g}, because a forecast that only follows the drift is none; probabilities of events: the same with the Brier score against the base rate of the training; volatility: QLIKE, against every baseline of the table)"),
-        ("weak", f"returns and events: not skill, but the order of the forecasts is right more often than not (IC above 0, t above {CLEAR_T:g}); or probabilities that beat the base rate, but not clearly what the last outcome tells"),
+        ("suspicious", _SUSPICIOUS),
+        ("skill", _SKILL),
+        ("weak", _WEAK),
         ("no skill", "everything else"),
-        ("tradable", f"returns and events, said beside the above: break-even cost above the fee, a better Sharpe ratio than holding, and a deflated one of {CONFIDENT} or more"),
+        ("tradable", _TRADABLE),
     ]
     return pd.DataFrame(rules, columns=["verdict", "when"]).set_index("verdict")
 
 # %% ../../nbs/metrics/05_verdict.ipynb #00000008
 def number(
-    value: float | None,  # any number; None and NaN are unknown
+    value: float | None,  # a number; None and NaN are unknown
     form: str = ".3f",  # format specification
 ) -> str:  # text, a dash where unknown, a true minus sign
-    "Write a number, or a dash."
+    "Format a number, or a dash."
     if value is None or not np.isfinite(value):
         return "–"
     return format(float(value), form).replace("-", "−")
@@ -55,7 +73,7 @@ def number(
 def p_value(
     p: float | None,  # between 0 and 1
 ) -> str:  # such as 'p < 0.001' or 'p = 0.21'
-    "Write a p-value."
+    "Format a p-value."
     if p is None or not np.isfinite(p):
         return "p unknown"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < ALPHA * 2 else f"p = {p:.2f}"
@@ -63,10 +81,10 @@ def p_value(
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000b
 @dataclass(frozen=True)
 class Judgement:
-    "A level and the sentence that says it."
+    "A level and the sentence that explains it."
 
     level: str  # skill, weak, none, suspicious or unclear
-    sentence: str
+    sentence: str  # with the numbers behind the level
 
     def _repr_html_(self) -> str:
         color = {"skill": "good", "weak": "weak", "suspicious": "bad", "unclear": "weak"}.get(self.level, "")
@@ -75,106 +93,136 @@ class Judgement:
 
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000b-1
 _SUBJECTS = {
-    "return": "forecasts of the return", "scaled_return": "forecasts of the scaled return", "direction": "probabilities of a rise", "triple_barrier": "probabilities of a won barrier trade",
-    "trend": "probabilities of an upward trend", "meta": "probabilities that the primary rule pays",
+    "return": "forecasts of the return", "scaled_return": "forecasts of the scaled return", "direction": "probabilities of a rise",
+    "triple_barrier": "probabilities of a won barrier trade", "trend": "probabilities of an upward trend",
+    "meta": "probabilities that the primary rule pays",
 }  # fmt: skip
 
 
+def _wins(row: Mapping[str, float]) -> tuple[bool, str]:  # whether the model beats the reference, and the words if it does not
+    "Read the Diebold-Mariano test of the model against the reference."
+    beats, worse = row["dm_stat"] < 0 and row["dm_p"] < ALPHA, row["dm_stat"] > 0 and row["dm_p"] < ALPHA
+    return beats, "are worse than" if worse else "do not beat"
+
+
+def _too_good(order: str, target: str) -> str:
+    "Write the clause of an IC that is too high."
+    of = "returns" if REFERENCE[target] == "zero" else "events of prices"
+    return f"Too good to believe: {order} on {of} exceeds what honest forecasts reach; check for leakage before anything else"
+
+# %% ../../nbs/metrics/05_verdict.ipynb #592f266e
 def _of_order(
-    row: Mapping[str, Any],  # the model's row of the score table
-    target: str,
+    row: Mapping[str, float],  # the model's row of the score table
+    target: str,  # kind of label: returns or an event
     intraday: bool,  # bars shorter than a day
     evidence: str,  # against the baseline
     order: str,  # IC and its t
     unbeaten: Sequence[str] = (),  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
-    "Judge forecasts of returns and events, whose order has to be right too."
-    beats = row["dm_stat"] < 0 and row["dm_p"] < ALPHA and row["r2_oos"] > 0
-    fail = "are worse than" if row["dm_stat"] > 0 and row["dm_p"] < ALPHA else "do not beat"
+    "Judge forecasts of returns and events, which must also order the outcomes."
+    wins, fail = _wins(row)
+    beats = wins and row["r2_oos"] > 0
     what, base = _SUBJECTS[target], {"zero": "the forecast “zero”", "base": "the base rate"}[REFERENCE[target]]
     if intraday and row["ic"] > SUSPICIOUS_IC and row["ic_t"] > LEAK_T:
-        return "suspicious", f"Too good to believe: {order} on {'returns' if REFERENCE[target] == 'zero' else 'events of prices'} is beyond what honest forecasts reach; hunt for a leak before anything else"
+        return "suspicious", _too_good(order, target)
     if beats and not row["ic_t"] > CLEAR_T:
-        return "none", f"No skill beyond the market's drift: {what} beat {base} ({evidence}), but their order tells nothing ({order})"
+        return "none", f"No skill beyond the market's drift: {what} beat {base} ({evidence}), but do not order the outcomes ({order})"
     if beats and unbeaten:
-        return "weak", f"A weak signal: {what} beat {base} ({evidence}; {order}), but not clearly what the last outcome tells for nothing"
+        return "weak", f"A weak signal: {what} beat {base} ({evidence}; {order}), but not clearly the forecast from the last outcome"
     if beats:
         return "skill", f"{what[0].upper()}{what[1:]} beat {base} ({evidence}; {order})"
     if row["ic_t"] > CLEAR_T:
-        return "weak", f"A weak signal: the order of the {'forecasts' if REFERENCE[target] == 'zero' else 'probabilities'} tells something ({order}), their size does not beat {base} ({evidence})"
+        return "weak", f"A weak signal: {what} order the outcomes ({order}), but do not beat {base} ({evidence})"
     return "none", f"No skill beyond the baseline: {what} {fail} {base} ({evidence}; {order})"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #e7130d44
+def _of_volatility(row: Mapping[str, float], unbeaten: Sequence[str]) -> tuple[str, str]:  # level, sentence without its end
+    "Judge forecasts of volatility against every baseline."
+    beats, fail = _wins(row)
+    base = REFERENCE["volatility"].upper()
+    if row["r2_oos"] > SUSPICIOUS_R2:
+        r2 = number(row["r2_oos"])
+        return "suspicious", f"Too good to believe: OOS R² {r2} on volatility; check for leakage before anything else"
+    evidence = f"OOS R² {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])} on QLIKE"
+    if beats and unbeaten:
+        rest = "”, “".join(unbeaten)
+        what = f"forecasts of volatility beat {base} ({evidence}), but not clearly the forecast “{rest}”"
+        return "none", f"No skill beyond the baselines: {what}"
+    if beats:
+        return "skill", f"Forecasts of volatility beat the {base} baseline ({evidence})"
+    return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base} ({evidence})"
+
+# %% ../../nbs/metrics/05_verdict.ipynb #4c48a64a
 def _forecast(
-    row: Mapping[str, Any],  # the model's row of the score table
+    row: Mapping[str, float],  # the model's row of the score table
     target: str,  # name of a kind of label
     horizon: int,  # bars that an outcome spans
     intraday: bool,  # bars shorter than a day
     unbeaten: Sequence[str] = (),  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
     "Judge the forecast by the rules."
-    beats = row["dm_stat"] < 0 and row["dm_p"] < ALPHA
-    fail = "are worse than" if row["dm_stat"] > 0 and row["dm_p"] < ALPHA else "do not beat"
-    evidence = f"OOS R² {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])}"
+    apart, skill = row["n"] / horizon, "Brier skill" if "auc" in row else "OOS R²"
     order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}" + (f", AUC {number(row['auc'])}" if "auc" in row else "")
-    order += f", on only {row['n'] / horizon:.0f} separate outcomes" if FEWEST_OUTCOMES <= row["n"] / horizon < FEW_OUTCOMES else ""
-    if row["n"] / horizon < FEWEST_OUTCOMES:
-        return "unclear", f"Too little to judge: {row['n']:.0f} overlapping outcomes are {row['n'] / horizon:.0f} separate ones, {FEWEST_OUTCOMES} are needed ({order})"
-    if target != "volatility":
-        return _of_order(row, target, intraday, evidence.replace("OOS R²", "Brier skill") if "auc" in row else evidence, order, unbeaten)
-    base = REFERENCE[target].upper()
-    if row["r2_oos"] > SUSPICIOUS_R2:
-        return "suspicious", f"Too good to believe: OOS R² {number(row['r2_oos'])} on volatility; hunt for a leak before anything else"
-    if beats and unbeaten:
-        return "none", f"No skill beyond the baselines: forecasts of volatility beat {base} ({evidence} on QLIKE), but not clearly the forecast “{'”, “'.join(unbeaten)}”"
-    if beats:
-        return "skill", f"Forecasts of volatility beat the {base} baseline ({evidence} on QLIKE)"
-    return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base} ({evidence} on QLIKE)"
+    if apart < FEWEST_OUTCOMES:
+        found = f"{row['n']:.0f} overlapping outcomes contain {apart:.0f} that do not overlap; {FEWEST_OUTCOMES} are needed"
+        return "unclear", f"Too little to judge: {found} ({order})"
+    if target == "volatility":
+        return _of_volatility(row, unbeaten)
+    evidence = f"{skill} {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])}"
+    order += f", on only {apart:.0f} non-overlapping outcomes" if apart < FEW_OUTCOMES else ""
+    return _of_order(row, target, intraday, evidence, order, unbeaten)
 
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000d
 def _money(
     strategy: StrategyResult,  # of the sign strategy, after costs
-    deflated: float | None,  # probability that the true Sharpe ratio is above the best of the trials by luck
-    n_trials: int,  # trials behind it
+    deflated: float | None,  # probability that the true Sharpe ratio exceeds the best of the trials by chance
+    n_trials: int,  # number of trials
     level: str,  # of the forecast
     by: str = "their sign",  # what is traded
 ) -> str:  # clause of the sentence
-    "Say whether trading the sign would have paid."
+    "Judge whether trading the sign would have paid."
     even, fee = strategy.break_even_bps, strategy.fee_bps
     if not np.isfinite(even):
-        return "it never traded"
+        return "no trades were made"
     if even <= 0:
         return f"trading {by} lost money even before costs: not tradable"
-    cost = f"trading {by} breaks even at {number(even, '.1f')} bp a side,"
+    cost = f"trading {by} breaks even at {number(even, '.1f')} bp per side,"
     if even <= fee:
         return f"{cost} not above the fee of {number(fee, '.1f')} bp: not tradable"
+    cost += f" above the fee of {number(fee, '.1f')} bp"
     if sharpe_ratio(strategy.returns) <= sharpe_ratio(strategy.hold):
-        return f"{cost} above the fee of {number(fee, '.1f')} bp, but simply holding did better for its risk: not worth trading"
-    count = f"{n_trials} trial{'s' if n_trials != 1 else ''}"
-    luck = f"deflated Sharpe ratio {number(deflated, '.2f')} after {count}"
+        return f"{cost}, but holding had the better Sharpe ratio: not worth trading"
+    ratio = f"deflated Sharpe ratio {number(deflated, '.2f')} after {n_trials} trial{'s' if n_trials != 1 else ''}"
     if deflated is None or not deflated >= CONFIDENT:
-        return f"{cost} above the fee of {number(fee, '.1f')} bp, but luck is not ruled out ({luck}, {CONFIDENT} needed): not tradable yet"
+        return f"{cost}, but chance is not ruled out ({ratio}, {CONFIDENT} needed): not tradable yet"
     if level not in ("skill", "weak"):
-        return f"{cost} above the fee of {number(fee, '.1f')} bp ({luck}), but forecasts without skill cannot be its reason: not tradable"
-    return f"{cost} above the fee of {number(fee, '.1f')} bp and luck is unlikely ({luck}): worth a test with small money"
+        return f"{cost} ({ratio}), but forecasts without skill cannot explain it: not tradable"
+    return f"{cost} and chance is unlikely ({ratio}): worth a test with a small amount"
+
+# %% ../../nbs/metrics/05_verdict.ipynb #62a9d689
+def _unbeaten(scores: pd.DataFrame, target: str) -> list[str]:
+    "List the other baselines of the target that the model does not clearly beat."
+    others = ["last"] if REFERENCE[target] == "base" else []
+    if target == "volatility":
+        others = [n for n in scores.index if n not in ("model", REFERENCE[target])]
+    rivals = scores[scores.index.isin(others)] if "model_dm_p" in scores else scores.iloc[:0]
+    return [str(name) for name, r in rivals.iterrows() if not (r["model_dm_stat"] < 0 and r["model_dm_p"] < ALPHA)]
 
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000e
 def judge(
     scores: pd.DataFrame,  # of score_table; the row 'model' is judged
-    strategy: StrategyResult | None = None,  # of sign_strategy; for returns
+    strategy: StrategyResult | None = None,  # of sign_strategy; for returns and events
     target: str = "return",  # name of a kind of label
     *,
     horizon: int = 1,  # bars that an outcome spans
     intraday: bool = True,  # bars shorter than a day
-    deflated: float | None = None,  # deflated Sharpe ratio of the strategy
-    n_trials: int = 1,  # trials behind it
+    deflated: float | None = None,  # deflated Sharpe ratio of the strategy, a probability
+    n_trials: int = 1,  # number of trials
     simulated: bool = False,  # the data come from the simulated exchange
 ) -> Judgement:  # level and sentence
     "Judge a forecast by `verdict_rules`."
-    others = ["last"] if REFERENCE[target] == "base" else [n for n in scores.index if n not in ("model", REFERENCE[target])] if target == "volatility" else []
-    rivals = scores[scores.index.isin(others)] if "model_dm_p" in scores else scores.iloc[:0]
-    unbeaten = [str(name) for name, r in rivals.iterrows() if not (r["model_dm_stat"] < 0 and r["model_dm_p"] < ALPHA)]
-    level, sentence = _forecast({str(k): v for k, v in scores.loc["model"].items()}, target, horizon, intraday, unbeaten)
+    row = cast(Mapping[str, float], scores.loc["model"].to_dict())
+    level, sentence = _forecast(row, target, horizon, intraday, _unbeaten(scores, target))
     if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):
         sentence += f"; {_money(strategy, deflated, n_trials, level, 'their sign' if REFERENCE[target] == 'zero' else 'them')}"
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""
@@ -183,18 +231,26 @@ def judge(
 # %% ../../nbs/metrics/05_verdict.ipynb #7eb3d6a7
 def verdict(
     scores: pd.DataFrame,  # of score_table
-    strategy: StrategyResult | None = None,  # of sign_strategy; for returns
-    target: str = "return",  # 'return' or 'volatility'
-    **more: Any,  # as for `judge`
+    strategy: StrategyResult | None = None,  # of sign_strategy; for returns and events
+    target: str = "return",  # name of a kind of label
+    *,
+    horizon: int = 1,  # bars that an outcome spans
+    intraday: bool = True,  # bars shorter than a day
+    deflated: float | None = None,  # deflated Sharpe ratio of the strategy, a probability
+    n_trials: int = 1,  # number of trials
+    simulated: bool = False,  # the data come from the simulated exchange
 ) -> str:  # one sentence
-    "Return the verdict's sentence."
-    return judge(scores, strategy, target, **more).sentence
+    "Return the sentence of `judge`."
+    given = judge(
+        scores, strategy, target, horizon=horizon, intraday=intraday, deflated=deflated, n_trials=n_trials, simulated=simulated
+    )
+    return given.sentence
 
 # %% ../../nbs/metrics/05_verdict.ipynb #00000016
 def deflate(
-    strategy: StrategyResult | Mapping[str, float],  # after costs, or what return_moments says of its returns
-    trials: Sequence[float],  # Sharpe ratio per bar of each trial, this one included
-) -> tuple[float, int]:  # deflated Sharpe ratio (a probability; NaN without a trade), trials counted
+    strategy: StrategyResult | Mapping[str, float],  # after costs, or its return_moments
+    trials: Sequence[float],  # Sharpe ratio per bar of each trial, including this one
+) -> tuple[float, int]:  # deflated Sharpe ratio (a probability; NaN without a trade), number of trials
     "Deflate the strategy's Sharpe ratio by the trials in the ledger."
     known = np.array([s for s in trials if np.isfinite(s)], dtype=float)
     count = max(len(known), 1)

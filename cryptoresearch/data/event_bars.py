@@ -19,12 +19,12 @@ import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
 
-from cryptoresearch.data.bars import (
-    add_trade, BarKind, begin_record, check_amounts, check_event_bars, COLUMNS, complete_trades, NUMBERS, RECORD, record_amount,
-    source_market, SOURCES, to_us, to_utc, TRADE_COLUMNS, Trades, vwap_of, with_kind,
+from cryptoresearch.data.aggregation import (
+    add_trade, begin_record, check_amounts, complete_trades, NUMBERS, RECORD, record_amount, TRADE_COLUMNS, Trades, vwap_of,
 )
-from .coverage import covered_spans
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
+from .bars import BarKind, check_event_bars, COLUMNS, source_market, SOURCES, to_us, to_utc, with_kind
+from .coverage import covered_spans
 from .store import write
 from ..errors import DataNotFound, SchemaError
 

@@ -15,7 +15,8 @@ from math import gcd
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_kind, bar_length, combine_bars, NUMBERS, PRICES
+from ..data.aggregation import combine_bars
+from ..data.bars import bar_kind, bar_length, NUMBERS, PRICES
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
 from .indicators import log_return

@@ -13,7 +13,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES, Trades
+from ..data.aggregation import Trades
+from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES
 from ..data.bar_updates import fold_ordered
 from ..errors import ConfigError, problem
 from .derived import symbol_prefix, with_symbol

@@ -389,7 +389,8 @@ _STORED = "ts, close_ts, open, high, low, close, volume, quote_volume, trades, b
 
 
 def _choose(
-    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, sources: list[str], start: pd.Timestamp | None, end: pd.Timestamp | None, ids: bool,
+    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, sources: list[str],
+    start: pd.Timestamp | None, end: pd.Timestamp | None, ids: bool,
 ) -> pd.DataFrame:  # source, the columns of `bars`, first_id and last_id with `ids`
     "Read stored bars, one for each time: whole ones first, then by the order of the sources."
     params: list[object] = [symbol, spec, sources]

@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# tests run in as many processes as there are cores; JOBS=0: in one, e.g. for a debugger
+JOBS ?= logical
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
 # bytecode is worth its disk space: without it each start of the command line compiles a few thousand files anew
 unexport PYTHONDONTWRITEBYTECODE
@@ -13,12 +16,12 @@ export OMP_WAIT_POLICY ?= passive
 # an activated environment elsewhere must not be taken for this one
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-.PHONY: help venv demo test quick lab dashboards api bench lint docs minio hooks clean distclean
+.PHONY: help venv demo test test-all quick lab dashboards api bench lint docs minio hooks clean distclean
 
 help:  ## this text
 	@echo "cryptoresearch: from raw trades to a prediction one can believe"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "More arguments go behind ARGS, e.g. make test ARGS='-k bars', make api ARGS='--port 9001'."
 
@@ -31,12 +34,16 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt scripts/make_venv
 demo: $(READY)  ## the whole way: trades, bars, features, model, report, live predictions
 	@$(BIN)/cryptoresearch demo $(ARGS)
 
-test: $(READY)  ## every notebook and every test
+test: $(READY)  ## every notebook and every test but the heavy ones (about ten minutes on two cores)
+	@$(BIN)/python scripts/minio_server.py --prepare --no-build
+	@$(PYTEST) $(ARGS)
+
+test-all: $(READY)  ## all tests: long kills, the wheel in an empty environment, S3 on a MinIO built for it
 	@$(BIN)/python scripts/minio_server.py --prepare
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) --heavy $(ARGS)
 
 quick: $(READY)  ## the tests without the slow ones
-	@$(BIN)/python -m pytest --quick $(ARGS)
+	@$(PYTEST) --quick $(ARGS)
 
 lab: $(READY)  ## JupyterLab, to explore
 	@$(BIN)/jupyter lab $(ARGS)

@@ -1,11 +1,15 @@
 """Install cryptoresearch: every fact comes from settings.ini, which nbdev reads too."""
 
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "scripts"))
+from docments import with_sections  # noqa: E402
 parser = ConfigParser(delimiters=["="], comment_prefixes=(";",))
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
@@ -13,6 +17,17 @@ cfg = parser["DEFAULT"]
 
 def lines(key: str) -> list[str]:
     return [line.strip() for line in cfg.get(key, "").splitlines() if line.strip()]
+
+
+class BuildDocumented(build_py):
+    "Build modules in which `help()` and editors find the comments behind parameters as sections of the docstrings."
+
+    def build_module(self, module: str, module_file: str, package: str) -> tuple[str, bool]:
+        built, copied = super().build_module(module, module_file, package)
+        text = with_sections(Path(module_file).read_text(encoding="utf-8"))
+        Path(built).unlink()  # never write through a link into the source
+        Path(built).write_text(text, encoding="utf-8")
+        return built, copied
 
 
 # the papermill templates and the dashboards travel inside the package: they are notebooks, not modules
@@ -39,5 +54,6 @@ setup(
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
+    cmdclass={"build_py": BuildDocumented},
     zip_safe=False,
 )

@@ -10,6 +10,7 @@ __all__ = ['app', 'console', 'runs_app', 'doctor', 'download', 'ingest', 'forget
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,9 @@ from rich.table import Table
 
 from . import __version__
 from .cli_data import data_app
-from .cli_research import read_params, research_app
+from .cli_research import asked_config, research_app, takes
 from .errors import CryptoResearchError
+from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
@@ -34,11 +36,16 @@ console = Console()
 
 
 def _show(frame: Any, title: str = "") -> None:
-    "A DataFrame as a table, whatever the terminal's width."
+    "Show a DataFrame as a table, whatever the terminal's width."
+    _show_rows([str(c) for c in frame.columns], frame.itertuples(index=False), title)
+
+
+def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
+    "Show rows as a table; missing values are empty."
     table = Table(title=title or None, title_justify="left", header_style="bold")
-    for column in frame.columns:
-        table.add_column(str(column), overflow="fold")
-    for row in frame.itertuples(index=False):
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
         table.add_row(*("" if value is None or value != value else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     console.print(table)
 
@@ -90,7 +97,7 @@ def download(
     from cryptoresearch.data.mirror import mirror_archive
 
     folder = Path.cwd() / to_folder.expanduser() if to_folder else None
-    done = mirror_archive(symbol, start, end, kind, market=market, interval=interval, folder=folder, bucket=bucket, workers=workers,
+    done = mirror_archive(symbol, start, end, kind, market=market, interval=interval, folder=folder, bucket=bucket, workers=workers,  # type: ignore[arg-type]  # it checks both
                           dry_run=dry_run, refresh=refresh, rehash=rehash)  # fmt: skip
     _mirrored(done)
 
@@ -206,44 +213,14 @@ def _progress(text: str) -> Any:
 
 # %% ../nbs/94_cli.ipynb #b037281e
 @app.command()
-def train(
-    symbol: Annotated[str, typer.Option(help="Such as BTCUSDT.")] = "BTCUSDT",
-    bars: Annotated[str, typer.Option(help="Bar length, such as 1m or 1h; or event bars that were built, such as dollar:1e6.")] = "1h",
-    target: Annotated[str, typer.Option(help="return, volatility, scaled_return, direction, triple_barrier, trend or meta.")] = "return",
-    horizon: Annotated[int, typer.Option(help="Bars ahead.", min=1)] = 24,
-    source: Annotated[str | None, typer.Option(help="Source of the bars; the best there is by default.")] = None,
-    start: Annotated[str | None, typer.Option(help="First bar, such as 2018-01-01.")] = None,
-    end: Annotated[str | None, typer.Option(help="Bars open before this.")] = None,
-    test_start: Annotated[str | None, typer.Option(help="First bar to forecast; after 60 % by default.")] = None,
-    refit_every: Annotated[str, typer.Option(help="A new model after each, such as 90D or 6h.")] = "90D",
-    mode: Annotated[str, typer.Option(help="expanding or sliding.")] = "expanding",
-    train_window: Annotated[str | None, typer.Option(help="Length of the sliding window, such as 365D.")] = None,
-    features: Annotated[list[str] | None, typer.Option("--feature", help="Feature or group; may be given several times.")] = None,
-    modules: Annotated[list[str] | None, typer.Option("--module", help="File or module with features of your own; may be given several times.")] = None,
-    model: Annotated[str, typer.Option(help="xgboost, lightgbm, histgb, gb, ridge, har, har_ridge, decay_ridge, garch or ensemble.")] = "xgboost",
-    param: Annotated[list[str] | None, typer.Option(help="Model parameter, name=value; may be given several times.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    fee_bps: Annotated[float, typer.Option(help="Cost a side in basis points.", min=0)] = 5.0,
-    embargo: Annotated[str, typer.Option(help="Extra distance between training and test, such as 24h.")] = "0h",
-    weights: Annotated[str | None, typer.Option(help="Of training samples: uniqueness, recency:365D, or both with a comma between; all alike by default.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="Label parameter, name=value, such as up=2, window=168, primary=-ret_24 or trades=true; may be given several times.")] = None,
-    interval: Annotated[str, typer.Option(help="residual (one width), scaled (by a forecast volatility), quantile (two quantile models) or adaptive (by the outcomes of the test).")] = "residual",
-    interval_param: Annotated[list[str] | None, typer.Option(help="Interval parameter, name=value, such as volatility=har, given=log_sigma or of=scaled; may be given several times.")] = None,
-    calibrate: Annotated[str, typer.Option(help="Of probabilities: none, isotonic or platt, learned on purged folds of the training.")] = "none",
-    split: Annotated[str, typer.Option(help="walk, or cpcv to show beside the walk the scores over the paths of combinatorial purged cross-validation: fifteen trainings more.")] = "walk",
-    audit: Annotated[bool, typer.Option("--audit", help="Show in the report what the pipeline finds where nothing is: nine to eleven times the work of training.")] = False,
-) -> None:
-    "Train a walk-forward model and write its report; the same question again finds the run that is there."
-    from cryptoresearch.features.user_modules import whole_paths
-    from cryptoresearch.runs.config import RunConfig
+@takes(*options(RunOptions), *options(ReportOptions))
+def train(given: dict[str, Any]) -> None:
+    "Train a walk-forward model and write its report; the same options on the same data find the run that is there."
     from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.batch import train_report
 
-    asked = RunConfig(symbol=symbol, spec=bars, source=source, target=target, horizon=horizon, start=start, end=end, test_start=test_start, refit_every=refit_every,
-                 mode=mode, train_window=train_window, features=tuple(features or ["default"]), model=model, params=read_params(param or []), seed=seed, fee_bps=fee_bps, embargo=embargo, weights=weights, modules=whole_paths(modules or []), label=read_params(label or [], "--label up=2"),
-                 interval=interval, interval_params=read_params(interval_param or [], "--interval-param given=log_sigma"), calibrate=calibrate)  # fmt: skip
     with _progress("training") as progress:
-        done = train_report(asked, progress=progress, audit=audit, split=split)
+        done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
@@ -258,16 +235,16 @@ def runs(context: typer.Context) -> None:
     "List the runs, newest first; delete one."
     if context.invoked_subcommand:
         return
-    from cryptoresearch.runs.run import list_runs
+    from cryptoresearch.runs.stored import stored_runs  # pandas and the model libraries would take seconds
 
-    found = list_runs()
-    if found.empty:
+    found = stored_runs()
+    if not found:
         console.print("no runs yet. Run: cryptoresearch train")
         return
-    found = found.reset_index()
-    _show(found[["run", "n", "ic", "r2_oos", "dm_p", "level"]])
-    for run in found.itertuples():
-        console.print(f"[bold]{run.run}[/] {run.verdict}", soft_wrap=True)
+    columns = ["run", "n", "ic", "r2_oos", "dm_p", "level"]
+    _show_rows(columns, [[run.get(c) for c in columns] for run in found])
+    for run in found:
+        console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #c94124e4
 @runs_app.command("delete")

@@ -10,7 +10,7 @@ __all__ = ['SPEC', 'HORIZON', 'LIVE_MINUTES', 'BAR_LENGTHS', 'DemoData', 'demo_d
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, UTC
 from pathlib import Path
 
 import duckdb
@@ -20,10 +20,10 @@ from rich.console import Console
 from .data.archive import fetch_day
 from .data.bars import read_bars
 from .data.build_bars import make_bars
-from .ingest.files import process_file
 from .data.simulate import simulate_trades
 from .data.store import init_duckdb, maintain
 from .errors import DataNotFound, FeedError, problem
+from .ingest.files import process_file
 from .live.feed import FinnhubWebSocket
 from .live.replay import ReplayServer
 from .runs.config import RunConfig

@@ -4,7 +4,7 @@ Looked for in this order: the server that MINIO_ENDPOINT names, `minio` on the P
 answers, and `go` to build one with (about five minutes, once, into the cache); moto's server where there is none of these.
 CRYPTORESEARCH_S3 = given | binary | container | build | moto insists on one of them.
 
-    scripts/minio_server.py --prepare          say which one it will be; build it if that is the way
+    scripts/minio_server.py --prepare          say which one it will be; build it if that is the way and --no-build is not given
     scripts/minio_server.py -- COMMAND ...     run COMMAND with a server of its own and MINIO_* set
 """
 
@@ -303,8 +303,8 @@ def s3_server(
             return
 
 
-def prepare() -> str:
-    "Say which server tests will use, after building it where that is the only way to a real one."
+def prepare(may_build: bool = True) -> str:
+    "Say which server tests will use, after building it where that is the only way to a real one and allowed."
     env, reasons = dict(os.environ), []
     for way in _ways(env):
         try:
@@ -317,6 +317,9 @@ def prepare() -> str:
             if way == "container":
                 return f"MinIO by {engine()}"
             if way == "build":
+                if not may_build and len(_ways(env)) > 1:
+                    go_command()
+                    raise NoServer("go could build one: make minio")
                 return _named("MinIO", build())
         except NoServer as e:
             if way != "given" or _ways(env) == ("given",):
@@ -330,10 +333,11 @@ def main() -> int:
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="find or build a server, and say which")
+    parser.add_argument("--no-build", action="store_true", help="with --prepare: build nothing, which takes minutes")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run beside the server")
     args = parser.parse_args()
     if args.prepare:
-        print(f"S3 tests run on {prepare()}")
+        print(f"S3 tests run on {prepare(not args.no_build)}")
         return 0
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
 GIVEN_ENV = dict(os.environ)  # as the caller set it
 NOTES: dict[str, str] = {}  # what the closing summary says beside pytest's own lines
+# tests that share nothing with the others of their file
+APART = ("tests/test_notebooks.py::test_runs[", "tests/test_event_bars.py::test_stored_bars_equal_a_build_from_nothing[")
+SECONDS: Counter[str] = Counter()  # what each test, or group of tests, took
+DURATIONS = "cryptoresearch/durations"
 _HOME = tempfile.TemporaryDirectory(prefix="cryptoresearch-tests-", ignore_cleanup_errors=True)
 
 
@@ -36,11 +41,13 @@ def _isolate() -> None:
         os.environ.pop(name.upper(), None)
     os.environ["CRYPTORESEARCH_HOME"] = _HOME.name
     os.environ["CRYPTORESEARCH_SHARED_DATA"] = shared
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // workers))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out slow tests and the slow cells of notebooks")
+    parser.addoption("--heavy", action="store_true", help="run the tests marked heavy too, as `make test-all` does")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,11 +59,74 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _HOME.cleanup()
 
 
+def group_of(nodeid: str) -> str:
+    "Name what is given to a worker as one piece: the tests of a file, in their order; each test of those that go by themselves."
+    return nodeid if nodeid.startswith(APART) else nodeid.split("::")[0]
+
+
+def guessed_seconds(item: Any) -> float:
+    "A rough guess for a test that was never run here; for a notebook, by what it compiles and its slow cells."
+    if "runner" in item.fixturenames and "path" in item.fixturenames:
+        text = (ROOT / item.callspec.params["path"]).read_text(encoding="utf-8")
+        return 4 + text.count("@njit") + 5 * text.count("#| slow")
+    return 10 if item.get_closest_marker("slow") or item.get_closest_marker("browser") else 1
+
+
+def longest_first(items: list[Any], known: dict[str, float]) -> list[Any]:
+    "Sort tests so that no worker is left with a long one at the end; the tests of a group stay together, in their own order."
+    guess: Counter[str] = Counter()
+    for item in items:
+        guess[group_of(item.nodeid)] += guessed_seconds(item)
+    place = {group: number for number, group in enumerate(guess)}
+    return sorted(items, key=lambda item: (-known.get(group_of(item.nodeid), guess[group_of(item.nodeid)]), place[group_of(item.nodeid)]))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    left_out = {mark for mark, out in (("slow", config.getoption("--quick")), ("heavy", not config.getoption("--heavy"))) if out}
+    if dropped := [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+    if hasattr(config, "workerinput"):
+        items[:] = longest_first(items, config.workerinput["durations"])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    "Give the groups to the workers in the order of `longest_first`."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    "Tell a worker how long its tests took the last time in this folder."
+    cache = getattr(node.config, "cache", None)
+    node.workerinput["durations"] = cache.get(DURATIONS, {}) if cache else {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    SECONDS[group_of(report.nodeid)] += report.duration
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    "Take over what served the tests of a worker."
+    NOTES.update(getattr(node, "workeroutput", {}).get("notes", {}))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config: Any = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["notes"] = NOTES
+    elif getattr(config.option, "numprocesses", None) and getattr(config, "cache", None):
+        config.cache.set(DURATIONS, config.cache.get(DURATIONS, {}) | {group: round(s, 1) for group, s in SECONDS.items()})
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

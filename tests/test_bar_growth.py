@@ -16,6 +16,7 @@ from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.bar_updates import (
     _BAR_COLUMNS, _candle_chunks, _candle_lengths, _candle_span, _trade_chunks, _trade_span, Change, changed_since, read_ordered,
 )
+from cryptoresearch.data.series import Series
 from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
 from cryptoresearch.settings import Settings
 
@@ -74,16 +75,16 @@ class Market:
 
     def check(self, spec: str) -> None:
         "What is stored is what a build from nothing gives, and nothing is left to be done."
-        key = (self.symbol, self.source, "time", spec)
-        stored = self.con.execute(f"SELECT {_BAR_COLUMNS} FROM bars WHERE symbol = ? AND source = ? AND kind = ? AND spec = ? ORDER BY ts", list(key)).to_arrow_table()
-        assert changed_since(self.con, *key).nothing
+        key = Series(self.symbol, self.source, "time", spec)
+        stored = self.con.execute(f"SELECT {_BAR_COLUMNS} FROM bars WHERE symbol = ? AND source = ? AND kind = ? AND spec = ? ORDER BY ts", key.values).to_arrow_table()
+        assert changed_since(self.con, key).nothing
         length = bar_length(spec) // pd.Timedelta("1us")
-        now = changed_since(self.con, self.symbol, self.source, "time", "never built")
+        now = changed_since(self.con, Series(self.symbol, self.source, "time", "never built"))
         growth._CHUNK = 1_000_000
         span = _trade_span(self.con, key, now, length)
         wanted = pa.concat_tables(_trade_chunks(self.con, key, span, length)) if span and span.first <= span.last else stored.slice(0, 0)
         pd.testing.assert_frame_equal(stored.to_pandas(), wanted.to_pandas(), check_exact=True)
-        assert self.con.execute("SELECT bars FROM bar_builds WHERE symbol = ? AND source = ? AND kind = ? AND spec = ?", list(key)).fetchone() in [(len(stored),), None]
+        assert self.con.execute("SELECT bars FROM bar_builds WHERE symbol = ? AND source = ? AND kind = ? AND spec = ?", key.values).fetchone() in [(len(stored),), None]
 
 
 def grown(market: Market, spec: str) -> None:
@@ -186,7 +187,7 @@ def test_candles_of_several_intervals_in_any_order(con: duckdb.DuckDBPyConnectio
         con.execute("INSERT INTO coverage (symbol, source, file_id, interval, start_ts, end_ts) VALUES (?, 'klines', ?, ?, make_timestamp(?), make_timestamp(?))", facts)
         con.execute("INSERT INTO ingest_ledger (symbol, source, file_id, interval, rows, first_ts, last_ts) VALUES (?, 'klines', ?, ?, 5, make_timestamp(?), make_timestamp(?))", facts)
         for spec in ("10m", "5m"):
-            key = (symbol, "klines", "time", spec)
+            key = Series(symbol, "klines", "time", spec)
             length = bar_length(spec) // pd.Timedelta("1us")
             lengths = _candle_lengths(con, symbol, "klines", length)
             if not lengths:
@@ -195,9 +196,9 @@ def test_candles_of_several_intervals_in_any_order(con: duckdb.DuckDBPyConnectio
                 make_bars(con, symbol, spec)
             except Exception as e:
                 assert type(e).__name__ == "DataNotFound", e
-            now: Change = changed_since(con, symbol, "klines", "time", "never built")
+            now: Change = changed_since(con, Series(symbol, "klines", "time", "never built"))
             wanted = list(_candle_chunks(con, key, _candle_span(lengths, now, length), length, lengths))
-            stored = con.execute(f"SELECT {_BAR_COLUMNS} FROM bars WHERE symbol = ? AND source = ? AND kind = ? AND spec = ? ORDER BY ts", list(key)).to_arrow_table()
+            stored = con.execute(f"SELECT {_BAR_COLUMNS} FROM bars WHERE symbol = ? AND source = ? AND kind = ? AND spec = ? ORDER BY ts", key.values).to_arrow_table()
             pd.testing.assert_frame_equal(stored.to_pandas(), pa.concat_tables(wanted or [stored.slice(0, 0)]).to_pandas(), check_exact=True)
             opens_of = {i: {r[0] for r in con.execute("SELECT epoch_us(ts) FROM candles WHERE symbol = ? AND interval = ?", [symbol, i]).fetchall()} for i in ("10m", "5m", "3m", "1m")}
             for row in stored.to_pylist():  # the longest candles that are all there, by a plain loop
@@ -253,7 +254,7 @@ def test_bars_that_were_taken_out_come_back(market: Market) -> None:
     grown(market, "1s")
     before = read_bars(market.con, market.symbol, "1s", ids=True)
     market.con.execute("DELETE FROM bars WHERE symbol = ? AND ts >= make_timestamp(?)", [market.symbol, T0 + 3 * SECOND])
-    assert changed_since(market.con, market.symbol, "trades", "time", "1s").never
+    assert changed_since(market.con, Series(market.symbol, "trades", "time", "1s")).never
     grown(market, "1s")
     pd.testing.assert_frame_equal(read_bars(market.con, market.symbol, "1s", ids=True), before)
     assert before["first_id"].tolist()[:3] == [1, 5, 9] and before["last_id"].tolist()[:3] == [4, 8, 12]
@@ -261,10 +262,10 @@ def test_bars_that_were_taken_out_come_back(market: Market) -> None:
 
 def test_the_slower_of_two_builders_looks_again(market: Market) -> None:
     market.file("d" + market.symbol, seconds(0, 40))
-    change = changed_since(market.con, market.symbol, "trades", "time", "1s")
+    change = changed_since(market.con, Series(market.symbol, "trades", "time", "1s"))
     grown(market, "1s")
     with pytest.raises(growth.StoreBusy, match="another process has built them"):
-        write(market.con, growth.record_build, market.symbol, "trades", "time", "1s", 0, None, change)
+        write(market.con, growth.record_build, Series(market.symbol, "trades", "time", "1s"), 0, None, change)
     market.check("1s")
 
 

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from notebook_runner import Outcome, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -79,43 +80,72 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "CRYPTORESEARCH_HOME"} | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "agg"}
 
 
+def skip_flags() -> str:
+    "Directives of cells that nbdev leaves out unless asked."
+    parser = ConfigParser(delimiters=["="], comment_prefixes=(";",))
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]["tst_flags"]
+
+
 # --- running
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    "Every notebook that was asked for, each in a process of its own, two at a time."
-    flags = "minio" if request.config.getoption("--quick") else "slow minio"
-    home = copy_project(tmp_path_factory.mktemp("project"))
-    asked = [item.callspec.params["path"] for item in request.session.items if getattr(item, "originalname", "") == "test_runs"]
-    with_s3 = {path for path in asked if any(re.search(r"^#\|\s*minio\b", cell["source"], re.MULTILINE) for cell in cells(path))}
-    s3_env = request.getfixturevalue("s3").env if with_s3 else {}
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    "What runs the notebooks of this pytest process, one after another."
+    with Runner() as started:
+        started.start()
+        yield started
 
-    def run(path: str) -> tuple[int, str]:
-        env = clean_environment() | (s3_env if path in with_s3 else {})
-        command = [BIN / "nbdev_test", "--path", home / path, "--n_workers", "0", "--flags", flags]
-        try:
-            done = subprocess.run(command, cwd=home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        except subprocess.TimeoutExpired:
-            return 1, f"not finished after {TIMEOUT_S} s"
-        return done.returncode, (done.stdout + done.stderr).replace(str(home), str(ROOT))
 
-    with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
-        futures = {path: pool.submit(run, path) for path in asked}
-        yield futures
-        for future in futures.values():
-            future.cancel()
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A copy of the project: the working folder of notebooks."
+    return copy_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.mark.timeout(TIMEOUT_S * 2)
 @pytest.mark.parametrize("path", RUN)
-def test_runs(path: str, runs: dict[str, Future]) -> None:
-    "A notebook runs from top to bottom in a fresh process, without the user's settings; beside an S3 server where it has cells `#| minio`."
-    code, output = runs[path].result()
-    if code and "DataNotFound" in output and not Path(os.environ["CRYPTORESEARCH_SHARED_DATA"]).is_dir():
+def test_runs(path: str, runner: Runner, project: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    "A notebook runs from top to bottom in a process of its own, without the user's settings; next to an S3 server where it has cells `#| minio`."
+    flags = "minio" if request.config.getoption("--quick") else "slow minio"
+    env = clean_environment() | {"TMPDIR": str(tmp_path)}
+    if any(re.search(r"^#\|\s*minio\b", cell["source"], re.MULTILINE) for cell in cells(path)):
+        env |= request.getfixturevalue("s3").env
+    done = runner.run(project / path, project, env, tmp_path / "output.txt", flags, skip_flags(), TIMEOUT_S)
+    output = done.output.replace(str(project), str(ROOT))
+    print(f"{done.cpu_s} s of processor time\n{output}")
+    if done.code and "DataNotFound" in output and not Path(os.environ["CRYPTORESEARCH_SHARED_DATA"]).is_dir():
         pytest.skip("needs the real market data, which are absent (CRYPTORESEARCH_SHARED_DATA)")
     # nbdev names the notebook and the cell's number above the traceback
-    assert code == 0, f"{path} failed:\n{output[-6000:]}"
+    assert done.code == 0, f"{path} failed:\n{output[-6000:]}"
+
+
+FORKED = """
+import os, sys, threading
+assert os.environ.get("LEFT") is None and "left" not in globals() and os.getpgid(0) == os.getpid(), "something is left of another notebook"
+os.environ["LEFT"] = "1"; left = 1; sys.path.insert(0, "left"); os.chdir("/")
+print("ran", [p for p in sys.path if p == "left"], len(threading.enumerate()))
+"""
+
+
+def test_notebooks_do_not_meet(runner: Runner, project: Path, tmp_path: Path) -> None:
+    "Variables, environment, working folder and sys.path of one notebook are gone in the next; an error and an endless loop are reported."
+    import nbformat
+
+    def run(source: str, timeout_s: float = 300) -> Outcome:
+        doc = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(doc, tmp_path / "a.ipynb")
+        return runner.run(tmp_path / "a.ipynb", project, clean_environment(), tmp_path / "out.txt", timeout_s=timeout_s)
+
+    for _ in range(2):
+        done = run(FORKED + "assert sys.path.count('left') == 1")
+        assert done.code == 0, done.output
+    failed = run("1 / 0")
+    assert failed.code == 1 and "ZeroDivisionError" in failed.output and "Cell #1" in failed.output
+    late = run("import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)", timeout_s=3)
+    assert late.code != 0 and "not finished after 3 s" in late.output
+    assert run("1").code == 0
 
 
 # --- clean, exported, complete

@@ -11,7 +11,7 @@ from test_runs import SMALL, put_bars
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
-from cryptoresearch.runs import config as question, run as runs
+from cryptoresearch.runs import identity as question, run as runs, walk_forward as walk
 from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.serving.batch import train_report
@@ -93,9 +93,9 @@ def test_an_interval_is_stored_made_again_and_had_live(store, bars, kind):
 def test_no_interval_knows_the_future(bars, kind):
     asked = replace(CALM, **INTERVALS[kind])
     start = runs.first_test(asked, bars)
-    whole = runs.walk_forward(asked, runs.prepare(bars, asked), start)[0]
+    whole = walk.walk_forward(asked, runs.prepare(bars, asked), start)[0]
     for until in (1400, 1750):
-        cut = runs.walk_forward(asked, runs.prepare(bars.iloc[:until], asked), start)[0]
+        cut = walk.walk_forward(asked, runs.prepare(bars.iloc[:until], asked), start)[0]
         assert len(cut) > 100
         for name in ("prediction", "lower", "upper"):
             assert np.allclose(cut[name], whole.loc[cut.index, name], rtol=1e-9, atol=1e-12), (name, until)
@@ -107,7 +107,7 @@ def test_a_scaled_interval_is_right_in_calm_and_in_storm(bars):
     spread = {}
     for kind in ("residual", "scaled"):
         asked = replace(CALM, **INTERVALS.get(kind, {}))
-        p = runs.walk_forward(asked, runs.prepare(bars, asked), runs.first_test(asked, bars))[0]
+        p = walk.walk_forward(asked, runs.prepare(bars, asked), runs.first_test(asked, bars))[0]
         table = interval_table(p, bars, 0.9)
         part = table.loc["volatility", "coverage"]
         spread[kind] = part.max() - part.min()
@@ -127,7 +127,7 @@ def test_intervals_that_cannot_be_are_refused(bars):
             replace(CALM, **wrong)
     short = replace(CALM, interval="scaled")  # har_ridge looks back a month, and there are two
     with pytest.raises((SchemaError, ConfigError), match="Load more"):
-        runs.walk_forward(short, runs.prepare(bars.iloc[:1400], short), runs.first_test(short, bars))
+        walk.walk_forward(short, runs.prepare(bars.iloc[:1400], short), runs.first_test(short, bars))
 
 
 def test_a_tampered_interval_is_named(store, tmp_path):
@@ -179,8 +179,8 @@ def test_a_probability_is_calibrated_stored_and_had_live(store, bars, target):
 def test_a_calibration_knows_neither_the_future_nor_another_target(bars):
     asked = replace(CALM, target="direction", calibrate="isotonic")
     start = runs.first_test(asked, bars)
-    whole = runs.walk_forward(asked, runs.prepare(bars, asked), start)[0]
-    cut = runs.walk_forward(asked, runs.prepare(bars.iloc[:1700], asked), start)[0]
+    whole = walk.walk_forward(asked, runs.prepare(bars, asked), start)[0]
+    cut = walk.walk_forward(asked, runs.prepare(bars.iloc[:1700], asked), start)[0]
     assert np.allclose(cut["prediction"], whole.loc[cut.index, "prediction"], rtol=1e-9)
     for wrong in ({"target": "return"}, {"calibrate": "beta"}):
         with pytest.raises(ConfigError, match="calibrate"):

@@ -24,12 +24,14 @@ from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
+from cryptoresearch.features import pandas_ta
 from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature, OnColumns, REGISTRY, resolve
-from cryptoresearch.runs import config as question, run as runs
+from cryptoresearch.runs import identity as question, run as runs
 from cryptoresearch.runs.reproduce import reproduce
-from cryptoresearch.runs.run import list_runs, load_run, train_run
+from cryptoresearch.runs.stored import list_runs
+from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.serving.batch import notebook_path, outside, run_notebook, train_report
 from cryptoresearch.serving.report_figures import plotly_js
 from cryptoresearch.serving.predictor import Predictor
@@ -581,3 +583,24 @@ def test_what_has_no_meaning_on_event_bars_is_refused(events):
         with_symbol(bars, "ETH", bars)
     with pytest.raises(SchemaError):
         replace(EVENTS, spec="ticks:100")
+
+
+def test_a_run_on_indicators_of_pandas_ta_is_the_same_in_batch_and_live(store):
+    config = replace(WALK, features=("returns", "ta:rsi(length=5)", "ta:macd(fast=3, slow=6, signal=3).MACDh"))
+    with connect(store) as con:
+        run = train_run(con, config, store)
+        bars = question.read_data(con, config).bars
+    names = ["ta_rsi_length_5", "ta_macd_fast_3_slow_6_signal_3_MACDh"]
+    assert [f["name"] for f in run.info["features"]][-2:] == names
+    assert {*names} <= {*run.info["identity"]["own_features"]}
+    assert run.info["identity"]["libraries"]["pandas-ta"] != "absent"
+    pandas_ta.MADE.clear()  # as in another process
+    pandas_ta.indicator_features.cache_clear()
+    later = random_walk(1600).iloc[1500:]
+    more = bar_frame(pd.concat([bars.reset_index().rename(columns={"ts": "open_time"})[later.columns], later]), "1h", symbol="WALKUSDT")
+    loaded = load_run(run.id, store)
+    batch = loaded.predict(more).iloc[-30:]
+    predictor = Predictor(loaded, more.iloc[:1570])
+    live = pd.concat([predictor.update(more.iloc[[i]]) for i in range(1570, 1600)])
+    assert len(live) == 30 and (live["prediction"].to_numpy() == batch["prediction"].to_numpy()).all()
+    assert reproduce(run.id, store)["same"].all()

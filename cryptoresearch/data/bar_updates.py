@@ -21,11 +21,12 @@ import pandas as pd
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
 from numba import njit
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity import retry_if_exception_type, Retrying, stop_after_attempt
 
 from .aggregation import combine_bars, fold_trades, NUMBERS, place_bars, TRADE_COLUMNS, Trades
 from .bars import bar_length, bar_spec
 from .coverage import missing_bars
+from .series import BARS_OF, Series
 from .store import cursor, exclusive, write
 from ..errors import DataNotFound, StoreBusy
 
@@ -264,17 +265,13 @@ class Change:
         return not self.never and self.start is None
 
 # %% ../../nbs/data/08_bar_updates.ipynb #76ad7249
-_Key = tuple[str, str, str, str]  # symbol, source, kind, spec: one series of bars
-_KEY = "symbol = ? AND source = ? AND kind = ? AND spec = ?"
-
-
-def _recorded(con: DuckDBPyConnection, key: _Key) -> tuple[tuple[Input, ...], int, str | None, int | None]:
+def _recorded(con: DuckDBPyConnection, key: Series) -> tuple[tuple[Input, ...], int, str | None, int | None]:
     "Return inputs, bars, state and time of the last build; the time is None where there was none."
-    row = con.execute(f"SELECT bars, state, epoch_us(built_at) FROM bar_builds WHERE {_KEY}", key).fetchone()
+    row = con.execute(f"SELECT bars, state, epoch_us(built_at) FROM bar_builds WHERE {BARS_OF}", key.values).fetchone()
     if row is None:
         return (), 0, None, None
-    query = f"SELECT file_id, rows, digest, epoch_us(start_ts), epoch_us(end_ts) FROM bar_inputs WHERE {_KEY}"
-    rows = con.execute(query, key).fetchall()
+    query = f"SELECT file_id, rows, digest, epoch_us(start_ts), epoch_us(end_ts) FROM bar_inputs WHERE {BARS_OF}"
+    rows = con.execute(query, key.values).fetchall()
     return tuple(sorted(map(Input._make, rows), key=repr)), int(row[0]), row[1], int(row[2])
 
 # %% ../../nbs/data/08_bar_updates.ipynb #0e51a1af
@@ -385,21 +382,17 @@ def _grown(con: DuckDBPyConnection, symbol: str, source: str, old: list[Input], 
 # %% ../../nbs/data/08_bar_updates.ipynb #31324939
 def changed_since(
     con: DuckDBPyConnection,  # the store
-    symbol: str,  # such as BTCUSDT
-    source: str,  # such as trades
-    kind: str,  # time, or the kind of event bars such as tick or dollar_run
-    spec: str,  # such as 1m, or an event bar's threshold
+    series: Series,  # of bars
 ) -> Change:  # empty where the stored bars are still right
     "Find what changed in the inputs of a series since it was last built, and which time that affects."
-    key = (symbol, source, kind, spec)
-    before, bars, state, built_at = _recorded(con, key)
-    stored = con.execute(f"SELECT count(*) FROM bars WHERE {_KEY}", key).fetchall()[0][0]
-    inputs = _inputs_now(con, symbol, source, before, built_at)
+    before, bars, state, built_at = _recorded(con, series)
+    stored = con.execute(f"SELECT count(*) FROM bars WHERE {BARS_OF}", series.values).fetchall()[0][0]
+    inputs = _inputs_now(con, series.symbol, series.source, before, built_at)
     if built_at is None or stored != bars:
         start, end = min((i.start for i in inputs), default=None), max((i.end for i in inputs), default=None)
         cause = "never built" if built_at is None else "bars were taken out"
         return Change(True, start, end, (cause,), inputs, before, stored, None, built_at)
-    start, end, causes = _difference(con, symbol, source, before, inputs)
+    start, end, causes = _difference(con, series.symbol, series.source, before, inputs)
     return Change(False, start, end, causes, inputs, before, bars, state, built_at)
 
 # %% ../../nbs/data/08_bar_updates.ipynb #08685fc0
@@ -409,31 +402,27 @@ class _Overtaken(StoreBusy):
 # %% ../../nbs/data/08_bar_updates.ipynb #09fd7898
 def record_build(
     con: DuckDBPyConnection,  # inside a function that `write` runs
-    symbol: str,  # such as BTCUSDT
-    source: str,  # such as trades
-    kind: str,  # time, or the kind of event bars such as tick or dollar_run
-    spec: str,  # such as 1m, or an event bar's threshold
+    series: Series,  # of bars
     bars: int,  # bars that are stored now
     state: str | None,  # JSON to resume from
     change: Change,  # from `changed_since`, taken before the trades were read
 ) -> None:
     "Record what a series was built from; raise `StoreBusy` where another process has built it meanwhile."
     exclusive(con)
-    key = (symbol, source, kind, spec)
-    row = con.execute(f"SELECT epoch_us(built_at) FROM bar_builds WHERE {_KEY}", key).fetchone()
+    row = con.execute(f"SELECT epoch_us(built_at) FROM bar_builds WHERE {BARS_OF}", series.values).fetchone()
     if (row[0] if row else None) != change.built_at:
         found = "found that another process has built them meanwhile"
-        raise _Overtaken(f"expected the {kind} bars {spec} of {symbol} as they were; {found}. Try again")
+        raise _Overtaken(f"expected the {series.kind} bars {series.spec} of {series.symbol} as they were; {found}. Try again")
     gone, new = Counter(change.before) - Counter(change.inputs), Counter(change.inputs) - Counter(change.before)
-    _forget_inputs(con, key, list(gone.elements()))
-    _insert_inputs(con, key, list(new.elements()))
+    _forget_inputs(con, series, list(gone.elements()))
+    _insert_inputs(con, series, list(new.elements()))
     if row:
-        con.execute(f"DELETE FROM bar_builds WHERE {_KEY}", key)
+        con.execute(f"DELETE FROM bar_builds WHERE {BARS_OF}", series.values)
     columns = "symbol, source, kind, spec, built_at, bars, state"
-    con.execute(f"INSERT INTO bar_builds ({columns}) VALUES (?, ?, ?, ?, now()::TIMESTAMP, ?, ?)", [*key, bars, state])
+    con.execute(f"INSERT INTO bar_builds ({columns}) VALUES (?, ?, ?, ?, now()::TIMESTAMP, ?, ?)", [*series.values, bars, state])
 
 # %% ../../nbs/data/08_bar_updates.ipynb #14a96428
-def _forget_inputs(con: DuckDBPyConnection, key: _Key, inputs: list[Input]) -> None:
+def _forget_inputs(con: DuckDBPyConnection, key: Series, inputs: list[Input]) -> None:
     "Remove inputs from `bar_inputs`."
     if not inputs:
         return
@@ -446,10 +435,10 @@ def _forget_inputs(con: DuckDBPyConnection, key: _Key, inputs: list[Input]) -> N
     con.execute(
         """DELETE FROM bar_inputs WHERE symbol = $1 AND source = $2 AND kind = $3 AND spec = $4
         AND (file_id, start_ts, end_ts, coalesce(rows, -1)) IN (SELECT unnest($5::VARCHAR[]), make_timestamp(unnest($6::BIGINT[])),
-          make_timestamp(unnest($7::BIGINT[])), unnest($8::BIGINT[]))""", [*key, *values])
+          make_timestamp(unnest($7::BIGINT[])), unnest($8::BIGINT[]))""", [*key.values, *values])
 
 # %% ../../nbs/data/08_bar_updates.ipynb #c417f980
-def _insert_inputs(con: DuckDBPyConnection, key: _Key, inputs: list[Input]) -> None:
+def _insert_inputs(con: DuckDBPyConnection, key: Series, inputs: list[Input]) -> None:
     "Insert inputs into `bar_inputs`."
     if not inputs:
         return
@@ -457,26 +446,23 @@ def _insert_inputs(con: DuckDBPyConnection, key: _Key, inputs: list[Input]) -> N
     types = [pa.string(), pa.int64(), pa.uint64(), pa.int64(), pa.int64()]
     con.register("_new_inputs", pa.table([pa.array(c, t) for c, t in zip(columns, types, strict=True)], names=list(Input._fields)))
     con.execute("""INSERT INTO bar_inputs (symbol, source, kind, spec, file_id, rows, digest, start_ts, end_ts)
-      SELECT ?, ?, ?, ?, file_id, rows, digest, make_timestamp("start"), make_timestamp("end") FROM _new_inputs""", key)
+      SELECT ?, ?, ?, ?, file_id, rows, digest, make_timestamp("start"), make_timestamp("end") FROM _new_inputs""", key.values)
     con.unregister("_new_inputs")
 
 # %% ../../nbs/data/08_bar_updates.ipynb #07eae365
 def record_rebuilt(
     con: DuckDBPyConnection,  # inside a function that `write` runs
-    symbol: str,  # such as BTCUSDT
-    source: str,  # such as trades
-    kind: str,  # time, or the kind of event bars such as tick or dollar_run
-    spec: str,  # such as 1m, or an event bar's threshold
+    series: Series,  # of bars
     start: int,  # first time of the bars that changed, µs since 1970
     end: int,  # end of the last one
     causes: tuple[str, ...],  # of the `Change`
 ) -> None:
     "Record in `data_log` that late or corrected trades changed stored bars."
-    detail = f"{kind}:{spec}, {', '.join(causes[:5])}{f' and {len(causes) - 5} more' if len(causes) > 5 else ''}"
+    detail = f"{series.kind}:{series.spec}, {', '.join(causes[:5])}{f' and {len(causes) - 5} more' if len(causes) > 5 else ''}"
     con.execute(
         """INSERT INTO data_log (logged_at, event, symbol, source, start_ts, end_ts, detail)
         VALUES (now()::TIMESTAMP, 'bars_rebuilt', ?, ?, make_timestamp(?), make_timestamp(?), ?)""",
-        [symbol, source, start, end, detail])
+        [series.symbol, series.source, start, end, detail])
 
 # %% ../../nbs/data/08_bar_updates.ipynb #e774d9c1
 class _Span(NamedTuple):
@@ -490,16 +476,16 @@ class _Span(NamedTuple):
     holes: pd.DataFrame  # bars that holes meet
 
 # %% ../../nbs/data/08_bar_updates.ipynb #1c29fbb4
-def _traded_bar(con: DuckDBPyConnection, key: _Key, before: int | None, after: int | None, length_us: int) -> int | None:
+def _traded_bar(con: DuckDBPyConnection, key: Series, before: int | None, after: int | None, length_us: int) -> int | None:
     "Return the number of the last stored bar with trades before one, or of the first one after; None where there is none."
     which, bound, near = ("max", "<", -1000) if before is not None else ("min", ">", 1000)
     b = before if before is not None else after
     assert b is not None  # noqa: S101  (one of the two is given)
-    query = f"SELECT {which}(epoch_us(ts)) FROM bars WHERE {_KEY} AND trades > 0 AND ts {bound} make_timestamp(?)"
+    query = f"SELECT {which}(epoch_us(ts)) FROM bars WHERE {BARS_OF} AND trades > 0 AND ts {bound} make_timestamp(?)"
     limits = sorted([b * length_us, (b + near) * length_us])
-    row = con.execute(f"{query} AND ts BETWEEN make_timestamp(?) AND make_timestamp(?)", [*key, b * length_us, *limits]).fetchone()
+    row = con.execute(f"{query} AND ts BETWEEN make_timestamp(?) AND make_timestamp(?)", [*key.values, b * length_us, *limits]).fetchone()
     if row is None or row[0] is None:
-        row = con.execute(query, [*key, b * length_us]).fetchone()
+        row = con.execute(query, [*key.values, b * length_us]).fetchone()
     return None if row is None or row[0] is None else int(row[0]) // length_us
 
 # %% ../../nbs/data/08_bar_updates.ipynb #b106d2c7
@@ -508,9 +494,9 @@ _COVERED = """SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.las
   WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0"""
 
 
-def _trade_span(con: DuckDBPyConnection, key: _Key, change: Change, length_us: int) -> _Span | None:
+def _trade_span(con: DuckDBPyConnection, key: Series, change: Change, length_us: int) -> _Span | None:
     "Find the bars that a change affects, from the last bar with trades before it to the first one after it; None without coverage."
-    rows = con.execute(_COVERED, key[:2]).fetchall()
+    rows = con.execute(_COVERED, [key.symbol, key.source]).fetchall()
     if not rows or change.start is None or change.end is None:
         return None
     gaps = [(i.start, i.end, i.file_id.split()[1]) for i in change.inputs if i.file_id.startswith("gap ")]
@@ -527,24 +513,24 @@ def _trade_span(con: DuckDBPyConnection, key: _Key, change: Change, length_us: i
     return _Span(min(a, first), first, max(first, whole["whole"]), last, until, holes)
 
 # %% ../../nbs/data/08_bar_updates.ipynb #ebb7745a
-def _trade_chunks(con: DuckDBPyConnection, key: _Key, span: _Span, length_us: int) -> Iterator[pa.Table]:
+def _trade_chunks(con: DuckDBPyConnection, key: Series, span: _Span, length_us: int) -> Iterator[pa.Table]:
     "Build the bars of a span from trades, a chunk at a time."
     start, carry = span.first, np.array([np.nan, 0, 0])
     while start <= span.last:
         stop = min(start + _CHUNK - 1, span.last)
         fold = partial(fold_trades, length_us=length_us)
-        records = fold_ordered(con, key[0], key[1], start * length_us, (stop + 1) * length_us, fold)
+        records = fold_ordered(con, key.symbol, key.source, start * length_us, (stop + 1) * length_us, fold)
         bars, skip = place_bars(records, span.holes, length_us, start, stop, carry), max(span.keep - start, 0)
         yield _bar_table({name: column[skip:] for name, column in bars.items()}, length_us)
         start = stop + 1
 
 
-def _signed_from(con: DuckDBPyConnection, key: _Key, us: int) -> int | None:
+def _signed_from(con: DuckDBPyConnection, key: Series, us: int) -> int | None:
     "Return the time of the first trade from a time on whose sign the tick rule knows without those before it."
     for ahead in (3_600_000_000, 30 * 86_400_000_000, 2**62):
         query = """SELECT epoch_us(min(ts)) FROM trades
           WHERE symbol = ? AND source = ? AND side_tick IS NOT NULL AND ts > make_timestamp(?) AND ts < make_timestamp(?)"""
-        if (row := con.execute(query, [*key[:2], us, min(us + ahead, 2**62)]).fetchone()) and row[0] is not None:
+        if (row := con.execute(query, [key.symbol, key.source, us, min(us + ahead, 2**62)]).fetchone()) and row[0] is not None:
             return int(row[0])
     return None
 
@@ -599,7 +585,7 @@ def _candle_span(lengths: list[tuple[int, str, int, int]], change: Change, lengt
 
 # %% ../../nbs/data/08_bar_updates.ipynb #92fdf12f
 def _candle_chunks(
-    con: DuckDBPyConnection, key: _Key, span: _Span, length_us: int, lengths: list[tuple[int, str, int, int]],
+    con: DuckDBPyConnection, key: Series, span: _Span, length_us: int, lengths: list[tuple[int, str, int, int]],
 ) -> Iterator[pa.Table]:
     "Build the bars of a span, each from the longest candles that cover it fully, a chunk at a time."
     start = span.first
@@ -620,10 +606,10 @@ _CANDLE_NUMBERS = ("open", "high", "low", "close", "volume", "quote_volume", "tr
 
 
 def _of_candles(
-    con: DuckDBPyConnection, key: _Key, interval: str, short_us: int, length_us: int, first: int, last: int,
+    con: DuckDBPyConnection, key: Series, interval: str, short_us: int, length_us: int, first: int, last: int,
 ) -> dict[str, np.ndarray]:
     "Build bars from the candles of one interval; a bar that lacks one of its candles is a gap bar."
-    values = [*key[:2], interval, first * length_us, (last + 1) * length_us]
+    values = [key.symbol, key.source, interval, first * length_us, (last + 1) * length_us]
     numbers = ", ".join(f"{n}::DOUBLE AS {n}" for n in _CANDLE_NUMBERS)
     rows = con.execute(
         f"""SELECT epoch_us(ts) AS ts, {numbers}, NULL::DOUBLE AS buy_volume_tick FROM candles
@@ -651,11 +637,11 @@ _Changed = tuple[datetime, datetime, int]  # first and last open time of bars th
 _DIFFERENT = "((FROM temp.new_bars EXCEPT FROM temp.old_bars) UNION ALL (FROM temp.old_bars EXCEPT FROM temp.new_bars))"
 
 
-def _changed_range(con: DuckDBPyConnection, key: _Key, span: _Span, length_us: int) -> _Changed | None:
+def _changed_range(con: DuckDBPyConnection, key: Series, span: _Span, length_us: int) -> _Changed | None:
     "Find the range in which `new_bars` and the stored bars differ; None where all are the same."
-    old = f"SELECT {_BAR_COLUMNS} FROM bars WHERE {_KEY} AND ts >= make_timestamp(?) AND ts < make_timestamp(?)"
+    old = f"SELECT {_BAR_COLUMNS} FROM bars WHERE {BARS_OF} AND ts >= make_timestamp(?) AND ts < make_timestamp(?)"
     limits = [span.since * length_us, (span.until + 1) * length_us]
-    con.execute(f"CREATE OR REPLACE TEMP TABLE old_bars AS {old}", [*key, *limits])
+    con.execute(f"CREATE OR REPLACE TEMP TABLE old_bars AS {old}", [*key.values, *limits])
     first_build = con.execute("SELECT count(*) FROM temp.old_bars").fetchall()[0][0] == 0
     row = con.execute(f"SELECT min(ts), max(ts) FROM {'temp.new_bars' if first_build else _DIFFERENT}").fetchone()
     if row is None or row[0] is None:
@@ -664,37 +650,37 @@ def _changed_range(con: DuckDBPyConnection, key: _Key, span: _Span, length_us: i
     return row[0], row[1], int(count)
 
 # %% ../../nbs/data/08_bar_updates.ipynb #23d4aa9e
-def _replace_bars(con: DuckDBPyConnection, key: _Key, changed: _Changed | None, length_us: int, change: Change) -> int:
+def _replace_bars(con: DuckDBPyConnection, key: Series, changed: _Changed | None, length_us: int, change: Change) -> int:
     "Write the bars that differ, with the record of the build; runs inside `write`."
     stored, replaced = change.bars, 0
     exclusive(con)
     if changed is not None:
         if changed[2]:
-            con.execute(f"DELETE FROM bars WHERE {_KEY} AND ts BETWEEN ? AND ?", [*key, *changed[:2]])
+            con.execute(f"DELETE FROM bars WHERE {BARS_OF} AND ts BETWEEN ? AND ?", [*key.values, *changed[:2]])
         new = "SELECT ?, ?, ?, ?, * FROM temp.new_bars WHERE ts BETWEEN ? AND ? ORDER BY ts"
-        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {_BAR_COLUMNS}) {new}", [*key, *changed[:2]])
+        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {_BAR_COLUMNS}) {new}", [*key.values, *changed[:2]])
         added = con.execute("SELECT count(*) FROM temp.new_bars WHERE ts BETWEEN ? AND ?", list(changed[:2])).fetchall()[0][0]
         stored, replaced = stored - changed[2] + int(added), changed[2]
     if replaced and changed is not None:
         start, end = (int(np.datetime64(t, "us").astype(np.int64)) for t in changed[:2])
-        record_rebuilt(con, *key, start, end + length_us, change.causes)
-    record_build(con, *key, stored, None, change)
+        record_rebuilt(con, key, start, end + length_us, change.causes)
+    record_build(con, key, stored, None, change)
     return stored
 
 
-def _remove_series(con: DuckDBPyConnection, key: _Key) -> int:
+def _remove_series(con: DuckDBPyConnection, key: Series) -> int:
     "Remove a series that has no inputs any more; runs inside `write`."
     for table in ("bars", "bar_inputs", "bar_builds"):
-        con.execute(f"DELETE FROM {table} WHERE {_KEY}", key)
+        con.execute(f"DELETE FROM {table} WHERE {BARS_OF}", key.values)
     return 0
 
 # %% ../../nbs/data/08_bar_updates.ipynb #7e033226
-def _grow(con: DuckDBPyConnection, key: _Key, candles: bool, length_us: int) -> int:
+def _grow(con: DuckDBPyConnection, key: Series, candles: bool, length_us: int) -> int:
     "Bring one series of time bars up to date with its inputs; return the number of its bars."
-    change = changed_since(con, *key)
+    change = changed_since(con, key)
     if change.nothing:
         return change.bars
-    lengths = _candle_lengths(con, key[0], key[1], length_us) if candles else []
+    lengths = _candle_lengths(con, key.symbol, key.source, length_us) if candles else []
     span = (_candle_span(lengths, change, length_us) if lengths else None) if candles else _trade_span(con, key, change, length_us)
     if span is None:
         return write(con, _remove_series, key) if change.bars or change.built_at is not None else 0
@@ -740,7 +726,7 @@ def grow_bars(
             continue
         for attempt in Retrying(retry=retry_if_exception_type(_Overtaken), stop=stop_after_attempt(5), reraise=True):
             with attempt:
-                count = _grow(con, (symbol, name, "time", spec), candles, length_us)
+                count = _grow(con, Series(symbol, name, "time", spec), candles, length_us)
         total, built = total + count, built + 1
     if not built:
         remedy = "Load trades or shorter candles: cryptoresearch ingest FILE"

@@ -6,9 +6,10 @@
 __all__ = ['covered_spans', 'missing_bars']
 
 # %% ../../nbs/data/05_coverage.ipynb #9b27ec64
-import pandas as pd
 from collections.abc import Callable
 from itertools import pairwise
+
+import pandas as pd
 
 # %% ../../nbs/data/05_coverage.ipynb #547fb3f8
 def covered_spans(

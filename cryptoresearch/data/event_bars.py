@@ -23,8 +23,9 @@ from cryptoresearch.data.aggregation import (
     add_trade, begin_record, check_amounts, complete_trades, NUMBERS, PRICES, RECORD, record_amount, TRADE_COLUMNS, Trades, vwap_of,
 )
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
-from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, TimeLike, to_us, to_utc, with_kind
+from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
 from .coverage import covered_spans
+from .series import BARS_OF, naive_utc, Series, TimeLike, to_us
 from .store import write
 from ..errors import DataNotFound, SchemaError
 
@@ -297,7 +298,6 @@ def event_bars(
     return with_kind(bars, BarKind("events", folder.spec.name, symbol))
 
 # %% ../../nbs/data/09_event_bars.ipynb #08925023
-_SERIES = "symbol = ? AND source = ? AND kind = ? AND spec = ?"
 _STORED = ("ts", "close_ts", *NUMBERS, "gap", "first_id", "last_id", "threshold")
 
 
@@ -333,25 +333,25 @@ def _appends(change: Change, state: str | None) -> bool:
     return change.start is not None and len(known) == len(_STATE) and float.fromhex(known[17]) <= change.start
 
 
-def _first_difference(con: DuckDBPyConnection, key: tuple[str, str, str, str], names: str) -> int | None:
+def _first_difference(con: DuckDBPyConnection, key: Series, names: str) -> int | None:
     "Return the open time, µs since 1970, from which on the new bars are not the stored ones; None where all are the same."
-    new, old = f"SELECT {names} FROM _event_bars", f"SELECT {names} FROM bars WHERE {_SERIES}"
+    new, old = f"SELECT {names} FROM _event_bars", f"SELECT {names} FROM bars WHERE {BARS_OF}"
     query = f"SELECT epoch_us(min(ts)) FROM (({new} EXCEPT ALL {old}) UNION ALL ({old} EXCEPT ALL {new}))"
-    found = con.execute(query, [*key, *key]).fetchall()[0][0]
+    found = con.execute(query, [*key.values, *key.values]).fetchall()[0][0]
     return None if found is None else int(found)
 
 # %% ../../nbs/data/09_event_bars.ipynb #1043c515
-def _replace_since(con: DuckDBPyConnection, key: tuple[str, str, str, str], since: int, change: Change) -> None:
+def _replace_since(con: DuckDBPyConnection, key: Series, since: int, change: Change) -> None:
     "Delete stored bars from a time on, and record that they were rebuilt."
-    both = f"SELECT close_ts FROM _event_bars UNION ALL SELECT close_ts FROM bars WHERE {_SERIES}"
-    last = con.execute(f"SELECT epoch_us(max(close_ts)) FROM ({both})", key).fetchall()[0][0]
-    con.execute(f"DELETE FROM bars WHERE {_SERIES} AND ts >= make_timestamp(?)", [*key, since])
+    both = f"SELECT close_ts FROM _event_bars UNION ALL SELECT close_ts FROM bars WHERE {BARS_OF}"
+    last = con.execute(f"SELECT epoch_us(max(close_ts)) FROM ({both})", key.values).fetchall()[0][0]
+    con.execute(f"DELETE FROM bars WHERE {BARS_OF} AND ts >= make_timestamp(?)", [*key.values, since])
     if not change.never:
-        record_rebuilt(con, *key, since, last, change.causes)
+        record_rebuilt(con, key, since, last, change.causes)
 
 # %% ../../nbs/data/09_event_bars.ipynb #bda0503b
 def _commit(
-    con: DuckDBPyConnection, key: tuple[str, str, str, str], bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool,
+    con: DuckDBPyConnection, key: Series, bars: dict[str, np.ndarray], change: Change, state: str, from_start: bool,
 ) -> int:
     "Write new bars, or those that differ from the stored ones; return the number of stored bars."
     table = _table(bars)
@@ -362,17 +362,17 @@ def _commit(
         _replace_since(con, key, since, change)
     if since is not None or not from_start:
         new = f"SELECT ?, ?, ?, ?, {names} FROM _event_bars WHERE epoch_us(ts) >= ? ORDER BY first_id, ts"
-        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) {new}", [*key, -(2**62) if since is None else since])
+        con.execute(f"INSERT INTO bars (symbol, source, kind, spec, {names}) {new}", [*key.values, -(2**62) if since is None else since])
     con.unregister("_event_bars")
-    total = int(con.execute(f"SELECT count(*) FROM bars WHERE {_SERIES}", key).fetchall()[0][0])
-    record_build(con, *key, total, state, change)
+    total = int(con.execute(f"SELECT count(*) FROM bars WHERE {BARS_OF}", key.values).fetchall()[0][0])
+    record_build(con, key, total, state, change)
     return total
 
 # %% ../../nbs/data/09_event_bars.ipynb #59aeb8d9
 def _grow_one(con: DuckDBPyConnection, symbol: str, source: str, e: EventSpec) -> int:
     "Bring the stored event bars of one source up to date; return their number."
-    key = (symbol, source, e.kind, e.spec)
-    change = changed_since(con, *key)
+    key = Series(symbol, source, e.kind, e.spec)
+    change = changed_since(con, key)
     if change.nothing or not change.inputs or change.end is None:
         return change.bars
     more = _appends(change, change.state)
@@ -451,10 +451,10 @@ def read_event_bars(
     "Read stored event bars; raise `DataNotFound` where there are none."
     e = event_spec(spec)
     chosen = _source_of(con, symbol, e, source)
-    where, key = _SERIES, list[object]([symbol, chosen, e.kind, e.spec])
+    where, key = BARS_OF, list[object]([symbol, chosen, e.kind, e.spec])
     for condition, value in (("ts >= ?", start), ("ts < ?", end)):
         if value is not None:
-            where, key = f"{where} AND {condition}", [*key, to_utc(value).tz_localize(None).to_pydatetime()]
+            where, key = f"{where} AND {condition}", [*key, naive_utc(value)]
     numbers = ", ".join(f"{n}::DOUBLE AS {n}" for n in NUMBERS)
     columns = f"epoch_us(ts) AS ts, epoch_us(close_ts) AS close_ts, {numbers}, first_id, last_id, threshold"
     rows = con.execute(f"SELECT {columns} FROM bars WHERE {where} ORDER BY ts, first_id", key).fetchnumpy()

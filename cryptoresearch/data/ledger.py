@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['DIGEST_VERSION', 'DIGESTED', 'UNKNOWN', 'DIGEST_MODULUS', 'rows_digest', 'trade_marks', 'digest_sql',
-           'batches_digest', 'stored_digest', 'file_digest', 'moment', 'log_event', 'quoted', 'Series', 'archive_title',
-           'Older', 'stored_files', 'clear_ledger']
+           'batches_digest', 'stored_digest', 'file_digest', 'log_event', 'archive_title', 'Older', 'stored_files',
+           'clear_ledger']
 
 # %% ../../nbs/data/04_ledger.ipynb #9b27ec64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
-import re
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC
-from datetime import datetime
 from duckdb import DuckDBPyConnection
 from numba import njit
-from typing import Any
+
+from .series import from_us, quote, Series, utc_now, where_recorded, where_rows
 
 # %% ../../nbs/data/04_ledger.ipynb #69b91dad
 @njit(cache=True, nogil=True)
@@ -113,16 +113,9 @@ def file_digest(
     version: int = DIGEST_VERSION,  # of `DIGESTED`
 ) -> int:
     "Digest of the rows of a Parquet file."
-    return batches_digest(con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quoted(file)})").to_arrow_reader(122_880))
+    return batches_digest(con.execute(f"SELECT {digest_sql(table, version)} FROM read_parquet({quote(file)})").to_arrow_reader(122_880))
 
 # %% ../../nbs/data/04_ledger.ipynb #20071e66
-def moment(
-    us: int,  # microseconds since 1970
-) -> datetime:  # naive UTC, as the store keeps times
-    "A time as the store keeps it."
-    return datetime.fromtimestamp(us // 1_000_000, UTC).replace(microsecond=us % 1_000_000, tzinfo=None)
-
-
 def log_event(
     con: DuckDBPyConnection,  # inside a function that `write` runs
     event: str,  # 'refused', 'duplicate', 'corrected', 'replaced', 'forgotten'
@@ -134,43 +127,10 @@ def log_event(
     detail: str,  # for a reader
 ) -> None:
     "Add one line to `data_log`."
-    start, end = (moment(us) for us in span) if span else (None, None)
+    start, end = (from_us(us) for us in span) if span else (None, None)
     names = "logged_at, event, symbol, source, file_id, uri, start_ts, end_ts, detail"
-    row = [datetime.now(UTC).replace(tzinfo=None), event, symbol, source, file_id, uri, start, end, detail]
+    row = [utc_now(), event, symbol, source, file_id, uri, start, end, detail]
     con.execute(f"INSERT INTO lake.main.data_log ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-
-# %% ../../nbs/data/04_ledger.ipynb #55d92ade
-def quoted(text: str) -> str:
-    "A string in SQL."
-    return "'" + text.replace("'", "''") + "'"
-
-# %% ../../nbs/data/04_ledger.ipynb #65334767
-@dataclass(frozen=True)
-class Series:
-    "Rows of which each key is there once."
-
-    table: str  # 'trades' or 'candles'
-    symbol: str
-    source: str
-    kind: str  # 'trades', 'aggTrades' or 'klines'
-    interval: str | None = None  # of candles
-
-    @property
-    def key(self) -> str:
-        "Column that tells rows apart."
-        return "trade_id" if self.table == "trades" else "ts"
-
-    @property
-    def number(self) -> str:
-        "SQL for the key as a whole number."
-        return "trade_id" if self.table == "trades" else "epoch_us(ts)"
-
-    def where(self, table: bool = True) -> str:
-        "SQL that selects its rows: of the data, or of the other tables."
-        same = f"symbol = {quoted(self.symbol)} AND source = {quoted(self.source)}"
-        if self.interval is None:
-            return same if table else f"{same} AND interval IS NULL"
-        return f"{same} AND interval = {quoted(self.interval)}" if table else f"{same} AND coalesce(interval, {quoted(self.interval)}) = {quoted(self.interval)}"
 
 # %% ../../nbs/data/04_ledger.ipynb #2566b3b5
 _ARCHIVE_NAME = re.compile(r"([A-Z0-9_]+-(?:trades|aggTrades|\d{1,3}(?:s|m|h|d|w|mo))-\d{4}-\d{2}(?:-\d{2})?)\.(?:zip|csv|csv\.gz|parquet)")
@@ -215,7 +175,8 @@ def stored_files(
     series: Series,
 ) -> list[Older]:  # in the order of loading
     "Files of which the store has rows."
-    kind = f"{series.where(False)} AND kind = {quoted(series.kind)} AND rows > 0" if series.interval else f"{series.where()} AND kind = {quoted(series.kind)} AND rows > 0"
+    same = where_recorded(series) if series.spec else where_rows(series)
+    kind = f"{same} AND kind = {quote(series.kind)} AND rows > 0"
     return [_older(row) for row in con.execute(f"SELECT {_OLDER} FROM lake.main.ingest_ledger WHERE {kind} ORDER BY ingested_at, file_id").fetchall()]
 
 # %% ../../nbs/data/04_ledger.ipynb #a81b15f4

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from rich.text import Text
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
 from .ledger import DIGEST_VERSION, stored_digest
+from .series import quote, utc_now
 from cryptoresearch.data.store import (
     catalog_file, catalog_kind, connect, extension_file, in_turn, init_duckdb, maintain, META, schema_version, turn, write,
 )
@@ -103,11 +104,6 @@ def _sqlite(
     if done.returncode:
         raise SchemaError(problem(f"an SQLite catalog in {file.name} that can be read and written", (done.stderr.strip().splitlines() or ["an error"])[-1][:200], "Check the disk, and that nobody removes the file"))
 
-
-def _text(value: str | Path) -> str:
-    "A text in SQL."
-    return "'" + str(value).replace("'", "''") + "'"
-
 # %% ../../nbs/data/15_maintenance.ipynb #e1d2eec6
 def measure_store(
     settings: Settings | None = None,  # from the environment when None
@@ -160,7 +156,7 @@ def tidy(
     in_turn(con, "CALL ducklake_rewrite_data_files('lake', delete_threshold => 0.5)")
     in_turn(con, f"CALL ducklake_cleanup_old_files('lake', older_than => now() - to_seconds({seconds}))")
     if expired:
-        row = [datetime.now(UTC).replace(tzinfo=None), f"{expired} snapshots older than {keep}, pinned by no run"]
+        row = [utc_now(), f"{expired} snapshots older than {keep}, pinned by no run"]
         write(con, lambda c: c.execute("INSERT INTO data_log (logged_at, event, detail) VALUES (?, 'expired', ?)", row))
     catalog = catalog_file(s)
     if catalog and catalog_kind(s.duckdb_path) == "sqlite":
@@ -234,7 +230,7 @@ def _read_file(
             return "missing", "the file is not there"
         if "://" not in file and (found := Path(file).stat().st_size) != size:
             return "differs", f"expected {size:,} bytes; found {found:,}"
-        con.execute(_READ.format(_text(file))).fetchall()
+        con.execute(_READ.format(quote(file))).fetchall()
     except (duckdb.Error, OSError) as e:
         return "unreadable", str(e).splitlines()[0][:200]
     return "ok", ""
@@ -387,8 +383,8 @@ def _copy_catalog(
     if kind == "postgres" or catalog is None:
         raise ConfigError(problem("a catalog that is a file", "PostgreSQL", "Use pg_dump for the catalog, then copy DUCKDB_DATA_PATH; in this order: files that the dump names are never changed"))
     if kind == "sqlite":
-        return _sqlite(catalog, f"VACUUM INTO {_text(to)}")
-    con.execute(f"ATTACH {_text(to)} AS backup_copy")
+        return _sqlite(catalog, f"VACUUM INTO {quote(to)}")
+    con.execute(f"ATTACH {quote(to)} AS backup_copy")
     try:
         con.execute(f"COPY FROM DATABASE {META} TO backup_copy")
     finally:
@@ -403,7 +399,7 @@ def _open_copy(
     con = duckdb.connect()
     if kind == "sqlite":
         con.load_extension(str(extension_file("sqlite_scanner") or "sqlite_scanner"))
-    con.execute(f"ATTACH {_text(catalog)} AS c ({'TYPE sqlite, ' if kind == 'sqlite' else ''}READ_ONLY)")
+    con.execute(f"ATTACH {quote(catalog)} AS c ({'TYPE sqlite, ' if kind == 'sqlite' else ''}READ_ONLY)")
     return con
 
 
@@ -641,16 +637,16 @@ def _set_path(
     data: str,  # where the Parquet files are now
 ) -> None:
     "Write the new data path into a catalog; a copy made by VACUUM INTO has to be told its journal mode too."
-    statement = f"UPDATE {'' if kind == 'sqlite' else 'c.'}ducklake_metadata SET value = {_text(data)} WHERE key = 'data_path'"
+    statement = f"UPDATE {'' if kind == 'sqlite' else 'c.'}ducklake_metadata SET value = {quote(data)} WHERE key = 'data_path'"
     if kind == "sqlite":
         return _sqlite(catalog, "PRAGMA journal_mode = WAL", statement)
     with duckdb.connect() as con:
-        con.execute(f"ATTACH {_text(catalog)} AS c")
+        con.execute(f"ATTACH {quote(catalog)} AS c")
         con.execute(statement)
 
 
 def _log_restored(settings: Settings, path: Path, manifest: dict[str, Any]) -> None:
     "Write into the restored store where it came from."
-    row = [datetime.now(UTC).replace(tzinfo=None), path.name, f"backup of {manifest['made_at']}, snapshot {manifest['snapshot']}"]
+    row = [utc_now(), path.name, f"backup of {manifest['made_at']}, snapshot {manifest['snapshot']}"]
     with init_duckdb(settings) as con:
         write(con, lambda c: c.execute("INSERT INTO data_log (logged_at, event, uri, detail) VALUES (?, 'restored', ?, ?)", row))

@@ -13,6 +13,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from .bars import bar_length
+from .series import naive_utc
 from .status import coverage, gap_table, PREFERRED, status, Verdict
 from ..errors import DataNotFound, problem
 
@@ -42,8 +43,7 @@ def _where(
     values: list[Any] = [symbol, source]
     for sign, time in ((">=", start), ("<", end)):
         if time is not None:
-            stamp = pd.Timestamp(time)
-            where, values = f"{where} AND ts {sign} ?", [*values, (stamp.tz_convert(None) if stamp.tzinfo else stamp).to_pydatetime()]
+            where, values = f"{where} AND ts {sign} ?", [*values, naive_utc(time)]
     return where, values
 
 
@@ -144,7 +144,7 @@ def _compared(
 ) -> pd.DataFrame:  # as `against_candles`
     "Compare within one stretch."
     us = bar_length(interval) // pd.Timedelta("1us")
-    values = {"symbol": symbol, "source": source, "candles": candles, "interval": interval, "start": start.tz_convert(None).to_pydatetime(), "end": end.tz_convert(None).to_pydatetime()}
+    values = {"symbol": symbol, "source": source, "candles": candles, "interval": interval, "start": naive_utc(start), "end": naive_utc(end)}
     frame = con.execute(_COMPARE.format(us=us), values).df()
     prices = [(frame[f"candle_{n}"] == frame[n]) | (frame["trades"] == 0) for n in ("open", "high", "low", "close")]
     volume = (frame["candle_volume"] - frame["volume"]).abs() <= 1e-9 * frame["volume"].abs() + 1e-9

@@ -23,7 +23,6 @@ from typing import get_args, IO, Literal
 import numpy as np
 from isal import isal_zlib
 from numba import njit
-from scipy.signal import lfilter
 
 from ..errors import ConfigError
 
@@ -81,6 +80,8 @@ def ar1(
     start: float,  # the process's value before the first step
 ) -> np.ndarray:  # n values with unit variance in the long run
     "Compute a first-order autoregression with unit variance, started at `start`."
+    from scipy.signal import lfilter  # heavy, and used here only
+
     phi = 0.5 ** (1.0 / half_life)
     path, _ = lfilter([sqrt(1 - phi * phi)], [1.0, -phi], noise, zi=np.array([phi * start]))
     return np.asarray(path)

@@ -23,12 +23,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .series import Series, to_us
 from .store import store_size
 from ..errors import ConfigError, DataNotFound, problem
 
 # %% ../../nbs/data/13_status.ipynb #16e21c4e
 _KEY = ["symbol", "source", "interval"]
-_US = pd.Timedelta("1us")
 
 
 def _each(
@@ -51,16 +51,18 @@ def _rows(
     return frame.reindex(columns=columns)
 
 
-_Series = tuple[str, str, str]  # symbol, source, interval of candles or ''
+def _columns(series: Series) -> dict[str, str]:  # the columns of `_KEY`, interval '' for trades
+    "Return the values that name a series in the frames of this module."
+    return {"symbol": series.symbol, "source": series.source, "interval": series.spec or ""}
 
 # %% ../../nbs/data/13_status.ipynb #3e933f67
 def _by_series(
     claims: pd.DataFrame,
-) -> Iterator[tuple[_Series, pd.DataFrame]]:
+) -> Iterator[tuple[Series, pd.DataFrame]]:
     "Go through claims series by series, in order."
     for key, group in claims.groupby(_KEY, sort=True):
         symbol, source, interval = map(str, key)
-        yield (symbol, source, interval), group
+        yield Series(symbol, source, "klines" if interval else "trades", interval or None), group
 
 
 def _claims(
@@ -116,21 +118,13 @@ def coverage(
 ) -> pd.DataFrame:  # a row a stretch, by series and time: symbol, source, interval (of candles), start, end (UTC; end = last trade, or close of the last candle), files, rows, first_id, last_id
     "List the stretches that files and sessions claim to have whole, but for the gaps inside them."
     claims = _claims(con, symbol, source)
-    rows = [dict(zip(_KEY, key, strict=True)) | part for key, group in _by_series(claims) for part in _stretches(group)]
+    rows = [_columns(key) | part for key, group in _by_series(claims) for part in _stretches(group)]
     frame = pd.DataFrame(rows, columns=[*_KEY, "start", "end", "files", "rows", "first_id", "last_id"]).astype({"first_id": "Int64", "last_id": "Int64"})
     return _times(frame)
 
 # %% ../../nbs/data/13_status.ipynb #8f126f4e
 _PERIOD = re.compile(r"-(\d{4}-\d{2}(?:-\d{2})?)\.(?:csv|zip|parquet)")
 _DAY_US = 86_400_000_000
-
-
-def _us(
-    time: Any,  # anything pandas reads as a time; naive means UTC
-) -> int:  # microseconds since 1970
-    "Count microseconds."
-    stamp = pd.Timestamp(time)
-    return int(((stamp.tz_convert(None) if stamp.tzinfo else stamp) - pd.Timestamp(0)) // _US)
 
 
 def _period(
@@ -142,7 +136,7 @@ def _period(
         period = pd.Period(found[1], freq="M" if len(found[1]) == 7 else "D") if found else None
     except ValueError:
         return None
-    return None if period is None else (_us(period.start_time), _us((period + 1).start_time))
+    return None if period is None else (to_us(period.start_time), to_us((period + 1).start_time))
 
 # %% ../../nbs/data/13_status.ipynb #a0d459b1
 def _absent_days(
@@ -165,7 +159,7 @@ def missing_files(
 ) -> pd.DataFrame:  # a row a run of days: symbol, source, interval, start, end (UTC, end exclusive), days
     "List the days for which a file of the archive would be expected and none was loaded."
     claims = _claims(con, symbol, source)
-    rows = [dict(zip(_KEY, key, strict=True)) | {"start": a, "end": b, "days": (b - a) // _DAY_US} for key, group in _by_series(claims) for a, b in _absent_days(group)]
+    rows = [_columns(key) | {"start": a, "end": b, "days": (b - a) // _DAY_US} for key, group in _by_series(claims) for a, b in _absent_days(group)]
     return _times(pd.DataFrame(rows, columns=[*_KEY, "start", "end", "days"]))
 
 # %% ../../nbs/data/13_status.ipynb #ba1b7683
@@ -213,7 +207,7 @@ def _filled(
 
 # %% ../../nbs/data/13_status.ipynb #8061e92f
 def _between(
-    key: _Series,  # symbol, source, interval
+    key: Series,
     claims: pd.DataFrame,  # of this series
     recorded: pd.DataFrame,  # gaps of this series, times in µs
 ) -> list[dict[str, Any]]:  # gaps as _GAP, times in µs
@@ -221,11 +215,11 @@ def _between(
     parts, out = _stretches(claims), []
     for a, b in pairwise(parts):
         ids = (a["last_id"] + 1, b["first_id"] - 1) if a["last_id"] is not None and b["first_id"] is not None else (None, None)
-        missing = ids[1] - ids[0] + 1 if ids[0] is not None else _candles(b["start"] - a["end"], key[2])
+        missing = ids[1] - ids[0] + 1 if ids[0] is not None else _candles(b["start"] - a["end"], key.spec or "")
         noted = ((recorded["start"] <= a["end"]) & (recorded["end"] >= b["start"])).any()
         if not noted:
             row = {"kind": "between", "start": a["end"], "end": max(a["end"], b["start"]), "missing": missing, "first_missing_id": ids[0], "last_missing_id": ids[1]}
-            out.append(dict(zip(_KEY, key, strict=True)) | row)
+            out.append(_columns(key) | row)
     return out
 
 
@@ -243,20 +237,20 @@ _EDGE_TRADES = 20  # trades expected at a file's edge before it counts as missin
 
 
 def _bounds(
-    key: _Series,  # symbol, source, interval
+    key: Series,
     claims: pd.DataFrame,  # of this series, in order of time
 ) -> list[dict[str, Any]]:  # gaps as _GAP, times in µs
     "What the first file lacks at its start and the last one at its end."
     out = []
     for at_start, row in ((True, claims.iloc[int(claims["start"].argmin())]), (False, claims.iloc[int(claims["end"].argmax())])):
         period = _period(row["uri"])
-        if period is None or (at_start and not key[2] and float(row["first_id"]) <= 1):
+        if period is None or (at_start and not key.spec and float(row["first_id"]) <= 1):
             continue
         start, end = (period[0], row["start"]) if at_start else (row["end"], period[1])
         rate = row["rows"] / max(row["end"] - row["start"], 1)  # a µs
-        if end > start and (key[2] or rate * (end - start) >= _EDGE_TRADES):
-            edge = {"kind": "bounds", "start": start, "end": end, "missing": _candles(end - start, key[2]), "file_id": row["file_id"]}
-            out.append(dict(zip(_KEY, key, strict=True)) | edge)
+        if end > start and (key.spec or rate * (end - start) >= _EDGE_TRADES):
+            edge = {"kind": "bounds", "start": start, "end": end, "missing": _candles(end - start, key.spec or ""), "file_id": row["file_id"]}
+            out.append(_columns(key) | edge)
     return out
 
 # %% ../../nbs/data/13_status.ipynb #c1fb296c
@@ -270,14 +264,14 @@ SELECT before AS start, a AS "end" FROM around WHERE a - before >= ? AND (a - be
 
 def _silences(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
-    key: _Series,  # symbol, source, ''
+    key: Series,  # of trades
     gaps: list[tuple[int, int]],  # known gaps of this series, µs: what they explain is no silence
 ) -> list[dict[str, Any]]:  # gaps as _GAP, times in µs
     "Stretches without a trade that the rate of trades does not explain."
-    found = con.execute(_SILENCES, [key[0], key[1], _SILENCE_S * 1_000_000, _SILENCE_TRADES]).fetchall()
+    found = con.execute(_SILENCES, [key.symbol, key.source, _SILENCE_S * 1_000_000, _SILENCE_TRADES]).fetchall()
     known = sorted(gaps)
     rows = [(a, b) for a, b in found if not any(start < b and end > a for start, end in known)]
-    return [dict(zip(_KEY, key, strict=True)) | {"kind": "silence", "start": a, "end": b, "missing": 0} for a, b in rows]
+    return [_columns(key) | {"kind": "silence", "start": a, "end": b, "missing": 0} for a, b in rows]
 
 # %% ../../nbs/data/13_status.ipynb #02e5af1e
 def gap_table(
@@ -292,10 +286,10 @@ def gap_table(
     recorded = _recorded(con, claims, symbol, source)
     rows = []
     for key, group in _by_series(claims):
-        own = recorded[(recorded[_KEY] == list(key)).all(axis=1)]
+        own = recorded[(recorded[_KEY] == list(_columns(key).values())).all(axis=1)]
         found = _between(key, group, own) + _bounds(key, group)
         known = [*zip(own["start"], own["end"], strict=True), *((g["start"], g["end"]) for g in found)]
-        rows += found + (_silences(con, key, known) if silences and not key[2] else [])
+        rows += found + (_silences(con, key, known) if silences and not key.spec else [])
     fresh = pd.DataFrame(rows, columns=_GAP)
     parts = [part.astype({"missing": "float64", "first_missing_id": "Int64", "last_missing_id": "Int64"}) for part in (recorded, fresh) if len(part)]
     frame = pd.concat(parts) if parts else fresh
@@ -386,16 +380,16 @@ def _summed(
     "One row a series."
     rows = []
     for key, group in _by_series(claims):
-        mine = gaps[(gaps["symbol"] == key[0]) & (gaps["source"] == key[1]) & (gaps["interval"].fillna("") == key[2])]
+        mine = gaps[(gaps["symbol"] == key.symbol) & (gaps["source"] == key.source) & (gaps["interval"].fillna("") == (key.spec or ""))]
         real, quiet = mine[mine["kind"] != "silence"], int((mine["kind"] == "silence").sum())
         inside = real[real["kind"] != "bounds"]
-        stored = int(group["rows"].sum()) if group["rows"].notna().any() else live.get(key[:2], 0)
+        stored = int(group["rows"].sum()) if group["rows"].notna().any() else live.get((key.symbol, key.source), 0)
         start, end = int(group["start"].min()), int(group["end"].max())
         share = inside["length"].dt.total_seconds().sum() * 1e6 / (end - start) if end > start else 0.0
         refused, duplicates = (int(group[name].fillna(0).sum()) for name in ("rejected", "duplicates"))
-        verdict = judge_series(stored, refused, len(inside), share, quiet, key[1], len(real) - len(inside))
+        verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, len(real) - len(inside))
         kinds = group["kind"].dropna()
-        rows.append([*key, kinds.iloc[0] if len(kinds) else "trades", start, end, group["file_id"].nunique(), stored, len(_stretches(group)), len(real), real["missing"].sum(), share,
+        rows.append([*_columns(key).values(), kinds.iloc[0] if len(kinds) else "trades", start, end, group["file_id"].nunique(), stored, len(_stretches(group)), len(real), real["missing"].sum(), share,
                      real["length"].max() if len(real) else pd.Timedelta(0), quiet, refused, duplicates, verdict.level, verdict.sentence])  # fmt: skip
     return _times(pd.DataFrame(rows, columns=_STATUS))
 
@@ -411,12 +405,12 @@ def raster(
     cells: int = 240,
 ) -> np.ndarray:  # int8, `cells` values: EMPTY, BROKEN or WHOLE
     "Cut a time line into cells and say of each what is known of it."
-    edges = np.linspace(_us(start), max(_us(end), _us(start) + 1), cells + 1)
+    edges = np.linspace(to_us(start), max(to_us(end), to_us(start) + 1), cells + 1)
     share: np.ndarray = np.zeros(cells)
     broken: np.ndarray = np.zeros(cells, dtype=bool)
-    for a, b in ((_us(r.start), _us(r.end)) for r in _each(covered)):
+    for a, b in ((to_us(r.start), to_us(r.end)) for r in _each(covered)):
         share += np.clip(np.minimum(edges[1:], b) - np.maximum(edges[:-1], a), 0, None) / (edges[1] - edges[0])
-    for a, b in ((_us(r.start), _us(r.end)) for r in _each(gaps)):
+    for a, b in ((to_us(r.start), to_us(r.end)) for r in _each(gaps)):
         broken |= (edges[:-1] < b) & (edges[1:] > a)
     inside = (share > 0) | broken
     partly = inside & (broken | (share < 0.999))
@@ -609,7 +603,7 @@ def source_intervals(
         raise ConfigError(problem("a market of spot or um", repr(market), "um is USD-M futures"))
     claims = _claims(con, symbol)
     claims = claims[claims["interval"] == ""]
-    taken = [(-(2**62), -(2**62) if start is None else _us(start)), (2**62 if end is None else _us(end), 2**62)]
+    taken = [(-(2**62), -(2**62) if start is None else to_us(start)), (2**62 if end is None else to_us(end), 2**62)]
     rows: list[tuple[str, str | None, int, int]] = []
     for name in _candidates(claims, symbol, source, market):
         for session, pieces in _own_pieces(con, symbol, name, claims[claims["source"] == name]):

@@ -12,19 +12,20 @@ import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+
 import numpy as np
 import pandas as pd
 from numba import njit
 from scipy import stats
-from scipy.signal import lfilter
+
 from ..data.bars import bar_kind, check_frame, NUMBERS, PRICES
 from ..errors import ConfigError, problem
-from ..metrics.verdict import Judgement, number
+from ..labels.targets import is_event, make_labels, primary_side
 from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_t, long_run_variance, rank_ic
+from ..metrics.verdict import Judgement, number
 from ..models.estimators import MODELS
 from ..runs.config import RunConfig
 from ..runs.walk_forward import first_test, prepare, Samples, walk_forward
-from ..labels.targets import is_event, make_labels, primary_side
 
 # %% ../../nbs/evaluation/07_audit.ipynb #2e6d8a63
 def _shapes(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the m bars that are no gap; m x 4 log prices relative to the close before
@@ -123,6 +124,8 @@ def planted_volatility(
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.Series]:  # bars, and the logarithm of the factor known at each close
     "Shuffled bars, stretched by a volatility that goes on for a while."
+    from scipy.signal import lfilter  # heavy, and used here only
+
     keep = 0.5 ** (1 / (5 * horizon))
     noise = np.random.default_rng([seed, 1]).standard_normal(len(bars))
     noise[1:] *= np.sqrt(1 - keep**2)

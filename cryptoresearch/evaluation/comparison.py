@@ -13,29 +13,29 @@ import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
+
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, rankdata
+
 from ..errors import DataNotFound, SchemaError
-from ..metrics.verdict import ALPHA, FEWEST_OUTCOMES, number, p_value
-from ..metrics.scores import loss_name
+from ..labels.targets import is_event
 from cryptoresearch.metrics.scores import (
-    auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, LEAST_COVER, log_loss, mse_log, qlike, qlike_loss, r2_oos,
-    rank_ic, REFERENCE, squared_loss,
+    auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, LEAST_COVER, log_loss, loss_name, mse_log, qlike,
+    qlike_loss, r2_oos, rank_ic, REFERENCE, squared_loss,
 )
 from cryptoresearch.metrics.significance import (
     bootstrap_score, brier_loss, by_regime, confidence_set, Interval, pinball_loss, regimes, winkler_loss,
 )
-from ..runs.run import question_key
+from ..metrics.verdict import ALPHA, FEWEST_OUTCOMES, number, p_value
 from ..runs.config import RunConfig
-from ..runs.run import load_run, Run
-from ..labels.targets import is_event
+from ..runs.run import load_run, question_key, Run
 from ..settings import Settings
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #a1eff453
 @dataclass(frozen=True, repr=False)
 class Lineup:
-    "Runs of one question_key on the rows that all of them forecast."
+    "Runs of one question on the rows that all of them forecast."
 
     runs: dict[str, Run]  # by letter, in the order given
     frames: dict[str, pd.DataFrame]  # by letter: predictions on the common rows
@@ -64,12 +64,12 @@ def line_up(
     runs: Sequence[str | Run],  # names, beginnings of names, or runs; two or more
     settings: Settings | None = None,  # where the runs are
 ) -> Lineup:  # on the rows that all forecast and whose outcome is known
-    "Put runs of one question_key side by side."
+    "Put runs of one question side by side."
     found = [run if isinstance(run, Run) else load_run(run, settings) for run in runs]
     if not 2 <= len(found) <= len(ascii_uppercase) or len({r.id for r in found}) != len(found):
         raise SchemaError(f"expected two different runs or more; found {', '.join(r.id for r in found) or 'none'}. See them: cryptoresearch runs")
     if len(asked := {question_key(r) for r in found}) > 1:
-        raise SchemaError(f"expected runs of one question_key; found {' and '.join(map(str, sorted(asked)))}. Compare runs of the same symbol, bars, target and horizon")
+        raise SchemaError(f"expected runs of one question; found {' and '.join(map(str, sorted(asked)))}. Compare runs of the same symbol, bars, target and horizon")
     frames = [r.predictions.dropna(subset=["y", "prediction", REFERENCE[r.config.target]]) for r in found]
     common = frames[0].index
     for f in frames[1:]:

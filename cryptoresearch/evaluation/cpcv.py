@@ -8,14 +8,16 @@ __all__ = ['path_predictions', 'score_paths']
 # %% ../../nbs/evaluation/06_cpcv.ipynb #02aa3c24
 from collections.abc import Callable
 from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+
+from ..labels.targets import is_event
 from ..metrics.scores import score_table
 from ..models.crossval import assemble_paths, CombinatorialPurged
 from ..runs.config import RunConfig
 from ..runs.run import run_strategy
 from ..runs.walk_forward import fit_all, Samples
-from ..labels.targets import is_event
 
 # %% ../../nbs/evaluation/06_cpcv.ipynb #0aabd8f1
 def path_predictions(

@@ -7,8 +7,10 @@ __all__ = ['Side', 'lay_beside', 'SearchLuck', 'search_luck', 'Luck', 'chosen_fr
 
 # %% ../../nbs/evaluation/05_overfitting.ipynb #40f831bb
 from dataclasses import dataclass
+
 import duckdb
 import pandas as pd
+
 from ..metrics.significance import effective_trials, overfitting
 from ..runs.run import Run
 from cryptoresearch.runs.trials import (

@@ -12,20 +12,22 @@ import json
 import secrets
 import shutil
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args, Literal
+
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch, SchemaError
 from .audit import Audit
 from ..metrics.scores import diebold_mariano, DieboldMariano, qlike_loss, REFERENCE, score_table, squared_loss
 from ..runs.identity import code_version
-from ..runs.run import find_run_folder, load_run, read_run_info, Run, runs_folder
+from ..runs.run import load_run, question_key, Run
+from ..runs.stored import find_folder, read_info, runs_folder
 from ..runs.trials import corrected_p, target_text
 from ..settings import Settings
-from ..runs.run import question_key
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #bf2b9e75
 @dataclass(frozen=True, repr=False)
@@ -78,10 +80,10 @@ def compare_runs(
     b: str | Run,
     settings: Settings | None = None,  # where the runs are
 ) -> Comparison:  # on the rows that both forecast and whose outcome is known
-    "Compare two runs of one question_key on their common rows."
+    "Compare two runs of one question on their common rows."
     first, second = (run if isinstance(run, Run) else load_run(run, settings) for run in (a, b))
     if question_key(first) != question_key(second):
-        raise SchemaError(f"expected two runs of one question_key; found {question_key(first)} and {question_key(second)}. Compare runs of the same symbol, bars, target and horizon")
+        raise SchemaError(f"expected two runs of one question; found {question_key(first)} and {question_key(second)}. Compare runs of the same symbol, bars, target and horizon")
     frames = [run.predictions.dropna(subset=["y", "prediction"]) for run in (first, second)]
     common = frames[0].index.intersection(frames[1].index)
     if len(common) < 10:
@@ -96,7 +98,7 @@ def compare_runs(
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #2482ebad
 State = Literal["candidate", "champion", "retired", "deleted"]
-_FIELDS = ("at", "run", "question_key", "state", "reason", "p_value", "n", "tried", "audit")
+_FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n", "tried", "audit")
 
 
 def _register(settings: Settings | None) -> Path:
@@ -106,7 +108,7 @@ def _register(settings: Settings | None) -> Path:
 
 def registry_log(
     settings: Settings | None = None,  # where the runs are
-) -> pd.DataFrame:  # at, run, question_key, state, reason, p_value (corrected), n (common rows), tried (models), audit (passed, failed or none); oldest first
+) -> pd.DataFrame:  # at, run, question, state, reason, p_value (corrected), n (common rows), tried (models), audit (passed, failed or none); oldest first
     "Every entry of the registry."
     path = _register(settings)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -119,9 +121,9 @@ def registry_log(
 # %% ../../nbs/evaluation/08_promotion.ipynb #f22eb462
 def registry(
     settings: Settings | None = None,
-) -> pd.DataFrame:  # index run: question_key, state, at, reason; the newest entry of each
+) -> pd.DataFrame:  # index run: question, state, at, reason; the newest entry of each
     "State of every registered run."
-    return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question_key", "state", "at", "reason"]]
+    return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question", "state", "at", "reason"]]
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #420cc346
 def _enter(run: Run, state: State, reason: str, settings: Settings | None, *evidence: Any) -> None:  # p_value, n, tried, audit
@@ -145,9 +147,9 @@ def champion(
     horizon: int,
     settings: Settings | None = None,
 ) -> str | None:  # name of the run; None where there is none
-    "The run in use for a question_key."
+    "The run in use for a question."
     now = registry(settings)
-    held = now.index[(now["state"] == "champion") & (now["question_key"] == f"{symbol}/{spec}/{target}/{horizon}")]
+    held = now.index[(now["state"] == "champion") & (now["question"] == f"{symbol}/{spec}/{target}/{horizon}")]
     return str(held[-1]) if len(held) else None
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #8a7b606e
@@ -170,19 +172,19 @@ def audit_of(
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #77153dff
 def challengers(
-    asked: tuple[str, str, str, int],  # of `question_key`
+    asked: tuple[str, str, str, int],  # of `question`
     settings: Settings | None = None,
 ) -> list[str]:  # names of runs, deleted ones too
-    "Every run of a question_key that is there or that the registry has seen."
+    "Every run of a question that is there or that the registry has seen."
     log, name, mine = registry_log(settings), "/".join(map(str, asked)), set()
     for path in runs_folder(settings).glob("[!.]*/run.json"):
         try:
-            c = read_run_info(path.parent)["config"]
+            c = read_info(path.parent)["config"]
         except RunMismatch:
-            continue  # one that cannot be read tells no question_key
+            continue  # one that cannot be read tells no question
         if (c["symbol"], c["spec"], target_text(c), c["horizon"]) == asked:
             mine.add(path.parent.name)
-    return sorted(mine | set(log.loc[log["question_key"] == name, "run"]))
+    return sorted(mine | set(log.loc[log["question"] == name, "run"]))
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #61a82884
 GATE_P = 0.05
@@ -214,7 +216,7 @@ def promote(
             return Promotion(found.id, False, "is the champion already")
         tried = len(set(challengers(question_key(found), settings)) - {holder})
         if holder is None:
-            return _decide(found, found.info["level"] == "skill", "first champion of its question_key: " + found.info["verdict"], _claim_p(found), None, tried, settings)
+            return _decide(found, found.info["level"] == "skill", "first champion of its question: " + found.info["verdict"], _claim_p(found), None, tried, settings)
         test = compare_runs(found, holder, settings)
         done = _decide(found, bool(test.test.stat < 0), test.verdict, test.test.p_value, test.n, tried, settings)
         if done.promoted:
@@ -262,13 +264,13 @@ def delete_run(
     settings: Settings | None = None,  # where the runs are
 ) -> str:  # the whole name of what was deleted
     "Delete a run's folder and write that down; its trials stay. DataNotFound where there is none, ConfigError for a champion."
-    folder = find_run_folder(run_id, settings)
+    folder = find_folder(run_id, settings)
     with FileLock(f"{_register(settings)}.lock"):
         known = registry(settings)
         if folder.name in known.index and known.loc[folder.name, "state"] == "champion":
-            raise ConfigError(problem("a run that is not in use", f"{folder.name}, the champion of {known.at[folder.name, "question_key"]!s}", "Promote another run or retire this one first"))
+            raise ConfigError(problem("a run that is not in use", f"{folder.name}, the champion of {known.at[folder.name, "question"]!s}", "Promote another run or retire this one first"))
         try:
-            config = read_run_info(folder)["config"]
+            config = read_info(folder)["config"]
             asked = "/".join(map(str, (config["symbol"], config["spec"], target_text(config), config["horizon"])))
         except (RunMismatch, KeyError, TypeError):
             asked = ""  # its record cannot be read

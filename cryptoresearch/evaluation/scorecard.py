@@ -9,12 +9,14 @@ __all__ = ['LOOK_BACK', 'FEWEST', 'known_quantiles', 'scorecard', 'calibration_s
 # %% ../../nbs/evaluation/04_scorecard.ipynb #26f104cf
 from collections.abc import Sequence
 from typing import Any, get_args
+
 import numpy as np
 import pandas as pd
+
 from .comparison import known_baselines, Measure, measures, outcome_columns
+from ..labels.horizon import fixed_horizon, Target
 from ..metrics.scores import calibration_table, cross_entropy, diebold_mariano, ic, ic_t, rank_ic, REFERENCE
 from ..metrics.significance import bootstrap_score, brier_loss
-from ..labels.horizon import fixed_horizon, Target
 
 # %% ../../nbs/evaluation/04_scorecard.ipynb #27a08206
 LOOK_BACK = "90D"  # of the quantiles

@@ -6,11 +6,12 @@
 __all__ = ['RULES', 'wanted_positions', 'payable', 'placed_positions', 'strategies', 'clocked', 'strategy_rows', 'costs_text']
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #9b27ec64
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import replace
+
 from ..metrics.costs import capacity_of, Costs, positions, random_signals, trade
 from ..metrics.strategy import ANNUAL_SECONDS, max_drawdown, on_bars, on_clock, sharpe_ratio, StrategyResult
 from ..metrics.verdict import deflate, number

@@ -15,8 +15,7 @@ from numba import njit
 
 from .averages import behind, distance, OF_CLOSE
 from .indicators import ratio, true_range, wilder, wilder_bars
-from .registry import on_columns
-from .registry import Array
+from .registry import Array, on_columns
 from .windows import arctan, mean_over, sum_over
 
 # %% ../../nbs/features/09_adaptive.ipynb #8246e607

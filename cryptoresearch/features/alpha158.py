@@ -13,8 +13,7 @@ import pandas as pd
 from numba import njit
 
 from .indicators import ratio
-from .registry import on_columns
-from .registry import Array
+from .registry import Array, on_columns
 from cryptoresearch.features.windows import (
     correlation_over, highest_over, lowest_over, mean_over, quantile_over, rank_over, std_over, sum_over, trend_over,
 )

@@ -21,8 +21,7 @@ from numba import njit
 
 from ..errors import ConfigError, problem
 from .indicators import log_return, NEGLECTED, ratio, window_max, window_min
-from .registry import on_columns
-from .registry import Array
+from .registry import Array, on_columns
 from .windows import quantile_over, std_over, sum_over, trend_over
 
 # %% ../../nbs/features/08_averages.ipynb #47e201ce

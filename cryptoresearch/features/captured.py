@@ -24,14 +24,14 @@ _MANY = 100  # numbers from which a collection counts as data
 
 
 def _is_fitted(value: Any) -> bool:
-    "Whether an estimator has learned something, by the underscores of scikit-learn."
+    "Whether an estimator is fitted: it has attributes that end in an underscore."
     if not hasattr(value, "fit") or not hasattr(value, "__dict__") or (hasattr(value, "__sklearn_tags__") and not get_tags(value).requires_fit):
         return False
     return any(k.endswith("_") and not k.startswith("_") for k in vars(value))
 
 
 def _what(value: Any) -> str:  # such as 'DataFrame, 200 rows'; empty for what is no data
-    "What sort of data a value is."
+    "Describe a value that is data."
     kind = type(value).__name__
     if isinstance(value, type | types.ModuleType):
         return ""
@@ -54,13 +54,13 @@ def _foreign(module: str | None) -> bool:
 
 
 def _loaded(code: types.CodeType) -> set[str]:
-    "Names of the globals that a function's code loads, inner functions included."
+    "List the globals that a function's code loads, including those of inner functions."
     names = {str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return names.union(*(_loaded(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 # %% ../../nbs/features/19_captured.ipynb #0b8441c2
 def _parts_of_function(fn: types.FunctionType) -> dict[tuple[str, Any], Any]:
-    "Closure, globals and defaults."
+    "Collect closure variables, globals and defaults of a function."
     found: dict[tuple[str, Any], Any] = {}
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         try:
@@ -74,7 +74,7 @@ def _parts_of_function(fn: types.FunctionType) -> dict[tuple[str, Any], Any]:
 
 # %% ../../nbs/features/19_captured.ipynb #9f213a2f
 def _parts_of_object(value: Any) -> dict[tuple[str, Any], Any]:
-    "Attributes, and the methods of a class that a user wrote."
+    "Collect attributes, and methods of a user-defined class."
     own = not _foreign(type(value).__module__)
     if not (own or hasattr(value, "get_params") or is_dataclass(value)):
         return {}
@@ -83,7 +83,7 @@ def _parts_of_object(value: Any) -> dict[tuple[str, Any], Any]:
 
 
 def _parts(value: Any) -> dict[tuple[str, Any], Any]:  # (how it is held, name): value
-    "What a value is made of, as far as it can hold data."
+    "Collect the parts of a value that can hold data."
     if isinstance(value, pd.DataFrame | pd.Series | pd.Index | np.ndarray | type | types.ModuleType):
         return {}
     if isinstance(value, types.FunctionType):
@@ -101,7 +101,7 @@ def _parts(value: Any) -> dict[tuple[str, Any], Any]:  # (how it is held, name):
 # %% ../../nbs/features/19_captured.ipynb #9287f820
 @dataclass(frozen=True)
 class Held:
-    "Data that a function holds."
+    "Data that a function captures."
 
     name: str  # variable, attribute or argument that leads to it
     what: str  # sort and size
@@ -113,9 +113,9 @@ class Held:
 
 def held_data(
     holder: Any,  # function, transformer, feature, or a collection of such
-    refit: bool = False,  # whether the estimators that it consists of will be fitted anew
+    refit: bool = False,  # whether the estimators that it consists of will be fitted again
 ) -> list[Held]:  # in the order found, each once
-    "Name the data that a function holds besides its arguments."
+    "List the data that a function uses besides its arguments."
     return list(_walk(holder, "", refit, set(), 12))
 
 # %% ../../nbs/features/19_captured.ipynb #6f851354
@@ -136,7 +136,7 @@ def _walk(value: Any, name: str, refit: bool, seen: set[int], depth: int) -> Ite
 
 # %% ../../nbs/features/19_captured.ipynb #11a2566d
 def _function_with(fn: types.FunctionType, new: dict[tuple[str, Any], Any]) -> types.FunctionType:
-    "A copy of a function that reads other closure, globals, defaults."
+    "Copy a function with other closure variables, globals and defaults."
     globals_ = fn.__globals__ | {n: v for (how, n), v in new.items() if how == "global"}
     cells = tuple(types.CellType(new["closure", n]) if ("closure", n) in new else c for n, c in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
@@ -148,7 +148,7 @@ def _function_with(fn: types.FunctionType, new: dict[tuple[str, Any], Any]) -> t
 
 
 def _object_with(value: Any, new: dict[tuple[str, Any], Any]) -> Any:
-    "A copy of an object with other attributes and methods."
+    "Copy an object with other attributes and methods."
     made = copy(value)
     for (how, name), part in new.items():
         if how == "attribute":
@@ -159,7 +159,7 @@ def _object_with(value: Any, new: dict[tuple[str, Any], Any]) -> Any:
 
 # %% ../../nbs/features/19_captured.ipynb #f5be4485
 def _with(value: Any, new: dict[tuple[str, Any], Any]) -> Any:
-    "A copy of a value with other parts."
+    "Copy a value with other parts."
     if isinstance(value, types.FunctionType):
         return _function_with(value, new)
     parts = {key: part for (_, key), part in (_parts(value) | new).items()}
@@ -181,7 +181,7 @@ def swap_held(
     holder: Any,  # as in held_data
     new: Mapping[int, Any],  # by id() of the data as they are: what to read instead
 ) -> Any:  # a copy, as far as anything in it changes; the holder itself otherwise
-    "The same function with other data in place of those that it holds."
+    "Replace the data that a function uses."
     return _swap(holder, new, {}, 12) if new else holder
 
 # %% ../../nbs/features/19_captured.ipynb #1ed2c6f4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'one_feature', 'register', 'Lagged', 'lagged', 'OnFrame', 'on_frame', 'symbol_prefix', 'with_symbol',
-           'OfColumns', 'OfFrame', 'of_symbol', 'features_of_symbol', 'correlation_to', 'beta_to', 'fracdiff_weights',
-           'fractional_difference', 'fracdiff']
+           'OfColumns', 'OfFrame', 'of_symbol', 'split_symbol', 'features_of_symbol', 'resolve_derived',
+           'correlation_to', 'beta_to', 'fracdiff_weights', 'fractional_difference', 'fracdiff']
 
 # %% ../../nbs/features/15_derived.ipynb #7cdb2bc7
 import re
@@ -21,8 +21,7 @@ from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
 from .indicators import log_return
 from .microstructure import TRADE_COLUMNS
-from .registry import Feature, feature, OnColumns, resolve
-from .registry import Array
+from .registry import add_resolver, Array, feature, Feature, find, OnColumns, REGISTRY, resolve
 from .windows import correlation_over, slope_over, weighted_over
 
 # %% ../../nbs/features/15_derived.ipynb #34612d63
@@ -32,44 +31,44 @@ MODULES = (indicators, orderflow)  # importing them registers the features that 
 def one_feature(
     what: str | Feature,  # a feature's name, or a feature
 ) -> Feature:  # the feature
-    "The one feature behind a name."
+    "Find the one feature of a name."
     found = resolve(what)
     if len(found) != 1:
         raise ConfigError(problem("one feature", f"{len(found)} in the group {what!r}", "Name one of them, or call it for each"))
     return found[0]
 
-
+# %% ../../nbs/features/15_derived.ipynb #34612d64
 def register(
     made: Feature,  # from on_frame, of_symbol, lagged, fracdiff, or by hand
     group: str | None = None,  # family to list it in; its own when None
-    replace: bool = False,  # take over a name that another function holds
+    replace: bool = False,  # replace another function of that name
 ) -> Feature:  # the registered feature
-    "Register a feature that was made, so that names and groups find it."
+    "Register a derived feature, so that names and groups find it."
     return feature(name=made.name, inputs=made.inputs, warmup=made.warmup, unit=made.unit, group=group or made.group, source=made.source, tolerance=made.tolerance, replace=replace)(made.fn)
 
 # %% ../../nbs/features/15_derived.ipynb #9a0518b8
 @dataclass(frozen=True)
 class Lagged:
-    "The function of a feature, some bars ago."
+    "A feature's function, some bars ago."
 
     inner: Feature  # feature
     lag: int  # bars
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
-        "Values of the feature, moved forward."
+        "Compute the values of the feature and shift them forward."
         return self.inner(bars).shift(self.lag)
 
     @property
     def origin(self) -> tuple[object, ...]:
-        "What tells it from another."
+        "Identify the function."
         return __name__, self.inner.name, self.lag, type(self).__qualname__
 
-
+# %% ../../nbs/features/15_derived.ipynb #9a0518b9
 def lagged(
     what: str | Feature,  # a feature's name, or a feature
     lag: int,  # bars, at least 1
 ) -> Feature:  # name_lag_n
-    "The feature `lag` bars ago."
+    "Make the feature's value `lag` bars ago a feature."
     f = one_feature(what)
     if lag < 1:
         raise ConfigError(problem("a lag of 1 bar or more", str(lag), "A negative lag would look into the future"))
@@ -84,7 +83,7 @@ def _long_bars(
     length_us: int,  # of these bars
     long_us: int,  # of the long bars
 ) -> pd.DataFrame:  # the long bars that are wholly covered, columns NUMBERS, close_ts, gap
-    "Long bars of the bars at hand."
+    "Combine bars into long bars."
     ts = pd.DatetimeIndex(bars.index).as_unit("us").asi8
     columns = {"ts": ts} | {name: bars[name].to_numpy(dtype=float) if name in bars else np.full(len(bars), np.nan) for name in NUMBERS}
     out = combine_bars(columns, length_us, long_us, -(-int(ts[0]) // long_us), (int(ts[-1]) + length_us) // long_us - 1)
@@ -95,14 +94,14 @@ def _long_bars(
 # %% ../../nbs/features/15_derived.ipynb #3d0fde08
 @dataclass(frozen=True)
 class OnFrame:
-    "The function of a feature on longer bars, seen from the bars at hand."
+    "A feature's function on longer bars, at each of the shorter bars."
 
     inner: Feature  # feature on the long bars
     times: int  # bars in a long bar
-    base_us: int | None = None  # length of the bars at hand; any when None
+    base_us: int | None = None  # length of the frame's bars; any when None
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
-        "Value of the last long bar that has closed, at each bar."
+        "Compute the value of the last closed long bar at each bar."
         close = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         out: Array = np.full(len(bars), np.nan)
         if len(bars):
@@ -111,12 +110,12 @@ class OnFrame:
             if (lengths != length).any():
                 raise SchemaError(problem(f"bars of one length for {self.inner.name} on longer bars", "several lengths", "Longer bars of event bars have no meaning; build event bars with a larger threshold"))
             if self.base_us not in (None, length):
-                raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us or 0)} for {self.inner.name} on longer bars", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the bars at hand"))
+                raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us or 0)} for {self.inner.name} on longer bars", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the frame's bars"))
             out = self._last_closed(bars, close, length)
         return pd.Series(out, index=bars.index)
 
     def _last_closed(self, bars: pd.DataFrame, close: np.ndarray, length: int) -> Array:
-        "Values of the long bars, taken by the closes of the bars at hand."
+        "Compute the values of the long bars, as of the closes of the shorter bars."
         out, long = np.full(len(bars), np.nan), length * self.times
         frame = _long_bars(bars, length, long)
         if len(frame):
@@ -128,16 +127,16 @@ class OnFrame:
 
     @property
     def origin(self) -> tuple[object, ...]:
-        "What tells it from another."
+        "Identify the function."
         return __name__, self.inner.name, self.times, self.base_us, type(self).__qualname__
 
 # %% ../../nbs/features/15_derived.ipynb #9c0fcc8f
 def on_frame(
-    spec: str,  # length of the long bars: "4h", "1d"; or a multiple of the bars at hand: "4x"
+    spec: str,  # length of the long bars: "4h", "1d"; or a multiple of the frame's bars: "4x"
     what: str | Feature,  # a feature's name, or a feature
-    base: str = "1h",  # length of the bars at hand, when spec is a length
+    base: str = "1h",  # length of the frame's bars, when spec is a length
 ) -> Feature:  # name_4h or name_4x
-    "The feature on longer bars, as known at each bar's close."
+    "Make the feature on longer bars, as known at each bar's close."
     f, base_us = one_feature(what), None
     if spec.endswith("x") and spec[:-1].isdigit():
         times = int(spec[:-1])
@@ -145,9 +144,9 @@ def on_frame(
         base_us = bar_length(base) // pd.Timedelta("1us")
         times, rest = divmod(bar_length(spec) // pd.Timedelta("1us"), base_us)
         if rest:
-            raise ConfigError(problem(f"a multiple of the bars' length {base}", spec, "Name the length of the bars at hand: base="))
+            raise ConfigError(problem(f"a multiple of the bars' length {base}", spec, "Name the length of the frame's bars: base="))
     if times < 2:
-        raise ConfigError(problem("bars longer than those at hand", spec, f"Use {f.name} itself"))
+        raise ConfigError(problem("bars longer than the frame's", spec, f"Use {f.name} itself"))
     if unknown := [c for c in f.inputs if c not in (*NUMBERS, "close_ts")]:
         raise ConfigError(problem("a feature of prices, volumes and sides", f"{f.name} reads {', '.join(unknown)}", "Longer bars of such columns cannot be made"))
     more = {*f.inputs} & _PARTS | ({"quote_volume"} if "vwap" in f.inputs else set())
@@ -158,7 +157,7 @@ def on_frame(
 def symbol_prefix(
     symbol: str,  # such as ETHUSDT, BINANCE:ETHUSDT or 1000PEPEUSDT
 ) -> str:  # ethusdt, binance_ethusdt, _1000pepeusdt: what columns and features of the symbol begin with
-    "The symbol as the beginning of a name."
+    "Convert a symbol to a prefix of names."
     name = re.sub(r"\W", "_", symbol.lower())
     return f"_{name}" if name[:1].isdigit() else name
 
@@ -181,45 +180,45 @@ def with_symbol(
 # %% ../../nbs/features/15_derived.ipynb #637bbbef
 @dataclass(frozen=True)
 class OfColumns:
-    "The function of a feature, on another symbol's columns."
+    "A feature's function on another symbol's columns."
 
     inner: Feature  # feature
     symbol: str  # prefix of the columns
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
-        "Values of the feature on the other's columns; the other's gaps are gaps."
+        "Compute the feature on the other symbol's columns; its gaps are gaps."
         columns = {c: bars[c if c == "close_ts" else f"{self.symbol}_{c}"] for c in self.inner.inputs}
         frame = pd.DataFrame(columns, index=bars.index)
         return self.inner(frame.assign(gap=bars[f"{self.symbol}_close"].isna()))
 
     @property
     def origin(self) -> tuple[object, ...]:
-        "What tells it from another."
+        "Identify the function."
         return __name__, self.inner.name, self.symbol, type(self).__qualname__
 
 # %% ../../nbs/features/15_derived.ipynb #6c45ddf4
 def _length_us(bars: pd.DataFrame) -> int:
-    "Length of the first bar in microseconds."
+    "Measure the length of the first bar in microseconds."
     return int((bars["close_ts"].iloc[0] - bars.index[0]) // pd.Timedelta("1us"))
 
-
+# %% ../../nbs/features/15_derived.ipynb #6c45ddf5
 @dataclass(frozen=True, eq=False)
 class OfFrame:
-    "The function of a feature on another frame, as known at each bar's close."
+    "A feature's function on another frame, as known at each bar's close."
 
     inner: Feature  # feature
     other: pd.DataFrame = field(repr=False)  # bar frame
-    base_us: int  # length of the bars at hand, microseconds
+    base_us: int  # length of the frame's bars, microseconds
     length_us: int  # of the other's
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
-        "Value of the other's last bar that has closed."
+        "Compute the value of the other frame's last closed bar."
         if self.other.empty or bars.empty:
             return pd.Series(np.nan, index=bars.index)
         now = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         length = int(now[0] - pd.DatetimeIndex(bars.index).as_unit("us").asi8[0])
         if length != self.base_us:
-            raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us)} for {self.inner.name} of another frame", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the bars at hand"))
+            raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us)} for {self.inner.name} of another frame", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the frame's bars"))
         close = pd.DatetimeIndex(self.other["close_ts"]).as_unit("us").asi8
         last = np.searchsorted(close, now, side="right") - 1
         fresh = (last >= 0) & (now - close[last] < self.length_us)
@@ -230,9 +229,9 @@ def of_symbol(
     symbol: str,  # name of the other, such as ETHUSDT
     what: str | Feature,  # a feature's name, or a feature
     other: pd.DataFrame | None = None,  # bar frame of the other; None: its columns were joined by with_symbol
-    base: str = "1h",  # length of the bars at hand, when a frame is handed over
+    base: str = "1h",  # length of the frame's bars, when a frame is handed over
 ) -> Feature:  # symbol_name
-    "The feature of another symbol, as known at each bar's close."
+    "Make the feature of another symbol, as known at each bar's close."
     f, prefix = one_feature(what), symbol_prefix(symbol)
     if other is None:
         inputs = tuple(dict.fromkeys([f"{prefix}_close", *(c if c == "close_ts" else f"{prefix}_{c}" for c in f.inputs)]))
@@ -244,31 +243,57 @@ def of_symbol(
     return Feature(f"{prefix}_{f.name}", ("close_ts",), -(-stretch // base_us), f.unit, "frames", f.source, OfFrame(f, other.copy(), base_us, length_us), f.tolerance)
 
 # %% ../../nbs/features/15_derived.ipynb #881db0e0
-def features_of_symbol(
-    name: str,  # SYMBOL:feature or SYMBOL:group; the symbol may have a colon of its own
-) -> list[Feature]:  # registered, such as ethusdt_ret_24, in the symbol's own group
-    "Features of another symbol whose columns are joined to the frame."
+def split_symbol(
+    name: str,  # SYMBOL:feature, or the name of a feature; the symbol may contain a colon
+) -> tuple[str, str]:  # symbol, empty for a feature of the bars themselves; feature
+    "Split the symbol from the name of a feature; `ta:` begins the name of an indicator, not a symbol."
+    if indicator := re.search(r"(?:^|:)(ta:.*)", name):
+        return name[: indicator.start()], indicator[1]
     symbol, _, what = name.rpartition(":")
+    return symbol, what
+
+
+def features_of_symbol(
+    name: str,  # SYMBOL:feature or SYMBOL:group; the symbol may contain a colon
+) -> list[Feature]:  # registered, such as ethusdt_ret_24, in the symbol's own group
+    "Make the features of another symbol whose columns are joined to the frame."
+    symbol, what = split_symbol(name)
     if not symbol or not what:
         raise ConfigError(problem("SYMBOL:feature, such as ETHUSDT:ret_24", name, "Name both"))
     return [register(of_symbol(symbol, f), group=symbol_prefix(symbol)) for f in resolve(what)]
 
+# %% ../../nbs/features/15_derived.ipynb #24f00002
+@add_resolver
+def resolve_derived(
+    name: str,  # SYMBOL:feature, feature_lag_N or feature_lags_N
+) -> list[Feature] | None:  # None if the name has another form, or the feature is unknown
+    "Make the features of another symbol, or of some bars ago, from their name."
+    symbol, what = split_symbol(name)
+    if symbol or (":" in name and not what.startswith("ta:")):
+        return features_of_symbol(name)
+    lag = re.fullmatch(r"(.+)_lag(s?)_([1-9][0-9]{0,3})", name)
+    found = find(lag[1]) if lag else None
+    if not lag or found is None or len(found) != 1:
+        return None
+    base, n = found[0], int(lag[3])
+    return [base, *(REGISTRY.get(f"{base.name}_lag_{k}") or lagged(base, k) for k in range(1, n + 1))] if lag[2] else [lagged(base, n)]
+
 # %% ../../nbs/features/15_derived.ipynb #b7e28361
 def _correlation_to(close: pd.Series, other: pd.Series, length: int) -> pd.Series:
-    "Correlation of the log returns."
+    "Compute the correlation of the log returns."
     return correlation_over(log_return(close), log_return(other), length)
 
 
 def _beta_to(close: pd.Series, other: pd.Series, length: int) -> pd.Series:
-    "Slope of the log returns on the other's."
+    "Compute the slope of the log returns on the other symbol's."
     return slope_over(log_return(close), log_return(other), length)
 
-
+# %% ../../nbs/features/15_derived.ipynb #b7e28362
 def correlation_to(
     symbol: str,  # the other, whose columns were joined by with_symbol
     length: int = 168,  # returns
 ) -> Feature:  # correlation_to_symbol_length
-    "Correlation of the log returns with those of another symbol."
+    "Make the correlation of log returns with another symbol's a feature."
     columns = ("close", f"{symbol_prefix(symbol)}_close")
     return Feature(f"correlation_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "correlation", "frames", "Pearson, 1895", OnColumns(_correlation_to, columns, (("length", length),)))
 
@@ -277,7 +302,7 @@ def beta_to(
     symbol: str,  # the other, whose columns were joined by with_symbol
     length: int = 168,  # returns
 ) -> Feature:  # beta_to_symbol_length
-    "Slope of the log returns on those of another symbol."
+    "Make the slope of log returns on another symbol's a feature."
     columns = ("close", f"{symbol_prefix(symbol)}_close")
     return Feature(f"beta_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "1", "frames", "Sharpe, 1964", OnColumns(_beta_to, columns, (("length", length),)))
 
@@ -286,7 +311,7 @@ def fracdiff_weights(
     order: float,  # of the difference, above 0, at most 1
     threshold: float = 1e-4,  # weights smaller than this are left out
 ) -> Array:  # newest first, sum 0
-    "Weights of a fractional difference with a fixed width."
+    "Compute the weights of a fractional difference of fixed width."
     weights = [1.0]
     while abs(weights[-1]) >= threshold and len(weights) < 100_000:
         weights.append(-weights[-1] * (order - len(weights) + 1) / len(weights))
@@ -299,7 +324,7 @@ def fractional_difference(
     order: float,  # of the difference
     threshold: float,  # smallest weight
 ) -> pd.Series:  # log units, n bars, first values NaN as the warm-up says
-    "Fractional difference of the log."
+    "Compute the fractional difference of the log."
     return weighted_over(np.log(x.where(x > 0)), fracdiff_weights(order, threshold))
 
 # %% ../../nbs/features/15_derived.ipynb #70209e67
@@ -308,7 +333,7 @@ def fracdiff(
     order: float = 0.4,  # of the difference, above 0, at most 1, in hundredths
     threshold: float = 1e-4,  # weights smaller than this are left out
 ) -> Feature:  # fracdiff_column_40
-    "Fractional difference of a column's log with a window of fixed width."
+    "Make the fractional difference of a column's log, with a window of fixed width, a feature."
     if not 0 < order <= 1 or round(order * 100) != order * 100 or not 1e-7 < threshold < 0.1:
         raise ConfigError(problem("an order of 0.01 to 1 in hundredths, a threshold of 1e-7 to 0.1", f"{order}, {threshold}", "Try fracdiff('close', 0.4)"))
     fn = OnColumns(fractional_difference, (column,), (("order", order), ("threshold", threshold)))

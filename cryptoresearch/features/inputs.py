@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 
 from ..data.aggregation import Trades
-from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES
 from ..data.bar_updates import fold_ordered
+from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES
 from ..errors import ConfigError, problem
-from .derived import symbol_prefix, with_symbol
+from .derived import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
 from .registry import resolve
 
 # %% ../../nbs/features/17_inputs.ipynb #61e06db4
 def _frame(batches: list[Trades]) -> pd.DataFrame:
-    "Trades as `trade_features` takes them."
+    "Concatenate batches of trades for `trade_features`."
     whole = {name: np.concatenate([b[name] for b in batches]) for name in ("ts", "trade_id", "price", "qty", "side_reported", "side_tick")}
     return pd.DataFrame(whole | {"ts": pd.to_datetime(whole["ts"], unit="us", utc=True)})
 
@@ -32,7 +32,7 @@ def _bar_by_bar(
     batches: Iterator[Trades],  # in the order (ts, trade_id)
     bars: pd.DataFrame,  # bar frame
 ) -> pd.DataFrame:  # columns TRADE_COLUMNS, on the index of the bars
-    "What the trades of each bar say, a few bars at a time."
+    "Compute the trade columns, a few bars at a time."
     opens, closes = (pd.DatetimeIndex(t).as_unit("us").asi8 for t in (bars.index, bars["close_ts"]))
     done, held, parts = 0, list[Trades](), [pd.DataFrame(columns=list(TRADE_COLUMNS), index=bars.index[:0], dtype=float)]
     for batch in batches:
@@ -51,7 +51,7 @@ def read_trade_columns(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
 ) -> pd.DataFrame:  # columns TRADE_COLUMNS, on the index of the bars; NaN where the trades of a bar are not all there
-    "Read what the trades inside each bar say, from the sources of the bars."
+    "Compute the trade columns of each bar from the stored trades of the bars' sources."
     symbol, spec = bars.attrs["symbol"], bars.attrs["spec"]
     out = pd.DataFrame(np.nan, index=bars.index, columns=list(TRADE_COLUMNS))
     taken = np.zeros(len(bars), dtype=bool)
@@ -69,8 +69,8 @@ def read_trade_columns(
 def other_symbols(
     features: Iterable[str],  # names and groups
 ) -> tuple[str, ...]:  # each once, in order
-    "Other symbols whose features are asked for."
-    return tuple(dict.fromkeys(name.rpartition(":")[0] for name in features if ":" in name))
+    "List the other symbols whose features are requested."
+    return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/17_inputs.ipynb #4734e1d3
 def join_needed(

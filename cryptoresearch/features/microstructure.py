@@ -22,8 +22,7 @@ from .indicators import autocorrelation, log_ratio, log_return, ratio, realised_
 from cryptoresearch.features.orderflow import (
     amihud_ratio, bulk_imbalance, imbalance, price_impact, roll_spread, signed_volume, trade_size_ratio, vwma_distance,
 )
-from .registry import on_columns
-from .registry import Array
+from .registry import Array, on_columns
 from .windows import correlation_over, mean_over, slope_over, std_over, sum_over, z_over
 
 # %% ../../nbs/features/14_microstructure.ipynb #33fa078e

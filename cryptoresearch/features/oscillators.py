@@ -16,8 +16,7 @@ from numba import njit
 
 from . import indicators
 from .indicators import not_below_zero, ratio, true_range, window_max, window_min
-from .registry import Array
-from .registry import on_columns
+from .registry import Array, on_columns
 from .windows import mean_over, std_over, sum_over, trend_over, weighted_over
 
 # %% ../../nbs/features/06_oscillators.ipynb #027d8970

@@ -29,7 +29,7 @@ MODULES = (indicators, orderflow, volatility, alpha158, microstructure, trends, 
 
 # %% ../../nbs/features/16_pipeline.ipynb #25aa9b50
 class DataProcessing(TransformerMixin, BaseEstimator):
-    "Features of a bar frame; stateless, so `transform` works without `fit`."
+    "Compute features of a bar frame; stateless, so `transform` works without `fit`."
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class DataProcessing(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: pd.DataFrame) -> pd.DataFrame:
-        "One column a feature on the frame's index, float64, NaN where the window is not whole."
+        "Compute one float64 column per feature on the frame's index; NaN where the window is not whole."
         bars, made = check_frame(X), resolve(self.features)
         check_meaning(made, bars)
         values, rows = np.empty((len(made), len(bars))), whole_rows(bars)  # one block, so that nothing is copied afterwards
@@ -53,20 +53,20 @@ class DataProcessing(TransformerMixin, BaseEstimator):
         return pd.DataFrame(values.T, index=bars.index, columns=[f.name for f in made], copy=False)
 
     def process_data(self, df: pd.DataFrame) -> pd.DataFrame:
-        "Features of a bar frame: `fit` and `transform` in one."
+        "Check a bar frame and compute its features."
         return self.fit(df).transform(df)
 
     def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        "Names of the columns that `transform` makes, in order."
+        "List the columns of `transform`, in order."
         return np.array([f.name for f in resolve(self.features)], dtype=object)
 
     @property
     def warmup(self) -> int:
-        "Bars that the last row of features needs, counting its own."
+        "Bars that a row of features needs, counting its own."
         return max(f.warmup for f in resolve(self.features))
 
     def describe(self) -> pd.DataFrame:
-        "Group, inputs, warm-up, unit and source of each feature."
+        "Describe the features: group, inputs, warm-up, unit and source."
         return feature_table(self.features)
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -81,7 +81,7 @@ class DataProcessing(TransformerMixin, BaseEstimator):
 def needs_clock(
     f: Feature,  # any feature
 ) -> bool:  # whether it has no meaning on event bars
-    "Whether a feature counts on bars of equal length: longer bars made of bars, and cycles counted in bars."
+    "Whether a feature assumes bars of equal length: longer bars made of bars, or cycles counted in bars."
     fn: Any = f.fn
     while not isinstance(fn, OnFrame):
         if not isinstance(fn, Lagged):

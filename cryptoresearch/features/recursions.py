@@ -10,13 +10,11 @@ __all__ = ['HA_BARS', 'ha_open', 'ha_part', 'rsx_weights', 'rsx', 'smoother', 'i
 import numpy as np
 import pandas as pd
 from numba import njit
-from scipy.signal import lfilter
 
 from . import indicators
 from .indicators import ratio, window_max, window_min
-from .registry import Array
 from .oscillators import chain_weights, cut_tail, fast_k, span_weights, strength
-from .registry import on_columns
+from .registry import Array, on_columns
 from .windows import mean_over, weighted_over
 
 # %% ../../nbs/features/07_recursions.ipynb #b6834437
@@ -98,6 +96,8 @@ def impulse(
     *filters: tuple[Array, Array],  # numerators and denominators, first to last
 ) -> Array:  # answers now and later to a single 1, so weights newest first
     "Response of linear filters one after the other."
+    from scipy.signal import lfilter  # heavy, and used here only
+
     response = np.zeros(bars)
     response[0] = 1.0
     for numerator, denominator in filters:

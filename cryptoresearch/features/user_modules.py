@@ -38,7 +38,7 @@ def _of_file(path: Path, digest: str) -> ModuleType:
 
 
 def _of_package(name: str) -> ModuleType:
-    "Import a module by its name, from the current folder too."
+    "Import a module by its name; the current folder is searched too."
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     return importlib.import_module(name)
@@ -47,7 +47,7 @@ def _of_package(name: str) -> ModuleType:
 def import_modules(
     modules: Iterable[str],  # paths of .py files, or names such as package.module
 ) -> dict[str, str]:  # sha256 of the source by file name or module name
-    "Import the modules in which a user registers features; ConfigError where one cannot be."
+    "Import modules that register features; `ConfigError` names one that cannot be imported."
     found = {}
     for name in modules:
         path = Path(name).expanduser().resolve() if name.endswith(".py") else None
@@ -68,6 +68,6 @@ def import_modules(
 # %% ../../nbs/features/18_user_modules.ipynb #8a322d2c
 def whole_paths(
     modules: Iterable[str],  # as for import_modules
-) -> tuple[str, ...]:  # files by their whole path
-    "The same modules, as another process with another folder finds them."
+) -> tuple[str, ...]:  # files by their absolute path
+    "Make the paths of files absolute, so that a process in another folder finds them."
     return tuple(str(Path(m).expanduser().resolve()) if m.endswith(".py") else m for m in modules)

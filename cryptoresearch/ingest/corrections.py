@@ -8,15 +8,15 @@ __all__ = ['SHORT_HOLE', 'Met', 'compare', 'check_same_series', 'taken_back', 't
 # %% ../../nbs/ingest/05_corrections.ipynb #42c19bc0
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 from duckdb import DuckDBPyConnection
+
+from ..data.ledger import batches_digest, clear_ledger, DIGEST_MODULUS, digest_sql, DIGESTED, log_event, Older
+from ..data.series import quote, Series, utc_now, where_recorded, where_rows
 from ..errors import SchemaError
-from cryptoresearch.data.ledger import (
-    batches_digest, clear_ledger, DIGEST_MODULUS, digest_sql, DIGESTED, log_event, Older, quoted, Series,
-)
 
 # %% ../../nbs/ingest/05_corrections.ipynb #bf8d1706
 _VALUES = {
@@ -62,12 +62,12 @@ def compare(
     unsaid: Collection[str] = (),  # columns that the new file does not have
 ) -> Met:
     "Compare new rows with stored ones; leaves the temporary table `met`."
-    files, far = ", ".join(quoted(o.file_id) for o in others), "abs(epoch_us(n.ts) - epoch_us(s.ts)) > 3600000000 OR abs(ln(n.price / s.price)) > 0.4"
+    files, far = ", ".join(quote(o.file_id) for o in others), "abs(epoch_us(n.ts) - epoch_us(s.ts)) > 3600000000 OR abs(ln(n.price / s.price)) > 0.4"
     price = far if series.table == "trades" else "abs(ln(n.close / s.close)) > 0.4"
     low, high = (str(k) if series.table == "trades" else f"make_timestamp({k})" for k in bounds)
     cur.execute(f"""CREATE OR REPLACE TEMP TABLE met AS SELECT {digest_sql(series.table, *DIGESTED)}, file_id, new_ts, equal, strange, false AS lacking FROM (
-        SELECT s.*, epoch_us(n.ts) AS new_ts, {_equal_sql(series.table, unsaid)} AS equal, {price} AS strange FROM read_parquet({quoted(file)}) n
-        JOIN (FROM lake.main.{series.table} WHERE {series.where()} AND file_id IN ({files}) AND {series.key} BETWEEN {low} AND {high}) s ON s.{series.key} = n.{series.key})""")
+        SELECT s.*, epoch_us(n.ts) AS new_ts, {_equal_sql(series.table, unsaid)} AS equal, {price} AS strange FROM read_parquet({quote(file)}) n
+        JOIN (FROM lake.main.{series.table} WHERE {where_rows(series)} AND file_id IN ({files}) AND {series.key} BETWEEN {low} AND {high}) s ON s.{series.key} = n.{series.key})""")
     row = cur.execute("SELECT count(*) FILTER (equal), count(*) FILTER (NOT equal), count(*) FILTER (NOT equal AND strange) FROM met").fetchone()
     assert row is not None  # noqa: S101  (an aggregate has one row)
     return Met(others, row[0], row[1], row[2], changed=_note_changed(cur, folder) if row[1] else None)
@@ -76,7 +76,7 @@ def compare(
 def _note_changed(cur: DuckDBPyConnection, folder: Path) -> Path:
     "Write the stored rows down that will go."
     changed = folder / "changed.parquet"
-    cur.execute(f"COPY (SELECT * EXCLUDE (equal, strange) FROM temp.met WHERE NOT equal ORDER BY file_id) TO {quoted(str(changed))} (FORMAT parquet)")
+    cur.execute(f"COPY (SELECT * EXCLUDE (equal, strange) FROM temp.met WHERE NOT equal ORDER BY file_id) TO {quote(str(changed))} (FORMAT parquet)")
     return changed
 
 # %% ../../nbs/ingest/05_corrections.ipynb #3d769c5b
@@ -110,10 +110,10 @@ def taken_back(
     cur.register("passed_over", pa.table({"key": keys}))
     which = f"{series.number} IN (SELECT key FROM passed_over)"
     if period:
-        which = f"epoch_us(ts) >= {period[0]} AND epoch_us(ts) < {period[1]} AND {series.key} NOT IN (SELECT {series.key} FROM read_parquet({quoted(file)}))"
-    files = ", ".join(quoted(o.file_id) for o in met.others)
+        which = f"epoch_us(ts) >= {period[0]} AND epoch_us(ts) < {period[1]} AND {series.key} NOT IN (SELECT {series.key} FROM read_parquet({quote(file)}))"
+    files = ", ".join(quote(o.file_id) for o in met.others)
     cur.execute(f"""INSERT INTO temp.met BY NAME SELECT {digest_sql(series.table, *DIGESTED)}, file_id, epoch_us(ts) AS new_ts, false AS equal, false AS strange, true AS lacking
-        FROM lake.main.{series.table} WHERE {series.where()} AND file_id IN ({files}) AND {which}""")
+        FROM lake.main.{series.table} WHERE {where_rows(series)} AND file_id IN ({files}) AND {which}""")
     cur.unregister("passed_over")
     lacking = cur.execute("SELECT count(*) FROM temp.met WHERE lacking").fetchall()[0][0]
     if lacking and not period and lacking > max(_LACKING_ROWS, _LACKING * (met.duplicates + met.corrected + lacking)):
@@ -132,9 +132,9 @@ def take_out(
     "Take the rows out that a newer file has with other values, and note it."
     if met.changed is None:
         return
-    changed = f"read_parquet({quoted(str(met.changed))})"
+    changed = f"read_parquet({quote(str(met.changed))})"
     key = "trade_id" if series.table == "trades" else "make_timestamp(ts)"
-    con.execute(f"DELETE FROM lake.main.{series.table} WHERE {series.where()} AND file_id IN (SELECT DISTINCT file_id FROM {changed}) AND {series.key} IN (SELECT {key} FROM {changed})")
+    con.execute(f"DELETE FROM lake.main.{series.table} WHERE {where_rows(series)} AND file_id IN (SELECT DISTINCT file_id FROM {changed}) AND {series.key} IN (SELECT {key} FROM {changed})")
     span = con.execute(f"SELECT file_id, count(*), count(*) FILTER (lacking), least(min(ts), min(new_ts)), greatest(max(ts), max(new_ts)) FROM {changed} GROUP BY ALL ORDER BY 1").fetchall()
     known = {o.file_id: o for o in met.others}
     for old, rows, lacking, start, end in span:
@@ -160,7 +160,7 @@ def _shrink(
             con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [old.file_id])
         return
     ids = "min(trade_id), max(trade_id)" if series.table == "trades" else "NULL, NULL"
-    bounds = con.execute(f"SELECT min(ts), max(ts), {ids} FROM lake.main.{series.table} WHERE {series.where()} AND file_id = ?", [old.file_id]).fetchone()
+    bounds = con.execute(f"SELECT min(ts), max(ts), {ids} FROM lake.main.{series.table} WHERE {where_rows(series)} AND file_id = ?", [old.file_id]).fetchone()
     con.execute("UPDATE lake.main.ingest_ledger SET first_ts = ?, last_ts = ?, first_id = ?, last_id = ? WHERE file_id = ?", [*(bounds or ()), old.file_id])
 
 # %% ../../nbs/ingest/05_corrections.ipynb #b2b28bd4
@@ -189,8 +189,8 @@ def _window(
 ) -> tuple[int, int]:  # keys of the stored rows next to them, or the bounds
     "Keys between which holes may have changed."
     low, high = (str(k) if series.table == "trades" else f"make_timestamp({k})" for k in bounds)
-    row = con.execute(f"""SELECT (SELECT max({series.number}) FROM lake.main.{series.table} WHERE {series.where()} AND {series.key} < {low}),
-        (SELECT min({series.number}) FROM lake.main.{series.table} WHERE {series.where()} AND {series.key} > {high})""").fetchone()
+    row = con.execute(f"""SELECT (SELECT max({series.number}) FROM lake.main.{series.table} WHERE {where_rows(series)} AND {series.key} < {low}),
+        (SELECT min({series.number}) FROM lake.main.{series.table} WHERE {where_rows(series)} AND {series.key} > {high})""").fetchone()
     below, above = row or (None, None)
     return (bounds[0] if below is None else below), (bounds[1] if above is None else above)
 
@@ -203,7 +203,7 @@ def _holes(
 ) -> list[tuple[int, int, int | None, int | None]]:  # start and end (µs), first and last missing id
     "Holes between stored rows."
     low, high = (str(k) if series.table == "trades" else f"make_timestamp({k})" for k in window)
-    rows = f"(SELECT {series.key}, ts, lag(ts) OVER w AS before, lag({series.number}) OVER w AS k FROM lake.main.{series.table} WHERE {series.where()} AND {series.key} BETWEEN {low} AND {high} WINDOW w AS (ORDER BY {series.key}))"
+    rows = f"(SELECT {series.key}, ts, lag(ts) OVER w AS before, lag({series.number}) OVER w AS k FROM lake.main.{series.table} WHERE {where_rows(series)} AND {series.key} BETWEEN {low} AND {high} WINDOW w AS (ORDER BY {series.key}))"
     if series.table == "trades":
         return con.execute(f"SELECT epoch_us(least(before, ts)), epoch_us(greatest(before, ts)), k + 1, trade_id - 1 FROM {rows} WHERE trade_id > k + 1 ORDER BY 3").fetchall()
     return con.execute(f"SELECT k + {step_us}, epoch_us(ts), NULL, NULL FROM {rows} WHERE epoch_us(ts) > k + {step_us} ORDER BY 1").fetchall()
@@ -217,8 +217,8 @@ def _claims(
     series: Series,
 ) -> list[tuple[str, int, int]]:  # file_id, start, end (µs), in the order of loading
     "What files of a series claim to cover."
-    own = f"c.symbol = {quoted(series.symbol)} AND c.source = {quoted(series.source)}"
-    kind = f" AND coalesce(c.interval, l.interval, {quoted(series.interval)}) = {quoted(series.interval)}" if series.interval else ""
+    own = f"c.symbol = {quote(series.symbol)} AND c.source = {quote(series.source)}"
+    kind = f" AND coalesce(c.interval, l.interval, {quote(series.spec)}) = {quote(series.spec)}" if series.spec else ""
     return con.execute(f"{_CLAIM} WHERE {own}{kind} AND l.rows > 0 ORDER BY l.ingested_at, c.file_id").fetchall()
 
 # %% ../../nbs/ingest/05_corrections.ipynb #158b12fb
@@ -232,7 +232,7 @@ def _trim_claims(
     for file_id, start, end in _claims(con, series):
         if end < span[0] or start > span[1]:
             continue
-        query = f"SELECT epoch_us(min(ts)), epoch_us(max(ts)) FROM lake.main.{series.table} WHERE {series.where()} AND ts BETWEEN make_timestamp({start}) AND make_timestamp({end - step_us})"
+        query = f"SELECT epoch_us(min(ts)), epoch_us(max(ts)) FROM lake.main.{series.table} WHERE {where_rows(series)} AND ts BETWEEN make_timestamp({start}) AND make_timestamp({end - step_us})"
         row = con.execute(query).fetchone()
         if row and row[0] is not None and (row[0], row[1] + step_us) != (start, end):
             con.execute("UPDATE lake.main.coverage SET start_ts = make_timestamp(?), end_ts = make_timestamp(?) WHERE file_id = ?", [row[0], row[1] + step_us, file_id])
@@ -281,7 +281,7 @@ def _drop_gaps(
     inside = f"last_missing_id >= {window[0]} AND first_missing_id <= {window[1]}"
     if series.table == "candles":
         inside = f"kind = 'time' AND end_ts > make_timestamp({window[0]}) AND start_ts < make_timestamp({window[1]})"
-    own = f"{series.where(table=False) if series.interval else series.where()} AND kind IN ('id', 'rejected', 'time') AND {inside}"
+    own = f"{where_recorded(series) if series.spec else where_rows(series)} AND kind IN ('id', 'rejected', 'time') AND {inside}"
     rejected = con.execute(f"SELECT first_missing_id, last_missing_id FROM lake.main.gaps WHERE {own} AND kind = 'rejected'").fetchall()
     con.execute(f"DELETE FROM lake.main.gaps WHERE {own}")
     return rejected
@@ -299,7 +299,7 @@ def insert_gaps(
     con.register("new_gaps", pa.table({n: pa.array(c, t) for n, t, c in zip(names, types, zip(*rows, strict=True), strict=True)}))
     con.execute(
         f"""INSERT INTO lake.main.gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval)
-        SELECT {quoted(series.symbol)}, {quoted(series.source)}, kind, make_timestamp(start_us), make_timestamp(end_us), first_id, last_id, file_id, ?, ? FROM new_gaps""",
-        [datetime.now(UTC).replace(tzinfo=None), series.interval],
+        SELECT {quote(series.symbol)}, {quote(series.source)}, kind, make_timestamp(start_us), make_timestamp(end_us), first_id, last_id, file_id, ?, ? FROM new_gaps""",
+        [utc_now(), series.spec],
     )
     con.unregister("new_gaps")

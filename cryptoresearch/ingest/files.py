@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from math import log as ln
-from math import sqrt
+from datetime import datetime, UTC
+from math import log as ln, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from .. import __version__
 from ..data.archive import file_sha256, local_file, open_object
-from cryptoresearch.data.ledger import (
-    archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, moment, Older, quoted, Series, stored_files,
-)
+from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
+from ..data.series import from_us, quote, Series, utc_now, where_rows
+from ..data.store import exclusive, write
+from ..errors import DataNotFound, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
 )
 from .formats import FileSpec, inspect_file, interval_us
 from .staging import copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, write_rows
-from ..data.store import exclusive, write
-from ..errors import DataNotFound, SchemaError, StoreBusy
 from ..settings import Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725
@@ -85,7 +83,7 @@ def _neighbours(
 ) -> list[tuple[str, str, str | None, int, int]]:  # file_id, kind, interval, first and last ts (µs)
     "Stored files of the same symbol and market; simulated and replayed ones only among themselves."
     apart = "('simulated', 'replay')"
-    own = f"source = {quoted(job.source)}" if job.source in ("simulated", "replay") else f"source NOT IN {apart} AND coalesce(market, if(starts_with(source, 'um.'), 'um', 'spot')) = {quoted(job.spec.market)}"
+    own = f"source = {quote(job.source)}" if job.source in ("simulated", "replay") else f"source NOT IN {apart} AND coalesce(market, if(starts_with(source, 'um.'), 'um', 'spot')) = {quote(job.spec.market)}"
     return cur.execute(
         f"SELECT file_id, kind, interval, epoch_us(first_ts), epoch_us(last_ts) FROM lake.main.ingest_ledger WHERE symbol = ? AND rows > 0 AND {own}", [job.spec.symbol]
     ).fetchall()
@@ -123,7 +121,7 @@ def _check_symbol(
         found = _price_near(cur, job, closest[1], ts, before) if closest else None
         days = abs(found[1] - ts) / 86_400_000_000 if found else 0.0
         if found and days <= _NEAR_DAYS and abs(ln(price / found[0])) > _FACTOR + _A_DAY * sqrt(days):
-            raise SchemaError(f"expected in {job.name} prices of {job.spec.symbol}, which stood at {found[0]:g} at {moment(found[1])}; found {price:g} at {moment(ts)}. {remedy}")
+            raise SchemaError(f"expected in {job.name} prices of {job.spec.symbol}, which stood at {found[0]:g} at {from_us(found[1])}; found {price:g} at {from_us(ts)}. {remedy}")
     if job.series.table == "candles":
         return
     for old in stored:
@@ -142,7 +140,7 @@ def _beyond(
     "Rows of an older file whose ids do not lie on the side on which its times do."
     assert facts.first and facts.last  # noqa: S101  (checked before)
     side = f"trade_id >= {facts.first[1]}" if before else f"trade_id <= {facts.last[1]}"
-    return int(cur.execute(f"SELECT count(*) FROM lake.main.{series.table} WHERE {series.where()} AND file_id = ? AND {side}", [old.file_id]).fetchall()[0][0])
+    return int(cur.execute(f"SELECT count(*) FROM lake.main.{series.table} WHERE {where_rows(series)} AND file_id = ? AND {side}", [old.file_id]).fetchall()[0][0])
 
 # %% ../../nbs/ingest/06_files.ipynb #154956ef
 _FEWER = 0.99  # share of the older version's rows that a newer one has at least
@@ -174,7 +172,7 @@ def _check_version(
     covers = (facts.first[at] <= old.first[at] and facts.last[at] >= old.last[at]) or (at == 1 and not _uncovered(cur, job.series, facts, old))
     if not covers or facts.rows < _FEWER * old.rows:
         def show(rows: int, a: tuple[int, int], b: tuple[int, int]) -> str:
-            return f"{rows:,} rows from {moment(a[0])}" + (f" (id {a[1]})" if at else "") + f" to {moment(b[0])}" + (f" (id {b[1]})" if at else "")
+            return f"{rows:,} rows from {from_us(a[0])}" + (f" (id {a[1]})" if at else "") + f" to {from_us(b[0])}" + (f" (id {b[1]})" if at else "")
 
         raise SchemaError(
             f"expected in {job.name} at least what its older version {old.file_id[:12]} has, {show(old.rows, old.first, old.last)}; found {show(facts.rows, facts.first, facts.last)}. "
@@ -187,7 +185,7 @@ def _uncovered(cur: DuckDBPyConnection, series: Series, facts: Facts, old: Older
     assert facts.first and facts.last  # noqa: S101  (checked before)
     within = f"epoch_us(ts) > {facts.first[0]} AND epoch_us(ts) < {facts.last[0]}"
     beyond = f"(trade_id < {facts.first[1]} OR trade_id > {facts.last[1]})"
-    return int(cur.execute(f"SELECT count(*) FROM lake.main.trades WHERE {series.where()} AND file_id = ? AND {beyond} AND NOT ({within})", [old.file_id]).fetchall()[0][0])
+    return int(cur.execute(f"SELECT count(*) FROM lake.main.trades WHERE {where_rows(series)} AND file_id = ? AND {beyond} AND NOT ({within})", [old.file_id]).fetchall()[0][0])
 
 # %% ../../nbs/ingest/06_files.ipynb #c61cc8a8
 def _overlapping(
@@ -240,9 +238,9 @@ def _without_known(
         return _Left("", 0, 0, facts.first, facts.last)
     s, key = job.series, "trade_id" if job.series.table == "trades" else "epoch_us(ts)"
     known = f"SELECT {'trade_id' if s.table == 'trades' else 'ts'} FROM temp.met WHERE equal"
-    new = copy_rows(cur, job, f"FROM read_parquet({quoted(file)}) WHERE {key} NOT IN ({known}) ORDER BY {'ts, trade_id' if s.table == 'trades' else 'ts'}")
+    new = copy_rows(cur, job, f"FROM read_parquet({quote(file)}) WHERE {key} NOT IN ({known}) ORDER BY {'ts, trade_id' if s.table == 'trades' else 'ts'}")
     ids = "min(trade_id), max(trade_id)" if s.table == "trades" else "0, 0"
-    row = cur.execute(f"SELECT count(*), epoch_us(min(ts)), epoch_us(max(ts)), {ids} FROM read_parquet({quoted(new)})").fetchone()
+    row = cur.execute(f"SELECT count(*), epoch_us(min(ts)), epoch_us(max(ts)), {ids} FROM read_parquet({quote(new)})").fetchone()
     assert row is not None  # noqa: S101  (an aggregate has one row)
     return _Left(new, row[0], file_digest(cur, s.table, new), (row[1], row[3]), (row[2], row[4]))
 
@@ -407,8 +405,8 @@ def _insert_ledger(con: DuckDBPyConnection, job: Job, facts: Facts, plan: _Plan,
     left, trades = plan.left, job.series.table == "trades"
     ids = [left.first[1], left.last[1]] if trades else [None, None]
     unit = "mixed" if len(facts.units) > 1 else next(iter(facts.units), None)
-    row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, left.rows, facts.refused.count, moment(left.first[0]), moment(left.last[0]), *ids, gaps, unit]
-    row += [__version__, datetime.now(UTC).replace(tzinfo=None), job.spec.market, job.spec.interval, plan.met.duplicates + facts.repeated, plan.met.gone, None, left.digest, DIGEST_VERSION]
+    row = [job.sha256, job.uri, job.sha256, job.bytes, job.spec.kind, job.spec.symbol, job.source, left.rows, facts.refused.count, from_us(left.first[0]), from_us(left.last[0]), *ids, gaps, unit]
+    row += [__version__, utc_now(), job.spec.market, job.spec.interval, plan.met.duplicates + facts.repeated, plan.met.gone, None, left.digest, DIGEST_VERSION]
     con.execute(f"INSERT INTO lake.main.ingest_ledger ({_LEDGER}) VALUES ({', '.join('?' * len(row))})", row)
     return dict(zip(_LEDGER.split(", "), row, strict=True))
 
@@ -456,8 +454,8 @@ def _store(
     gaps = _gap_rows(job, facts) if left.rows else []
     row = _insert_ledger(con, job, facts, plan, len(gaps))
     if left.rows:
-        con.execute(f"CALL ducklake_add_data_files('lake', '{s.table}', {quoted(left.file)})")
-        claim = [s.symbol, s.source, moment(span[0]), moment(span[1] + job.step_us), job.sha256, s.interval]
+        con.execute(f"CALL ducklake_add_data_files('lake', '{s.table}', {quote(left.file)})")
+        claim = [s.symbol, s.source, from_us(span[0]), from_us(span[1] + job.step_us), job.sha256, s.spec]
         con.execute("INSERT INTO lake.main.coverage (symbol, source, start_ts, end_ts, file_id, interval) VALUES (?, ?, ?, ?, ?, ?)", claim)
     else:
         log_event(con, "duplicate", s.symbol, s.source, job.sha256, job.uri, span, f"all {facts.rows} rows are stored already")
@@ -616,13 +614,13 @@ def forget_file(
         if len(found) != 1 or len(file_id) < 6:
             raise DataNotFound(f"expected one loaded file whose sha256 begins with {file_id!r}; found {len(found)}. See the table ingest_ledger")
         row = dict(zip(_LEDGER.split(", "), found[0], strict=True))
-        series = Series("candles" if row["kind"] == "klines" else "trades", row["symbol"], row["source"], row["kind"], row["interval"])
+        series = Series(row["symbol"], row["source"], row["kind"], row["interval"])
         old = next((o for o in stored_files(con, series) if o.file_id == row["file_id"]), None)
         for table in ("trades", "candles", "gaps", "coverage", "quarantine", "ingest_ledger"):
             con.execute(f"DELETE FROM lake.main.{table} WHERE file_id = ?", [row["file_id"]])
         if old:
             at = 1 if series.table == "trades" else 0
-            refit(con, series, (old.first[at], old.last[at]), old.span(), interval_us(series.interval) if series.interval else 0, gone=True)
+            refit(con, series, (old.first[at], old.last[at]), old.span(), interval_us(series.spec) if series.spec else 0, gone=True)
         log_event(con, "forgotten", row["symbol"], row["source"], row["file_id"], row["uri"], old.span() if old else None, f"{row['rows']} rows taken out")
         return int(row["rows"])
 

@@ -21,9 +21,9 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from ..data.archive import list_objects, parse_s3, stored
-from .files import IngestResult, process_file
 from ..data.store import cursor
 from ..errors import DataNotFound, problem, SchemaError
+from .files import IngestResult, process_file
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/ingest/07_folders.ipynb #bb0c50bd

@@ -28,11 +28,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from isal import igzip, isal_zlib
 
+from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (
     BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, KINDS, LAYOUTS, MICROSECONDS_FROM, parse_piece,
     pieces, possible_time, read_row, Stream, TIME, TYPES, WHOLE,
 )
-from ..errors import DataNotFound, SchemaError
 
 # %% ../../nbs/ingest/02_formats.ipynb #3dfeeafd
 _NAME = re.compile(r"(?P<symbol>[^\W_a-z]{2,}(?:_[A-Z0-9]+)?)-(?P<what>trades|aggTrades|\d{1,3}(?:s|mo|m|h|d|w))(?=[-.])")

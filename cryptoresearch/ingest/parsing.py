@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TYPES', 'Col
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from ..data.series import to_us
 from ..errors import SchemaError
 
 # %% ../../nbs/ingest/01_parsing.ipynb #076593c7
@@ -78,7 +79,6 @@ def columns_by_name(
 # %% ../../nbs/ingest/01_parsing.ipynb #599d304a
 MICROSECONDS_FROM = 10**14  # a bare number from here on counts microseconds, below it milliseconds
 _EARLIEST_US, _LATEST_US = 1_230_768_000_000_000, 4_102_444_800_000_000  # 2009-01-01 (before the first coin) and 2100-01-01
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WHOLE_TEXT = re.compile(r"-?[0-9]{1,19}")
 _BOOLEANS = {"True": 1, "true": 1, "TRUE": 1, "False": 0, "false": 0, "FALSE": 0}
 
@@ -98,9 +98,7 @@ def _read_time(text: str) -> int:
     "A number as it stands, ISO text as microseconds."
     if _WHOLE_TEXT.fullmatch(text):
         return _read_whole(text)
-    moment = datetime.fromisoformat(text)
-    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH
-    us = (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+    us = to_us(datetime.fromisoformat(text))
     return us if us >= MICROSECONDS_FROM else -1  # so early a time would be taken for milliseconds
 
 # %% ../../nbs/ingest/01_parsing.ipynb #de49c562
@@ -531,7 +529,10 @@ def parse_piece(
         block = Block(values, first_line + np.arange(n), lambda i, start=start: _text_of(piece, int(start[i])))  # type: ignore[misc]
         first_line = block.next_line = first_line + n
         if not sure[:n].all():
-            _ask_again(block, columns, sure[:n])
+            first = buf[start[:n]]
+            empty = (first == _NEWLINE) | ((first == _RETURN) & (buf[start[:n] + 1] == _NEWLINE))  # a file may have millions of them
+            block.keep(~empty, None)
+            _ask_again(block, columns, sure[:n][~empty])
         yield block
 
 # %% ../../nbs/ingest/01_parsing.ipynb #c3b2f04c

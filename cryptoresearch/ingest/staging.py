@@ -25,11 +25,12 @@ from duckdb import DuckDBPyConnection
 from numba import njit
 
 from ..data.archive import ObjectStream
-from ..data.ledger import quoted, rows_digest, Series, trade_marks, UNKNOWN
-from .formats import FileSpec, interval_us, read_blocks
-from .parsing import Block
-from .late_rows import repeats_the_same, stray_ids, too_far
+from ..data.ledger import rows_digest, trade_marks, UNKNOWN
+from ..data.series import quote, Series
 from ..errors import SchemaError
+from .formats import FileSpec, interval_us, read_blocks
+from .late_rows import repeats_the_same, stray_ids, too_far
+from .parsing import Block
 
 # %% ../../nbs/ingest/04_staging.ipynb #8dacb68d
 _BAD_SCHEMA = pa.schema([("line", pa.int64()), ("raw", pa.string()), ("reason", pa.string())])
@@ -262,7 +263,7 @@ class Job:
     @property
     def series(self) -> Series:
         "Whose rows they are."
-        return Series("candles" if self.spec.kind == "klines" else "trades", self.spec.symbol, self.source, self.spec.kind, self.spec.interval)
+        return Series(self.spec.symbol, self.source, self.spec.kind, self.spec.interval)
 
     @property
     def step_us(self) -> int:
@@ -384,7 +385,7 @@ def copy_rows(
     "Write rows as Parquet under a new name into the lake's folder, not yet part of the lake."
     target = f"{_table_folder(cur, job.series.table)}{uuid.uuid4()}.parquet"
     try:
-        cur.execute(f"COPY ({select}) TO {quoted(target)} (FORMAT parquet)")
+        cur.execute(f"COPY ({select}) TO {quote(target)} (FORMAT parquet)")
     except BaseException:
         discard(target)
         raise
@@ -461,7 +462,7 @@ def _write_stream(
     if local == target:
         return target
     final = _sort(cur, Path(local), "ts, trade_id") if stream.state[_FELL] else local
-    return copy_rows(cur, job, f"FROM read_parquet({quoted(str(final))})")
+    return copy_rows(cur, job, f"FROM read_parquet({quote(str(final))})")
 
 # %% ../../nbs/ingest/04_staging.ipynb #f7488f5d
 def _stage(
@@ -493,7 +494,7 @@ def _sort(
     amount, unit = limit[0].split()
     ordered = file.with_name(f"ordered-{file.name}")
     with duckdb.connect(config={"memory_limit": f"{float(amount) / 2:.1f}{unit}", "threads": limit[1], "temp_directory": str(file.parent / "sort")}) as own:
-        own.execute(f"COPY (FROM read_parquet({quoted(str(file))}) ORDER BY {order}) TO {quoted(str(ordered))} (FORMAT parquet)")
+        own.execute(f"COPY (FROM read_parquet({quote(str(file))}) ORDER BY {order}) TO {quote(str(ordered))} (FORMAT parquet)")
     file.unlink()
     return ordered
 

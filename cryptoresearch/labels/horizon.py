@@ -6,7 +6,7 @@
 __all__ = ['Target', 'realised', 'fixed_horizon', 'sample_intervals']
 
 # %% ../../nbs/labels/01_horizon.ipynb #00000002
-from typing import Literal, get_args
+from typing import get_args, Literal
 
 import numpy as np
 import pandas as pd

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -23,6 +23,7 @@ import duckdb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from ..data.series import to_us
 from ..data.store import cursor, init_duckdb, write
 from ..errors import CryptoResearchError, FeedError, problem, StoreBusy
 from .messages import Trade
@@ -30,15 +31,10 @@ from ..settings import get_settings, Settings
 
 # %% ../../nbs/live/02_collector.ipynb #170b5b72
 logger = logging.getLogger(__name__)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TEXT, _TIME, _REAL = pa.string(), pa.timestamp("us"), pa.float64()
 _NAMES = ["symbol", "source", "trade_id", "ts", "price", "qty", "quote_qty", "side_reported", "side_tick", "n_trades", "received_at", "file_id"]
 _TYPES = [_TEXT, _TEXT, pa.int64(), _TIME, _REAL, _REAL, _REAL, pa.int8(), pa.int8(), pa.int32(), _TIME, _TEXT]
 _TRADE_COLUMNS = pa.schema(list(zip(_NAMES, _TYPES, strict=True)))
-
-
-def _us(when: datetime) -> int:
-    return (when - _EPOCH) // timedelta(microseconds=1)
 
 # %% ../../nbs/live/02_collector.ipynb #23ec5f70
 @dataclass
@@ -400,8 +396,8 @@ class Collector:
         received_at: datetime,  # local clock, UTC
     ) -> None:
         "Take trades; they are in the journal when this returns."
-        rows = [[plain_symbol(t.symbol), t.price, t.volume, _us(t.ts)] for t in trades]
-        self._event({"e": "trades", "at": _us(received_at), "d": rows})
+        rows = [[plain_symbol(t.symbol), t.price, t.volume, to_us(t.ts)] for t in trades]
+        self._event({"e": "trades", "at": to_us(received_at), "d": rows})
 
     def lost(self) -> None:
         "The connection is gone; the next trade begins a new interval."

@@ -17,17 +17,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, UTC
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
 import duckdb
 import websocket
 from pydantic import SecretStr
+
+from ..data.series import EPOCH
 from ..errors import ConfigError, CryptoResearchError, FeedError, problem
-from ..settings import get_settings, Settings
 from .collector import Collector
-from .messages import EPOCH, ErrorMessage, Malformed, parse_message, Ping, Rejected, shorten, Trade, Trades, Unknown
+from .messages import ErrorMessage, Malformed, parse_message, Ping, Rejected, shorten, Trade, Trades, Unknown
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/live/03_feed.ipynb #0000001b
 @dataclass(frozen=True)

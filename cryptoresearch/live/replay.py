@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +23,9 @@ import duckdb
 import pandas as pd
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.sync.server import Server, ServerConnection, serve
+from websockets.sync.server import serve, Server, ServerConnection
 
+from ..data.series import naive_utc
 from ..data.store import cursor
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 
@@ -76,10 +78,11 @@ def _from_store(
 ) -> Iterator[Chunk]:  # in order of (ts, trade_id)
     "Chunks of stored trades."
     own = cursor(con)
-    where, args = "list_contains(?, symbol) AND source = ?", [list(symbols), source]
+    where = "list_contains(?, symbol) AND source = ?"
+    args: list[Any] = [list(symbols), source]
     for bound, sign in ((start, ">="), (end, "<")):
         if bound is not None:
-            where, args = f"{where} AND ts {sign} ?", [*args, _naive_utc(bound)]
+            where, args = f"{where} AND ts {sign} ?", [*args, _bound(bound)]
     own.execute(f"SELECT symbol, epoch_ms(ts) AS ms, price, qty FROM trades WHERE {where} ORDER BY ts, trade_id", args)
     while rows := own.fetchmany(_CHUNK_ROWS):
         names, ms, price, qty = zip(*rows, strict=True)
@@ -92,12 +95,12 @@ def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: st
     return [row[0] for row in cursor(con).execute(query, [list(symbols), source]).fetchall()]
 
 # %% ../../nbs/live/04_replay.ipynb #fa5dec53
-def _naive_utc(when: pd.Timestamp | str) -> Any:
+def _bound(when: pd.Timestamp | str) -> datetime:
+    "Convert a bound to a time as the store keeps it."
     try:
-        stamp = pd.Timestamp(when)
+        return naive_utc(when)
     except ValueError as e:
         raise ConfigError(problem("a time such as 2024-08-09 or 2024-08-09T00:05", repr(when), "Correct start or end")) from e
-    return (stamp.tz_convert("UTC") if stamp.tzinfo else stamp.tz_localize("UTC")).tz_localize(None).to_pydatetime()
 
 # %% ../../nbs/live/04_replay.ipynb #0000000b
 def trade_frames(

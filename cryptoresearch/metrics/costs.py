@@ -8,7 +8,7 @@ __all__ = ['Rule', 'positions', 'Costs', 'funding_paid', 'trade', 'cost_ladder',
 
 # %% ../../nbs/metrics/04_costs.ipynb #720260c7
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args, Literal
 
 import numpy as np
 import pandas as pd

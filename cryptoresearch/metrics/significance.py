@@ -13,10 +13,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from arch.bootstrap import MCS, CircularBlockBootstrap
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
-from sklearn.metrics import silhouette_score
 
 from ..errors import SchemaError
 from .scores import hac_lags
@@ -76,6 +72,8 @@ def bootstrap_score(
     seed: int = 0,
 ) -> Interval:  # value, lower, upper; NaN bounds with fewer than 10 rows
     "Circular block bootstrap interval of a score."
+    from arch.bootstrap import CircularBlockBootstrap  # heavy: loads statsmodels and matplotlib
+
     arrays = [np.asarray(c, dtype=np.float64) for c in columns]
     if len({len(a) for a in arrays}) != 1:
         raise SchemaError(f"expected columns of one length; found {', '.join(str(len(a)) for a in arrays)}. Align them by their index first")
@@ -98,6 +96,8 @@ def confidence_set(
     seed: int = 0,
 ) -> pd.DataFrame:  # index model, best first: mean loss, p_value, in_set
     "Model confidence set over the losses of several models (Hansen, Lunde and Nason 2011)."
+    from arch.bootstrap import MCS  # heavy: loads statsmodels and matplotlib
+
     rows = losses.dropna()
     if rows.shape[1] < 2 or len(rows) < 10:
         raise SchemaError(f"expected losses of two models or more in 10 rows or more; found {rows.shape[1]} and {len(rows)}. Join the forecasts on their common rows")
@@ -154,6 +154,10 @@ def effective_trials(
     returns: pd.DataFrame | np.ndarray,  # T periods x N trials
 ) -> int:  # clusters, 1 to N
     "Number of clusters that the trials' returns form."
+    from scipy.cluster.hierarchy import fcluster, linkage  # heavy, and used here only
+    from scipy.spatial.distance import squareform  # heavy, and used here only
+    from sklearn.metrics import silhouette_score  # heavy, and used here only
+
     r = np.asarray(returns, dtype=np.float64)
     varying = r[:, r.std(axis=0) > 0]
     if varying.shape[1] < 3:

@@ -8,12 +8,13 @@ __all__ = ['FEWEST_OUTCOMES', 'ALPHA', 'SUSPICIOUS_IC', 'SUSPICIOUS_R2', 'CLEAR_
 
 # %% ../../nbs/metrics/05_verdict.ipynb #9b27ec64
 import html
-import numpy as np
-import pandas as pd
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import pandas as pd
+
 from .scores import REFERENCE
 from .strategy import deflated_sharpe, sharpe_ratio, StrategyResult
 

@@ -17,7 +17,6 @@ from numba import njit
 from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
-from statsmodels.regression.quantile_regression import QuantReg
 
 from ..errors import SchemaError
 from .crossval import Splitter
@@ -129,6 +128,8 @@ def quantile_lines(
     level: float,  # share of outcomes between the two
 ) -> list[np.ndarray]:  # coefficients of the lower and of the upper end, k each
     "Both ends of an interval by linear quantile regression (Koenker and Bassett 1978)."
+    from statsmodels.regression.quantile_regression import QuantReg  # heavy: loads statsmodels and its formulas
+
     unit = np.abs(design).mean(axis=0)  # columns of like size, for the iterations
     return [QuantReg(y, design / unit).fit(q=q, max_iter=2000).params / unit for q in ((1 - level) / 2, (1 + level) / 2)]
 

@@ -11,75 +11,50 @@ import json
 import re
 import zipfile
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightgbm as lgb
 import numpy as np
-import skops.io
-from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor, HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.ensemble import (
+    GradientBoostingClassifier, GradientBoostingRegressor, HistGradientBoostingClassifier, HistGradientBoostingRegressor,
+)
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from ..errors import SchemaError
-from .boosting import Loss, monotone_list, TailModel, XGBoostModel
+from .boosting import keep_params, Loss, monotone_list, Rows, TailModel, XGBoostModel
 
 # %% ../../nbs/models/04_estimators.ipynb #0f28a14d
-class LightGBMModel(TailModel):
-    "LightGBM with early stopping on a purged tail; deterministic; stored as LightGBM's text and JSON."
+class _LightGBMTrees(TailModel):
+    "LightGBM's part of the model."
 
     library, file = "lightgbm", "model.txt"
-
-    def __init__(
-        self,
-        n_estimators: int = 1000,  # most trees to grow
-        learning_rate: float = 0.03,  # share of each tree's step that is taken
-        num_leaves: int = 15,  # of a tree
-        min_child_samples: int = 100,  # rows in a leaf, at least
-        subsample: float = 0.7,  # share of the rows for each tree
-        colsample_bytree: float = 0.5,  # share of the features for each tree
-        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows
-        early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping
-        validation_fraction: float = 0.15,  # share of the rows, last in time, to stop by
-        log_target: bool = False,  # fit log(y); for volatility
-        loss: Loss = "mean",  # what is forecast
-        alpha: float = 0.5,  # of the quantile, with loss='quantile'
-        level: float = 0.9,  # share of outcomes that predict_interval should hold
-        monotone: dict[str, int] | None = None,  # 1 or -1 for features whose direction is known
-        device: str = "cpu",  # or 'gpu', 'cuda'
-        seed: int = 0,  # of the row and column samples
-        n_threads: int = 2,  # fixed, because sums in another order round differently
-    ) -> None:
-        self.n_estimators = n_estimators
-        self.learning_rate = learning_rate
-        self.num_leaves = num_leaves
-        self.min_child_samples = min_child_samples
-        self.subsample = subsample
-        self.colsample_bytree = colsample_bytree
-        self.reg_lambda = reg_lambda
-        self.early_stopping_rounds = early_stopping_rounds
-        self.validation_fraction = validation_fraction
-        self.log_target = log_target
-        self.loss = loss
-        self.alpha = alpha
-        self.level = level
-        self.monotone = monotone
-        self.device = device
-        self.seed = seed
-        self.n_threads = n_threads
+    min_child_samples: int
+    monotone: dict[str, int] | None
+    n_threads: int
 
     def _params(self) -> dict[str, Any]:
-        "Parameters as LightGBM names them."
+        "Return the parameters under LightGBM's names."
         own = ("learning_rate", "num_leaves", "subsample", "colsample_bytree", "reg_lambda", "seed", "device")
-        losses: dict[str, dict[str, Any]] = {"mean": {"objective": "regression"}, "probability": {"objective": "binary"}, "quantile": {"objective": "quantile", "alpha": self.alpha}}
-        fixed = {"deterministic": True, "force_row_wise": True, "subsample_freq": 1, "verbosity": -1, "num_threads": self.n_threads, "min_data_in_leaf": self.min_child_samples}
-        bounds = {"monotone_constraints": monotone_list(self.monotone, self.feature_names_in_)} if self.monotone else {}
-        return fixed | losses[self.loss] | bounds | {k: getattr(self, k) for k in own}
+        loss: dict[str, Any] = {"objective": {"mean": "regression", "probability": "binary", "quantile": "quantile"}[self.loss]}
+        if self.loss == "quantile":
+            loss["alpha"] = self.alpha
+        fixed = {"deterministic": True, "force_row_wise": True, "subsample_freq": 1, "verbosity": -1}
+        counts = {"num_threads": self.n_threads, "min_data_in_leaf": self.min_child_samples}
+        bounds = {"monotone_constraints": monotone_list(self.monotone, self.names_)} if self.monotone else {}
+        return fixed | counts | loss | bounds | {k: getattr(self, k) for k in own}
 
-    def _grow(self, values: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None, rounds: int, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None) -> tuple[Any, int]:
-        data = lgb.Dataset(values, outcome, weight=weight, params=self._params())
+# %% ../../nbs/models/04_estimators.ipynb #2f871d11
+class _LightGBMFile(_LightGBMTrees):
+    "Growth, forecasts and stored form of LightGBM's trees."
+
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+        data = lgb.Dataset(rows.values, rows.outcome, weight=rows.weight, params=self._params())
         if tail is None:
             return lgb.train(self._params(), data, rounds), rounds - 1
-        held_out = lgb.Dataset(tail[0], tail[1], weight=tail[2], reference=data)
-        trees = lgb.train(self._params(), data, rounds, valid_sets=[held_out], callbacks=[lgb.early_stopping(self.early_stopping_rounds, verbose=False)])
+        held_out = lgb.Dataset(tail.values, tail.outcome, weight=tail.weight, reference=data)
+        stop = lgb.early_stopping(self.early_stopping_rounds, verbose=False)
+        trees = lgb.train(self._params(), data, rounds, valid_sets=[held_out], callbacks=[stop])
         return trees, (trees.best_iteration or rounds) - 1
 
     def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
@@ -95,6 +70,32 @@ class LightGBMModel(TailModel):
         gain, count = (self.booster_.feature_importance(kind).astype(float) for kind in ("gain", "split"))
         return np.divide(gain, count, out=np.zeros_like(gain), where=count > 0)
 
+# %% ../../nbs/models/04_estimators.ipynb #6e5ea418
+class LightGBMModel(_LightGBMFile):
+    "LightGBM with early stopping on a purged tail; deterministic; stored as LightGBM's text and JSON."
+
+    def __init__(
+        self,
+        n_estimators: int = 1000,  # most trees to grow
+        learning_rate: float = 0.03,  # share of each tree's step that is taken, 0 to 1
+        num_leaves: int = 15,  # of a tree
+        min_child_samples: int = 100,  # rows in a leaf, at least
+        subsample: float = 0.7,  # share of the rows for each tree
+        colsample_bytree: float = 0.5,  # share of the features for each tree
+        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows
+        early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping
+        validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
+        log_target: bool = False,  # fit log(y); for volatility
+        loss: Loss = "mean",  # statistic to forecast
+        alpha: float = 0.5,  # quantile for loss='quantile', 0 to 1
+        level: float = 0.9,  # share of outcomes that predict_interval should contain
+        monotone: dict[str, int] | None = None,  # 1 (rising) or -1 (falling) by name of feature
+        device: str = "cpu",  # or 'gpu', 'cuda'
+        seed: int = 0,  # of the row and column samples
+        n_threads: int = 2,  # fixed, because sums in another order round differently
+    ) -> None:
+        keep_params(self, locals())
+
 # %% ../../nbs/models/04_estimators.ipynb #3860e024
 _TRUSTED = (
     "sklearn._loss.link.IdentityLink", "sklearn._loss.link.Interval", "sklearn._loss.link.LogitLink",
@@ -104,11 +105,11 @@ _TRUSTED = (
     "sklearn.tree._tree.Tree", "numpy.dtype", "numpy.random._mt19937.MT19937", "numpy.random.mtrand.RandomState",
 )  # fmt: skip
 
-
+# %% ../../nbs/models/04_estimators.ipynb #1bcd2c65
 def _same_bytes(
-    stored: bytes,  # of skops: a zip whose entries are named by addresses in memory, at the time of day
-) -> bytes:  # the same with entries counted from 1 and no time
-    "Take what changes from run to run out of a file of skops."
+    stored: bytes,  # skops file: a zip whose entries are named by memory addresses
+) -> bytes:  # the same file with entries numbered from 1 and without times
+    "Remove what changes from run to run from a skops file."
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(stored)) as old, zipfile.ZipFile(out, "w") as new:
         schema = old.read("schema.json").decode()
@@ -120,52 +121,62 @@ def _same_bytes(
     return out.getvalue()
 
 # %% ../../nbs/models/04_estimators.ipynb #2d458de0
-class _SklearnTrees(TailModel):
-    "scikit-learn's boosters: grown in steps, stopped by the tail."
+def _tail_loss(kind: Loss, alpha: float, y: np.ndarray, forecast: np.ndarray) -> np.ndarray:
+    "Compute the loss of each forecast of the tail."
+    if kind == "mean":
+        return (y - forecast) ** 2
+    if kind == "quantile":
+        return np.maximum(alpha * (y - forecast), (alpha - 1) * (y - forecast))
+    return -np.log(np.where(y > 0, forecast, 1 - forecast).clip(1e-15))
+
+
+class _Staged(TailModel):
+    "Forecasts of scikit-learn's boosters tree by tree."
 
     library, file = "scikit-learn", "model.skops"
-    feature_names_in_: list[str]
+    fill_: np.ndarray | None = None
+
+    def _filled(self, values: np.ndarray) -> np.ndarray:
+        "Replace what the booster cannot take."
+        return values
+
+    def _stages(self, trees: Any, values: np.ndarray) -> Iterator[np.ndarray]:
+        "Yield the forecasts after each tree."
+        filled = self._filled(values)
+        staged = trees.staged_predict_proba(filled) if self.loss == "probability" else trees.staged_predict(filled)
+        return (p[:, 1] if p.ndim == 2 else p for p in staged)
+
+# %% ../../nbs/models/04_estimators.ipynb #f9f96f78
+class _Steps(_Staged):
+    "Growth in steps, stopped by the tail."
 
     @abstractmethod
     def _new(self, rounds: int) -> Any:
-        "An unfitted booster of so many trees."
+        "Return an unfitted booster with this number of trees."
 
     @abstractmethod
     def _more(self, trees: Any, rounds: int) -> None:
-        "Ask a booster for so many trees at its next fit."
-
-    def _filled(self, values: np.ndarray) -> np.ndarray:
-        "Features as the booster can take them."
-        return values
-
-    def _stages(self, trees: Any, values: np.ndarray) -> Any:
-        "Forecasts after each tree."
-        staged = trees.staged_predict_proba(self._filled(values)) if self.loss == "probability" else trees.staged_predict(self._filled(values))
-        return (p[:, 1] if p.ndim == 2 else p for p in staged)
-
-    def _errors(self, trees: Any, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None]) -> list[float]:
-        "Loss on the tail after each tree."
-        y, weight, a = tail[1], tail[2], self.alpha
-        losses = {"mean": lambda p: (y - p) ** 2, "quantile": lambda p: np.maximum(a * (y - p), (a - 1) * (y - p)), "probability": lambda p: -np.log(np.where(y > 0, p, 1 - p).clip(1e-15))}
-        return [float(np.average(losses[self.loss](p), weights=weight)) for p in self._stages(trees, tail[0])]
-
-    def _grow(self, values: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None, rounds: int, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None) -> tuple[Any, int]:
-        self._learn_fill(values)
-        target = outcome.astype(int) if self.loss == "probability" else outcome
-        if tail is None:
-            return self._new(rounds).fit(self._filled(values), target, sample_weight=weight), rounds - 1
-        trees, done = self._new(0), 0
-        while True:
-            done = min(done + self.early_stopping_rounds, rounds)
-            self._more(trees, done)
-            trees.fit(self._filled(values), target, sample_weight=weight)
-            errors = self._errors(trees, tail)
-            best = int(np.argmin(errors))
-            if done >= rounds or best < done - self.early_stopping_rounds:
-                return trees, best
+        "Set the number of trees for the next fit of a booster."
 
     def _learn_fill(self, values: np.ndarray) -> None:
-        "Learn what stands in for NaN."
+        "Learn what replaces NaN."
+
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+        self._learn_fill(rows.values)
+        filled, target = self._filled(rows.values), rows.outcome.astype(int) if self.loss == "probability" else rows.outcome
+        if tail is None:
+            return self._new(rounds).fit(filled, target, sample_weight=rows.weight), rounds - 1
+        trees, done, best = self._new(0), 0, 0
+        while done < rounds and best >= done - self.early_stopping_rounds:
+            done = min(done + self.early_stopping_rounds, rounds)
+            self._more(trees, done)
+            trees.fit(filled, target, sample_weight=rows.weight)
+            best = int(np.argmin([np.average(_tail_loss(self.loss, self.alpha, tail.outcome, p), weights=tail.weight) for p in self._stages(trees, tail.values)]))
+        return trees, best
+
+# %% ../../nbs/models/04_estimators.ipynb #43b413d3
+class _SklearnTrees(_Steps):
+    "Forecasts and stored form of scikit-learn's trees."
 
     def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
         for k, p in enumerate(self._stages(trees, values)):
@@ -174,106 +185,75 @@ class _SklearnTrees(TailModel):
         raise SchemaError(f"expected {best + 1} trees in the model; found fewer. Train the run again")
 
     def _dump(self) -> bytes:
-        return _same_bytes(skops.io.dumps({"trees": self.booster_, "fill": getattr(self, "fill_", None)}))
+        import skops.io  # heavy: loads all of scikit-learn and its test tools
+
+        return _same_bytes(skops.io.dumps({"trees": self.booster_, "fill": self.fill_}))
 
     def _restore(self, data: bytes) -> Any:
-        unknown = sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED))
-        if unknown:
-            raise SchemaError(f"expected only scikit-learn's trees in {self.file}; found {', '.join(unknown)}. Train the run again; do not load this file otherwise")
+        import skops.io  # heavy: loads all of scikit-learn and its test tools
+
+        if unknown := sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED)):
+            expected = f"only scikit-learn's trees in {self.file}"
+            raise SchemaError(f"expected {expected}; found {', '.join(unknown)}. Train the run again; do not load this file otherwise")
         found = skops.io.loads(data, trusted=list(_TRUSTED))
         self.fill_ = found["fill"]
         return found["trees"]
 
 # %% ../../nbs/models/04_estimators.ipynb #4c51f794
-class HistGradientBoostingModel(_SklearnTrees):
-    "scikit-learn's histogram boosting with early stopping on a purged tail; stored by skops and JSON."
+class _HistTrees(_SklearnTrees):
+    "Histogram boosting's part of the model."
 
-    def __init__(
-        self,
-        n_estimators: int = 500,  # most trees to grow
-        learning_rate: float = 0.05,  # share of each tree's step that is taken
-        max_leaf_nodes: int = 15,  # of a tree
-        min_samples_leaf: int = 100,  # rows in a leaf, at least
-        max_features: float = 0.5,  # share of the features for each split
-        l2_regularization: float = 10,  # ridge penalty on leaf values, in rows
-        early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping, and step of growth
-        validation_fraction: float = 0.15,  # share of the rows, last in time, to stop by
-        log_target: bool = False,  # fit log(y); for volatility
-        loss: Loss = "mean",  # what is forecast
-        alpha: float = 0.5,  # of the quantile, with loss='quantile'
-        level: float = 0.9,  # share of outcomes that predict_interval should hold
-        monotone: dict[str, int] | None = None,  # 1 or -1 for features whose direction is known
-        seed: int = 0,  # of the column samples
-    ) -> None:
-        self.n_estimators = n_estimators
-        self.learning_rate = learning_rate
-        self.max_leaf_nodes = max_leaf_nodes
-        self.min_samples_leaf = min_samples_leaf
-        self.max_features = max_features
-        self.l2_regularization = l2_regularization
-        self.early_stopping_rounds = early_stopping_rounds
-        self.validation_fraction = validation_fraction
-        self.log_target = log_target
-        self.loss = loss
-        self.alpha = alpha
-        self.level = level
-        self.monotone = monotone
-        self.seed = seed
+    monotone: dict[str, int] | None
+    seed: int
 
     def _new(self, rounds: int) -> Any:
         own = {k: getattr(self, k) for k in ("learning_rate", "max_leaf_nodes", "min_samples_leaf", "max_features", "l2_regularization")}
-        bounds = monotone_list(self.monotone, self.feature_names_in_) if self.monotone else None
+        bounds = monotone_list(self.monotone, self.names_) if self.monotone else None
         fixed = {"max_iter": max(rounds, 1), "early_stopping": False, "warm_start": True, "random_state": self.seed, "monotonic_cst": bounds}
         if self.loss == "probability":
             return HistGradientBoostingClassifier(**own, **fixed)
-        return HistGradientBoostingRegressor(loss="quantile" if self.loss == "quantile" else "squared_error", quantile=self.alpha if self.loss == "quantile" else None, **own, **fixed)
+        loss: Mapping[str, Any] = {"loss": "quantile", "quantile": self.alpha} if self.loss == "quantile" else {"loss": "squared_error"}
+        return HistGradientBoostingRegressor(**loss, **own, **fixed)
 
     def _more(self, trees: Any, rounds: int) -> None:
         trees.max_iter = rounds
 
     def _gain(self) -> np.ndarray:
-        total, count = np.zeros(len(self.feature_names_in_)), np.zeros(len(self.feature_names_in_))
+        total, count = np.zeros(len(self.names_)), np.zeros(len(self.names_))
         for (tree,) in self.booster_._predictors:
             nodes = tree.nodes[tree.nodes["is_leaf"] == 0]
             np.add.at(total, nodes["feature_idx"], nodes["gain"])
             np.add.at(count, nodes["feature_idx"], 1)
         return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
-# %% ../../nbs/models/04_estimators.ipynb #6d3c322c
-class GradientBoostingModel(_SklearnTrees):
-    "scikit-learn's exact boosting (Friedman 2001) with early stopping on a purged tail; for small data."
-
-    fill_: np.ndarray | None
+# %% ../../nbs/models/04_estimators.ipynb #deac477f
+class HistGradientBoostingModel(_HistTrees):
+    "scikit-learn's histogram boosting with early stopping on a purged tail; stored by skops and JSON."
 
     def __init__(
         self,
-        n_estimators: int = 300,  # most trees to grow
-        learning_rate: float = 0.05,  # share of each tree's step that is taken
-        max_depth: int = 3,  # splits from root to leaf
+        n_estimators: int = 500,  # most trees to grow
+        learning_rate: float = 0.05,  # share of each tree's step that is taken, 0 to 1
+        max_leaf_nodes: int = 15,  # of a tree
         min_samples_leaf: int = 100,  # rows in a leaf, at least
-        subsample: float = 0.7,  # share of the rows for each tree
-        max_features: float = 0.3,  # share of the features for each split
+        max_features: float = 0.5,  # share of the features for each split
+        l2_regularization: float = 10,  # ridge penalty on leaf values, in rows
         early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping, and step of growth
-        validation_fraction: float = 0.15,  # share of the rows, last in time, to stop by
+        validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y); for volatility
-        loss: Loss = "mean",  # what is forecast
-        alpha: float = 0.5,  # of the quantile, with loss='quantile'
-        level: float = 0.9,  # share of outcomes that predict_interval should hold
-        seed: int = 0,  # of the row and column samples
+        loss: Loss = "mean",  # statistic to forecast
+        alpha: float = 0.5,  # quantile for loss='quantile', 0 to 1
+        level: float = 0.9,  # share of outcomes that predict_interval should contain
+        monotone: dict[str, int] | None = None,  # 1 (rising) or -1 (falling) by name of feature
+        seed: int = 0,  # of the column samples
     ) -> None:
-        self.n_estimators = n_estimators
-        self.learning_rate = learning_rate
-        self.max_depth = max_depth
-        self.min_samples_leaf = min_samples_leaf
-        self.subsample = subsample
-        self.max_features = max_features
-        self.early_stopping_rounds = early_stopping_rounds
-        self.validation_fraction = validation_fraction
-        self.log_target = log_target
-        self.loss = loss
-        self.alpha = alpha
-        self.level = level
-        self.seed = seed
+        keep_params(self, locals())
+
+# %% ../../nbs/models/04_estimators.ipynb #6d3c322c
+class _ExactTrees(_SklearnTrees):
+    "Exact boosting's part of the model."
+
+    seed: int
 
     def _new(self, rounds: int) -> Any:
         own = {k: getattr(self, k) for k in ("learning_rate", "max_depth", "min_samples_leaf", "subsample", "max_features")}
@@ -286,77 +266,105 @@ class GradientBoostingModel(_SklearnTrees):
         trees.n_estimators = rounds
 
     def _learn_fill(self, values: np.ndarray) -> None:
-        with np.errstate(all="ignore"):
-            known = ~np.isnan(values).all(axis=0)
-            self.fill_ = np.where(known, np.nanmedian(np.where(known, values, 0.0), axis=0), 0.0)
+        known = ~np.isnan(values).all(axis=0)
+        self.fill_ = np.where(known, np.nanmedian(np.where(known, values, 0.0), axis=0), 0.0)
 
     def _filled(self, values: np.ndarray) -> np.ndarray:
-        assert self.fill_ is not None  # noqa: S101  (learned before any tree grows)
-        return np.where(np.isnan(values), self.fill_, values)
+        return values if self.fill_ is None else np.where(np.isnan(values), self.fill_, values)
 
     def _gain(self) -> np.ndarray:
         return np.asarray(self.booster_.feature_importances_, dtype=float)
 
-# %% ../../nbs/models/04_estimators.ipynb #e977636e
-class RidgeModel(TailModel):
-    "Ridge (or logistic) regression on standardised features; stored as JSON."
-
-    library, file = "scikit-learn", "model.coef.json"
+# %% ../../nbs/models/04_estimators.ipynb #5d660532
+class GradientBoostingModel(_ExactTrees):
+    "scikit-learn's exact boosting (Friedman 2001) with early stopping on a purged tail; for small data."
 
     def __init__(
         self,
-        penalty: float = 100.0,  # on squared coefficients of standardised features, in rows
-        clip: float = 6.0,  # standard deviations beyond which a feature counts no more
-        validation_fraction: float = 0.15,  # share of the rows, last in time, for the residuals
+        n_estimators: int = 300,  # most trees to grow
+        learning_rate: float = 0.05,  # share of each tree's step that is taken, 0 to 1
+        max_depth: int = 3,  # splits from root to leaf
+        min_samples_leaf: int = 100,  # rows in a leaf, at least
+        subsample: float = 0.7,  # share of the rows for each tree
+        max_features: float = 0.3,  # share of the features for each split
+        early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping, and step of growth
+        validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y); for volatility
-        loss: Loss = "mean",  # mean or probability
-        level: float = 0.9,  # share of outcomes that predict_interval should hold
-        seed: int = 0,  # for the common interface; nothing is random here
+        loss: Loss = "mean",  # statistic to forecast
+        alpha: float = 0.5,  # quantile for loss='quantile', 0 to 1
+        level: float = 0.9,  # share of outcomes that predict_interval should contain
+        seed: int = 0,  # of the row and column samples
     ) -> None:
-        self.penalty = penalty
-        self.clip = clip
-        self.validation_fraction = validation_fraction
-        self.log_target = log_target
-        self.loss = loss
-        self.level = level
-        self.seed = seed
-        self.n_estimators, self.alpha, self.early_stopping_rounds = 1, 0.5, 0
+        keep_params(self, locals())
+
+# %% ../../nbs/models/04_estimators.ipynb #e977636e
+def _scaling(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Return mean and standard deviation of each column; infinity for a constant or unknown column."
+    known = ~np.isnan(values).all(axis=0)
+    safe = np.where(known, values, 0.0)
+    mean, sd = np.nanmean(safe, axis=0), np.nanstd(safe, axis=0)
+    return mean, np.where(sd > 1e-12 * np.maximum(np.abs(mean), 1e-300), sd, np.inf)
+
+
+class _StandardRidge(TailModel):
+    "Coefficients of standardised features."
+
+    library, file = "scikit-learn", "model.coef.json"
+    penalty: float
+    clip: float
+
+    def _standard(self, fitted: dict[str, Any], values: np.ndarray) -> np.ndarray:
+        "Standardise and clip features; NaN becomes the mean."
+        scale = np.array([np.inf if v is None else v for v in fitted["scale"]])
+        return np.nan_to_num(((values - np.array(fitted["mean"])) / scale).clip(-self.clip, self.clip), nan=0.0)
+
+    def _gain(self) -> np.ndarray:
+        return np.abs(np.array(self.booster_["coef"]))
+
+# %% ../../nbs/models/04_estimators.ipynb #8e07e4d4
+class _RidgeFit(_StandardRidge):
+    "Ridge's part of the model."
 
     def _check_params(self) -> None:
         super()._check_params()
         if self.loss == "quantile":
             raise SchemaError("expected a ridge of the loss mean or probability; found quantile. Use one of the boosters")
 
-    def _grow(self, values: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None, rounds: int, tail: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None) -> tuple[Any, int]:
-        known = ~np.isnan(values).all(axis=0)
-        safe = np.where(known, values, 0.0)
-        mean, sd = np.nanmean(safe, axis=0), np.nanstd(safe, axis=0)
-        scale = np.where(sd > 1e-12 * np.maximum(np.abs(mean), 1e-300), sd, np.inf)
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+        mean, scale = _scaling(rows.values)
         fitted: dict[str, Any] = {"mean": mean.tolist(), "scale": [None if np.isinf(v) else float(v) for v in scale]}
-        Z = self._standard(fitted, values)
+        Z = self._standard(fitted, rows.values)
         if self.loss == "probability":
-            model: Any = LogisticRegression(C=1 / self.penalty, max_iter=1000).fit(Z, outcome.astype(int), sample_weight=weight)
+            model: Any = LogisticRegression(C=1 / self.penalty, max_iter=1000).fit(Z, rows.outcome.astype(int), sample_weight=rows.weight)
             return fitted | {"coef": model.coef_[0].tolist(), "intercept": float(model.intercept_[0])}, 0
-        model = Ridge(alpha=self.penalty, solver="cholesky").fit(Z, outcome, sample_weight=weight)
+        model = Ridge(alpha=self.penalty, solver="cholesky").fit(Z, rows.outcome, sample_weight=rows.weight)
         return fitted | {"coef": model.coef_.tolist(), "intercept": float(model.intercept_)}, 0
-
-    def _standard(self, fitted: dict[str, Any], values: np.ndarray) -> np.ndarray:
-        "Features in standard deviations from their training mean, clipped; NaN at the mean."
-        scale = np.array([np.inf if v is None else v for v in fitted["scale"]])
-        return np.nan_to_num(((values - np.array(fitted["mean"])) / scale).clip(-self.clip, self.clip), nan=0.0)
 
     def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
         raw = self._standard(trees, values) @ np.array(trees["coef"]) + trees["intercept"]
         return 1 / (1 + np.exp(-raw)) if self.loss == "probability" else raw
+
+# %% ../../nbs/models/04_estimators.ipynb #5df21b13
+class RidgeModel(_RidgeFit):
+    "Ridge (or logistic) regression on standardised features; stored as JSON."
+
+    def __init__(
+        self,
+        penalty: float = 100.0,  # on squared coefficients of standardised features, in rows
+        clip: float = 6.0,  # standard deviations at which a feature is clipped
+        validation_fraction: float = 0.15,  # share of the rows, last in time, for the residuals
+        log_target: bool = False,  # fit log(y); for volatility
+        loss: Loss = "mean",  # mean or probability
+        level: float = 0.9,  # share of outcomes that predict_interval should contain
+        seed: int = 0,  # for the common interface; nothing is random here
+    ) -> None:
+        keep_params(self, locals())
 
     def _dump(self) -> bytes:
         return json.dumps(self.booster_).encode()
 
     def _restore(self, data: bytes) -> Any:
         return json.loads(data)
-
-    def _gain(self) -> np.ndarray:
-        return np.abs(np.array(self.booster_["coef"]))
 
 # %% ../../nbs/models/04_estimators.ipynb #c4521e74
 MODELS: dict[str, type[TailModel]] = {

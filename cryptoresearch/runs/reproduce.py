@@ -6,25 +6,24 @@
 __all__ = ['first_difference', 'reproduce']
 
 # %% ../../nbs/runs/06_reproduce.ipynb #9b27ec64
-import duckdb
-import pandas as pd
 import tempfile
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import duckdb
+import pandas as pd
+
 from ..data.store import connect
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch
 from ..features.user_modules import import_modules
 from ..metrics.scores import score_table
 from .config import RunConfig
-from cryptoresearch.runs.identity import (
-    beside_features, canonical, code_version, column_bytes, features_of, frame_digest, library_versions, own_features, read_data,
-    RunData, sha256_of,
+from cryptoresearch.runs.identity import (  # fmt: skip
+    canonical, code_version, column_bytes, frame_digest, library_versions, own_features, read_data, RunData, sha256_of,
 )
-from cryptoresearch.runs.run import (
-    find_run_folder, fit_last, folder_files, judge_run, read_run_info, run_record, save_fitted, to_json_value,
-)
+from .run import fit_last, folder_files, judge_run, run_record, save_fitted, to_json_value
+from .stored import find_folder, read_info
 from .walk_forward import first_test, Fitted, prepare, Progress, walk_folds
 from ..settings import Settings
 
@@ -114,8 +113,8 @@ def reproduce(
     modules: Iterable[str] = (),  # where the run's own features lie; never taken from the record, which may run no code
 ) -> pd.DataFrame:  # index check: expected, found, same; differences that explain nothing are only noted
     "Make a run again and compare; RunMismatch names the first difference."
-    folder = find_run_folder(run_id, settings)
-    info, checks = read_run_info(folder), _Checks(folder.name)
+    folder = find_folder(run_id, settings)
+    info, checks = read_info(folder), _Checks(folder.name)
     parts = info["identity"]
     checks.must("run.json", folder.name.rsplit("-", 1)[1], sha256_of(canonical(parts))[:10], " from what the record says")
     checks.must("configuration", canonical(parts["config"]), canonical(info["config"]))
@@ -125,7 +124,7 @@ def reproduce(
     config, given = RunConfig(**info["config"]), import_modules(modules)
     if left := [m for m in config.modules if m not in given]:
         raise ConfigError(problem(f"the modules of run {folder.name}", f"no {', '.join(left)}", f"Say where they lie: {' '.join(f'--module {m}' for m in left)}"))
-    checks.must("own features", parts["own_features"], own_features((*features_of(config), *beside_features(config))) | given)
+    checks.must("own features", parts["own_features"], own_features(config.resolved.all) | given)
     data = _data_then(info, config, checks, settings)
     _compare_files(folder, info, checks)
     samples, start = prepare(data.bars, config, data.trades), first_test(config, data.bars)

@@ -11,7 +11,6 @@ __all__ = ['Kind', 'LEAST_SHARE', 'LEAST_BARS', 'Question', 'target_text', 'ques
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from math import isclose
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.bars import bar_length
+from ..data.series import naive_utc, utc_now
 from ..data.store import write
 from ..errors import SchemaError
 from ..metrics.scores import qlike_loss, REFERENCE, squared_loss
@@ -92,11 +92,6 @@ def _on_grid(
         return values, None
     return values.reindex(pd.date_range(values.index[0], values.index[-1], freq=step)), step.total_seconds()
 
-
-def _naive(ts: Any) -> datetime | None:
-    "A time as the store keeps it."
-    return None if ts is None else pd.Timestamp(ts).tz_convert("UTC").tz_localize(None).to_pydatetime()
-
 # %% ../../nbs/runs/03_trials.ipynb #7aaf48ae
 _COLUMNS = ("run_id", "trial", "origin", "created_at", "kind", "symbol", "spec", "target", "horizon", "simulated", "model", "n", "sharpe", "skew", "kurtosis", "first_ts", "last_ts", "step_s", "returns")
 
@@ -116,8 +111,8 @@ def record_trial(
     grid, step = _on_grid(values.astype(float), question.spec)
     m = return_moments(values) if kind == "return" else {"sr": np.nan, "skew": np.nan, "kurtosis": np.nan}
     known = [None if not np.isfinite(m[k]) else float(m[k]) for k in ("sr", "skew", "kurtosis")]
-    times = [_naive(values.index[0]), _naive(values.index[-1])] if step else [None, None]
-    row = [run_id, trial, origin, datetime.now(UTC).replace(tzinfo=None), kind, *asdict(question).values(), model, len(values), *known, *times, step, grid.tolist()]
+    times = [naive_utc(values.index[0]), naive_utc(values.index[-1])] if step else [None, None]
+    row = [run_id, trial, origin, utc_now(), kind, *asdict(question).values(), model, len(values), *known, *times, step, grid.tolist()]
 
     def insert(c: duckdb.DuckDBPyConnection) -> None:
         key = [run_id, trial, origin]

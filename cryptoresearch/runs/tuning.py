@@ -27,16 +27,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.user_modules import import_modules
+from ..labels.targets import is_event
 from ..metrics.scores import cross_entropy, ic, qlike
 from ..metrics.strategy import on_clock
 from ..models.linear import EnsembleModel
+from ..models.splits import WalkForward
 from .config import by_events, RunConfig
 from .identity import canonical, identity, read_data, RunData
-from .run import run_strategy, runs_folder
-from .walk_forward import first_test, fit_rows, Fitted, forecast_fold, prepare, Samples
-from ..models.splits import WalkForward
-from ..labels.targets import is_event
+from .run import run_strategy
+from .stored import runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss
+from .walk_forward import first_test, fit_rows, Fitted, forecast_fold, prepare, Samples
 from ..settings import Settings
 
 # %% ../../nbs/runs/07_tuning.ipynb #c66e93bf

@@ -8,16 +8,18 @@ __all__ = ['LEAST_KNOWN', 'Progress', 'PAST_BLOCKS', 'CALIBRATION_FOLDS', 'usabl
            'fit_all', 'outcome_unit', 'forecast_fold', 'walk_folds', 'walk_forward']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
-import numpy as np
-import pandas as pd
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+import pandas as pd
+
 from ..data.bars import bar_kind
 from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing
-from ..features.registry import resolve
+from ..features.registry import Feature
 from ..labels.barriers import recency, uniqueness
 from ..labels.baselines import har_volatility
 from ..labels.horizon import fixed_horizon, sample_intervals
@@ -29,7 +31,6 @@ from ..models.estimators import MODELS
 from ..models.intervals import adapt, Ends, fit_scaled, QuantileEnds, ScaledEnds, tail_margin
 from ..models.splits import WalkForward
 from .config import RunConfig, volatility_config
-from .identity import beside_features, features_of
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #d7c37162
 LEAST_KNOWN = 0.5  # share of the features
@@ -61,7 +62,7 @@ def prepare(
     trades: pd.DataFrame | None = None,  # of RunData, for barriers within one bar
 ) -> Samples:  # rows of the usable bars
     "Turn bars into samples."
-    raw = DataProcessing(features=list(features_of(config))).process_data(bars)
+    raw = DataProcessing(features=list(config.resolved.model)).process_data(bars)
     known = raw.notna().any()
     if not known.any():
         raise DataNotFound(problem("features with values", f"none in {len(bars):,} bars", "Load more bars, or choose features with a shorter warm-up"))
@@ -73,15 +74,15 @@ def prepare(
     if is_event(config.target):
         base["last"] = previous_outcome(labels, labels)
     labels = labels.assign(**{c: bars[c] for c in bar_kind(bars).id_columns})
-    beside = beside_features(config)
-    warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in resolve([*X.columns, *beside])))
+    side = config.resolved.interval
+    warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in (*config.resolved.named(X.columns), *side)))
     rows = usable_rows(X, bars)
     intervals = sample_intervals(labels, bars, warmup)
-    volatility = _volatility_samples(bars, config.horizon, beside, rows) if beside else None
+    volatility = _volatility_samples(bars, config.horizon, side, rows) if side else None
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], tuple(raw.columns[~known]), volatility)
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #e21283e9
-def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[str, ...], rows: np.ndarray) -> Samples:
+def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[Feature, ...], rows: np.ndarray) -> Samples:
     "The same rows with the volatility as outcome; their intervals begin at the decision, since only outcomes that are known are learned from."
     labels = fixed_horizon(bars, horizon, "volatility")
     X = DataProcessing(features=list(features)).process_data(bars)

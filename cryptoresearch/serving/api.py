@@ -16,7 +16,7 @@ import platform
 import threading
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from .. import __version__
+from ..data.series import to_utc
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, RunMismatch, SchemaError, StoreBusy
 from ..features.registry import REGISTRY
@@ -284,7 +285,7 @@ def _time(value: datetime | None) -> pd.Timestamp | None:
         return None
     if not 1900 <= value.year <= 2200:
         raise ConfigError(f"expected a time between 1900 and 2200; found {value.isoformat()}. Correct start or end")
-    return pd.Timestamp(value if value.tzinfo else value.replace(tzinfo=UTC)).tz_convert("UTC")
+    return to_utc(value)
 
 # %% ../../nbs/serving/03_api.ipynb #00000015
 def get_health(request: Request, con: Con) -> Health:

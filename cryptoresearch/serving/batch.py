@@ -36,10 +36,11 @@ from .. import errors
 from ..data.store import connect
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
 from ..runs.config import RunConfig
-from ..runs.run import find_run, runs_folder
+from ..runs.run import find_run
+from ..runs.stored import runs_folder
 from ..runs.walk_forward import Progress
-from ..settings import get_settings, project_home, Settings
 from .report_figures import figure_html, plotly_js
+from ..settings import get_settings, project_home, Settings
 
 # %% ../../nbs/serving/09_batch.ipynb #00000006
 def notebook_path(

@@ -14,15 +14,15 @@ import ipywidgets as widgets
 from ..data.store import connect
 from ..errors import CryptoResearchError, DataNotFound, problem
 from ..evaluation.comparison import judge_lineup, line_up, Lineup, score_differences, setting_table
-from .views import difference_view
 from ..metrics.scores import loss_name
-from .views import Table
 from ..runs.identity import read_data
-from ..runs.run import list_runs, run_strategy
+from ..runs.run import run_strategy
+from ..runs.stored import list_runs
 from .dashboards import PlotlyView, run_config
 from .figures import empty_figure
 from .queries import read_runs
 from .research_figures import equities_figure, intervals_figure, loss_difference_figure
+from .views import difference_view, Table
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/serving/11_compare_page.ipynb #56077961

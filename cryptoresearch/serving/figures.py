@@ -11,10 +11,12 @@ __all__ = ['COLORS', 'TEMPLATE', 'CONFIG', 'thin_bars', 'gap_stretches', 'Panel'
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
+
 from ..features.pipeline import DataProcessing
 from ..features.registry import REGISTRY
 from .queries import match_outcomes

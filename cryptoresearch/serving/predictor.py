@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, UTC
 from typing import Any
 
 import duckdb
@@ -20,6 +20,7 @@ import pandas as pd
 from ..data.aggregation import complete_trades
 from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, check_event_bars, read_bars, trades_to_bars
 from ..data.event_bars import event_spec, EventFolder, to_event_frame, with_gap_rows
+from ..data.series import to_utc
 from ..data.store import init_duckdb, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.registry import resolve
@@ -339,7 +340,7 @@ def predict_live(
 ) -> int:  # predictions that are new in the store
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
-    end, stop, written = _utc(until), stop or threading.Event(), 0
+    end, stop, written = None if until is None else to_utc(until), stop or threading.Event(), 0
     con = init_duckdb(s)
     try:
         live = _Live(con, load_run(run_id, s), source)
@@ -360,8 +361,4 @@ def predict_live(
         con.close()
 
 # %% ../../nbs/serving/02_predictor.ipynb #d27802eb
-def _utc(time: Any) -> pd.Timestamp | None:
-    if time is None:
-        return None
-    stamp = pd.Timestamp(time)
-    return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+#| export

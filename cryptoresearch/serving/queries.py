@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page', 'read_predictions',
-           'with_outcomes', 'read_runs', 'read_run', 'read_forecasts', 'match_outcomes']
+           'with_outcomes', 'match_outcomes', 'read_runs', 'read_run', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import json
 from pathlib import Path
 from typing import Any
+
 import duckdb
 import numpy as np
 import pandas as pd
+
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
+from ..data.series import naive_utc, to_utc
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
-from ..settings import Settings
 from ..labels.targets import make_labels
+from ..settings import Settings
 
 # %% ../../nbs/serving/01_queries.ipynb #4e647e44
 def _utc(frame: pd.DataFrame) -> pd.DataFrame:
@@ -75,16 +78,10 @@ def pick_source(
 def _clauses(**parts: Any) -> tuple[str, list[Any]]:
     "WHERE clause and its values from column=value, start=, end=; None means no condition."
     words = {"start": "ts >= ?", "end": "ts < ?"}
-    given = {k: _as_utc(v).tz_localize(None).to_pydatetime() if k in words else v for k, v in parts.items() if v is not None}
+    given = {k: naive_utc(v) if k in words else v for k, v in parts.items() if v is not None}
     if {"start", "end"} <= set(given) and given["start"] >= given["end"]:
         raise ConfigError(problem("a start before the end", f"{given['start']} and {given['end']} UTC", "Swap them"))
     return " AND ".join(words.get(k, f"{k} = ?") for k in given) or "true", list(given.values())
-
-
-def _as_utc(time: Any) -> pd.Timestamp:
-    "A time with its zone; without one it is meant as UTC."
-    stamp = pd.Timestamp(time)
-    return (stamp.tz_localize("UTC") if stamp.tz is None else stamp.tz_convert("UTC")).as_unit("us")
 
 # %% ../../nbs/serving/01_queries.ipynb #7ef56155
 def _on_page(rows: pd.DataFrame, symbol: str, first: pd.Timestamp, stop: pd.Timestamp, length: pd.Timedelta) -> pd.DataFrame:
@@ -107,9 +104,9 @@ def bars_page(
     "One page of a symbol's bars."
     spec, length, chosen = bar_spec(spec), bar_length(spec), pick_source(con, symbol, spec, source)
     _clauses(start=start, end=end)  # refuses an end before the start
-    least, most = (_as_utc(t) for t in con.execute("SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?", [symbol, spec, chosen]).fetchall()[0])
-    stop = most + length if end is None else min(most + length, _as_utc(end).ceil(length))
-    first = max(least, stop - limit * length) if start is None else max(least, _as_utc(start).ceil(length))
+    least, most = (to_utc(t) for t in con.execute("SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?", [symbol, spec, chosen]).fetchall()[0])
+    stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
+    first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None
     try:
         rows = read_bars(con, symbol, spec, source=chosen, start=first, end=following or stop)
@@ -171,6 +168,27 @@ def with_outcomes(
     specs, numbered = read_specs(con), rows.reset_index()
     parts = [_outcomes(con, part, specs) for _, part in numbered.groupby(_ONE_LABEL, dropna=False)]
     return pd.concat(parts).sort_index().set_index("ts")
+
+# %% ../../nbs/serving/01_queries.ipynb #e11d9ba8
+FIXED = ("return", "volatility", "direction")  # labels that only their horizon decides; the others need the parameters of their run and its history
+
+
+def match_outcomes(
+    predictions: pd.DataFrame,  # index ts (bar open, UTC); one run's rows
+    bars: pd.DataFrame,  # frame of the same symbol and spec, reaching beyond the predictions as far as it is known
+    target: str,  # name of a kind of label
+    horizon: int,  # bars
+) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC) and state: matured, waiting, gap or unscored
+    "Predictions with what came of them by the label's own definition."
+    out = predictions.copy()
+    if bars.empty or target not in FIXED:
+        return out.assign(y=np.nan, end_ts=pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]"), state="waiting" if target in FIXED else "unscored")
+    labels = make_labels(bars, target, horizon)
+    out["y"] = labels["y"].reindex(out.index).to_numpy()
+    out["end_ts"] = out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0]
+    over = out["end_ts"] <= bars["close_ts"].iloc[-1]
+    out["state"] = np.where(out["y"].notna(), "matured", np.where(over, "gap", "waiting"))
+    return out
 
 # %% ../../nbs/serving/01_queries.ipynb #7a90f054
 def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
@@ -256,29 +274,8 @@ def read_forecasts(
 ) -> pd.DataFrame:  # index ts: prediction, y, state, kind (walk-forward or live), lower and upper where the run has them
     "Walk-forward and live predictions of a run in an interval, one a bar."
     past = _walk_forward(settings, run_id)
-    past = _matured_since(con, settings, run_id, past[(past.index >= _as_utc(start)) & (past.index < _as_utc(end))].copy())
+    past = _matured_since(con, settings, run_id, past[(past.index >= to_utc(start)) & (past.index < to_utc(end))].copy())
     live, _ = read_predictions(con, run_id=run_id, start=start, end=end, limit=1_000_000)
     parts = [part[[c for c in ("prediction", "y", "lower", "upper", "state", "kind") if c in part]] for part in (past, live.assign(kind="live")) if len(part)]
     rows = pd.concat(parts) if parts else past
     return rows[~rows.index.duplicated()].sort_index()
-
-# %% ../../nbs/serving/01_queries.ipynb #e11d9ba8
-FIXED = ("return", "volatility", "direction")  # labels that only their horizon decides; the others need the parameters of their run and its history
-
-
-def match_outcomes(
-    predictions: pd.DataFrame,  # index ts (bar open, UTC); one run's rows
-    bars: pd.DataFrame,  # frame of the same symbol and spec, reaching beyond the predictions as far as it is known
-    target: str,  # name of a kind of label
-    horizon: int,  # bars
-) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC) and state: matured, waiting, gap or unscored
-    "Predictions with what came of them by the label's own definition."
-    out = predictions.copy()
-    if bars.empty or target not in FIXED:
-        return out.assign(y=np.nan, end_ts=pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]"), state="waiting" if target in FIXED else "unscored")
-    labels = make_labels(bars, target, horizon)
-    out["y"] = labels["y"].reindex(out.index).to_numpy()
-    out["end_ts"] = out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0]
-    over = out["end_ts"] <= bars["close_ts"].iloc[-1]
-    out["state"] = np.where(out["y"].notna(), "matured", np.where(over, "gap", "waiting"))
-    return out

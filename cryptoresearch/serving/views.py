@@ -9,26 +9,25 @@ __all__ = ['Table', 'score_view', 'strategy_view', 'data_view', 'coverage_view',
            'audit_view', 'comparison_rules']
 
 # %% ../../nbs/serving/08_views.ipynb #9b27ec64
-import duckdb
 import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import duckdb
 import numpy as np
 import pandas as pd
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
+
 from ..evaluation.audit import Audit, LOUD
 from ..evaluation.comparison import measures
 from ..evaluation.overfitting import Luck, SearchLuck
-from .figures import gap_stretches
 from ..evaluation.scorecard import FEWEST
 from ..evaluation.strategies import clocked, costs_text, RULES
 from ..metrics.costs import Costs
-from ..metrics.scores import REFERENCE
+from ..metrics.scores import loss_name, REFERENCE
 from ..metrics.strategy import sharpe_ratio, StrategyResult
-from ..metrics.verdict import ALPHA, deflate, number, p_value
+from ..metrics.verdict import ALPHA, deflate, FEWEST_OUTCOMES, number, p_value
 from ..runs.trials import LEAST_BARS, LEAST_SHARE, read_trials, tried_sharpes
-from ..metrics.scores import loss_name
-from ..metrics.verdict import FEWEST_OUTCOMES
+from .figures import gap_stretches
 
 # %% ../../nbs/serving/08_views.ipynb #00000019
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ def _luck_rows(luck: Luck, deflated: float | None) -> dict[str, str]:
     rows = {
         "deflated Sharpe ratio (probability)": number(deflated, ".2f") if luck.kind == "return" else no,
         "trials behind it": f"{luck.n_trials:,}" + (f"; left out: {luck.left_out:,} on bars of another length" if luck.left_out else "") if luck.kind == "return" else no,
-        "trials of this question_key": f"{luck.asked:,}", "of them over the same time": f"{side.compared:,} over {side.bars:,} bars" + (f"; left out: {short}" if short else ""), "that differ in effect": f"{side.effective:,}",
+        "trials of this question": f"{luck.asked:,}", "of them over the same time": f"{side.compared:,} over {side.bars:,} bars" + (f"; left out: {short}" if short else ""), "that differ in effect": f"{side.effective:,}",
         "probability of back-test overfitting": number(side.pbo, ".0%"), "models judged on these rows": f"{luck.models:,}", "Diebold-Mariano against the baseline": p_value(luck.dm_p), "corrected for these models": p_value(luck.corrected_p),
     }  # fmt: skip
     if luck.search is None:
@@ -290,7 +289,7 @@ def _luck_rows(luck: Luck, deflated: float | None) -> dict[str, str]:
 
 # %% ../../nbs/serving/08_views.ipynb #96d818b4
 _NOTE = (
-    f"The deflated ratio counts all trials on returns of bars of this length. Side by side: trials of the same question_key that have at least {LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars) in common; PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be compared, weak below ten."
+    f"The deflated ratio counts all trials on returns of bars of this length. Side by side: trials of the same question that have at least {LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars) in common; PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be compared, weak below ten."
     " Corrected: p times the distinct models judged on rows that meet these (Bonferroni). Trials outside this store's ledger are not counted."
 )
 

@@ -1,0 +1,240 @@
+"""Run notebooks as `nbdev_test` does, each in a process of its own that need not import the large libraries again.
+
+A runner is a process that has imported what notebooks import and has done nothing else. For each notebook it forks: the child has its
+own memory, environment, working folder and process group, and ends as an interpreter ends. A fork is safe here because the libraries
+are only imported and none of them has a thread, which the runner checks; those that start one are left out (`NOT_AHEAD`). Where
+there is no safe fork (Windows, macOS), each notebook gets a new interpreter.
+"""
+
+import argparse
+import ast
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CAN_FORK = sys.platform == "linux"
+# left to each notebook: duckdb and polars start a thread when they are imported, the others import polars; the package is what is tested
+NOT_AHEAD = ("cryptoresearch", "duckdb", "polars", "arch", "statsmodels", "lightgbm")
+# jemalloc, inside pyarrow, prepares its own thread for a fork
+SAFE_THREADS = ("jemalloc_bg_thd",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    "How a notebook ended."
+
+    code: int  # exit code, negative for a signal
+    output: str  # what it wrote to standard output and standard error
+    cpu_s: float = 0.0  # processor time of its process and of those it waited for
+
+
+def imported_names(source: str) -> set[str]:
+    "List the modules that a piece of Python imports at its top level, in full."
+    try:
+        tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+    except SyntaxError:
+        return set()
+    found = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    return found | {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+
+
+def modules_ahead() -> list[str]:
+    "List the modules of other packages that notebooks and the package import, without what starts more than itself."
+    names: set[str] = set()
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                names |= imported_names("".join(cell["source"]))
+    for path in (ROOT / "cryptoresearch").rglob("*.py"):
+        names |= imported_names(path.read_text(encoding="utf-8"))
+    return sorted(name for name in names if name.split(".")[0] not in NOT_AHEAD)
+
+
+# --- in the runner
+
+
+def threads() -> list[str]:
+    "Name the threads of this process besides the first, by what the kernel knows of them."
+    task = Path("/proc/self/task")
+    found = []
+    for thread in task.iterdir():
+        if int(thread.name) != os.getpid():
+            with suppress(OSError):
+                found.append((thread / "comm").read_text().strip())
+    return found
+
+
+def import_ahead() -> dict[str, Any]:
+    "Import what notebooks import; report what could not be imported, and threads that a fork would lose."
+    import importlib
+    import warnings
+
+    failed = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("nbdev.test", "numba", "matplotlib.pyplot", *modules_ahead()):
+            try:
+                importlib.import_module(name)
+            except Exception as e:  # the notebook will say so itself, if it matters
+                failed[name] = repr(e)
+        import matplotlib.backends
+
+        matplotlib.backends.backend_registry.list_all()  # reads the entry points of all installed packages, once
+    gc.collect()
+    gc.freeze()  # so that a fork, which shares this memory until it writes to it, does not touch all of it when it ends
+    return {"failed": failed, "threads": [name for name in threads() if name not in SAFE_THREADS]}
+
+
+def run_here(request: dict[str, Any]) -> int:
+    "Run one notebook in this process, which is a fork made for it."
+    from numpy import random
+
+    with Path(request["out"]).open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    time.tzset()
+    os.chdir(request["home"])
+    random.seed()  # otherwise all forks would draw the same numbers
+    from nbdev.test import test_nb
+
+    flags = request["flags"].split()
+    passed, _ = test_nb(Path(request["path"]), skip_flags=request["skip_flags"].split(), force_flags=flags, basepath=ROOT)
+    return 0 if passed else 1
+
+
+def serve(folder: Path) -> int:
+    "Import ahead, then run the notebooks that arrive as lines of JSON on standard input, each in a fork."
+    import numba_cache
+
+    report = import_ahead()
+    numba_cache.install(folder)
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    print(json.dumps(report), flush=True)
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            os.close(0)
+            os.open(os.devnull, os.O_RDONLY)
+            return run_here(request)
+        with suppress(OSError):  # here and in the child: whichever comes first
+            os.setpgid(pid, pid)
+        print(json.dumps({"pid": pid}), flush=True)
+        _, status, usage = os.wait4(pid, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}), flush=True)
+    return 0
+
+
+# --- in the tests
+
+
+class Runner:
+    "Runs notebooks one after another, each in its own process: `with Runner() as runner: runner.run(...)`."
+
+    def __init__(self, cache: Path | None = None) -> None:
+        import numba_cache
+
+        self.cache = cache or numba_cache.cache_folder()
+        self.cache.mkdir(parents=True, exist_ok=True)
+        numba_cache.prune(self.cache)
+        self.process: subprocess.Popen | None = None
+        self.running: int | None = None  # process group of the notebook that runs
+        self.report: dict[str, Any] = {}
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        "End the runner, and the notebook that it runs."
+        self._kill_running()
+        if self.process is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+    def _kill_running(self) -> None:
+        if self.running is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.running, signal.SIGKILL)
+
+    def _answer(self, timeout_s: float) -> dict[str, Any] | None:
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        line = self.process.stdout.readline() if ready else b"null"
+        if not line:
+            raise RuntimeError(f"the notebook runner ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def start(self) -> None:
+        "Start the process that imports ahead, unless it runs."
+        if self.process is None and CAN_FORK:
+            # read when a library is loaded, so for all notebooks alike; OpenBLAS would start its threads at once
+            env = os.environ | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, "--cache", str(self.cache)]
+            # unbuffered: select sees what readline will find
+            self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            self.report = self._answer(300) or {}
+            if self.report.get("threads"):
+                raise RuntimeError(f"importing ahead started threads {self.report['threads']}; add the library to NOT_AHEAD in {__file__}")
+
+    def run(
+        self,
+        path: Path,  # notebook
+        home: Path,  # copy of the project that it belongs to: the working folder
+        env: dict[str, str],  # its whole environment
+        out: Path,  # file for its output
+        flags: str = "",  # directives to run that tests leave out otherwise, separated by spaces
+        skip_flags: str = "",  # directives to leave out
+        timeout_s: float = 900,
+    ) -> Outcome:
+        "Run a notebook to its end, or kill it with its children after `timeout_s`."
+        if not CAN_FORK:
+            return self._run_in_a_new_interpreter(path, home, env, out, flags, timeout_s)
+        self.start()
+        request = {"path": str(path), "home": str(home), "env": env, "out": str(out), "flags": flags, "skip_flags": skip_flags}
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.running = self._answer(60)["pid"]
+        done, late = self._answer(timeout_s), ""
+        if done is None:
+            late = f"\nnot finished after {timeout_s:.0f} s"
+            self._kill_running()
+            done = self._answer(60)
+        self._kill_running()  # what a notebook left running ends with it
+        self.running = None
+        return Outcome(done["code"], out.read_text(errors="replace") + late, done["cpu_s"])
+
+    def _run_in_a_new_interpreter(self, path: Path, home: Path, env: dict[str, str], out: Path, flags: str, timeout_s: float) -> Outcome:
+        command = [Path(sys.executable).parent / "nbdev_test", "--path", path, "--n_workers", "0", "--flags", flags]
+        with out.open("w") as file:
+            try:
+                code = subprocess.run(command, cwd=home, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=timeout_s, check=False).returncode
+            except subprocess.TimeoutExpired:
+                return Outcome(1, out.read_text(errors="replace") + f"\nnot finished after {timeout_s:.0f} s")
+        return Outcome(code, out.read_text(errors="replace"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--cache", type=Path, required=True, help="folder for compiled functions of cells")
+    sys.exit(serve(parser.parse_args().cache))

@@ -193,8 +193,9 @@ def simulate(
     "Write a simulated market in the archive's format, for trying things out; its files are marked as simulated."
     from cryptoresearch.data.simulate import simulate_archive
 
-    paths = simulate_archive(folder, symbol, start, days, trades_per_day, seed, signal, kinds=tuple(kind or ["trades"]), intervals=tuple(interval or ["1m"]),
-                             venue=market, monthly=monthly, form=form, tree=tree)  # fmt: skip
+    # simulate_archive checks the names that are options here
+    names: dict[str, Any] = {"kinds": tuple(kind or ["trades"]), "intervals": tuple(interval or ["1m"]), "venue": market, "form": form}
+    paths = simulate_archive(folder, symbol, start, days, trades_per_day, seed, signal, monthly=monthly, tree=tree, **names)
     for path in paths:
         console.print(str(path), soft_wrap=True)
 

@@ -264,7 +264,7 @@ def test_the_slower_of_two_builders_looks_again(market: Market) -> None:
     market.file("d" + market.symbol, seconds(0, 40))
     change = changed_since(market.con, Series(market.symbol, "trades", "time", "1s"))
     grown(market, "1s")
-    with pytest.raises(growth.StoreBusy, match="somebody else has built them"):
+    with pytest.raises(growth.StoreBusy, match="another process has built them"):
         write(market.con, growth.record_build, Series(market.symbol, "trades", "time", "1s"), 0, None, change)
     market.check("1s")
 

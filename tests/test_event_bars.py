@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.bars import complete_trades, TRADE_COLUMNS
+from cryptoresearch.data.aggregation import complete_trades, TRADE_COLUMNS
 from cryptoresearch.data.event_bars import event_bars, event_spec, EventFolder, make_event_bars, read_event_bars
 from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.data.store import init_duckdb, snapshot

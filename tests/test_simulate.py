@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from cryptoresearch.data.archive import fetch_day
 from cryptoresearch.data.corruption import KINDS as DIRT
-from cryptoresearch.data.corruption import Dirt, soil
+from cryptoresearch.data.corruption import Corruption, soil
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import CAPITAL, csv_text, LOWER, Market, simulate_archive, simulate_trades
 from cryptoresearch.data.status import gap_table
@@ -86,7 +86,7 @@ def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-def check(con: duckdb.DuckDBPyConnection, dirt: Dirt, rows: list[Any]) -> None:
+def check(con: duckdb.DuckDBPyConnection, dirt: Corruption, rows: list[Any]) -> None:
     "What the table of kinds expects of a loader."
     if dirt.outcome == "refused":
         with pytest.raises(SchemaError, match=r"expected .*; found "):

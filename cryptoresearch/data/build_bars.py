@@ -15,11 +15,11 @@ from .event_bars import make_event_bars
 def make_bars(
     con: duckdb.DuckDBPyConnection,  # the store, from init_duckdb()
     symbol: str,  # such as BTCUSDT
-    spec: str = "1m",  # bar length: 1s … 1d and longer; event bars: tick:1000, volume:50, dollar:1e6 …
+    spec: str = "1m",  # length of time bars, 1s to 366d; or event bars: tick:1000, volume:50, dollar:1e6 …
     *,
     source: str | None = None,  # one source only; every source that the store has when None
 ) -> int:  # bars that the store now holds of them, gap bars included
-    "Build the bars of a symbol from its trades and candles and store them; again, it touches only what changed."
+    "Build and store the bars of a symbol from its trades and candles; a repeated call writes only what changed."
     if ":" in spec:
         return make_event_bars(con, symbol, spec, source=source)
     return grow_bars(con, symbol, spec, source=source)

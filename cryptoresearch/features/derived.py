@@ -15,12 +15,13 @@ from math import gcd
 import numpy as np
 import pandas as pd
 
-from ..data.bars import bar_kind, bar_length, combine_bars, NUMBERS, PRICES
+from ..data.aggregation import combine_bars
+from ..data.bars import bar_kind, bar_length, NUMBERS, PRICES
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
 from .indicators import log_return
 from .microstructure import TRADE_COLUMNS
-from .registry import add_resolver, Array, Feature, feature, find, OnColumns, REGISTRY, resolve
+from .registry import add_resolver, Array, feature, Feature, find, OnColumns, REGISTRY, resolve
 from .windows import correlation_over, slope_over, weighted_over
 
 # %% ../../nbs/features/15_derived.ipynb #34612d63

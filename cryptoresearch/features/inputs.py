@@ -13,8 +13,9 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+from ..data.aggregation import Trades
 from ..data.bar_updates import fold_ordered
-from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES, Trades
+from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES
 from ..errors import ConfigError, problem
 from .derived import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features

@@ -17,9 +17,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from cryptoresearch.data.bars import (
-    bar_frame, bar_length, bar_spec, check_bars, check_event_bars, complete_trades, read_bars, trades_to_bars,
-)
+from ..data.aggregation import complete_trades
+from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, check_event_bars, read_bars, trades_to_bars
 from ..data.event_bars import event_spec, EventFolder, to_event_frame, with_gap_rows
 from ..data.series import to_utc
 from ..data.store import init_duckdb, write

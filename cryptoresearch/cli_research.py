@@ -96,7 +96,8 @@ def _parameter(o: Option) -> inspect.Parameter:
     kind = list[str] | None if o.repeated else o.annotation | None if o.default is None else o.annotation
     least = int(o.least) if o.annotation is int and o.least is not None else o.least
     flags = [f"--{flag}" for flag in (o.flag, o.alias) if flag]
-    info = typer.Option(*flags, help=full_help(o) + (" May be given several times." if o.repeated else ""), min=least)
+    pair, several = f" Given as name=value, such as {o.example}." if o.pairs else "", " May be given several times." if o.repeated else ""
+    info = typer.Option(*flags, help=full_help(o) + pair + several, min=least)
     default = None if o.repeated else o.default
     return inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 

@@ -63,17 +63,17 @@ class RunOptions(SeriesOptions):
     mode: Mode = option("expanding", "Training window; sliding needs train_window.")
     features: tuple[str, ...] = option(("default",), "Feature or group of features.", flag="feature")
     model: Model = option("xgboost", "Model to train.")
-    params: Mapping[str, Any] = option({}, "Model parameter, such as max_depth=3.", flag="param", example="max_depth=3")
+    params: Mapping[str, Any] = option({}, "Model parameter, such as max_depth.", flag="param", example="max_depth=3")
     seed: int = option(0, "Seed of the random numbers.", least=0)
     fee_bps: float = option(5.0, "Cost per side of a trade.", unit="basis points", least=0)
     train_window: str | None = option(None, "Length of the sliding window, such as 365D.", none="no sliding window")
     embargo: str = option("0h", "Extra distance between training and test, such as 24h.")
     weights: str | None = option(None, "Sample weights: uniqueness, recency:365D, or both separated by a comma.", none="equal weights")
-    label: Mapping[str, Any] = option({}, "Label parameter, such as up=2, window=168 or primary=-ret_24.", example="up=2")
+    label: Mapping[str, Any] = option({}, "Label parameter, such as up, window or primary.", example="up=2")
     modules: tuple[str, ...] = option((), "Python file or module with user-defined features.", flag="module")
     interval: Interval = option("residual", "Kind of prediction interval.")
     interval_params: Mapping[str, Any] = option(
-        {}, "Interval parameter, such as volatility=har or of=scaled.", flag="interval-param", example="given=log_sigma"
+        {}, "Interval parameter, such as volatility, given or of.", flag="interval-param", example="given=log_sigma"
     )
     calibrate: Calibration = option("none", "Calibration of probabilities, learned on purged folds of the training.")
 

@@ -111,7 +111,7 @@ def test_a_run_on_a_users_module(store: Settings, tmp_path: Path) -> None:
                 reproduce(run.id, store)
             assert reproduce(run.id, store, modules=[str(moved)])["same"].all()
             file.write_text(OWN.replace("- 1", "- 1.5"))
-            with pytest.raises(RunMismatch, match="own features"):
+            with pytest.raises(RunMismatch, match="user-defined features"):
                 reproduce(run.id, store, modules=[str(file)])
             assert train_run(con, asked, store).id != run.id
             with pytest.raises(ConfigError, match="no such file"):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import cryptoresearch
@@ -16,7 +17,7 @@ from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.identity import canonical
 from cryptoresearch.runs.options import parameters_cell, TEMPLATES
 from cryptoresearch.runs.trials import model_text
-from cryptoresearch.serving.batch import notebook_path
+from cryptoresearch.serving.batch import check_parameters, notebook_path
 
 PACKAGE = Path(cryptoresearch.__file__).parent
 KNOWN = {  # configurations with the digests of their canonical form and of their model's text, as runs have stored them
@@ -48,9 +49,10 @@ def test_stored_runs_keep_their_identity(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_committed_parameters_cell_is_the_generated_one(name):
-    notebook = json.loads(notebook_path(f"research/{name}.ipynb").read_text(encoding="utf-8"))
-    [cell] = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    assert "".join(cell["source"]) == parameters_cell(TEMPLATES[name]), "run python scripts/write_parameters.py"
+    notebook = nbformat.read(notebook_path(f"research/{name}.ipynb"), as_version=4)
+    [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert cell.source == parameters_cell(TEMPLATES[name]), "run python scripts/write_parameters.py"
+    check_parameters(notebook, {o.name: o.default for o in TEMPLATES[name]})  # papermill can parse each line
 
 
 SHOW = """

@@ -167,7 +167,7 @@ def test_a_probability_is_calibrated_stored_and_had_live(store, bars, target):
         steps = np.diff(fold["prediction"].to_numpy()[order])
         assert (steps >= -1e-9).all() or (method == "platt" and (steps <= 1e-9).all())  # Platt's line falls where the model was worse than none
     checks = reproduce(run.id, store)
-    assert checks["same"].all() and "calibrator.json made again" in checks.index
+    assert checks["same"].all() and "reproduced calibrator.json" in checks.index
     found = load_run(run.id, store)
     live = Predictor(replace(found, info=found.info | {"trained_until": str(bars.index[1500])}), bars.iloc[:1600])
     rows = pd.concat([live.update(bars.iloc[[k]]) for k in range(1600, 1620)]).set_index("ts")
@@ -209,7 +209,7 @@ def test_garch_is_a_model_of_runs_with_a_finite_history(store, bars):
     stored = json.loads((run.folder / "model.garch.json").read_text())
     assert set(stored) == {"omega", "alpha", "beta", "mean", "start", "slope"} and stored["alpha"] > 0 and stored["beta"] > 0.5
     checks = reproduce(run.id, store)
-    assert checks["same"].all() and "model.garch.json made again" in checks.index
+    assert checks["same"].all() and "reproduced model.garch.json" in checks.index
     found = load_run(run.id, store)
     whole = found.predict(bars).tail(20)
     for k in (0, 19):  # nothing before the declared history has a part in it, and nothing is missing of it

@@ -141,7 +141,7 @@ def test_made_again_bit_for_bit_although_the_store_has_moved_on(store):
     assert new != run.id and not there  # other data, other run
     checks = reproduce(run.id, store)  # from the pinned snapshot
     assert checks["same"].all(), checks[~checks["same"]]
-    assert {"bars", "forecasts made again", "model.ubj made again", "scores made again"} <= set(checks.index)
+    assert {"bars", "reproduced forecasts", "reproduced model.ubj", "reproduced scores"} <= set(checks.index)
 
 
 def test_a_rebuilt_store_with_the_same_bars_will_do_and_with_others_will_not(trained, tmp_path):
@@ -184,14 +184,14 @@ def test_tampering_along_with_the_checksums_is_found_by_training_again(copied):
     model["residual_quantiles"][0] *= 2
     (folder / "model.json").write_text(json.dumps(model))
     rewrite(folder, lambda info: None)
-    with pytest.raises(RunMismatch, match=r"model\.json made again"):
+    with pytest.raises(RunMismatch, match=r"reproduced model\.json"):
         reproduce(run.id, settings)
 
 
 def test_a_changed_record_is_found(copied):
     settings, run, folder = copied
     rewrite(folder, lambda info: info["scores"]["model"].update(ic=0.5))
-    with pytest.raises(RunMismatch, match="scores made again"):
+    with pytest.raises(RunMismatch, match="reproduced scores"):
         reproduce(run.id, settings)
     rewrite(folder, lambda info: info["identity"]["config"].update(seed=7))
     with pytest.raises(RunMismatch, match=r"run\.json"):

@@ -26,7 +26,7 @@ from ..features.registry import Feature, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
 from ..models.estimators import MODELS
 from ..models.intervals import interval_features, interval_params, scaled_params, volatility_features
-from .options import RunOptions
+from .options import documented, RunOptions
 
 # %% ../../nbs/runs/01_config.ipynb #34a2423e
 def by_events(
@@ -43,6 +43,7 @@ def least_length(
     return pd.Timedelta("1us") if by_events(spec) else bar_length(spec)
 
 # %% ../../nbs/runs/01_config.ipynb #351f49e8
+@documented
 @dataclass(frozen=True)
 class RunConfig(RunOptions):
     "The options of a run, checked when it is made and never changed."

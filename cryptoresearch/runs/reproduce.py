@@ -32,28 +32,31 @@ class _Checks:
     "Comparisons of a run with its record, in order."
 
     def __init__(self, run_id: str) -> None:
-        self.run_id, self.rows = run_id, []  # type: str, list[dict[str, Any]]
+        self.run_id = run_id
+        self.rows: list[dict[str, Any]] = []
 
     def note(self, check: str, expected: object, found: object) -> bool:
-        "Write a comparison down."
+        "Record a comparison."
         self.rows.append({"check": check, "expected": str(expected), "found": str(found), "same": expected == found})
         return expected == found
 
     def must(self, check: str, expected: object, found: object, where: str = "") -> None:
-        "Write a comparison down, and stop where it fails."
+        "Record a comparison and raise RunMismatch if it fails."
         if not self.note(check, expected, found):
             others = [f"{r['check']} {r['expected']} then, {r['found']} now" for r in self.rows[:-1] if not r["same"]]
-            why = f" What else differs: {'; '.join(others)}." if others else " Code and libraries are the same."
-            raise RunMismatch(problem(f"{check} of run {self.run_id}: {expected}", f"{found}{where}", f"{why.strip()} If this is wanted, train again"))
+            why = f"What else differs: {'; '.join(others)}." if others else "Code and libraries are the same."
+            expectation = problem(f"{check} of run {self.run_id}: {expected}", f"{found}{where}", f"{why} If this is intended, train again")
+            raise RunMismatch(expectation)
 
     def table(self) -> pd.DataFrame:
+        "Return the comparisons, index check."
         return pd.DataFrame(self.rows).set_index("check")
 
 # %% ../../nbs/runs/06_reproduce.ipynb #926ae53a
 def first_difference(
     then: pd.DataFrame,  # as stored
-    now: pd.DataFrame,  # as made again
-) -> str:  # empty where all is equal, bit for bit
+    now: pd.DataFrame,  # as reproduced
+) -> str:  # empty if all is equal, bit for bit
     "Name the first difference of two frames."
     if list(then.columns) != list(now.columns):
         return f"columns {', '.join(then.columns)} then, {', '.join(now.columns)} now"
@@ -67,23 +70,36 @@ def first_difference(
     return ""
 
 # %% ../../nbs/runs/06_reproduce.ipynb #d0ddd5c1
-def _data_then(info: Mapping[str, Any], config: RunConfig, checks: _Checks, settings: Settings | None) -> RunData:
-    "The run's bars, from its snapshot or from the store as it is."
-    expected, found, data = info["identity"]["bars"], info["snapshot"], None
+def _read_pinned(info: Mapping[str, Any], config: RunConfig, settings: Settings | None) -> tuple[RunData, object]:
+    "Read the bars of a run from its snapshot, or from the current store if the snapshot has other bars or is gone."
+    expected, snapshot = info["identity"]["bars"], info["snapshot"]
     try:
-        with connect(settings, snapshot=found) as con:
+        with connect(settings, snapshot=snapshot) as con:
             data = read_data(con, config)
+        if frame_digest(data.bars.drop(columns="symbol")) == expected:  # a rebuilt store has a snapshot of this number too
+            return data, snapshot
     except (DataNotFound, duckdb.Error):
         pass
-    if data is None or frame_digest(data.bars.drop(columns="symbol")) != expected:  # a rebuilt store has a snapshot of this number too
-        with connect(settings, read_only=True) as con:
-            data, found = read_data(con, config), "gone, or of another store; the store as it is"
+    with connect(settings, read_only=True) as con:
+        return read_data(con, config), "gone, or of another store; the current store is used"
+
+
+def _trades_digest(data: RunData) -> dict[str, str] | None:
+    "Digest the trades within bars; None if the label needs none."
+    return None if data.trades is None else frame_digest(data.trades.set_index("ts"))
+
+# %% ../../nbs/runs/06_reproduce.ipynb #8cf1ecf0
+def _data_then(info: Mapping[str, Any], config: RunConfig, checks: _Checks, settings: Settings | None) -> RunData:
+    "Read the bars of a run and compare them with its record."
+    parts, same = info["identity"], "the digest in its record"
+    data, found = _read_pinned(info, config, settings)
     checks.note("snapshot", info["snapshot"], found)
     bars = frame_digest(data.bars.drop(columns="symbol"))
-    changed = [name for name in expected if bars.get(name) != expected[name]]
-    checks.must("bars", "the digest in its record", "the digest in its record" if not changed else f"other values in {', '.join(changed)}", f" ({len(data.bars):,} bars now, {info['data']['bars']:,} then)")
-    checks.must("source files", info["identity"]["files"], list(data.ledger))
-    checks.must("trades within bars", parts["trades"] if "trades" in (parts := info["identity"]) else None, None if data.trades is None else frame_digest(data.trades.set_index("ts")))
+    changed = [name for name, digest in parts["bars"].items() if bars.get(name) != digest]
+    counts = f" ({len(data.bars):,} bars now, {info['data']['bars']:,} then)"
+    checks.must("bars", same, f"other values in {', '.join(changed)}" if changed else same, counts)
+    checks.must("source files", parts["files"], list(data.ledger))
+    checks.must("trades within bars", parts.get("trades"), _trades_digest(data))
     return data
 
 
@@ -95,45 +111,57 @@ def _compare_files(folder: Path, info: Mapping[str, Any], checks: _Checks) -> No
 
 # %% ../../nbs/runs/06_reproduce.ipynb #74fa5f63
 def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.DataFrame, fitted: Fitted, checks: _Checks) -> None:
-    "Compare forecasts, scores and the model's bytes with the stored ones."
+    "Compare forecasts, scores and the bytes of the model with the stored ones."
     stored = pd.read_parquet(folder / "predictions.parquet")
-    checks.must("forecasts made again", "equal bit for bit", first_difference(stored, predictions) or "equal bit for bit")
+    checks.must("reproduced forecasts", "equal bit for bit", first_difference(stored, predictions) or "equal bit for bit")
     scores = to_json_value(score_table(predictions, info["config"]["target"], info["config"]["horizon"]).to_dict("index"))
-    checks.must("scores made again", info["scores"], scores)
+    checks.must("reproduced scores", info["scores"], scores)
     with tempfile.TemporaryDirectory() as tmp:
         save_fitted(fitted, Path(tmp))
         for name, path in folder_files(Path(tmp)).items():
-            checks.must(f"{name} made again", sha256_of((folder / name).read_bytes())[:16], sha256_of(path.read_bytes())[:16])
+            checks.must(f"reproduced {name}", sha256_of((folder / name).read_bytes())[:16], sha256_of(path.read_bytes())[:16])
 
 # %% ../../nbs/runs/06_reproduce.ipynb #9ee40915
-def reproduce(
-    run_id: str,  # name, or the beginning of it
-    settings: Settings | None = None,  # store and runs; from the environment when None
-    progress: Progress | None = None,  # told what is being done
-    modules: Iterable[str] = (),  # where the run's own features lie; never taken from the record, which may run no code
-) -> pd.DataFrame:  # index check: expected, found, same; differences that explain nothing are only noted
-    "Make a run again and compare; RunMismatch names the first difference."
-    folder = find_folder(run_id, settings)
-    info, checks = read_info(folder), _Checks(folder.name)
+_JUDGED = ("simulated", "trained_until", "features", "interval_features", "warmup", "strategy", "level", "verdict")
+
+
+def _compare_record(folder: Path, info: Mapping[str, Any], config: RunConfig, modules: Iterable[str], checks: _Checks) -> None:
+    "Compare the record with its digest, and libraries, code and user-defined features with the record."
     parts = info["identity"]
     checks.must("run.json", folder.name.rsplit("-", 1)[1], sha256_of(canonical(parts))[:10], " from what the record says")
     checks.must("configuration", canonical(parts["config"]), canonical(info["config"]))
     for name, then in parts["libraries"].items():
         checks.note(name, then, library_versions().get(name, "absent"))
     checks.note("code", parts["code"], code_version())
-    config, given = RunConfig(**info["config"]), import_modules(modules)
+    given = import_modules(modules)
     if left := [m for m in config.modules if m not in given]:
-        raise ConfigError(problem(f"the modules of run {folder.name}", f"no {', '.join(left)}", f"Say where they lie: {' '.join(f'--module {m}' for m in left)}"))
-    checks.must("own features", parts["own_features"], own_features(config.resolved.all) | given)
+        options = " ".join(f"--module {m}" for m in left)
+        raise ConfigError(problem(f"the modules of run {folder.name}", f"no {', '.join(left)}", f"Say where they are: {options}"))
+    checks.must("user-defined features", parts["own_features"], own_features(config.resolved.all) | given)
+
+# %% ../../nbs/runs/06_reproduce.ipynb #614c266b
+def reproduce(
+    run_id: str,  # name, or an unambiguous beginning of it
+    settings: Settings | None = None,  # store and runs; from the environment when None
+    progress: Progress | None = None,  # called with the fraction done and what is being done
+    modules: Iterable[str] = (),  # files or modules of the run's user-defined features; never taken from the record, which may run no code
+) -> pd.DataFrame:  # index check: expected, found, same
+    "Train a run again and compare; RunMismatch names the first difference."
+    folder = find_folder(run_id, settings)
+    info, checks = read_info(folder), _Checks(folder.name)
+    config = RunConfig(**info["config"])
+    _compare_record(folder, info, config, modules, checks)
     data = _data_then(info, config, checks, settings)
     _compare_files(folder, info, checks)
     samples, start = prepare(data.bars, config, data.trades), first_test(config, data.bars)
     predictions, folds, sigma = walk_folds(config, samples, start, progress)
-    checks.must("folds made again", info["folds"], folds)
+    checks.must("reproduced folds", info["folds"], folds)
     _compare_rebuilt(folder, info, predictions, fit_last(config, samples, sigma), checks)
-    again = to_json_value(run_record(folder.name, config, parts, data, samples, start) | judge_run(config, data, predictions, (info["strategy"] or {}).get("trials", [])))
-    for name in ("simulated", "trained_until", "features", "interval_features", "warmup", "strategy", "level", "verdict"):
-        checks.must(f"{name} made again", info[name], again[name])
+    trials = (info["strategy"] or {}).get("trials", [])
+    record = run_record(folder.name, config, info["identity"], data, samples, start) | judge_run(config, data, predictions, trials)
+    again = to_json_value(record)
+    for name in _JUDGED:
+        checks.must(f"reproduced {name}", info[name], again[name])
     if progress:
         progress(1.0, "compared")
     return checks.table()

@@ -33,27 +33,27 @@ from ..models.splits import WalkForward
 from .config import RunConfig, volatility_config
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #d7c37162
-LEAST_KNOWN = 0.5  # share of the features
+LEAST_KNOWN = 0.5  # fraction of the features
 
 
 def usable_rows(
     X: pd.DataFrame,  # features, n rows
     bars: pd.DataFrame,  # their bars, n rows
-) -> np.ndarray:  # bool, n rows
-    "Tell the bars about which a forecast is made."
+) -> np.ndarray:  # bool, n rows; True without a gap and with half of the features known
+    "Select the bars for which a forecast is made."
     return (X.notna().mean(axis=1).to_numpy() >= LEAST_KNOWN) & ~bars["gap"].to_numpy(dtype=bool)
 
 
 @dataclass(frozen=True)
 class Samples:
-    "Features, outcomes and intervals of the usable bars."
+    "Features, outcomes and spans of the usable bars."
 
     X: pd.DataFrame  # features, index ts
-    labels: pd.DataFrame  # of make_labels: y, known_ts, end_ts and what else the target has
+    labels: pd.DataFrame  # of make_labels: y, known_ts, end_ts and columns of the target
     intervals: pd.DataFrame  # start_ts, end_ts, for purging
     base: pd.DataFrame  # baselines
     left_out: tuple[str, ...]  # features that the data cannot give
-    volatility: "Samples | None" = None  # of the same bars, for the volatility behind a scaled interval
+    volatility: "Samples | None" = None  # of the same bars, for the volatility of a scaled interval
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #d3767a08
 def prepare(
@@ -61,11 +61,11 @@ def prepare(
     config: RunConfig,  # features, target, horizon
     trades: pd.DataFrame | None = None,  # of RunData, for barriers within one bar
 ) -> Samples:  # rows of the usable bars
-    "Turn bars into samples."
+    "Make the samples of a configuration from bars."
     raw = DataProcessing(features=list(config.resolved.model)).process_data(bars)
     known = raw.notna().any()
     if not known.any():
-        raise DataNotFound(problem("features with values", f"none in {len(bars):,} bars", "Load more bars, or choose features with a shorter warm-up"))
+        raise DataNotFound(problem("features with values", f"none in {len(bars):,} bars", "Load more bars, or choose other features"))
     X = raw.loc[:, known]
     asked = (bars, config.target, config.horizon, config.label)
     labels, base = make_labels(*asked, trades=trades), target_baselines(*asked)
@@ -83,28 +83,31 @@ def prepare(
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #e21283e9
 def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[Feature, ...], rows: np.ndarray) -> Samples:
-    "The same rows with the volatility as outcome; their intervals begin at the decision, since only outcomes that are known are learned from."
+    "Make samples of the same rows with the volatility as outcome; their spans begin at the decision."
     labels = fixed_horizon(bars, horizon, "volatility")
     X = DataProcessing(features=list(features)).process_data(bars)
     return Samples(X[rows], labels[rows], sample_intervals(labels, bars, 1)[rows], labels.loc[rows, []], ())
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #1ce45ad8
-Progress = Callable[[float, str], None]  # fraction done (0 to 1), what is being done
+Progress = Callable[[float, str], None]  # called with the fraction done (0 to 1) and what is being done
 
 
 def make_model(
-    config: RunConfig,  # the question
-    **more: Any,  # parameters that come first, such as loss='quantile'
+    config: RunConfig,  # target, model, parameters, seed
+    **more: Any,  # parameters that take precedence, such as loss='quantile'
 ) -> TailModel:  # not fitted
-    "Make the model that a configuration asks for."
+    "Make the model of a configuration."
     kind: dict[str, Any] = {"loss": "probability"} if is_event(config.target) else {"log_target": config.target == "volatility"}
     if config.model == "garch":
         kind |= {"horizon": config.horizon}
     return MODELS[config.model](**(kind | dict(config.params) | {"seed": config.seed} | more))
 
 
-def first_test(config: RunConfig, bars: pd.DataFrame) -> pd.Timestamp:  # UTC
-    "Open of the first bar to forecast."
+def first_test(
+    config: RunConfig,  # test_start; after 60 % of the bars when None
+    bars: pd.DataFrame,  # bar frame
+) -> pd.Timestamp:  # UTC
+    "Return the open of the first bar to forecast."
     if config.test_start:
         return pd.Timestamp(config.test_start)
     return bars.index[int(len(bars) * 0.6)]
@@ -113,8 +116,8 @@ def first_test(config: RunConfig, bars: pd.DataFrame) -> pd.Timestamp:  # UTC
 def sample_weights(
     labels: pd.DataFrame,  # y, known_ts, end_ts of the training rows alone, n rows
     weights: str | None,  # as in RunConfig
-) -> np.ndarray | None:  # above zero, mean 1, n; None where all count alike
-    "How much each training sample counts."
+) -> np.ndarray | None:  # n, above zero, mean 1; None for equal weights
+    "Compute the weights of training samples."
     if weights is None:
         return None
     total = np.ones(len(labels))
@@ -128,12 +131,13 @@ def fit_rows(
     config: RunConfig,  # model, parameters, weights
     samples: Samples,  # of the run
     rows: np.ndarray,  # positions to train on
-    **more: Any,  # parameters of the model that come first
+    **more: Any,  # parameters of the model that take precedence
 ) -> TailModel:  # fitted
-    "Fit on the rows whose outcome is known."
+    "Fit a model on the rows whose outcome is known."
     rows = rows[samples.labels["y"].notna().to_numpy()[rows]]
     weight = sample_weights(samples.labels.iloc[rows], config.weights)
-    return make_model(config, **more).fit(samples.X.iloc[rows], samples.labels["y"].iloc[rows], intervals=samples.intervals.iloc[rows], sample_weight=weight)
+    X, y, spans = samples.X.iloc[rows], samples.labels["y"].iloc[rows], samples.intervals.iloc[rows]
+    return make_model(config, **more).fit(X, y, intervals=spans, sample_weight=weight)
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #80ee19ab
 PAST_BLOCKS = 12  # in which the volatility before the test is forecast
@@ -142,18 +146,18 @@ CALIBRATION_FOLDS = 5  # of the training rows, for probabilities out of fold
 
 @dataclass(frozen=True)
 class Fitted:
-    "What a stretch of training has left."
+    "A model with its interval and its calibrator, fitted on one stretch."
 
-    model: TailModel
-    ends: Ends | None = None  # of the interval; None for the model's own residuals
+    model: TailModel  # fitted
+    ends: Ends | None = None  # of the interval; None for the residuals of the model
     calibrator: Calibrator | None = None  # of the probability
 
     def forecast(
         self,
         X: pd.DataFrame,  # features of the model, m rows
-        side: pd.DataFrame | None = None,  # features of the interval, where it has some
-        unit: Any = 1.0,  # of the outcome, m
-    ) -> dict[str, Any]:  # prediction, lower, upper (NaN for a probability), volatility where the interval is scaled, raw where a probability was calibrated
+        side: pd.DataFrame | None = None,  # features of the interval, if it has any
+        unit: np.ndarray | float = 1.0,  # of the outcome, m
+    ) -> dict[str, Any]:  # prediction, lower, upper (NaN for a probability), volatility if scaled, raw if calibrated
         "Forecast each row."
         out: dict[str, Any] = {"prediction": self.model.predict(X)}
         if self.calibrator is not None:
@@ -170,8 +174,8 @@ def known_by(
     config: RunConfig,  # sliding window and embargo
     samples: Samples,  # whose intervals begin at the decision
     now: pd.Timestamp,  # UTC
-) -> np.ndarray:  # positions
-    "Rows whose outcome is known at a time."
+) -> np.ndarray:  # positions of rows
+    "Find the rows whose outcome is known at a time."
     spans, end = samples.intervals, now - pd.Timedelta(config.embargo)
     known = spans["end_ts"] <= end
     if config.train_window is not None:
@@ -183,8 +187,8 @@ def fit_volatility(
     config: RunConfig,  # of the run
     samples: Samples,  # of its volatility
     now: pd.Timestamp,  # UTC
-) -> TailModel:
-    "Fit the volatility behind a scaled interval on what is known at a time."
+) -> TailModel:  # fitted
+    "Fit the volatility model of a scaled interval on what is known at a time."
     return fit_rows(volatility_config(config) or config, samples, known_by(config, samples, now))
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #bc01d7c4
@@ -192,47 +196,50 @@ def past_volatility(
     config: RunConfig,  # of the run
     samples: Samples,  # of `prepare`, n rows
     test_start: pd.Timestamp,  # first bar to forecast, UTC
-) -> np.ndarray | None:  # n, NaN in the first stretch and from the test on; None where the interval is not scaled
+) -> np.ndarray | None:  # n, NaN in the first stretch and from the test on; None unless the interval is scaled
     "Forecast the volatility before the test, out of sample."
     if samples.volatility is None:
         return None
     vol, before = samples.volatility, int((samples.X.index < test_start).sum())
     out = np.full(len(vol.X), np.nan)
     times = pd.DatetimeIndex(vol.labels["known_ts"])
-    for a, b in pairwise(np.linspace(min(max(before // 4, 2000), before // 2), before, PAST_BLOCKS + 1).astype(int).tolist()):
+    first = min(max(before // 4, 2000), before // 2)
+    for a, b in pairwise(np.linspace(first, before, PAST_BLOCKS + 1).astype(int).tolist()):
         if b > a:
             out[a:b] = fit_volatility(config, vol, times[a]).predict(vol.X.iloc[a:b])
     return out
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #0309e4f2
 def fit_all(
-    config: RunConfig,  # the question
+    config: RunConfig,  # model, interval, calibration
     samples: Samples,  # of `prepare`, n rows
     rows: np.ndarray,  # positions to train on
-    sigma: np.ndarray | None,  # n volatilities forecast out of sample, where the interval is scaled
+    sigma: np.ndarray | None,  # n volatilities forecast out of sample; None unless the interval is scaled
     now: pd.Timestamp,  # when the first forecast is made, UTC
-) -> Fitted:
-    "Fit the model, and its interval or its calibration, on what is known."
+) -> Fitted:  # for forecasts from `now` on
+    "Fit the model and its interval or calibration on what is known."
     model = fit_rows(config, samples, rows)
     if config.calibrate != "none":
         return Fitted(model, calibrator=_fit_calibrator(config, samples, rows))
     if sigma is not None and samples.volatility is not None:
         return Fitted(model, _fit_scaled(config, samples, samples.volatility, sigma, now, model.level))
-    return Fitted(model, _fit_quantiles(config, samples, rows) if "quantile" in (config.interval, config.interval_params.get("of")) else None)
+    quantile = "quantile" in (config.interval, config.interval_params.get("of"))
+    return Fitted(model, _fit_quantiles(config, samples, rows) if quantile else None)
 
 
 def _fit_calibrator(config: RunConfig, samples: Samples, rows: np.ndarray) -> Calibrator:
-    "Learn what probabilities mean from forecasts out of purged folds of the training rows."
+    "Learn a calibrator from forecasts out of purged folds of the training rows."
     method: Any = config.calibrate
     rows = rows[(samples.labels["y"].notna() & samples.intervals["end_ts"].notna().to_numpy()).to_numpy()[rows]]
     weight = sample_weights(samples.labels.iloc[rows], config.weights)
     y, spans = samples.labels["y"].iloc[rows], samples.intervals.iloc[rows]
-    said = out_of_fold(lambda: make_model(config), samples.X.iloc[rows], y, spans, PurgedKFold(CALIBRATION_FOLDS, config.embargo), weight)
-    return Calibrator(method).fit(said, y)
+    folds = PurgedKFold(CALIBRATION_FOLDS, config.embargo)
+    forecasts = out_of_fold(lambda: make_model(config), samples.X.iloc[rows], y, spans, folds, weight)
+    return Calibrator(method).fit(forecasts, y)
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #14ff5c84
 def _fit_quantiles(config: RunConfig, samples: Samples, rows: np.ndarray) -> QuantileEnds:
-    "Both quantile models, and their margin from the purged tail."
+    "Fit both quantile models, and take their margin from the purged tail."
     rows = rows[samples.labels["y"].notna().to_numpy()[rows]]
     probe = make_model(config)
     early, tail = (rows[part] for part in purged_tail(len(rows), probe.validation_fraction, samples.intervals.iloc[rows]))
@@ -244,28 +251,29 @@ def _fit_quantiles(config: RunConfig, samples: Samples, rows: np.ndarray) -> Qua
 
 
 def _fit_scaled(config: RunConfig, samples: Samples, vol: Samples, sigma: np.ndarray, now: pd.Timestamp, level: float) -> ScaledEnds:
-    "A model of the volatility, and the quantiles of outcomes in its unit."
+    "Fit a model of the volatility and the quantiles of outcomes in its unit."
     rows = known_by(config, vol, now)
     labels = samples.labels.iloc[rows]
-    return fit_scaled(fit_volatility(config, vol, now), sigma[rows], labels["y"].to_numpy(np.float64), vol.X.iloc[rows], outcome_unit(config, labels), config.interval_params["given"], level)
+    model, y, unit = fit_volatility(config, vol, now), labels["y"].to_numpy(np.float64), outcome_unit(config, labels)
+    return fit_scaled(model, sigma[rows], y, vol.X.iloc[rows], unit, config.interval_params["given"], level)
 
-
+# %% ../../nbs/runs/04_walk_forward.ipynb #a37cce0e
 def outcome_unit(
     config: RunConfig,  # target
-    labels: pd.DataFrame,  # sigma, where the target has it
-) -> Any:  # 1, or an array
-    "Unit in which an outcome is measured."
+    labels: pd.DataFrame,  # sigma, if the target has it
+) -> np.ndarray | float:  # 1, or one unit per row
+    "Return the unit in which an outcome is measured."
     return labels["sigma"].to_numpy(np.float64) if config.target == "scaled_return" else 1.0
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #3a2273af
 def forecast_fold(
-    fitted: Fitted,
-    samples: Samples,
+    fitted: Fitted,  # on `train`
+    samples: Samples,  # of the run
     train: np.ndarray,  # positions of the rows that it was fitted on
     rows: np.ndarray,  # positions of the rows to forecast, m
-    fold: int,  # its number
-) -> pd.DataFrame:  # m rows: known_ts, end_ts, y, prediction, lower, upper, fold, baselines, and what a strategy needs
-    "Forecasts of a fold beside outcomes, baselines and what a strategy needs to know."
+    fold: int,  # number of the fold, from 1
+) -> pd.DataFrame:  # m rows: known_ts, end_ts, y, prediction, lower, upper, fold, baselines, columns of the target
+    "Forecast a fold; outcomes, baselines and the columns of a strategy are joined."
     labels, event = samples.labels.iloc[rows], fitted.model.loss == "probability"
     side = None if samples.volatility is None else samples.volatility.X.iloc[rows]
     forecasts = fitted.forecast(samples.X.iloc[rows], side, labels["sigma"].to_numpy(np.float64) if "sigma" in labels else 1.0)
@@ -275,41 +283,51 @@ def forecast_fold(
     return out.assign(**base, **{str(name): column for name, column in samples.base.iloc[rows].items()}, **more)
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #02e97c6f
-def walk_folds(config: RunConfig, samples: Samples, test_start: pd.Timestamp, progress: Progress | None = None) -> tuple[pd.DataFrame, list[dict[str, Any]], np.ndarray | None]:
-    "Predictions, folds, and the volatilities that were forecast out of sample."
-    mode: Any = config.mode
-    split = WalkForward(test_start, config.refit_every, mode, config.train_window, config.embargo)
+def walk_folds(
+    config: RunConfig,  # how to split and what to fit
+    samples: Samples,  # of `prepare`, n rows
+    test_start: pd.Timestamp,  # first bar to forecast, UTC
+    progress: Progress | None = None,  # called after each fold
+) -> tuple[pd.DataFrame, list[dict[str, Any]], np.ndarray | None]:  # predictions, folds, n volatilities (None unless scaled)
+    "Forecast each fold, and keep the volatilities that were forecast out of sample."
+    split = WalkForward(test_start, config.refit_every, config.mode, config.train_window, config.embargo)
     total, parts, folds = split.get_n_splits(samples.intervals), [], []
     sigma = past_volatility(config, samples, test_start)
     for k, (train, test) in enumerate(split.split(samples.intervals), start=1):
         fitted = fit_all(config, samples, train, sigma, pd.DatetimeIndex(samples.labels["known_ts"])[test[0]])
-        model = fitted.model
         parts.append(forecast_fold(fitted, samples, train, test, k))
         if sigma is not None:
             sigma[test] = parts[-1]["volatility"]
-        used = samples.intervals.iloc[train]
-        stretch = {"train_start": used["start_ts"].min(), "train_end": used["end_ts"].max(), "test_start": samples.X.index[test[0]], "test_end": parts[-1]["known_ts"].iloc[-1]}
-        counts = {"n_train": model.n_rows_["fit"] + model.n_rows_["purged"] + model.n_rows_["tail"], "n_test": len(test), "trees": model.best_iteration_ + 1}
-        folds.append({"fold": k} | {name: t.isoformat() for name, t in stretch.items()} | counts)
+        folds.append(_fold_record(k, fitted.model, samples, train, test))
         if progress:
             progress(k / (total + 1), f"fold {k} of {total}")
     return _adapted(config, pd.concat(parts).rename_axis("ts")), folds, sigma
+
+# %% ../../nbs/runs/04_walk_forward.ipynb #b1703149
+def _fold_record(fold: int, model: TailModel, samples: Samples, train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    "Describe a fold: its stretches, rows and trees."
+    used, counts = samples.intervals.iloc[train], model.n_rows_
+    times = {"train_start": used["start_ts"].min(), "train_end": used["end_ts"].max()}
+    times |= {"test_start": samples.X.index[test[0]], "test_end": samples.labels["known_ts"].iloc[test[-1]]}
+    rows = {"n_train": counts["fit"] + counts["purged"] + counts["tail"], "n_test": len(test), "trees": model.best_iteration_ + 1}
+    return {"fold": fold} | {name: t.isoformat() for name, t in times.items()} | rows
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #8fa10ef5
 def walk_forward(
     config: RunConfig,  # how to split and what to fit
     samples: Samples,  # of `prepare`
     test_start: pd.Timestamp,  # first bar to forecast, UTC
-    progress: Progress | None = None,  # told after each fold
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:  # the predictions (see the contract above), and what each fold was trained on
-    "Forecast each fold with a model that knows only what came before."
+    progress: Progress | None = None,  # called after each fold
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:  # predictions (see the contract above), and the stretches and rows of each fold
+    "Forecast each fold with a model that knows only earlier outcomes."
     return walk_folds(config, samples, test_start, progress)[:2]
 
 
 def _adapted(config: RunConfig, predictions: pd.DataFrame) -> pd.DataFrame:
-    "Predictions with the interval adapted along the test, where the run asks for it."
+    "Adapt the interval along the test if the configuration asks for it."
     if config.interval != "adaptive":
         return predictions
     level = float(make_model(config).level)
     unit = predictions["sigma"] if config.target == "scaled_return" else None
-    return predictions.assign(**adapt(predictions, config.horizon, config.interval_params, level, log=config.target == "volatility", unit=unit))
+    ends = adapt(predictions, config.horizon, config.interval_params, level, log=config.target == "volatility", unit=unit)
+    return predictions.assign(**ends)

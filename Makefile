@@ -35,10 +35,10 @@ demo: $(READY)  ## the whole way: trades, bars, features, model, report, live pr
 	@$(BIN)/cryptoresearch demo $(ARGS)
 
 test: $(READY)  ## every notebook and every test but the heavy ones (about ten minutes on two cores)
-	@$(BIN)/python scripts/minio_server.py --prepare --no-build
+	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) $(ARGS)
 
-test-all: $(READY)  ## all tests: also long kills, whole audits, the wheel in an empty environment, S3 on a MinIO built for it
+test-all: $(READY)  ## all tests: also long kills, whole audits, the wheel in an empty environment
 	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) --heavy $(ARGS)
 

@@ -175,7 +175,8 @@ def _literal(value: Any) -> str:
 def _line(o: Option) -> str:
     "Write one line of a parameters cell."
     notes = [o.help, f"Unit: {o.unit}." if o.unit else "", f"One of {', '.join(o.choices)}." if o.choices else "", f"None: {o.none}." if o.none else ""]
-    return f"{o.name} = {_literal(o.default)}  # {' '.join(filter(None, notes))}"
+    note = " ".join(filter(None, notes)).replace("=", ": ")  # papermill skips lines with a second equals sign
+    return f"{o.name} = {_literal(o.default)}  # {note}"
 
 # %% ../../nbs/runs/00_options.ipynb #a4594963
 _SEARCHED = (

@@ -23,7 +23,7 @@ from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
-from cryptoresearch.evaluation.overfitting import search_luck
+from cryptoresearch.evaluation.overfitting import search_overfitting
 from cryptoresearch.metrics.verdict import number
 from cryptoresearch.evaluation.promotion import audit_of
 from cryptoresearch.runs.run import Run, train_run
@@ -179,9 +179,9 @@ def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, s
     with connect(desk.settings, read_only=True) as con:
         rows = read_trials(con, question_of(QUESTION))
         study = rows.loc[rows["trial"].str.startswith("trial "), ["run_id", "origin"]].drop_duplicates()
-        found = search_luck(con, *study.iloc[0])
-    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.side.compared <= 9 and 0 <= found.side.pbo <= 1
-    assert f"PBO of the search {number(found.side.pbo, '.0%')}" in said["tune"]
+        found = search_overfitting(con, *study.iloc[0])
+    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.aligned.compared <= 9 and 0 <= found.aligned.pbo <= 1
+    assert f"PBO of the search {number(found.aligned.pbo, '.0%')}" in said["tune"]
     assert said["feature_report"].count("there is no Sharpe ratio to deflate") == 1
 
 
@@ -201,7 +201,7 @@ def test_a_report_says_whether_it_was_audited(desk: Desk) -> None:
     asked = ["train", *OPTIONS, "--refit-every", "30D", "--model", "ridge"]
     first, run = desk.call(*asked), desk.runs[2].id
     page = desk.settings.path(desk.settings.runs_dir) / run / "report.html"
-    assert first.returncode == 0 and f"Not audited; to see whether this pipeline finds something where nothing is: cryptoresearch audit {run}" in words(page.read_text(encoding="utf-8")), first.stderr[-2000:]
+    assert first.returncode == 0 and f"Not audited. Run: cryptoresearch audit {run}" in words(page.read_text(encoding="utf-8")), first.stderr[-2000:]
     second = desk.call(*asked, "--audit")
     assert second.returncode == 0 and "The audit" in words(page.read_text(encoding="utf-8")) and "Not audited" not in words(page.read_text(encoding="utf-8")), second.stderr[-2000:]
     again = desk.call(*asked)

@@ -310,7 +310,7 @@ def audited(
 ) -> Judgement:  # suspicious where something was found that cannot be
     "A run's verdict beside what the audit says."
     if examined is None:
-        return replace(said, sentence=f"{said.sentence} Not audited; to see whether this pipeline finds something where nothing is: cryptoresearch audit {run}")
+        return replace(said, sentence=f"{said.sentence} Not audited. Run: cryptoresearch audit {run}")
     return Judgement("suspicious" if examined.leaks else said.level, f"{said.sentence} The {examined.verdict}.")
 
 # %% ../../nbs/evaluation/07_audit.ipynb #483dbb37

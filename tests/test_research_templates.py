@@ -118,7 +118,7 @@ def test_the_comparison_says_what_the_functions_say(desk: Desk, pages: dict[str,
     assert f"Verdict: {found.label}" in text and found.label == "A is better"
     assert " har " in text  # beside last and ewma
     assert "params.penalty" in text and "300000.0" in text
-    assert all(run.id in text for run in desk.runs[:2]) and "among the best" in text
+    assert all(run.id in text for run in desk.runs[:2]) and "in the model confidence set" in text
 
 
 @pytest.mark.slow
@@ -152,14 +152,14 @@ def test_the_feature_report_names_every_feature_and_proves_them(pages: dict[str,
 def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
     text = words(pages["evaluate"][1])
     assert desk.runs[2].id in text
-    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of back-test overfitting"):
+    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: high", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of backtest overfitting"):
         assert part in text, part
     with connect(desk.settings, read_only=True) as con:
         asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))
         counted = len(trial_sharpes(con, asked.spec))
-    assert n == 10 and f"trials of this question {n}" in text  # those of the search too
-    assert f"trials behind it {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
-    assert "models judged on these rows 1" in text and "corrected for these models p" in text
+    assert n == 10 and f"trials of the same target {n}" in text  # those of the search too
+    assert f"number of trials {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
+    assert "models tested on these rows 1" in text and "corrected for these models p" in text
     for part in ("quantiles of 90 days", "base rate", "IC by month", "IC by hour of the day", "above zero"):
         assert part in text, part
     assert audit_of(desk.runs[2])["verdict"].startswith("audit")  # kept beside the run, for the registry
@@ -172,9 +172,9 @@ def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, s
     "Every page has the deflated ratio, the trials behind it and the probability of overfitting, or says that there is no strategy."
     said = {name: words(page) for name, (_, page, _) in pages.items()}
     for name in ("compare", "evaluate"):
-        for part in ("deflated Sharpe ratio (probability)", "trials behind it", "that differ in effect", "probability of back-test overfitting", "corrected for these models"):
+        for part in ("deflated Sharpe ratio (probability)", "number of trials", "effective number of trials", "probability of backtest overfitting", "corrected for these models"):
             assert part in said[name], (name, part)
-    for part in ("deflated Sharpe ratio of the best trial", "trials behind it", "that differ in effect, of the search", "PBO of the search"):
+    for part in ("deflated Sharpe ratio of the best trial", "number of trials", "effective number of trials, search", "PBO of the search"):
         assert part in said["tune"], part
     with connect(desk.settings, read_only=True) as con:
         rows = read_trials(con, question_of(QUESTION))

@@ -47,7 +47,8 @@ def runs_table(
     }
     note = (
         f"{config.target} of {config.symbol} over the next {config.horizon} bars of {config.spec}; {len(line.losses):,} rows that all runs "
-        f"forecast, {line.losses.index[0]:%Y-%m-%d} to {line.losses.index[-1]:%Y-%m-%d}. Everything below uses these rows and is out of sample."
+        f"forecast, {line.losses.index[0]:%Y-%m-%d} to {line.losses.index[-1]:%Y-%m-%d}. Everything below uses these rows and is out of "
+        "sample."
     )
     return Table(pd.DataFrame({"run, and its own verdict": said}), words=True, note=note)
 
@@ -170,20 +171,22 @@ def earnings_section(
         return section("Trading performance")
     columns = {k: _earned(r, trials.deflated[k], trials.counts[k]) for k, r in trials.results.items()}
     text = (
-        "The sign of each forecast, traded at the next open after the fee of the run's configuration. The deflated Sharpe ratio is the probability that "
+        "The sign of each forecast, traded at the next open after the fee of the run's configuration. The deflated Sharpe ratio is the "
+        "probability that "
         "the Sharpe ratio exceeds the expected maximum of all trials on bars of this length in this store."
     )
     note = "On the common rows. The report of each run includes the costs besides the fee."
     figure = research_figures.equities_figure(trials.results)
     return section("Trading performance", (text, figure, Table(pd.DataFrame(columns), note=note)))
 
-
+# %% ../../nbs/serving/08b_comparison_sections.ipynb #f6feff2f
 def selection_section(
     trials: LineupTrials,  # of lineup_trials
 ) -> Section:  # what the ledger holds about each run
     "Show how many trials each run was selected from."
     text = (
-        "The best of many trials looks good by chance, and a run that was kept because it looked good on these rows carries that selection. "
+        "The best of many trials looks good by chance, and a run that was kept because it looked good on these rows carries that "
+        "selection. "
         "The table shows what the ledger holds about each run, on its own test."
     )
     return section("Multiple testing", (text, overfitting_view(trials.found, trials.deflated)))
@@ -192,7 +195,8 @@ def selection_section(
 _LIMITS = (
     "Rows that only some of the runs forecast are left out; a run may have been good there.",
     "A difference belongs to these months of one market. Neither the tests nor the intervals describe other times.",
-    "The p-values of the comparison are those of these runs alone. “Multiple testing” lists how many models were tested on these rows; trials outside "
+    "The p-values of the comparison are those of these runs alone. “Multiple testing” lists how many models were tested on these rows; "
+    "trials outside "
     "this store's ledger are not counted.",
 )
 
@@ -271,7 +275,7 @@ _SEARCH_SAID = {
     "uneven": "The best trial beat the defaults on average, but not consistently",
 }
 
-
+# %% ../../nbs/serving/08b_comparison_sections.ipynb #62252219
 def search_verdict(
     report: SearchReport,  # of search_report
 ) -> Finding:  # label and sentence
@@ -303,7 +307,7 @@ def _subject(report: SearchReport) -> dict[str, str]:
         "model": f"{c.model} on {inner.X.shape[1]} features ({', '.join(c.features)}), seed {c.seed}{fixed}",
     }  # fmt: skip
 
-
+# %% ../../nbs/serving/08b_comparison_sections.ipynb #dfc0cf1f
 def search_facts(
     report: SearchReport,  # of search_report
     counted: SearchOverfitting,  # of search_overfitting
@@ -371,7 +375,8 @@ def study_section(
     drawn = research_figures.study_figures(report.found.study, report.loss)
     course = "### Optimisation history\n\nA curve that still falls at its end suggests more trials."
     effect = (
-        "### Effect of the parameters\n\nShare of the variance of the objective (fANOVA), then each parameter against the objective: without a slope the "
+        "### Effect of the parameters\n\nShare of the variance of the objective (fANOVA), then each parameter against the objective: "
+        "without a slope the "
         "parameter has no effect, and a best value at the edge suggests a wider space."
     )
     slices = [fig for name, fig in drawn.items() if name.startswith("slices")]
@@ -392,7 +397,8 @@ def search_testing_section(
 ) -> Section:  # what the ledger holds about the search
     "Show how much of a search's choice may be overfitting."
     text = (
-        "The best of many trials looks good by chance. The complete trials are compared on the rows of the inner folds: the effective number of trials, and how "
+        "The best of many trials looks good by chance. The complete trials are compared on the rows of the inner folds: the effective "
+        "number of trials, and how "
         "often the best trial of one half of the time is below the median in the other half."
     )
     return section("Multiple testing", (text, view))

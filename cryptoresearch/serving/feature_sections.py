@@ -84,7 +84,7 @@ def _contributions(folds: list[FittedFold], X: pd.DataFrame) -> pd.DataFrame | N
     except SchemaError:
         return None
 
-
+# %% ../../nbs/serving/08c_feature_sections.ipynb #4ba60c15
 def _prove(bars: pd.DataFrame, names: list[str], proof_bars: int, warmup: Mapping[str, int], seed: int) -> tuple[pd.DataFrame, int]:
     "Prove the features causal on the newest bars."
     length = min(len(bars), max(proof_bars, 3 * max(warmup.values())))
@@ -168,7 +168,7 @@ def _reasons(report: FeatureReport, found: list[str]) -> dict[str, str]:
         "something": best, "weak": alone if found else needed, "nothing found": "No feature has more than chance explains",
     }  # fmt: skip
 
-
+# %% ../../nbs/serving/08c_feature_sections.ipynb #cdd8dc84
 def feature_verdict(
     report: FeatureReport,  # of feature_report
 ) -> Finding:  # label and sentence
@@ -177,8 +177,10 @@ def feature_verdict(
     found, steady = report.order.index[report.order["discovery"]].tolist(), rise.index[rise["above_zero"]].tolist()
     leaks, wrong, label = _leaks(report), int(proof["warmup_ok"].eq(False).sum()), _label(report, found, steady)
     counts = (
-        f"{len(found)} of {int(report.filters['kept'].sum())} distinct features have a significant rank IC (false discovery rate below a tenth), "
-        f"{len(steady)} of {len(rise)} clusters raise the loss on the inner folds when shuffled, {int(drift['verdict'].eq('much').sum())} of "
+        f"{len(found)} of {int(report.filters['kept'].sum())} distinct features have a significant rank IC (false discovery rate below a "
+        "tenth), "
+        f"{len(steady)} of {len(rise)} clusters raise the loss on the inner folds when shuffled, "
+        f"{int(drift['verdict'].eq('much').sum())} of "
         f"{report.X.shape[1]} features drift much after {report.outer:%Y-%m-%d}"
     )
     causal = f"{len(leaks)} of {len(proof)} features look ahead"
@@ -214,12 +216,14 @@ def causality_section(
     passed = {k: f"{int(proof[c].eq(True).sum())} of {int(proof[c].notna().sum())}" for k, c in checks.items()}
     worst = number(proof.loc[proof["causal"].eq(True), "worst_error"].max(), ".1g")
     note = (
-        f"On {report.proof_bars:,} bars to {report.data.bars.index[-1]:%Y-%m-%d %H:%M}, tolerance 1e-9; the largest difference of a passing feature is "
+        f"On {report.proof_bars:,} bars to {report.data.bars.index[-1]:%Y-%m-%d %H:%M}, tolerance 1e-9; the largest difference of a "
+        "passing feature is "
         f"{worst}."
     )
     bad = proof[~proof["causal"].eq(True) | proof["warmup_ok"].eq(False)]
     text = (
-        "Each feature is computed again after the future was removed and after it was changed, at edge cases and random bars, and from exactly its "
+        "Each feature is computed again after the future was removed and after it was changed, at edge cases and random bars, and from "
+        "exactly its "
         "warm-up. A value before the cut that changes is a leak."
     )
     failed = Table(bad[["looks_ahead", "through", "note"]].astype(str), words=True) if len(bad) else None
@@ -240,7 +244,8 @@ def features_section(
     left_out = int((~filters["kept"]).sum())
     note = f"{left_out} of {len(filters)} are left out by the filters. Missing: share of the {len(X):,} rows."
     text = (
-        "Duplicates and nearly constant columns are listed here and left out of the measures of single features. The importance of clusters "
+        "Duplicates and nearly constant columns are listed here and left out of the measures of single features. The importance of "
+        "clusters "
         "uses all columns."
     )
     return section("Features", (text, Table(whole, words=True, note=note)))
@@ -257,12 +262,13 @@ def _ic_view(report: FeatureReport, top: int, periods: int) -> Table:
         "same sign": order["steady"].map(lambda v: number(v, ".0%")), "significant": order["discovery"].map(_YES),
     }).join(pd.DataFrame({"MI, nats": mi["mi"].map(number), "MI of noise": mi["noise"].map(number), "above": mi["above"].map(_YES)}))  # fmt: skip
     note = (
-        f"Same sign: share of {periods} periods. Significant: at a false discovery rate of a tenth (Benjamini-Hochberg). MI: mutual information, "
+        f"Same sign: share of {periods} periods. Significant: at a false discovery rate of a tenth (Benjamini-Hochberg). MI: mutual "
+        "information, "
         "next to that of the same feature with outcomes shifted in time (mean and three deviations)."
     )
     return Table(view.head(top), note=note)
 
-
+# %% ../../nbs/serving/08c_feature_sections.ipynb #d107d902
 def ic_section(
     report: FeatureReport,  # of feature_report
     top: int = 20,  # rows in figures and tables
@@ -295,7 +301,7 @@ def _members(clusters: pd.Series) -> pd.Series:
 
     return clusters.groupby(clusters, sort=False).apply(names)
 
-
+# %% ../../nbs/serving/08c_feature_sections.ipynb #b008e83b
 def clusters_section(
     report: FeatureReport,  # of feature_report
     top: int = 20,  # rows in figures and tables
@@ -309,11 +315,13 @@ def clusters_section(
     n = len(report.folds)
     agreement = float(rank_agreement(report.by_cluster).to_numpy()[np.triu_indices(n, 1)].mean())
     note = (
-        f"{target_loss(report.config.target)[0]} of {report.config.model} on {n} walk-forward folds before {report.outer:%Y-%m-%d}; the interval is "
+        f"{target_loss(report.config.target)[0]} of {report.config.model} on {n} walk-forward folds before {report.outer:%Y-%m-%d}; the "
+        "interval is "
         f"over the folds. Mean rank correlation between the folds: {number(agreement, '.2f')}."
     )
     text = (
-        "Correlated features share importance, so they are shuffled together, cluster by cluster, on folds that the model was not trained on (López de Prado "
+        "Correlated features share importance, so they are shuffled together, cluster by cluster, on folds that the model was not "
+        "trained on (López de Prado "
         "2018, ch. 8). The importance is the rise of the loss; below zero, the model is better without the cluster."
     )
     title = "Rise of the loss when a cluster is shuffled, mean of folds"
@@ -331,7 +339,8 @@ def contributions_section(
     rows = report.X.iloc[last.test]
     parts = contributions(last.model, rows)
     text = (
-        "Contributions (SHAP, computed by the booster) on rows that the model was not trained on. They describe the model, not the market: a model "
+        "Contributions (SHAP, computed by the booster) on rows that the model was not trained on. They describe the model, not the "
+        "market: a model "
         "without skill has contributions too."
     )
     drawn = [research_figures.contribution_figure(rows[name], parts[name]) for name in share.index[:2]]
@@ -359,7 +368,8 @@ def drift_section(
     every = next(e for e, days in (("W-MON", 120), ("MS", 1100), ("QS", 10_000)) if span < pd.Timedelta(days=days))
     moved = drift_over_time(X.loc[:, drift.index[:top]], outer, every)
     text = (
-        "Population stability index (PSI) of the features after the training rows: below 0.1 little, above 0.25 much. A feature outside the range of its "
+        "Population stability index (PSI) of the features after the training rows: below 0.1 little, above 0.25 much. A feature outside "
+        "the range of its "
         "training rows makes the forecast an extrapolation. Outcomes are not read."
     )
     heat = research_figures.heat_figure(moved.T, "PSI of each period after the training rows; red: much")
@@ -369,6 +379,7 @@ def drift_section(
 def feature_rules_section() -> Section:  # the rules in the order of their use
     "Show the rules of the verdict on features."
     note = (
-        "The first rule that applies is used. Features chosen by this page are chosen on these rows: only later rows can show what the choice is worth."
+        "The first rule that applies is used. Features chosen by this page are chosen on these rows: only later rows can show what the "
+        "choice is worth."
     )
     return section("The rules of the verdict", (Table(pd.DataFrame({"when": _RULES}), words=True, note=note),))

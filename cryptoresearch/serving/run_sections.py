@@ -10,7 +10,7 @@ __all__ = ['Part', 'Section', 'section', 'facts_table', 'report_settings', 'RunR
            'testing_section', 'importance_section', 'limits_section', 'rules_section', 'reproduce_section',
            'origin_section', 'part_of']
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #0b97457d
+# %% ../../nbs/serving/08a_run_sections.ipynb #b996441e
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,7 +44,7 @@ from cryptoresearch.serving.views import (
 )
 from ..settings import get_settings, Settings
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #6f583d1d
+# %% ../../nbs/serving/08a_run_sections.ipynb #184fa933
 Part = str | Table | go.Figure  # a text is Markdown
 
 
@@ -62,7 +62,7 @@ class Section:
         for part in self.parts:
             display(Markdown(part) if isinstance(part, str) else part)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #4b0c4b30
+# %% ../../nbs/serving/08a_run_sections.ipynb #92c6a5c0
 def section(
     heading: str,  # second-level heading
     *blocks: Sequence[Part | None],  # texts, tables and figures that belong together; None where one does not apply
@@ -71,7 +71,7 @@ def section(
     kept = [[part for part in block if part is not None] for block in blocks]
     return Section(heading, tuple(part for block in kept if any(not isinstance(p, str) for p in block) for part in block))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #99e73a03
+# %% ../../nbs/serving/08a_run_sections.ipynb #3ab3c7ba
 def facts_table(
     facts: Mapping[str, object],  # value by name
     note: str = "",  # small line below
@@ -79,7 +79,7 @@ def facts_table(
     "Show facts as a table of words."
     return Table(pd.DataFrame({"": {k: str(v) for k, v in facts.items()}}), words=True, note=note)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #959e31db
+# %% ../../nbs/serving/08a_run_sections.ipynb #7bd880c1
 def report_settings(
     duckdb_path: str | None = None,  # path of the store; None: from the settings
     runs_dir: str | None = None,  # folder of the runs; None: from the settings
@@ -88,7 +88,7 @@ def report_settings(
     given = {"duckdb_path": duckdb_path, "runs_dir": runs_dir}
     return get_settings(**{k: v for k, v in given.items() if v is not None})
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #ca51db6c
+# %% ../../nbs/serving/08a_run_sections.ipynb #98a339d8
 @dataclass(frozen=True)
 class RunReport:
     "Hold a run with the data and the settings of its report."
@@ -113,7 +113,7 @@ class RunReport:
         "Return whether the forecasts are probabilities."
         return is_event(self.run.config.target)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #62fc2dea
+# %% ../../nbs/serving/08a_run_sections.ipynb #72da8393
 def read_report(
     run: Run,  # trained or loaded
     settings: Settings,  # of the store
@@ -124,7 +124,7 @@ def read_report(
     with connect(settings, snapshot=run.info["snapshot"]) as con:
         return RunReport(run, read_data(con, run.config), draws, seed)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #88c1d93a
+# %% ../../nbs/serving/08a_run_sections.ipynb #9bb4d5ce
 def data_section(
     report: RunReport,  # run and bars
 ) -> Section:  # facts and the price
@@ -137,7 +137,7 @@ def data_section(
     price = report_figures.price_figure(report.data.bars, pd.Timestamp(info["test_start"]))
     return section("Data", (data_view(report.data.bars, facts), price))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #f6f5d354
+# %% ../../nbs/serving/08a_run_sections.ipynb #05b7849d
 def lookahead_section(
     report: RunReport,  # run and bars
 ) -> Section:  # training and test period of each fold
@@ -148,7 +148,7 @@ def lookahead_section(
     )
     return section("Look-ahead check", (text, report_figures.folds_figure(report.run.info["folds"])))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #473a693e
+# %% ../../nbs/serving/08a_run_sections.ipynb #3962c9b7
 def audit_run(
     report: RunReport,  # run and bars
     enabled: bool,  # False: no audit
@@ -166,7 +166,7 @@ def audit_run(
     save_audit(report.run, found)  # promotion requires it
     return found
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #d9fb1119
+# %% ../../nbs/serving/08a_run_sections.ipynb #6b45e380
 def stored_verdict(
     report: RunReport,  # run and bars
     found: Audit | None,  # of audit_run
@@ -184,7 +184,7 @@ def deflated_signs(
     signs = run_strategy(report.predictions, report.data.bars, report.config)
     return (None, None, 0) if signs is None else (signs, *deflate(clocked(signs), sharpes))
 
-
+# %% ../../nbs/serving/08a_run_sections.ipynb #8584fc1f
 def current_verdict(
     report: RunReport,  # run and bars
     sharpes: Sequence[float],  # Sharpe ratios per bar of the trials that the ledger holds today
@@ -199,32 +199,36 @@ def current_verdict(
     )  # fmt: skip
     return audited(said, found, report.run.id)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #da71f138
+# %% ../../nbs/serving/08a_run_sections.ipynb #74e13a6d
 def audit_section(
     report: RunReport,  # run and bars
     found: Audit | None,  # of audit_run
 ) -> Section:  # nothing where no audit was made
     "Show the negative-control audit."
     text = (
-        "The whole pipeline runs on data without a signal (outcomes of shuffled bars, outcomes of other times, a random walk), on data with "
+        "The whole pipeline runs on data without a signal (outcomes of shuffled bars, outcomes of other times, a random walk), on data "
+        "with "
         "a planted signal, and with a planted leak. It must find nothing in the first group, and must find the signal and the leak."
     )
     about = f"{report.config.target.capitalize()} over {report.config.horizon} bars, with the settings of the run."
     return section("Negative-control audit", (text, None if found is None else audit_view(found, about)))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #90bd524f
+# %% ../../nbs/serving/08a_run_sections.ipynb #0d54fb6c
 _NUMBER = (
-    "The model is compared with naive benchmarks. IC is the correlation between forecast and outcome. OOS R² is the share of the baseline's "
+    "The model is compared with naive benchmarks. IC is the correlation between forecast and outcome. OOS R² is the share of the "
+    "baseline's "
     "squared error that the model removes; it is negative where the model is worse."
 )
 _PROBABILITY = (
-    "The forecast is a probability, and the outcome is 1 where the event occurred. The baseline is the base rate of the training rows. The other "
+    "The forecast is a probability, and the outcome is 1 where the event occurred. The baseline is the base rate of the training rows. "
+    "The other "
     "benchmarks are a constant one half and persistence: the share of past events after an outcome like the last known one. "
     "AUC is the probability that a row with the event has a higher forecast than a row without it (0.5 without skill). "
     "OOS R² is the Brier skill score."
 )
 _BENCHMARKS = (
-    "Loss reduction against each benchmark, with block-bootstrap intervals, the Diebold-Mariano test, and membership in the model confidence set."
+    "Loss reduction against each benchmark, with block-bootstrap intervals, the Diebold-Mariano test, and membership in the model "
+    "confidence set."
 )
 
 
@@ -233,7 +237,7 @@ def _scores_block(report: RunReport) -> Sequence[Part]:
     scores = pd.DataFrame(report.run.info["scores"]).T.astype(float)
     return (_PROBABILITY if report.event else _NUMBER, score_view(scores, report.config.target))
 
-
+# %% ../../nbs/serving/08a_run_sections.ipynb #becdb56d
 def _benchmark_block(report: RunReport) -> Sequence[Part]:
     "Return the comparison with the benchmarks as a table and a figure."
     config, loss = report.config, loss_name(report.config.target)
@@ -242,7 +246,7 @@ def _benchmark_block(report: RunReport) -> Sequence[Part]:
     title = f"Reduction of the {loss} against each benchmark; grey: interval includes zero"
     return (_BENCHMARKS, baseline_view(table, loss), research_figures.intervals_figure(drawn, title, ".1%"))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #5b29e751
+# %% ../../nbs/serving/08a_run_sections.ipynb #8dcfa475
 def _paths_block(report: RunReport, split: str, progress: Progress | None) -> Sequence[Part | None]:
     "Return the scores of other training histories, where the combinatorial split was requested."
     if split != "cpcv":
@@ -250,7 +254,8 @@ def _paths_block(report: RunReport, split: str, progress: Progress | None) -> Se
     config, bars = report.config, report.data.bars
     paths = path_predictions(config, prepare(bars, config, report.data.trades), progress=progress)
     text = (
-        "### Other training histories (CPCV)\n\nEach row is forecast on several paths, by models trained on other parts of the same history, "
+        "### Other training histories (CPCV)\n\nEach row is forecast on several paths, by models trained on other parts of the same "
+        "history, "
         "including later parts."
     )
     return (text, paths_view(score_paths(paths, bars, config), score_paths([report.predictions], bars, config)))
@@ -265,7 +270,7 @@ def _scorecard_block(report: RunReport) -> Sequence[Part]:
     text = "Each score with its interval, followed by the same score of each naive benchmark."
     return (text, scorecard_view(table, config.target, level))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #92624836
+# %% ../../nbs/serving/08a_run_sections.ipynb #e5a9ea11
 def accuracy_section(
     report: RunReport,  # run and bars
     split: str = "walk",  # cpcv adds the scores over the paths of a combinatorial split
@@ -283,7 +288,7 @@ def scorecard_section(
     skill = report_figures.skill_figure(report.predictions, REFERENCE[report.config.target])
     return section("Forecast accuracy", _scorecard_block(report), (*_benchmark_block(report), skill))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #4c23eccb
+# %% ../../nbs/serving/08a_run_sections.ipynb #1dd5017c
 def _regime_block(report: RunReport) -> tuple[pd.DataFrame, Sequence[Part]]:
     "Return the table of regimes, and the same with its explanation."
     config = report.config
@@ -310,7 +315,7 @@ def _regime_figure(table: pd.DataFrame) -> go.Figure:
     drawn.index = pd.Index([regime_name(str(a), str(b)) for a, b in named.index])
     return research_figures.intervals_figure(drawn.dropna(), "IC by regime with 95 % interval; grey: interval includes zero")
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #c69980bf
+# %% ../../nbs/serving/08a_run_sections.ipynb #55780aad
 def regime_section(
     report: RunReport,  # run and bars
 ) -> Section:  # scores by regime, stability, skill and forecasts over time
@@ -327,7 +332,7 @@ def regime_ic_section(
     table, block = _regime_block(report)
     return section("Performance by regime", block, (*_stability_block(report), _regime_figure(table)))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #36e253e4
+# %% ../../nbs/serving/08a_run_sections.ipynb #daaea07f
 def calibration_section(
     report: RunReport,  # run and bars
 ) -> Section:  # calibration; reliability of probabilities, or coverage of intervals
@@ -350,7 +355,7 @@ def calibration_scores_section(
         return section("Calibration", (drawn, calibration_view(calibration_scores(own, config.horizon, report.draws, report.seed))))
     return section("Calibration", (drawn, coverage_view(coverage_table(own), float(report.run.model.level))))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #30ed9faa
+# %% ../../nbs/serving/08a_run_sections.ipynb #3a8dcae3
 @dataclass(frozen=True)
 class Trading:
     "Hold the strategies of a run after all costs."
@@ -372,7 +377,7 @@ def _traded(report: RunReport, expected: bool) -> pd.DataFrame:
     value = expected_return(own, report.data.bars, config.target, config.horizon, config.label).to_numpy()
     return traded.assign(lower=value, upper=value)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #fbe71488
+# %% ../../nbs/serving/08a_run_sections.ipynb #9296d80d
 def trade_forecasts(
     report: RunReport,  # run and bars
     sharpes: Sequence[float],  # Sharpe ratios per bar of the trials in the ledger
@@ -391,7 +396,7 @@ def trade_forecasts(
     ladder = cost_ladder(wanted["sign"], bars, horizon, paid, latency_bars, held) if laddered else {}
     return Trading(signs, strategies(traded, bars, horizon, paid, latency_bars), ladder, paid, latency_bars, sharpes)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #9e952db3
+# %% ../../nbs/serving/08a_run_sections.ipynb #60e2ed7e
 def run_costs(
     report: RunReport,  # run and bars
     fee_bps: float | None,  # basis points per side; that of the run where None
@@ -403,7 +408,7 @@ def run_costs(
     "Return the costs of a run's strategies."
     return Costs(report.config.fee_bps if fee_bps is None else fee_bps, half_spread_bps, impact, capital, funding_bps)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #c45a694a
+# %% ../../nbs/serving/08a_run_sections.ipynb #f74e475b
 _SIDES = {
     "direction": " A probability is traded on its side of one half.", "trend": " A probability is traded on its side of one half.",
     "triple_barrier": " A probability is traded on its side of the base rate of the training rows; positions close at the open after the bar"
@@ -412,8 +417,9 @@ _SIDES = {
     " the bar that reached a barrier.",
 }  # fmt: skip
 _COSTS = (
-    "All costs: fee, half of the spread, square-root impact, funding, and a delay of the trade. The position is the sign of the forecast, a size "
-    "in proportion to the forecast, or a trade only where {rule}. The table adds the break-even cost per side, the capacity, and the rank "
+    "All costs: fee, half of the spread, square-root impact, funding, and a delay of the trade. The position is the sign of the "
+    "forecast, or a size "
+    "in proportion to the forecast{rule}. The table adds the break-even cost per side, the capacity, and the rank "
     "among random signals of the same turnover and costs."
 )
 
@@ -422,16 +428,18 @@ def _fee_block(report: RunReport, trading: Trading) -> Sequence[Part]:
     "Return the sign strategy after the fee alone."
     money = report.run.info["strategy"] or {}
     text = (
-        "The sign of each forecast after the fee alone, entered at the next open; the verdict uses this strategy. The deflated Sharpe ratio is the "
+        "The sign of each forecast after the fee alone, entered at the next open; the verdict uses this strategy. The deflated Sharpe "
+        "ratio is the "
         "probability that the Sharpe ratio exceeds the expected maximum of all trials on bars of this length in this store."
     ) + _SIDES.get(report.config.target, "")
     view = strategy_view(trading.signs, money["deflated_sharpe"], money["n_trials"])
     return (text, view, report_figures.equity_figure(trading.signs))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #fd5366ed
+# %% ../../nbs/serving/08a_run_sections.ipynb #53534929
 def _rules_block(report: RunReport, trading: Trading) -> Sequence[Part | None]:
     "Return each rule after all costs, as a table and a figure."
-    rule = "the expected return exceeds the cost of the round trip" if report.event else "the whole interval exceeds the cost of the round trip"
+    value = "expected return" if report.event else "whole interval"
+    rule = f", or a trade only where the {value} exceeds the cost of the round trip" if "interval" in trading.results else ""
     name = "expected return clears the cost" if report.event else "interval"
     shown = {name if k == "interval" else k: r for k, r in trading.results.items()}
     rows = strategy_rows(shown, trading.sharpes, report.draws, report.seed)
@@ -455,7 +463,7 @@ def _ladder_block(report: RunReport, trading: Trading) -> Sequence[Part | None]:
         drawn = research_figures.random_figure(random_signals(trading.results["sign"], report.draws, report.seed))
     return ("The effect of each cost on the sign strategy, and its rank among random signals with the same costs.", view, drawn)
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #0163ca6e
+# %% ../../nbs/serving/08a_run_sections.ipynb #d0450a9d
 def trading_section(
     report: RunReport,  # run and bars
     trading: Trading | None,  # of trade_forecasts
@@ -467,7 +475,7 @@ def trading_section(
     first = [_fee_block(report, trading)] if fee_only else []
     return section("Trading performance", *first, _rules_block(report, trading), _ladder_block(report, trading))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #2a6c9d82
+# %% ../../nbs/serving/08a_run_sections.ipynb #207b91c1
 def testing_section(
     report: RunReport,  # run and bars
     found: RunOverfitting,  # of run_overfitting
@@ -476,7 +484,8 @@ def testing_section(
     "Show how many trials a run was selected from."
     stored = (report.run.info["strategy"] or {}).get("deflated_sharpe")
     text = (
-        "The best of many trials looks good by chance. The ledger keeps every trial, including those of deleted runs and of parameter searches; "
+        "The best of many trials looks good by chance. The ledger keeps every trial, including those of deleted runs and of parameter "
+        "searches; "
         "trials over the same time are compared."
     )
     return section("Multiple testing", (text, overfitting_view(found, stored if deflated is None else deflated)))
@@ -488,15 +497,17 @@ def importance_section(
     "Show which features the model uses."
     return section("Feature importance", (report_figures.importance_figure(report.run.model.importance()),))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #1a80ce61
+# %% ../../nbs/serving/08a_run_sections.ipynb #47652916
 _LIMITS = (
-    "No parameter was tuned for this report: parameters are the model's defaults and the given values. “Multiple testing” says whether they came "
+    "No parameter was tuned for this report: parameters are the model's defaults and the given values. “Multiple testing” says whether "
+    "they came "
     "from a search. Trials outside this store's ledger are not counted.",
     "A walk-forward test is one path through time. The intervals are drawn from blocks of that path, and the verdict uses that path alone.",
     "Features cover the bars of this symbol; events of the same hours elsewhere (other symbols, order books, news) are not among them.",
 )
 _NUMBER_LIMIT = (
-    "Only the *adaptive* interval learns within a fold. The *residual* interval has one width in low and high volatility; the *scaled* interval "
+    "Only the *adaptive* interval learns within a fold. The *residual* interval has one width in low and high volatility; the *scaled* "
+    "interval "
     "describes the outcome and does not move with the forecast."
 )
 _TRADING_LIMIT = (
@@ -514,7 +525,7 @@ def limits_section(
     lines.append(_VOLATILITY_LIMIT if report.config.target == "volatility" else _TRADING_LIMIT)
     return Section("Limitations", ("\n".join(f"- {line}" for line in lines),))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #dff34667
+# %% ../../nbs/serving/08a_run_sections.ipynb #4e56085d
 def rules_section(
     note: str = "",  # added to the note below the table
 ) -> Section:  # the rules in the order of their use
@@ -531,7 +542,7 @@ def reproduce_section(
         f"`cryptoresearch reproduce {report.run.id}` rebuilds the run from the pinned snapshot and compares every forecast and the model "
         "bit for bit."
     )
-    pins = {"store snapshot": info["snapshot"], "files behind the bars": len(info["identity"]["files"])}
+    pins = {"store snapshot": info["snapshot"], "files of the bars": len(info["identity"]["files"])}
     pins |= {"code": info["identity"]["code"], "seed": report.config.seed} | info["identity"]["libraries"]
     return section("Reproduce", (text, facts_table(pins)))
 
@@ -545,7 +556,7 @@ def origin_section(
     facts = {"store snapshot": info["snapshot"], "code of the run": info["identity"]["code"], "forecasts": count}
     return section("Reproduce", (f"`cryptoresearch reproduce {report.run.id}` rebuilds the run.", facts_table(facts)))
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #c3131749
+# %% ../../nbs/serving/08a_run_sections.ipynb #c6d4efb3
 def part_of(
     progress: Progress,  # of the whole template
     start: float,  # fraction done when the step begins

@@ -151,7 +151,8 @@ def coverage_view(
         view[name] = _texts(coverage[column], form)
     view.index = pd.Index(["all" if name == "all" else f"fold\u00a0{name}" for name in coverage.index])
     note = (
-        f"Nominal coverage {level:.0%}. Except for the adaptive interval, the widths are learned before each fold, so a change of regime shows "
+        f"Nominal coverage {level:.0%}. Except for the adaptive interval, the widths are learned before each fold, so a change of regime "
+        "shows "
         "here first."
     )
     return Table(view, note=note)
@@ -277,9 +278,12 @@ _RULE_COLUMNS = {  # name: column of strategy_rows, format
     "random as good": ("random_p", ".0%"),
 }  # fmt: skip
 _RULE_NOTE = (
-    "After {costs}; held in overlapping slices. Deflated: probability that the Sharpe ratio exceeds the expected maximum of {trials:,} trials "
-    "without skill (those of the ledger and the rules of this table; holding was not selected). Break-even: cost per unit of turnover at which "
-    "the return before costs is zero. Capacity: capital in quote currency at which impact uses up the return after the other costs. Random as good: "
+    "After {costs}; held in overlapping slices. Deflated: probability that the Sharpe ratio exceeds the expected maximum of {trials:,} "
+    "trials "
+    "without skill (those of the ledger and the rules of this table; holding was not selected). Break-even: cost per unit of turnover at "
+    "which "
+    "the return before costs is zero. Capacity: capital in quote currency at which impact uses up the return after the other costs. "
+    "Random as good: "
     "share of the same positions, moved along time and with the same costs, whose Sharpe ratio is at least as high."
 )
 
@@ -325,8 +329,10 @@ def _ladder_row(r: StrategyResult, counted: Sequence[float]) -> dict[str, str]:
 
 # %% ../../nbs/serving/08_views.ipynb #9c6c49df
 _CARD_NOTE = (
-    "The model first, then each naive benchmark that has the score: quantiles of the outcomes of the last 90 days that were known at the time, "
-    "the base rate of rises so far, and the benchmarks of the target. Intervals by circular block bootstrap; DM p: Diebold-Mariano test of the model "
+    "The model first, then each naive benchmark that has the score: quantiles of the outcomes of the last 90 days that were known at the "
+    "time, "
+    "the base rate of rises so far, and the benchmarks of the target. Intervals by circular block bootstrap; DM p: Diebold-Mariano test "
+    "of the model "
     "against the benchmark. The {n} scores use the same forecasts: these scores are not independent."
 )
 
@@ -346,8 +352,10 @@ def scorecard_view(
 # %% ../../nbs/serving/08_views.ipynb #a848ff69
 _CALIBRATION = {"bias": ".1%", "slope": ".2f", "reliability": ".5f", "resolution": ".5f"}
 _CALIBRATION_NOTE = (
-    "Bias: mean forecast minus the share of events. Slope of the log-odds: 1 under perfect calibration, below 1 where forecasts are overconfident. "
-    "Reliability (lower is better) and resolution (higher is better): parts of the Brier score over deciles; both exceed zero by chance alone."
+    "Bias: mean forecast minus the share of events. Slope of the log-odds: 1 under perfect calibration, below 1 where forecasts are "
+    "overconfident. "
+    "Reliability (lower is better) and resolution (higher is better): parts of the Brier score over deciles; both exceed zero by chance "
+    "alone."
 )
 
 
@@ -435,7 +443,8 @@ def _run_rows(found: RunOverfitting, deflated: float | None) -> dict[str, str]:
 # %% ../../nbs/serving/08_views.ipynb #96d818b4
 _NOTE = (
     "The deflated ratio counts all trials on returns of bars of this length. Compared: trials of the same target that share at least "
-    f"{LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars); PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be compared, "
+    f"{LEAST_SHARE:.0%} of the time (and {LEAST_BARS} bars); PBO by CSCV in {{n}} blocks over them, a dash where fewer than two can be "
+    "compared, "
     "weak below ten. Corrected: p times the distinct models tested on rows that overlap these (Bonferroni). "
     "Trials outside this store's ledger are not counted."
 )
@@ -499,7 +508,8 @@ def paths_view(
     rows |= {} if walk is None else {"walk-forward": walk.iloc[0]}
     cells = {name: {who: number(row[c], form) for who, row in rows.items()} for c, (name, form) in _PATHS.items() if c in table}
     note = (
-        "Paths of combinatorial purged cross-validation: backtests of the same rows by other trainings, many of which include later times. The paths "
+        "Paths of combinatorial purged cross-validation: backtests of the same rows by other trainings, many of which include later "
+        "times. The paths "
         "share their outcomes, so their spread measures the effect of the training alone. The walk-forward row covers its test rows only."
     )
     return Table(pd.DataFrame(cells), note=note)
@@ -517,14 +527,17 @@ def audit_view(
     view["limit"], view["t"], view["oracle"] = _texts(t["limit"], ".3f"), _texts(t["t"], ".1f"), _texts(t["oracle"], ".3f")
     view["result"] = [said.get(p, "") for p in t["passed"]]
     rule = (
-        f"A signal is found where t reaches {LOUD:.0f}, where the rank IC reaches its limit ({LOUD:.0f} standard errors by the number of independent "
-        f"outcomes), or where IC or rank IC reach twice the limit in size. Worlds without a signal are means of {int(t['draws'].max())} draws."
+        f"A signal is found where t reaches {LOUD:.0f}, where the rank IC reaches its limit ({LOUD:.0f} standard errors by the number of "
+        "independent "
+        f"outcomes), or where IC or rank IC reach twice the limit in size. Worlds without a signal are means of {int(t['draws'].max())} "
+        "draws."
     )
     return Table(view, words=True, note=f"{note} {rule}".strip())
 
 # %% ../../nbs/serving/08_views.ipynb #e5815618
 _BETTER = (
-    "the lowest mean loss (squared error of returns, QLIKE of volatility), lower than that of every other run by the Diebold-Mariano test with p below "
+    "the lowest mean loss (squared error of returns, QLIKE of volatility), lower than that of every other run by the Diebold-Mariano "
+    "test with p below "
     f"{ALPHA}, and the bootstrap interval of the relative difference excludes zero; with three runs or more, that run alone is in the "
     "model confidence set (90 %)"
 )

@@ -334,8 +334,9 @@ def _fold_rows(report: SearchReport) -> list[dict[str, str]]:
     X, lives = report.search.samples.X.index, report.search.samples.intervals
     rows = []
     for k, (a, b) in enumerate(report.search.folds, start=1):
-        start, end = lives["start_ts"].iloc[a].min().isoformat(), lives["end_ts"].iloc[a].max().isoformat()
-        rows.append({"fold": str(k), "train_start": start, "train_end": end, "test_start": X[b[0]].isoformat(), "test_end": X[b[-1]].isoformat()})
+        times = {"train_start": lives["start_ts"].iloc[a].min(), "train_end": lives["end_ts"].iloc[a].max()}
+        times |= {"test_start": X[b[0]], "test_end": X[b[-1]]}
+        rows.append({"fold": str(k)} | {name: t.isoformat() for name, t in times.items()})
     return rows
 
 
@@ -350,7 +351,7 @@ def search_folds_section(
         "from": [f"{X[b[0]]:%Y-%m-%d}" for _, b in folds], "to": [f"{X[b[-1]]:%Y-%m-%d}" for _, b in folds],
         f"{report.measure}, defaults": map(report.text, report.plain), f"{report.measure}, best": map(report.text, report.best),
     }, index=[f"fold\u00a0{k}" for k in range(1, len(folds) + 1)])  # fmt: skip
-    text = "Every fold lies before the outer test, and no label or feature window of a sample reaches into it; this is checked for each report."
+    text = "Every fold lies before the outer test, and no label or feature window of a sample reaches into it. Each report checks this."
     return section("Look-ahead check", (text, drawn, Table(table)))
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #2917404b

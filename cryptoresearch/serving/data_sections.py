@@ -180,7 +180,8 @@ def events_section(
 _RULES = {
     "empty": "no rows",
     "full of holes": "more than 1 % of the time between the first and the last moment is missing",
-    "usable": "a gap inside, a first or last day that is incomplete, more than one row in a thousand refused, or a candle that differs from the trades",
+    "usable": "a gap inside, an incomplete first or last day, more than one row in a thousand refused, or a candle that differs from the"
+    " trades",
     "complete": "none of these",
 }
 

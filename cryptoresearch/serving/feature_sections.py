@@ -110,25 +110,24 @@ def feature_report(
     warmup = {f.name: f.warmup for f in resolve(list(X))}
     progress(0.1, "filters, mutual information, IC")
     filters = filter_table(X, warmup=warmup)
-    kept = filters.index[filters["kept"]].tolist()
-    mi, order = mutual_information(X[kept], y, shifts=3, rows=2000, seed=seed), feature_ic(X[kept], y, config.horizon)
+    kept = X[filters.index[filters["kept"]]]
+    mi, order = mutual_information(kept, y, shifts=3, rows=2000, seed=seed), feature_ic(kept, y, config.horizon)
     progress(0.4, "models on the inner folds")
     folds, clusters = _fit(config, search, known), cluster_features(X)
     by_cluster = permutation_importance(folds, X, y, clusters, loss=target_loss(config.target)[1], repeats=3, seed=seed)
-    by_feature = _contributions(folds, X)
     progress(0.7, "drift, proof of causality")
-    drift = drift_table(X, samples.X[samples.X.index >= outer])
-    proof, length = _prove(data.bars, list(X), proof_bars, warmup, seed)
-    order = order.assign(discovery=discoveries(order["t"]))
-    return FeatureReport(config, data, samples, outer, X, y, filters, mi, order, folds, clusters, by_cluster, by_feature, drift, proof, length)
+    drift, found = drift_table(X, samples.X[samples.X.index >= outer]), order.assign(discovery=discoveries(order["t"]))
+    models = folds, clusters, by_cluster, _contributions(folds, X)
+    proof = _prove(data.bars, list(X), proof_bars, warmup, seed)
+    return FeatureReport(config, data, samples, outer, X, y, filters, mi, found, *models, drift, *proof)
 
 # %% ../../nbs/serving/08c_feature_sections.ipynb #6d83afb3
 _COLORS = {"leak": "bad", "suspicious": "bad", "something": "good", "weak": "weak", "nothing found": ""}
 _RULES = {
     "leak": "a feature changed when the future was removed or changed",
     "suspicious": f"returns and events of bars shorter than a day: a rank IC above {SUSPICIOUS_IC} with t above {LEAK_T:g}",
-    "something": "the rank IC of a feature is significant after the correction for multiple testing, and a cluster raises the loss of the inner "
-    "folds with an interval above zero",
+    "something": "the rank IC of a feature is significant after the correction for multiple testing, and a cluster raises the loss of the"
+    " inner folds with an interval above zero",
     "weak": "only one of the two",
     "nothing found": "neither",
 }  # fmt: skip
@@ -197,12 +196,15 @@ def feature_facts(
     "Show which features and rows are measured."
     c, X = report.config, report.X
     left_out = f"; left out, because the data cannot give them: {', '.join(report.samples.left_out)}" if report.samples.left_out else ""
+    label = "".join(f", {k} {v}" for k, v in c.label.items())
     facts = {
-        "target": f"{c.target} of {c.symbol} over the next {c.horizon} bars of {c.spec}" + "".join(f", {k} {v}" for k, v in c.label.items()),
+        "target": f"{c.target} of {c.symbol} over the next {c.horizon} bars of {c.spec}{label}",
         "source": ", ".join(report.data.sources) + (" (SIMULATED)" if report.data.simulated else ""),
         "features": f"{X.shape[1]} ({', '.join(c.features)}){left_out}",
-        "rows": f"{len(X):,} outcomes, {X.index[0]:%Y-%m-%d} to {X.index[-1]:%Y-%m-%d}; those from {report.outer:%Y-%m-%d} on are kept for a test",
-        "strategy": "none on this page: no position is taken, so there is no Sharpe ratio to deflate; the number of features is corrected for below",
+        "rows": f"{len(X):,} outcomes, {X.index[0]:%Y-%m-%d} to {X.index[-1]:%Y-%m-%d}; "
+        f"those from {report.outer:%Y-%m-%d} on are kept for a test",
+        "strategy": "none on this page: no position is taken, so there is no Sharpe ratio to deflate; "
+        "the number of features is corrected for below",
     }
     return data_view(report.data.bars, facts)
 
@@ -212,7 +214,8 @@ def causality_section(
 ) -> Section:  # checks passed, and the features that fail
     "Show the proof that no feature looks ahead."
     proof = report.proof
-    checks = {"does not look ahead": "causal", "future removed": "truncation_ok", "future changed": "perturbation_ok", "warm-up suffices": "warmup_ok"}
+    checks = {"does not look ahead": "causal", "future removed": "truncation_ok"}
+    checks |= {"future changed": "perturbation_ok", "warm-up suffices": "warmup_ok"}
     passed = {k: f"{int(proof[c].eq(True).sum())} of {int(proof[c].notna().sum())}" for k, c in checks.items()}
     worst = number(proof.loc[proof["causal"].eq(True), "worst_error"].max(), ".1g")
     note = (
@@ -260,7 +263,9 @@ def _ic_view(report: FeatureReport, top: int, periods: int) -> Table:
     view = pd.DataFrame({
         "rank IC": order["rank_ic"].map(number), "t": order["t"].map(lambda v: number(v, ".1f")),
         "same sign": order["steady"].map(lambda v: number(v, ".0%")), "significant": order["discovery"].map(_YES),
-    }).join(pd.DataFrame({"MI, nats": mi["mi"].map(number), "MI of noise": mi["noise"].map(number), "above": mi["above"].map(_YES)}))  # fmt: skip
+    })  # fmt: skip
+    information = {"MI, nats": mi["mi"].map(number), "MI of noise": mi["noise"].map(number), "above": mi["above"].map(_YES)}
+    view = view.join(pd.DataFrame(information))
     note = (
         f"Same sign: share of {periods} periods. Significant: at a false discovery rate of a tenth (Benjamini-Hochberg). MI: mutual "
         "information, "
@@ -325,7 +330,8 @@ def clusters_section(
         "2018, ch. 8). The importance is the rise of the loss; below zero, the model is better without the cluster."
     )
     title = "Rise of the loss when a cluster is shuffled, mean of folds"
-    return section("Permutation importance", (text, research_figures.intervals_figure(drawn, title, ".2%"), Table(view.head(top), words=True, note=note)))
+    figure = research_figures.intervals_figure(drawn, title, ".2%")
+    return section("Permutation importance", (text, figure, Table(view.head(top), words=True, note=note)))
 
 # %% ../../nbs/serving/08c_feature_sections.ipynb #ad9a4cb1
 def contributions_section(
@@ -344,7 +350,8 @@ def contributions_section(
         "without skill has contributions too."
     )
     drawn = [research_figures.contribution_figure(rows[name], parts[name]) for name in share.index[:2]]
-    return section("Feature importance", (text, research_figures.bars_figure(share["mean"], "Share of the contributions, mean of folds", ".1%", top), *drawn))
+    bars = research_figures.bars_figure(share["mean"], "Share of the contributions, mean of folds", ".1%", top)
+    return section("Feature importance", (text, bars, *drawn))
 
 # %% ../../nbs/serving/08c_feature_sections.ipynb #caa15c8d
 _DRIFT = {  # name: column of drift_table, format

@@ -179,7 +179,7 @@ def stored_verdict(
 def deflated_signs(
     report: RunReport,  # run and bars
     sharpes: Sequence[float],  # Sharpe ratios per bar of the trials that the ledger holds today
-) -> tuple[StrategyResult | None, float | None, int]:  # sign strategy, deflated Sharpe ratio, number of trials; None, None, 0 for volatility
+) -> tuple[StrategyResult | None, float | None, int]:  # strategy, deflated Sharpe ratio, number of trials; None, None, 0 for volatility
     "Trade the sign of the forecasts and deflate its Sharpe ratio by the given trials."
     signs = run_strategy(report.predictions, report.data.bars, report.config)
     return (None, None, 0) if signs is None else (signs, *deflate(clocked(signs), sharpes))
@@ -411,10 +411,10 @@ def run_costs(
 # %% ../../nbs/serving/08a_run_sections.ipynb #f74e475b
 _SIDES = {
     "direction": " A probability is traded on its side of one half.", "trend": " A probability is traded on its side of one half.",
-    "triple_barrier": " A probability is traded on its side of the base rate of the training rows; positions close at the open after the bar"
-    " that reached a barrier.",
-    "meta": " The primary rule is followed where the probability exceeds the base rate of the training rows; positions close at the open after"
-    " the bar that reached a barrier.",
+    "triple_barrier": " A probability is traded on its side of the base rate of the training rows; positions close at the open after the"
+    " bar that reached a barrier.",
+    "meta": " The primary rule is followed where the probability exceeds the base rate of the training rows; positions close at the open"
+    " after the bar that reached a barrier.",
 }  # fmt: skip
 _COSTS = (
     "All costs: fee, half of the spread, square-root impact, funding, and a delay of the trade. The position is the sign of the "
@@ -530,7 +530,8 @@ def rules_section(
     note: str = "",  # added to the note below the table
 ) -> Section:  # the rules in the order of their use
     "Show the rules of the verdict."
-    return section("The rules of the verdict", (Table(verdict_rules(), words=True, note=f"The first rule that applies is used. {note}".strip()),))
+    table = Table(verdict_rules(), words=True, note=f"The first rule that applies is used. {note}".strip())
+    return section("The rules of the verdict", (table,))
 
 
 def reproduce_section(

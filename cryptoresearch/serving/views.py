@@ -54,7 +54,7 @@ def _forecaster(name: object) -> str:
 
 
 def regime_name(
-    regime: str,  # all, volatility, hour or year
+    regime: str,  # first level of the index of regime_table
     part: str,  # of the regime, such as a tercile
 ) -> str:  # such as 'volatility: high'
     "Return the name of a part of a regime as reports show it."
@@ -73,7 +73,8 @@ def _texts(column: pd.Series, form: str) -> pd.Series:
 # %% ../../nbs/serving/08_views.ipynb #e135bab2
 _SCORES = {  # column: name, format
     "ic": ("IC", ".3f"), "ic_t": ("t of IC", ".1f"), "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "rmse": ("RMSE", ".4f"),
-    "auc": ("AUC", ".3f"), "brier": ("Brier", ".4f"), "log_loss": ("log loss", ".4f"), "qlike": ("QLIKE", ".3f"), "mse_log": ("log MSE", ".3f"),
+    "auc": ("AUC", ".3f"), "brier": ("Brier", ".4f"), "log_loss": ("log loss", ".4f"),
+    "qlike": ("QLIKE", ".3f"), "mse_log": ("log MSE", ".3f"),
     "dm_stat": ("DM", ".1f"),
 }  # fmt: skip
 
@@ -318,7 +319,7 @@ def ladder_view(
     "Show the effect of each cost."
     counted = [*trials, *(sharpe_ratio(clocked(r).returns) for r in results.values())]
     rows = {_added(costs, latency_bars)[k]: _ladder_row(r, counted) for k, r in results.items()}
-    note = "The sign of each forecast; each row includes the costs of the rows above. Deflated by {:,} trials: those of the ledger and these."
+    note = "The sign of each forecast; each row includes the costs above it. Deflated by {:,} trials: those of the ledger and these."
     return Table(pd.DataFrame(rows).T, note=note.format(int(np.isfinite(counted).sum())))
 
 
@@ -383,7 +384,8 @@ def reliability_view(
 
 # %% ../../nbs/serving/08_views.ipynb #c9a19869
 _STEADY = (
-    ("mean", "mean", ".3f"), ("sd", "sd", ".3f"), ("mean / sd", "ratio", ".2f"), ("above zero", "positive", ".0%"), ("lowest", "lowest", ".3f"),
+    ("mean", "mean", ".3f"), ("sd", "sd", ".3f"), ("mean / sd", "ratio", ".2f"), ("above zero", "positive", ".0%"),
+    ("lowest", "lowest", ".3f"),
     ("highest", "highest", ".3f"),
 )  # fmt: skip
 
@@ -550,6 +552,6 @@ def comparison_rules() -> Table:  # one rule per row
         "too little to judge": f"fewer than {FEWEST_OUTCOMES} outcomes that do not overlap",
         "better": _BETTER,
         "no clear difference": "everything else: choose by another criterion, such as simplicity",
-        "in addition": f"which run beats the baseline of its target, Diebold-Mariano p below {ALPHA}: the better of two forecasts can lack skill",
+        "in addition": f"which run beats the baseline of its target (Diebold-Mariano p below {ALPHA}); the better of two can lack skill",
     }
     return Table(pd.DataFrame({"when": rows}), words=True, note="The first rule that applies is used; the last is always reported.")

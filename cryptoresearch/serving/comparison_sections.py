@@ -11,6 +11,7 @@ __all__ = ['runs_table', 'settings_section', 'loss_section', 'comparison_loss', 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #d3f179eb
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -269,6 +270,7 @@ _SEARCH_RULES = {
     "found something": "it is below, and lower in at least three of four folds",
     "uneven": "everything else",
 }
+_SEARCH_COLORS: dict[str, Literal["good", "weak", "bad", ""]] = {"nothing found": "", "found something": "good", "uneven": "weak"}
 _SEARCH_SAID = {
     "nothing found": "No trial was better than the defaults",
     "found something": "The best trial beat the defaults in nearly all folds",
@@ -282,8 +284,8 @@ def search_verdict(
     "Judge a search by its rules."
     best, plain = report.best, report.plain
     better = int((best < plain).sum())
-    label, color = ("found something", "good") if better >= 0.75 * len(best) else ("uneven", "weak")
-    label, color = ("nothing found", "") if plain.mean() <= best.mean() else (label, color)
+    label = "found something" if better >= 0.75 * len(best) else "uneven"
+    label = "nothing found" if plain.mean() <= best.mean() else label
     scores = (
         f"mean {report.measure} {report.text(best.mean())} on {len(best)} inner folds against {report.text(plain.mean())} of the defaults, "
         f"better in {better} of them"
@@ -293,7 +295,7 @@ def search_verdict(
         f"It is the best of {report.found.n_trials} trials, so its score is biased upwards; only the test from {report.outer:%Y-%m-%d} on, "
         "which no trial has seen, can confirm it."
     )
-    return Finding(label, color, f"{prefix}{_SEARCH_SAID[label]}: {scores}. {end}")
+    return Finding(label, _SEARCH_COLORS[label], f"{prefix}{_SEARCH_SAID[label]}: {scores}. {end}")
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #e2d2c5e8
 def _subject(report: SearchReport) -> dict[str, str]:

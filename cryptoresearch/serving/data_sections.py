@@ -151,7 +151,7 @@ def candles_section(
     shown = facts_table({"compared": f"{len(compared):,} candles of {length}, all equal"})
     if len(wrong):
         cells = {n: [f"{a:.10g} / {b:.10g}" for a, b in zip(wrong[f"candle_{n}"], wrong[n], strict=True)] for n in _COLUMNS}
-        view = pd.DataFrame({"candle": wrong.index.strftime("%Y-%m-%d %H:%M"), **cells}).set_index("candle").head(12)
+        view = pd.DataFrame({"candle": pd.DatetimeIndex(wrong.index).strftime("%Y-%m-%d %H:%M"), **cells}).set_index("candle").head(12)
         note = f"Candle / bar made of trades. {len(wrong):,} of {len(compared):,} candles of {length} differ."
         shown = Table(view, words=True, note=note)
     return section("Trades against candles", (data_figures.candles_figure(compared), shown))

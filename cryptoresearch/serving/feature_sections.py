@@ -10,6 +10,7 @@ __all__ = ['Loss', 'FeatureReport', 'target_loss', 'feature_report', 'feature_ve
 # %% ../../nbs/serving/08c_feature_sections.ipynb #ad9bd456
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -107,7 +108,7 @@ def feature_report(
     search = inner_search(samples, config, outer, inner_folds)
     known = search.samples.labels["y"].notna().to_numpy()
     X, y = search.samples.X[known], search.samples.labels["y"][known]
-    warmup = {f.name: f.warmup for f in resolve(list(X))}
+    warmup = {f.name: f.warmup for f in resolve(list(map(str, X)))}
     progress(0.1, "filters, mutual information, IC")
     filters = filter_table(X, warmup=warmup)
     kept = X[filters.index[filters["kept"]]]
@@ -118,11 +119,11 @@ def feature_report(
     progress(0.7, "drift, proof of causality")
     drift, found = drift_table(X, samples.X[samples.X.index >= outer]), order.assign(discovery=discoveries(order["t"]))
     models = folds, clusters, by_cluster, _contributions(folds, X)
-    proof = _prove(data.bars, list(X), proof_bars, warmup, seed)
+    proof = _prove(data.bars, list(map(str, X)), proof_bars, warmup, seed)
     return FeatureReport(config, data, samples, outer, X, y, filters, mi, found, *models, drift, *proof)
 
 # %% ../../nbs/serving/08c_feature_sections.ipynb #6d83afb3
-_COLORS = {"leak": "bad", "suspicious": "bad", "something": "good", "weak": "weak", "nothing found": ""}
+_COLORS: dict[str, Literal["good", "weak", "bad", ""]] = {"leak": "bad", "suspicious": "bad", "something": "good", "weak": "weak", "nothing found": ""}
 _RULES = {
     "leak": "a feature changed when the future was removed or changed",
     "suspicious": f"returns and events of bars shorter than a day: a rank IC above {SUSPICIOUS_IC} with t above {LEAK_T:g}",
@@ -238,7 +239,7 @@ def features_section(
 ) -> Section:  # one row per feature
     "Show what each feature is, and whether it is left out."
     X, filters = report.X, report.filters
-    known = {f.name: f for f in resolve(list(X))}
+    known = {f.name: f for f in resolve(list(map(str, X)))}
     rows = {n: {"group": f.group, "unit": f.unit, "warm-up, bars": str(f.warmup)} for n, f in known.items()}
     view = pd.DataFrame.from_dict(rows, orient="index")
     view["missing"] = X.isna().mean().map(lambda v: number(v, ".1%"))
@@ -281,7 +282,7 @@ def ic_section(
     "Show which features predict the outcome by themselves."
     order, X = report.order, report.X
     drawn = order.head(top).rename(columns={"rank_ic": "value"})
-    periods = [c for c in order if c.isdigit()]
+    periods = [c for c in map(str, order) if c.isdigit()]
     edges = [X.index[p[0]] for p in np.array_split(np.arange(len(X)), len(periods))]
     limit = max(0.05, round(float(order[periods].head(top).abs().quantile(0.9).max()), 2))
     title = f"Rank IC of the {len(drawn)} strongest features; grey: interval includes zero"

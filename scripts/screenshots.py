@@ -37,8 +37,9 @@ def report(page: Page, folder: Path) -> None:
     "Verdict and what was run; then the scores with their first two figures."
     page.goto((folder / "report.html").resolve().as_uri())
     page.wait_for_timeout(4000)
-    tops = {text: page.get_by_text(text).first.bounding_box()["y"] for text in ("The data", "How good", "Forecast and outcome")}
-    save([shot(page, 0, tops["The data"] - 20), shot(page, tops["How good"] - 20, tops["Forecast and outcome"] - 10)], "report.png")
+    titles = ("Data", "Forecast accuracy", "Forecast and outcome")
+    tops = {text: page.locator(f":is(h2, .figure-title):has-text('{text}')").first.bounding_box()["y"] for text in titles}
+    save([shot(page, 0, tops["Data"] - 20), shot(page, tops["Forecast accuracy"] - 20, tops["Forecast and outcome"] - 10)], "report.png")
 
 
 def dashboard(page: Page, url: str) -> None:

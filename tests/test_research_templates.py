@@ -23,7 +23,7 @@ from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.evaluation.comparison import judge_lineup, line_up
-from cryptoresearch.evaluation.overfitting import search_luck
+from cryptoresearch.evaluation.overfitting import search_overfitting
 from cryptoresearch.metrics.verdict import number
 from cryptoresearch.evaluation.promotion import audit_of
 from cryptoresearch.runs.run import Run, train_run
@@ -118,7 +118,7 @@ def test_the_comparison_says_what_the_functions_say(desk: Desk, pages: dict[str,
     assert f"Verdict: {found.label}" in text and found.label == "A is better"
     assert " har " in text  # beside last and ewma
     assert "params.penalty" in text and "300000.0" in text
-    assert all(run.id in text for run in desk.runs[:2]) and "among the best" in text
+    assert all(run.id in text for run in desk.runs[:2]) and "in the model confidence set" in text
 
 
 @pytest.mark.slow
@@ -152,14 +152,14 @@ def test_the_feature_report_names_every_feature_and_proves_them(pages: dict[str,
 def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
     text = words(pages["evaluate"][1])
     assert desk.runs[2].id in text
-    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: storm", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of back-test overfitting"):
+    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: high", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of backtest overfitting"):
         assert part in text, part
     with connect(desk.settings, read_only=True) as con:
         asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))
         counted = len(trial_sharpes(con, asked.spec))
-    assert n == 10 and f"trials of this question {n}" in text  # those of the search too
-    assert f"trials behind it {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
-    assert "models judged on these rows 1" in text and "corrected for these models p" in text
+    assert n == 10 and f"trials of the same target {n}" in text  # those of the search too
+    assert f"number of trials {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
+    assert "models tested on these rows 1" in text and "corrected for these models p" in text
     for part in ("quantiles of 90 days", "base rate", "IC by month", "IC by hour of the day", "above zero"):
         assert part in text, part
     assert audit_of(desk.runs[2])["verdict"].startswith("audit")  # kept beside the run, for the registry
@@ -172,16 +172,16 @@ def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, s
     "Every page has the deflated ratio, the trials behind it and the probability of overfitting, or says that there is no strategy."
     said = {name: words(page) for name, (_, page, _) in pages.items()}
     for name in ("compare", "evaluate"):
-        for part in ("deflated Sharpe ratio (probability)", "trials behind it", "that differ in effect", "probability of back-test overfitting", "corrected for these models"):
+        for part in ("deflated Sharpe ratio (probability)", "number of trials", "effective number of trials", "probability of backtest overfitting", "corrected for these models"):
             assert part in said[name], (name, part)
-    for part in ("deflated Sharpe ratio of the best trial", "trials behind it", "that differ in effect, of the search", "PBO of the search"):
+    for part in ("deflated Sharpe ratio of the best trial", "number of trials", "effective number of trials, search", "PBO of the search"):
         assert part in said["tune"], part
     with connect(desk.settings, read_only=True) as con:
         rows = read_trials(con, question_of(QUESTION))
         study = rows.loc[rows["trial"].str.startswith("trial "), ["run_id", "origin"]].drop_duplicates()
-        found = search_luck(con, *study.iloc[0])
-    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.side.compared <= 9 and 0 <= found.side.pbo <= 1
-    assert f"PBO of the search {number(found.side.pbo, '.0%')}" in said["tune"]
+        found = search_overfitting(con, *study.iloc[0])
+    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.aligned.compared <= 9 and 0 <= found.aligned.pbo <= 1
+    assert f"PBO of the search {number(found.aligned.pbo, '.0%')}" in said["tune"]
     assert said["feature_report"].count("there is no Sharpe ratio to deflate") == 1
 
 
@@ -201,7 +201,7 @@ def test_a_report_says_whether_it_was_audited(desk: Desk) -> None:
     asked = ["train", *OPTIONS, "--refit-every", "30D", "--model", "ridge"]
     first, run = desk.call(*asked), desk.runs[2].id
     page = desk.settings.path(desk.settings.runs_dir) / run / "report.html"
-    assert first.returncode == 0 and f"Not audited; to see whether this pipeline finds something where nothing is: cryptoresearch audit {run}" in words(page.read_text(encoding="utf-8")), first.stderr[-2000:]
+    assert first.returncode == 0 and f"Not audited. Run: cryptoresearch audit {run}" in words(page.read_text(encoding="utf-8")), first.stderr[-2000:]
     second = desk.call(*asked, "--audit")
     assert second.returncode == 0 and "The audit" in words(page.read_text(encoding="utf-8")) and "Not audited" not in words(page.read_text(encoding="utf-8")), second.stderr[-2000:]
     again = desk.call(*asked)
@@ -211,7 +211,7 @@ def test_a_report_says_whether_it_was_audited(desk: Desk) -> None:
 @pytest.mark.slow
 def test_wrong_questions_are_told_in_a_sentence(desk: Desk) -> None:
     two = desk.call("compare", desk.runs[0].id, desk.runs[2].id, "--report")
-    assert two.returncode == 2 and "one question" in two.stderr and "Traceback" not in two.stderr
+    assert two.returncode == 2 and "the same target" in two.stderr and "Traceback" not in two.stderr
     none = desk.call("features", "--feature", "crystal_ball", "--report")
     assert none.returncode == 2 and "crystal_ball" in none.stderr and "Traceback" not in none.stderr
     listed = desk.call("features", "--feature", "momentum")

@@ -146,7 +146,7 @@ def test_a_tampered_interval_is_named(store, tmp_path):
 def test_the_report_shows_the_interval_by_regime_and_over_time(store):
     done = train_report(replace(CALM, **INTERVALS["scaled"]), store)
     page = done.report.read_text()
-    assert all(text in page for text in ("Winkler score", "volatility: storm", "Does the interval hold 90", "scaled, given log_sigma, volatility ridge"))
+    assert all(text in page for text in ("Winkler score", "volatility: high", "Does the interval hold 90", "scaled, given log_sigma, volatility ridge"))
 
 
 CALIBRATED = {"direction": {}, "triple_barrier": {"label": {"window": 48}}, "meta": {"label": {"window": 48, "primary": "ret_6"}}}

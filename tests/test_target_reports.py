@@ -66,7 +66,7 @@ def page_of(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize("kind", ["hours", "money"])
 def test_a_probability_is_evaluated_in_full(floor: Floor, kind: str) -> None:
     text = page_of(floor.call("evaluate", getattr(floor, kind).id, "--no-audit"))
-    for part in ("Brier score", "AUC", "log loss", "base", "half", "last", "volatility: storm", "hour: 18-23", "slope", "reliability", "resolution", "in proportion", "expected return clears the cost", "and one bar late"):
+    for part in ("Brier score", "AUC", "log loss", "base", "half", "persistence", "volatility: high", "hour: 18-23", "slope", "reliability", "resolution", "in proportion", "expected return clears the cost", "and one bar late"):
         assert part in text, part
     assert ("and no impact" in text) == (kind == "money")  # event bars have no day
 

@@ -53,7 +53,7 @@ class Comparison:
             return f"{self.a} and {self.b} forecast the same on {self.n:,} common rows"
         better, p = (self.a if self.test.stat < 0 else self.b), self.test.p_value
         lead = 1 - self.losses.mean().min() / self.losses.mean().max()
-        return f"{better} has the lower loss by {lead:.1%} on {self.n:,} common rows, " + (f"more than luck explains (p = {p:.3f})" if p < 0.05 else f"which luck explains (p = {p:.2f})")
+        return f"{better} has the lower loss by {lead:.1%} on {self.n:,} common rows, " + (f"more than chance explains (p = {p:.3f})" if p < 0.05 else f"which chance can explain (p = {p:.2f})")
 
     def __repr__(self) -> str:
         return f"{self.verdict}\n{self.scores.round(4).to_string(na_rep='')}\n{self.settings.to_string()}"
@@ -63,33 +63,36 @@ class Comparison:
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #a390dbfd
 def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
-    "Configuration, data and model of two runs, where they differ."
-    rows: dict[str, tuple[Any, Any]] = {}
+    "List configuration, data and model of two runs, where they differ."
+    rows: dict[str, tuple[object, object]] = {}
     for run, k in ((a, 0), (b, 1)):
-        facts = {**run.info["config"], "code": run.info["identity"]["code"], "snapshot": run.info["snapshot"], "features": len(run.info["features"]), "trained until": run.info["trained_until"]}
+        facts = {**run.info["config"], "code": run.info["identity"]["code"], "snapshot": run.info["snapshot"]}
+        facts |= {"features": len(run.info["features"]), "trained until": run.info["trained_until"]}
         facts |= {f"params.{name}": value for name, value in facts.pop("params").items()}
         for name, value in facts.items():
             pair = rows.get(name, ("", ""))
             rows[name] = (value, pair[1]) if k == 0 else (pair[0], value)
     differ = {name: pair for name, pair in rows.items() if str(pair[0]) != str(pair[1])}
-    return pd.DataFrame.from_dict({n: [str(v) for v in pair] for n, pair in differ.items()}, orient="index", columns=["a", "b"]).rename_axis("setting")
+    texts = {n: [str(v) for v in pair] for n, pair in differ.items()}
+    return pd.DataFrame.from_dict(texts, orient="index", columns=["a", "b"]).rename_axis("setting")
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #f4cfad8d
 def compare_runs(
-    a: str | Run,  # name, its beginning, or the run
-    b: str | Run,
+    a: str | Run,  # name, its first letters, or the run
+    b: str | Run,  # the other one
     settings: Settings | None = None,  # where the runs are
 ) -> Comparison:  # on the rows that both forecast and whose outcome is known
-    "Compare two runs of one question on their common rows."
+    "Compare two runs of the same target on their common rows."
     first, second = (run if isinstance(run, Run) else load_run(run, settings) for run in (a, b))
     if question_key(first) != question_key(second):
-        raise SchemaError(f"expected two runs of one question; found {question_key(first)} and {question_key(second)}. Compare runs of the same symbol, bars, target and horizon")
+        found = f"{question_key(first)} and {question_key(second)}"
+        raise SchemaError(f"expected two runs of the same target; found {found}. Compare runs of the same symbol, bars, target and horizon")
     frames = [run.predictions.dropna(subset=["y", "prediction"]) for run in (first, second)]
     common = frames[0].index.intersection(frames[1].index)
     if len(common) < 10:
         raise DataNotFound(f"expected rows that both runs forecast; found {len(common)}. Give both the same test period")
     parts = [f.loc[common] for f in frames]
-    target: Any = first.config.target
+    target = first.config.target
     loss = qlike_loss if target == "volatility" else squared_loss
     losses = pd.DataFrame({k: loss(f["prediction"], f["y"]) for k, f in zip("ab", parts, strict=True)}, index=common).dropna()
     tables = [score_table(f, target, first.config.horizon).loc["model"] for f in parts]
@@ -102,14 +105,14 @@ _FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n", "tried", 
 
 
 def _register(settings: Settings | None) -> Path:
-    "The file."
+    "Return the path of the registry."
     return runs_folder(settings) / "registry.jsonl"
 
 
 def registry_log(
     settings: Settings | None = None,  # where the runs are
 ) -> pd.DataFrame:  # at, run, question, state, reason, p_value (corrected), n (common rows), tried (models), audit (passed, failed or none); oldest first
-    "Every entry of the registry."
+    "Read every entry of the registry."
     path = _register(settings)
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     try:
@@ -120,19 +123,22 @@ def registry_log(
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #f22eb462
 def registry(
-    settings: Settings | None = None,
+    settings: Settings | None = None,  # where the runs are
 ) -> pd.DataFrame:  # index run: question, state, at, reason; the newest entry of each
-    "State of every registered run."
+    "Return the state of every registered run."
     return registry_log(settings).drop_duplicates("run", keep="last").set_index("run")[["question", "state", "at", "reason"]]
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #420cc346
 def _enter(run: Run, state: State, reason: str, settings: Settings | None, *evidence: Any) -> None:  # p_value, n, tried, audit
-    "Add a line."
+    "Append an entry about a run."
     _append(settings, run.id, "/".join(map(str, question_key(run))), state, reason, *evidence)
 
 
-def _append(settings: Settings | None, run_id: str, asked: str, state: State, reason: str, p_value: float | None = None, n: int | None = None, tried: int | None = None, audit: str | None = None) -> None:
-    "Add a line about a run that need not be there any more."
+def _append(
+    settings: Settings | None, run_id: str, asked: str, state: State, reason: str,
+    p_value: float | None = None, n: int | None = None, tried: int | None = None, audit: str | None = None,
+) -> None:  # fmt: skip
+    "Append an entry about a run that may have been deleted."
     path = _register(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = (datetime.now(UTC).isoformat(timespec="seconds"), run_id, asked, state, reason, p_value, n, tried, audit)
@@ -141,47 +147,48 @@ def _append(settings: Settings | None, run_id: str, asked: str, state: State, re
 
 
 def champion(
-    symbol: str,
-    spec: str,
-    target: str,
-    horizon: int,
-    settings: Settings | None = None,
+    symbol: str,  # such as BTCUSDT
+    spec: str,  # bar length
+    target: str,  # target with its parameters, as in `question_key`
+    horizon: int,  # bars
+    settings: Settings | None = None,  # where the runs are
 ) -> str | None:  # name of the run; None where there is none
-    "The run in use for a question."
+    "Return the run in use for a target."
     now = registry(settings)
     held = now.index[(now["state"] == "champion") & (now["question"] == f"{symbol}/{spec}/{target}/{horizon}")]
     return str(held[-1]) if len(held) else None
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #8a7b606e
 def save_audit(
-    run: Run,
+    run: Run,  # that was audited
     found: Audit,  # of evaluation.audit
 ) -> None:  # audit.json in the run's folder
-    "Keep the result of an audit beside the run."
+    "Store the result of an audit in the run's folder."
     leaks = found.table.index[found.table["expected"].eq("none") & found.table["passed"].eq(False)].tolist()
-    kept = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "passed": bool(found.passed), "leaks": leaks, "verdict": found.verdict, "code": code_version()}
+    kept = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "passed": bool(found.passed), "leaks": leaks}
+    kept |= {"verdict": found.verdict, "code": code_version()}
     (run.folder / "audit.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def audit_of(
-    run: Run,
+    run: Run,  # audited or not
 ) -> dict[str, Any]:  # at, passed, leaks, verdict, code; empty where there was none
-    "The audit of a run, if there was one."
+    "Read the audit of a run, if there was one."
     path = run.folder / "audit.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #77153dff
 def challengers(
     asked: tuple[str, str, str, int],  # of `question`
-    settings: Settings | None = None,
+    settings: Settings | None = None,  # where the runs are
 ) -> list[str]:  # names of runs, deleted ones too
-    "Every run of a question that is there or that the registry has seen."
+    "List every run of a target, in the folder or in the registry."
     log, name, mine = registry_log(settings), "/".join(map(str, asked)), set()
     for path in runs_folder(settings).glob("[!.]*/run.json"):
         try:
             c = read_info(path.parent)["config"]
         except RunMismatch:
-            continue  # one that cannot be read tells no question
+            continue  # an unreadable run has no known target
         if (c["symbol"], c["spec"], target_text(c), c["horizon"]) == asked:
             mine.add(path.parent.name)
     return sorted(mine | set(log.loc[log["question"] == name, "run"]))
@@ -192,11 +199,11 @@ GATE_P = 0.05
 
 @dataclass(frozen=True)
 class Promotion:
-    "What became of a challenger."
+    "Hold the decision about a challenger."
 
-    run: str
-    promoted: bool
-    reason: str
+    run: str  # its name
+    promoted: bool  # True: it is the champion now
+    reason: str  # with the figures of the test
     p_value: float | None = None  # corrected for the models tried; None where there was nothing to test
     tried: int | None = None  # models that it is corrected for
     audit: str = "none"  # passed, failed or none
@@ -204,7 +211,7 @@ class Promotion:
 # %% ../../nbs/evaluation/08_promotion.ipynb #61089f52
 def promote(
     run: str | Run,  # the challenger: name, its beginning, or the run
-    settings: Settings | None = None,
+    settings: Settings | None = None,  # where the runs are
 ) -> Promotion:  # promoted or not, and why
     "Put a run through the gate; it becomes champion or stays a candidate, and the registry says why."
     found = run if isinstance(run, Run) else load_run(run, settings)
@@ -216,7 +223,8 @@ def promote(
             return Promotion(found.id, False, "is the champion already")
         tried = len(set(challengers(question_key(found), settings)) - {holder})
         if holder is None:
-            return _decide(found, found.info["level"] == "skill", "first champion of its question: " + found.info["verdict"], _claim_p(found), None, tried, settings)
+            reason = "first champion of its target: " + found.info["verdict"]
+            return _decide(found, found.info["level"] == "skill", reason, _claim_p(found), None, tried, settings)
         test = compare_runs(found, holder, settings)
         done = _decide(found, bool(test.test.stat < 0), test.verdict, test.test.p_value, test.n, tried, settings)
         if done.promoted:
@@ -225,7 +233,7 @@ def promote(
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #138228e0
 def _claim_p(run: Run) -> float:
-    "Largest p-value that the verdict of skill rests on."
+    "Return the largest p-value behind the verdict of skill."
     scores, base = run.info["scores"], REFERENCE[run.config.target]
     names = [k for k in scores if k != "model"] if run.config.target == "volatility" else [base]
     known = [scores[k].get("model_dm_p") for k in names]
@@ -238,17 +246,17 @@ def _decide(run: Run, better: bool, reason: str, p: float, n: int | None, tried:
     state = ("passed" if audited["passed"] else "failed") if audited else "none"
     fit = better and corrected < GATE_P and not audited.get("leaks")
     told = f"{reason}; " + (f"p = {corrected:.3f} corrected for {tried} model{'s' if tried > 1 else ''} tried (Bonferroni)" if np.isfinite(corrected) else "no test could be made")
-    told += f"; audit: {state}" + (f", found something in {', '.join(audited['leaks'])}, where nothing is" if audited.get("leaks") else "")
+    told += f"; audit: {state}" + (f", found a signal in {', '.join(audited['leaks'])}" if audited.get("leaks") else "")
     p_value = None if np.isnan(corrected) else corrected
     _enter(run, "champion" if fit else "candidate", told, settings, p_value, n, tried, state)
     return Promotion(run.id, fit, told, p_value, tried, state)
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #c49cefc0
 def set_state(
-    run: str | Run,
+    run: str | Run,  # name, its first letters, or the run
     state: State,  # candidate or retired; a champion is made by promote
-    reason: str,
-    settings: Settings | None = None,
+    reason: str,  # kept in the registry
+    settings: Settings | None = None,  # where the runs are
 ) -> None:
     "Name a run a candidate, or retire it."
     if state not in get_args(State) or state in ("champion", "deleted"):

@@ -22,9 +22,9 @@ RULES = {"sign": "sign", "proportional": "in proportion", "interval": "interval 
 
 def wanted_positions(
     predictions: pd.DataFrame,  # of a run on returns
-    costs: Costs,
+    costs: Costs,  # fee and half of the spread, which the interval has to exceed
 ) -> dict[str, pd.Series]:  # by rule, -1 to 1
-    "Positions that each rule takes."
+    "Compute the positions of each rule."
     rows = predictions.dropna(subset=["prediction"])
     usual = rows["prediction"].abs().expanding(20).mean()
     sized = rows.assign(prediction=(rows["prediction"] / (2 * usual)).where(usual > 0))
@@ -35,11 +35,11 @@ def wanted_positions(
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #a15a98b7
 def payable(
-    costs: Costs,
+    costs: Costs,  # wanted
     bars: pd.DataFrame,  # bars of the run
     first: pd.Timestamp,  # first forecast
-) -> Costs:  # without impact where no day lies before the first forecast, from which volume and volatility could be known
-    "The costs that can be computed."
+) -> Costs:  # without impact where less than a day of volume and volatility precedes the first forecast
+    "Return the costs that can be computed."
     day = first - pd.Timedelta("1D") - (bars["close_ts"].iloc[0] - bars.index[0])
     if not bars.index.is_unique:  # event bars: no volume of days, no clock
         return replace(costs, impact=0.0, funding_bps=0.0)
@@ -49,24 +49,25 @@ def payable(
 def placed_positions(
     predictions: pd.DataFrame,  # as for `strategies`
     bars: pd.DataFrame,  # bars of the run
-    costs: Costs,
+    costs: Costs,  # as for `wanted_positions`
 ) -> tuple[dict[str, pd.Series], pd.Series | None]:  # positions by rule, and how long each is held, as `trade` takes them
-    "Positions of each rule on the rows of their bars."
+    "Place the positions of each rule on the rows of their bars."
     rows = predictions.dropna(subset=["prediction"])
     wanted, held = wanted_positions(rows, costs), rows.get("held")
     if bars.index.is_unique:
         return wanted, held
-    frame = on_bars(pd.DataFrame(wanted).assign(first_id=rows["first_id"], **({} if held is None else {"held": held})), bars)
+    extra = {} if held is None else {"held": held}
+    frame = on_bars(pd.DataFrame(wanted).assign(first_id=rows["first_id"], **extra), bars)
     return {rule: frame[rule] for rule in wanted}, frame.get("held")
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #5a58590d
 def strategies(
     predictions: pd.DataFrame,  # of a run on returns; of another target as `as_returns` of labels.targets gives them
     bars: pd.DataFrame,  # bars of the run
-    horizon: int,
-    costs: Costs | None = None,  # 5 basis points a side when None
-    latency_bars: int = 1,  # 1 trades at the next open, 2 one bar late
-) -> dict[str, StrategyResult]:  # by rule; rules without a trade are there too
+    horizon: int,  # bars that an outcome spans
+    costs: Costs | None = None,  # None: 5 basis points per side
+    latency_bars: int = 1,  # 1 trades at the next open, 2 one bar later
+) -> dict[str, StrategyResult]:  # by rule, including rules without a trade
     "Trade forecasts by each rule."
     c = payable(costs or Costs(), bars, predictions.index[0])
     wanted, held = placed_positions(predictions, bars, c)
@@ -74,9 +75,9 @@ def strategies(
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #3cb88507
 def clocked(
-    r: StrategyResult,
-) -> StrategyResult:  # on event bars by the hour, as the ledger keeps trials; on time bars as it is
-    "A strategy in periods of equal length."
+    r: StrategyResult,  # on time or event bars
+) -> StrategyResult:  # on event bars by the hour, as the ledger stores trials; unchanged on time bars
+    "Convert a strategy to periods of equal length."
     steps = np.diff(pd.DatetimeIndex(r.returns.index).asi8)
     return r if len(steps) == 0 or (steps == steps[0]).all() else on_clock(r)
 
@@ -85,32 +86,48 @@ def strategy_rows(
     results: Mapping[str, StrategyResult],  # of `strategies`
     trials: Sequence[float] = (),  # Sharpe ratios per bar of the trials in the ledger
     draws: int = 300,  # random signals
-    seed: int = 0,
-) -> pd.DataFrame:  # index rule: total_return, sharpe (a year), deflated (probability), max_drawdown, turnover_per_day, exposure, break_even_bps, cost_per_year, capacity, random_p; the trials counted in attrs
-    "Measures of each rule after costs, its capacity, and its rank among random signals of the same turnover."
+    seed: int = 0,  # of the random signals
+) -> pd.DataFrame:  # index rule, columns as in `_measures_of`; the number of trials in attrs
+    "Compute the measures of each rule after costs, its capacity, and its rank among random signals of the same turnover."
     counted = [*trials, *(sharpe_ratio(clocked(r).returns) for r in results.values())]
     rows = {rule: _measures_of(r, counted, draws, seed) for rule, r in results.items()}
     some = next(iter(results.values()))
     years = np.sqrt(ANNUAL_SECONDS / some.bar_s)
-    rows["holding"] = {"total_return": float(np.prod(1 + some.hold.to_numpy())) - 1, "sharpe": sharpe_ratio(some.hold) * years, "max_drawdown": max_drawdown(some.hold), "exposure": 1.0}
+    earned = float(np.prod(1 + some.hold.to_numpy())) - 1
+    held = {"sharpe": sharpe_ratio(some.hold) * years, "max_drawdown": max_drawdown(some.hold), "exposure": 1.0}
+    rows["holding"] = {"total_return": earned} | held
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("rule")
     out.attrs["trials"] = int(np.isfinite(counted).sum())
     return out
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #554d053e
 def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: int) -> dict[str, float]:
-    "One rule."
+    "Compute the measures of one rule: shares, Sharpe ratio per year, basis points, quote currency, probabilities."
     days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)
-    luck = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
+    chance = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
     paid = float("nan") if r.costs is None else float(r.costs.sum().sum()) / days * 365
-    return {"total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0], "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()), "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": luck}
+    return {
+        "total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0],
+        "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()),
+        "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": chance,
+    }  # fmt: skip
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #177dc031
 def costs_text(
-    costs: Costs,
-    latency_bars: int = 1,
-) -> str:
-    "Say what trading costs."
-    funding = "funding as charged" if isinstance(costs.funding_bps, pd.Series) else f"funding of {number(costs.funding_bps, 'g')} bp per 8 hours that long positions pay and short ones get" if costs.funding_bps else "no funding"
-    impact = f"square-root impact (Y = {number(costs.impact, 'g')}) at a capital of {number(costs.capital, ',.0f')}" if costs.impact else "no impact"
-    return f"a fee of {number(costs.fee_bps, 'g')} bp and {number(costs.half_spread_bps, 'g')} bp of half-spread a side, {impact}, {funding}, entered at the {'next open' if latency_bars == 1 else f'open {latency_bars} bars after the decision' }"
+    costs: Costs,  # of a strategy
+    latency_bars: int = 1,  # 1: traded at the next open, 2: one bar later
+) -> str:  # a list of the costs, without a full stop
+    "Describe the costs of trading."
+    impact = f"square-root impact (Y = {number(costs.impact, 'g')}) at a capital of {number(costs.capital, ',.0f')}"
+    side = f"a fee of {number(costs.fee_bps, 'g')} bp and {number(costs.half_spread_bps, 'g')} bp of half-spread a side"
+    entered = "next open" if latency_bars == 1 else f"open {latency_bars} bars after the decision"
+    return f"{side}, {impact if costs.impact else 'no impact'}, {_funding_text(costs)}, entered at the {entered}"
+
+
+def _funding_text(costs: Costs) -> str:
+    "Describe the funding."
+    if isinstance(costs.funding_bps, pd.Series):
+        return "funding as charged"
+    if not costs.funding_bps:
+        return "no funding"
+    return f"funding of {number(costs.funding_bps, 'g')} bp per 8 hours that long positions pay and short ones get"

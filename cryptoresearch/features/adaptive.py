@@ -24,7 +24,7 @@ _LANES = 64  # rows at a time
 
 @njit(cache=True, nogil=True)
 def _follow_all(x: Array, gain: Array, memory: int) -> Array:
-    "Average y += gain (x - y) at every row, begun `memory` bars back; many rows side by side."
+    "Compute the average y += gain (x - y) at every row, started `memory` bars back; all rows in parallel."
     out = np.full(len(x), np.nan)
     for start in range(0, len(x) - memory + 1, _LANES):
         y = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
@@ -41,7 +41,7 @@ def following_distance(
     gain: pd.Series,  # 0 to 1, n bars
     memory: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars
-    "Distance of the close from the average with these gains."
+    "Compute the distance of the close from the average with these gains."
     level = _follow_all(close.to_numpy(dtype=float), gain.to_numpy(dtype=float), memory)
     return distance(close, pd.Series(level, index=close.index))
 
@@ -52,7 +52,7 @@ def kama_gain(
     fast: int = 2,  # span of the fast average, bars
     slow: int = 30,  # span of the slow average, bars
 ) -> pd.Series:  # 0 to 1, n bars, first `length` NaN
-    "Kaufman's gain: from slow to fast with the efficiency of the movement."
+    "Compute Kaufman's gain: from slow to fast with the efficiency of the movement."
     way = sum_over(close.diff().abs(), length)
     efficiency = ratio((close - close.shift(length)).abs(), way).where(way != 0, 0.0)
     quick, lazy = 2 / (fast + 1), 2 / (slow + 1)
@@ -63,7 +63,7 @@ def vidya_gain(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars of the oscillator, and span of the average
 ) -> pd.Series:  # 0 to 1, n bars, first `length` NaN
-    "Chande's gain: 2/(length+1) times the size of the net movement over all movement."
+    "Compute Chande's gain: 2/(length+1) times the size of the net movement over all movement."
     change = close.diff()
     way = sum_over(change.abs(), length)
     return 2 / (length + 1) * ratio(sum_over(change, length).abs(), way).where(way != 0, 0.0)
@@ -74,7 +74,7 @@ def kama_distance(
     length: int = 10,  # bars of the efficiency ratio
     memory: int = 200,  # bars of the recursion
 ) -> pd.Series:  # fraction of the close, n bars, first memory+length-2 NaN
-    "Distance of the close from Kaufman's adaptive average."
+    "Compute the distance of the close from Kaufman's adaptive average."
     return following_distance(close, kama_gain(close, length), memory)
 
 
@@ -83,7 +83,7 @@ def vidya_distance(
     length: int = 14,  # bars of the oscillator
     memory: int = 300,  # bars of the recursion
 ) -> pd.Series:  # fraction of the close, n bars, first memory+length-2 NaN
-    "Distance of the close from Chande's variable index dynamic average."
+    "Compute the distance of the close from Chande's variable index dynamic average."
     return following_distance(close, vidya_gain(close, length), memory)
 
 # %% ../../nbs/features/09_adaptive.ipynb #9ff8c1b1
@@ -97,13 +97,13 @@ _DEGREES = 180 / pi
 
 @njit(cache=True, nogil=True)
 def _turned(z: Array, k: int, i: int) -> float:
-    "Ehlers' quarter-turn of series i at k."
+    "Compute Ehlers' quarter-turn of series i at k."
     return 0.0962 * z[k, i] + 0.5769 * z[k - 2, i] - 0.5769 * z[k - 4, i] - 0.0962 * z[k - 6, i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _next_period(period: float, re: float, im: float, turn: float) -> float:
-    "Smoothed period after a bar: at most half longer or a third shorter, 6 to 50 bars."
+    "Compute the smoothed period after a bar: at most half longer or a third shorter, 6 to 50 bars."
     new = 360 / (turn * arctan(im / re)) if im != 0 and re != 0 else 0.0
     new = max(min(new, 1.5 * period), 0.67 * period)
     return 0.2 * min(max(new, 6.0), 50.0) + 0.8 * period
@@ -111,7 +111,7 @@ def _next_period(period: float, re: float, im: float, turn: float) -> float:
 # %% ../../nbs/features/09_adaptive.ipynb #a15a4dc7
 @njit(cache=True, nogil=True, error_model="numpy")
 def _cycle_step(h: Array, d: Array, q: Array, state: Array, k: int, turn: float, mirror: float) -> None:
-    "One bar further, many rows side by side: d and q (bars x rows) take their k-th values; state is period, i2, q2, re, im."
+    "Advance many rows by one bar: d and q (bars x rows) take their k-th values; state is period, i2, q2, re, im."
     for i in range(len(h)):
         period, i1, q1 = state[0, i], state[1, i], state[2, i]
         wide = 0.075 * period + 0.54
@@ -127,13 +127,13 @@ def _cycle_step(h: Array, d: Array, q: Array, state: Array, k: int, turn: float,
 # %% ../../nbs/features/09_adaptive.ipynb #5a1ee413
 @njit(cache=True, nogil=True, error_model="numpy")
 def _phase(q: float, d: float, turn: float) -> float:
-    "Angle of the cycle; 0 where it has no width."
+    "Compute the angle of the cycle; 0 where it has no width."
     return turn * arctan(q / d) if d != 0 else 0.0
 
 
 @njit(cache=True, nogil=True)
 def _cycle_all(h: Array, memory: int, turn: float, mirror: float) -> Array:
-    "Change of phase and period at every row, begun `memory` bars back; shape (2, len(h))."
+    "Compute the change of phase and the period at every row, started `memory` bars back; shape (2, len(h))."
     lanes, out = min(_LANES, max(len(h) - memory + 1, 1)), np.full((2, len(h)), np.nan)
     d, q = np.zeros((memory + 9, lanes)), np.zeros((memory + 9, lanes))
     for start in range(0, len(h) - memory + 1, lanes):
@@ -151,7 +151,7 @@ def _cycle_all(h: Array, memory: int, turn: float, mirror: float) -> Array:
 # %% ../../nbs/features/09_adaptive.ipynb #c842f4d6
 @njit(cache=True, nogil=True)
 def _mother_all(x: Array, gain: Array, memory: int) -> Array:
-    "MAMA at every row, and FAMA, which follows it at half the gain; both begun `memory` bars back; shape (2, len(x))."
+    "Compute MAMA at every row, and FAMA, which follows it at half the gain; both started `memory` bars back; shape (2, len(x))."
     out = np.full((2, len(x)), np.nan)
     for start in range(0, len(x) - memory + 1, _LANES):
         mama = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
@@ -172,7 +172,7 @@ _CYCLE = 120  # bars over which the cycle is measured
 def mama_gain(
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # 0.05 to 0.5, n bars, first 128 NaN
-    "Ehlers' gain: 0.5 over the change of phase in degrees, between 0.05 and 0.5."
+    "Compute Ehlers' gain: 0.5 over the change of phase in degrees, between 0.05 and 0.5."
     h = -behind(close.to_numpy(dtype=float), _FILTER)
     turned = _cycle_all(h, _CYCLE, _DEGREES, 1.0)[0]
     return pd.Series(np.clip(0.5 / np.maximum(turned, 1.0), 0.05, 0.5), index=close.index)
@@ -183,7 +183,7 @@ def mama_distance(
     memory: int = 240,  # bars of the average
     which: int = 0,  # 0 MAMA, 1 FAMA
 ) -> pd.Series:  # fraction of the close, n bars, first memory+126 NaN
-    "Distance of the close from the mother of adaptive averages, or from the average that follows it."
+    "Compute the distance of the close from the mother of adaptive averages, or from the average that follows it."
     level = _mother_all(close.to_numpy(dtype=float), mama_gain(close).to_numpy(), memory)[which]
     return distance(close, pd.Series(level, index=close.index))
 
@@ -195,7 +195,7 @@ on_columns(mama_distance, "fama_distance", "close", 367, OF_CLOSE, "averages", "
 def jurik_constants(
     length: int,  # bars, as the average counts them
 ) -> tuple[float, float, float, float]:  # greatest relative volatility, its exponent, log of the bands' decay, smoothing
-    "The four numbers that a length stands for."
+    "Compute the four constants that follow from a length."
     root = sqrt(0.5 * (length - 1))
     top = max(log2(root) + 2, 0.0)
     exponent = max(top - 2, 0.5)
@@ -206,7 +206,7 @@ def jurik_constants(
 def _exp(
     y: float,  # between -3 and 3, which no length of 2 bars or more leaves
 ) -> float:  # relative error below 1e-13
-    "Exponential, as the 32nd power of that of a 32nd."
+    "Compute the exponential, as the 32nd power of that of a 32nd."
     z = y / 32
     s = 1 + z * (1 + z * (1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * (1 / 720 + z * (1 / 5040 + z * (1 / 40320))))))))
     s2 = s * s
@@ -220,7 +220,7 @@ def _exp(
 def _log(
     x: float,  # between 1 and about 8
 ) -> float:  # absolute error below 1e-14
-    "Natural logarithm, as 8 times that of the eighth root."
+    "Compute the natural logarithm, as 8 times that of the eighth root."
     root = np.sqrt(np.sqrt(np.sqrt(x)))
     s = (root - 1) / (root + 1)
     z = s * s
@@ -229,7 +229,7 @@ def _log(
 # %% ../../nbs/features/09_adaptive.ipynb #85576d5b
 @njit(cache=True, nogil=True, error_model="numpy")
 def _unrest(x: Array, state: Array, distances: Array, means: Array, k: int) -> None:
-    "Step k of many rows: distance from the band, over the mean of the last 66 running means of ten distances; into state[7]."
+    "Update state[7] of many rows at step k: the distance from the band, over the mean of the last 66 running means of ten distances."
     now, then, mean, before, old = distances[k], distances[max(k - 10, 0)], means[k], means[k - 1], means[max(k - 66, 0)]
     kept, relative, count, full = state[5], state[7], float(min(k + 1, 66)), 1.0 if k >= 66 else 0.0
     for i in range(len(x)):
@@ -245,7 +245,7 @@ def _unrest(x: Array, state: Array, distances: Array, means: Array, k: int) -> N
 # %% ../../nbs/features/09_adaptive.ipynb #20aa0004
 @njit(cache=True, nogil=True, error_model="numpy")
 def _jurik_step(x: Array, state: Array, top: float, exponent: float, decay: float, beta: float, shrink: float) -> None:
-    "One bar further in many rows, phase 0; state is upper, lower, first, momentum, step, kept, average, relative unrest."
+    "Advance many rows by one bar, phase 0; state is upper, lower, first, momentum, step, kept, average, relative unrest."
     for i in range(len(x)):
         up, down, r = x[i] - state[0, i], x[i] - state[1, i], state[7, i]
         power = _exp(exponent * _log(1.0 if r < 1 else top if r > top else r))
@@ -261,7 +261,7 @@ def _jurik_step(x: Array, state: Array, top: float, exponent: float, decay: floa
 # %% ../../nbs/features/09_adaptive.ipynb #bbebb4cb
 @njit(cache=True, nogil=True)
 def _jurik_all(x: Array, memory: int, top: float, exponent: float, decay: float, beta: float) -> Array:
-    "JMA at every row, begun `memory` bars back."
+    "Compute JMA at every row, started `memory` bars back."
     lanes, out = min(_LANES, max(len(x) - memory + 1, 1)), np.full(len(x), np.nan)
     distances, means, shrink = np.zeros((memory, lanes)), np.zeros((memory, lanes)), np.log(beta)
     for start in range(0, len(x) - memory + 1, lanes):
@@ -282,7 +282,7 @@ def jma_distance(
     length: int = 7,  # bars, as the average counts them
     memory: int = 150,  # bars of the recursion
 ) -> pd.Series:  # fraction of the close, n bars, first memory-1 NaN
-    "Distance of the close from Jurik's average, phase 0."
+    "Compute the distance of the close from Jurik's average, phase 0."
     level = _jurik_all(close.to_numpy(dtype=float), memory, *jurik_constants(length))
     return distance(close, pd.Series(level, index=close.index))
 
@@ -292,7 +292,7 @@ on_columns(jma_distance, "jma_distance_7", "close", 150, OF_CLOSE, "averages", "
 # %% ../../nbs/features/09_adaptive.ipynb #fc507901
 @njit(cache=True, nogil=True, error_model="numpy")
 def _mcginley_all(x: Array, memory: int, length: int) -> Array:
-    "McGinley's average at every row, begun `memory` bars back."
+    "Compute McGinley's average at every row, started `memory` bars back."
     out = np.full(len(x), np.nan)
     for start in range(0, len(x) - memory + 1, _LANES):
         y = x[start : min(start + _LANES, len(x) - memory + 1)].copy()
@@ -309,7 +309,7 @@ def mcgd_distance(
     length: int = 10,  # bars
     memory: int = 120,  # bars of the recursion
 ) -> pd.Series:  # fraction of the close, n bars, first memory-1 NaN
-    "Distance of the close from McGinley's dynamic average."
+    "Compute the distance of the close from McGinley's dynamic average."
     return distance(close, pd.Series(_mcginley_all(close.to_numpy(dtype=float), memory, length), index=close.index))
 
 
@@ -318,7 +318,7 @@ on_columns(mcgd_distance, "mcgd_distance_10", "close", 120, OF_CLOSE, "averages"
 # %% ../../nbs/features/09_adaptive.ipynb #d8d1688a
 @njit(cache=True, nogil=True)
 def _stairs(close: Array, middle: Array, reach: Array, start: int, stop: int, side: float) -> tuple[float, float]:
-    "Side and level of Supertrend at `stop`, begun at `start` on a side; NaN where a bar is missing."
+    "Compute side and level of Supertrend at `stop`, started at `start` on a side; NaN where a bar is missing."
     floor, ceiling = middle[start] - reach[start], middle[start] + reach[start]
     for k in range(start + 1, stop + 1):
         low, high, price = middle[k] - reach[k], middle[k] + reach[k], close[k]
@@ -338,7 +338,7 @@ def _stairs(close: Array, middle: Array, reach: Array, start: int, stop: int, si
 # %% ../../nbs/features/09_adaptive.ipynb #7f2269de
 @njit(cache=True, nogil=True)
 def _stairs_all(close: Array, middle: Array, reach: Array, memory: int) -> Array:
-    "Side and level at every row, where both sides `memory` bars back lead to the same; shape (2, n)."
+    "Compute side and level at every row where both sides `memory` bars back lead to the same; shape (2, n)."
     out = np.full((2, len(close)), np.nan)
     for t in range(memory - 1, len(close)):
         side, level = _stairs(close, middle, reach, t - memory + 1, t, 1.0)
@@ -348,7 +348,7 @@ def _stairs_all(close: Array, middle: Array, reach: Array, memory: int) -> Array
 
 # %% ../../nbs/features/09_adaptive.ipynb #20e8b1d3
 def _supertrend(high: pd.Series, low: pd.Series, close: pd.Series, length: int, multiple: float, memory: int) -> tuple[pd.Series, pd.Series]:
-    "Side and level."
+    "Compute side and level of Supertrend."
     reach = multiple * wilder(true_range(high, low, close), length)
     out = _stairs_all(*(s.to_numpy(dtype=float) for s in (close, 0.5 * (high + low), reach)), memory)
     return pd.Series(out[0], index=close.index), pd.Series(out[1], index=close.index)
@@ -362,7 +362,7 @@ def supertrend(
     multiple: float = 3.0,  # average true ranges between the middle of the bar and the stair
     memory: int = 150,  # bars of the recursion
 ) -> pd.Series:  # 1 (price above its stair) or -1, n bars, first memory+wilder_bars(length)-1 NaN; NaN where undecided
-    "Side of the price on which Supertrend's stair runs."
+    "Compute the side of the price on which the Supertrend line runs."
     return _supertrend(high, low, close, length, multiple, memory)[0]
 
 # %% ../../nbs/features/09_adaptive.ipynb #fb67bfd7
@@ -374,7 +374,7 @@ def supertrend_distance(
     multiple: float = 3.0,  # average true ranges between the middle of the bar and the stair
     memory: int = 150,  # bars of the recursion
 ) -> pd.Series:  # fraction of the close, n bars, first memory+wilder_bars(length)-1 NaN; NaN where undecided
-    "Distance of the close from Supertrend's stair."
+    "Compute the distance of the close from the Supertrend line."
     return distance(close, _supertrend(high, low, close, length, multiple, memory)[1])
 
 # %% ../../nbs/features/09_adaptive.ipynb #29c72042
@@ -385,7 +385,7 @@ on_columns(supertrend_distance, "supertrend_distance_7", "high low close", _W, O
 # %% ../../nbs/features/09_adaptive.ipynb #345cbe64
 @njit(cache=True, nogil=True)
 def _last_break(close: Array, top: Array, bottom: Array, memory: int) -> Array:
-    "Level set by the last break within `memory` bars and its side; shape (2, n)."
+    "Find the level set by the last break within `memory` bars and its side; shape (2, n)."
     out = np.full((2, len(close)), np.nan)
     for t in range(memory, len(close)):
         for k in range(t, t - memory, -1):
@@ -408,7 +408,7 @@ def hilo_distance(
     low_length: int = 21,  # bars
     memory: int = 100,  # bars in which the last break is sought
 ) -> pd.Series:  # fraction of the close, n bars, first memory+max(lengths)-1 NaN; NaN without a break
-    "Distance of the close from the HiLo activator."
+    "Compute the distance of the close from the HiLo activator."
     top, bottom = mean_over(high, high_length), mean_over(low, low_length)
     out = _last_break(*(s.to_numpy(dtype=float) for s in (close, top, bottom)), memory)
     return distance(close, pd.Series(out[0], index=close.index))

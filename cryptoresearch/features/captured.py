@@ -24,7 +24,7 @@ _MANY = 100  # numbers from which a collection counts as data
 
 
 def _is_fitted(value: Any) -> bool:
-    "Whether an estimator is fitted: it has attributes that end in an underscore."
+    "Tell whether an estimator is fitted: it has attributes that end in an underscore."
     if not hasattr(value, "fit") or not hasattr(value, "__dict__") or (hasattr(value, "__sklearn_tags__") and not get_tags(value).requires_fit):
         return False
     return any(k.endswith("_") and not k.startswith("_") for k in vars(value))
@@ -45,7 +45,7 @@ def _what(value: Any) -> str:  # such as 'DataFrame, 200 rows'; empty for what i
 
 # %% ../../nbs/features/19_captured.ipynb #ced7d5bc
 def _foreign(module: str | None) -> bool:
-    "Whether a module belongs to an installed package or to Python itself."
+    "Tell whether a module belongs to an installed package or to Python itself."
     top = (module or "").split(".")[0]
     if top in ("cryptoresearch", *sys.stdlib_module_names) and top != "__main__":
         return True

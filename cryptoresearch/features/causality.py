@@ -382,7 +382,7 @@ def _subject(
 
 # %% ../../nbs/features/20_causality.ipynb #6815c2e3
 def _is_frame(value: Any) -> bool:
-    "Whether a value is a frame with the time at which each row is known."
+    "Tell whether a value is a frame with the time at which each row is known."
     return isinstance(value, pd.DataFrame) and "close_ts" in value and pd.api.types.is_datetime64_any_dtype(value["close_ts"])
 
 
@@ -752,7 +752,7 @@ def prove_causal(
     seed: int = 0,  # for cuts and futures
     tolerance: float = 1e-9,  # relative
 ) -> pd.DataFrame:  # index: column; causal, truncation_ok, perturbation_ok, warmup_ok, worst_error, looks_ahead (bars), size (relative), through (inputs), where (ts), unseen (data not changed), note
-    "Test that no value changes when the future is removed or changed, nor when older history is removed."
+    "Check that no value changes when the future is removed or changed, nor when older history is removed."
     proof = _prepared(features, bars, train_bars, y, others or {}, tolerance, seed)
     again = _errors(proof.full.to_numpy(), proof.subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
     chosen = set(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else (int(c) for c in cuts))

@@ -22,7 +22,7 @@ PAST = 168  # bars against which a volume is told
 
 
 def fading_bars(half_life: int) -> int:
-    "Bars in the window of a fading mean: six half-lives, at most `LONGEST`."
+    "Count the bars in the window of a fading mean: six half-lives, at most `LONGEST`."
     return min(ceil(6 * half_life), LONGEST)
 
 
@@ -30,7 +30,7 @@ def fading_mean(
     x: pd.Series,  # any unit, n bars; NaN left out
     half_life: int,  # bars
 ) -> pd.Series:  # unit of x, n bars, first fading_bars-1 NaN
-    "Exponentially weighted mean over the last `fading_bars` bars."
+    "Compute the exponentially weighted mean over the last `fading_bars` bars."
     weights = 0.5 ** (np.arange(fading_bars(half_life)) / half_life)
     known = x.notna().astype(float)
     share = weighted_over(known, weights / weights.sum())
@@ -40,7 +40,7 @@ def fading_mean(
 def logarithm(
     x: pd.Series,  # any unit, n bars
 ) -> pd.Series:  # n bars, NaN where x is not positive
-    "Natural logarithm that knows no minus infinity."
+    "Compute the natural logarithm, NaN instead of minus infinity at zero."
     return log_ratio(x, x * 0 + 1)
 
 
@@ -49,7 +49,7 @@ def decay_range(
     low: pd.Series,  # quote currency, n bars
     half_life: int,  # bars
 ) -> pd.Series:  # log of a log return per bar, n bars
-    "Fading mean of the log of the log range; bars without a range are left out."
+    "Compute the fading mean of the log of the log range; bars without a range are left out."
     return fading_mean(logarithm(log_ratio(high, low)), half_life)
 
 
@@ -58,7 +58,7 @@ def decay_parkinson(
     low: pd.Series,  # quote currency, n bars
     half_life: int,  # bars
 ) -> pd.Series:  # log of a log return per bar, n bars; NaN where nothing moved
-    "Log of the Parkinson volatility with fading weights."
+    "Compute the log of the Parkinson volatility with fading weights."
     return logarithm(fading_mean(log_ratio(high, low) ** 2, half_life) / (4 * log(2))) / 2
 
 # %% ../../nbs/features/12_decay.ipynb #93d9995a
@@ -66,7 +66,7 @@ def decay_volume(
     volume: pd.Series,  # base currency, n bars
     half_life: int,  # bars
 ) -> pd.Series:  # log ratio, n bars, first max(fading_bars, PAST)-1 NaN
-    "Fading mean of the log volume, less its plain mean over `PAST` bars; bars without trades are left out."
+    "Compute the fading mean of the log volume, less its plain mean over `PAST` bars; bars without trades are left out."
     x = logarithm(volume)
     share = mean_over(x.notna().astype(float), PAST)
     return fading_mean(x, half_life) - ratio(mean_over(x.fillna(0.0), PAST), share.where(share >= 0.5))
@@ -84,7 +84,7 @@ def decay_trend(
     half_life: int,  # bars
     unsigned: bool = False,  # its size only
 ) -> pd.Series:  # standard deviations, n bars, first max(fading_bars(half_life), fading_bars(24)) NaN; NaN where nothing moved
-    "Fading mean of the log returns times the root of the half-life, over the fading volatility with a half-life of 24 bars."
+    "Compute the fading mean of the log returns times the root of the half-life, over the fading volatility with a half-life of 24 bars."
     r = log_return(close)
     trend = ratio(fading_mean(r, half_life) * sqrt(half_life), np.sqrt(fading_mean(r**2, 24)))
     return trend.abs() if unsigned else trend
@@ -100,7 +100,7 @@ def below_high(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return, at most 0, n bars, first length-1 NaN
-    "Log of the close over the highest price of the last bars."
+    "Compute the log of the close over the highest price of the last bars."
     return log_ratio(close, highest_over(high, length)[0])
 
 
@@ -109,7 +109,7 @@ def above_low(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return, at least 0, n bars, first length-1 NaN
-    "Log of the close over the lowest price of the last bars."
+    "Compute the log of the close over the lowest price of the last bars."
     return log_ratio(close, lowest_over(low, length)[0])
 
 
@@ -118,7 +118,7 @@ def width(
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log of a log return, n bars, first length-1 NaN; NaN where nothing moved
-    "Log of the log distance between the highest and the lowest price of the last bars."
+    "Compute the log of the log distance between the highest and the lowest price of the last bars."
     return logarithm(log_ratio(highest_over(high, length)[0], lowest_over(low, length)[0]))
 
 
@@ -132,7 +132,7 @@ def local_hour_of_week(
     close_ts: pd.Series,  # end of the bar, UTC
     zone: str = "America/New_York",  # whose clock
 ) -> pd.Series:  # whole hours since Monday 00:00 there, 0 to 167, n bars
-    "Hour of the week by the clock of another time zone."
+    "Compute the hour of the week in another time zone."
     t = pd.DatetimeIndex(close_ts).tz_convert(zone)
     return pd.Series(np.asarray(t.dayofweek * 24 + t.hour, dtype=float), index=close_ts.index)
 
@@ -142,7 +142,7 @@ def weekend_ahead(
     hours: int = 24,  # from there on
     zone: str = "America/New_York",  # whose weekend
 ) -> pd.Series:  # 0 to 1, n bars
-    "Share of the next hours that fall on a Saturday or Sunday."
+    "Compute the share of the next hours that fall on a Saturday or Sunday."
     share = np.array([np.mean([(h + k) % 168 >= 120 for k in range(hours)]) for h in range(168)])
     return pd.Series(share[local_hour_of_week(close_ts, zone).to_numpy(dtype=int)], index=close_ts.index)
 

@@ -23,7 +23,7 @@ def quantile_edges(
     train: Array,  # one column of training rows, NaN allowed
     bins: int = 10,  # of equal counts
 ) -> Array:  # inner edges, increasing, at most bins - 1
-    "Inner edges of the bins, from the known values of the training rows."
+    "Compute the inner edges of the bins, from the known values of the training rows."
     known = train[np.isfinite(train)]
     if not len(known):
         return np.empty(0)
@@ -35,7 +35,7 @@ def bin_counts(
     values: Array,  # one column
     edges: Array,  # of quantile_edges
 ) -> Array:  # known rows in each of the len(edges) + 1 bins
-    "Rows in each bin."
+    "Count the rows in each bin."
     inside = np.searchsorted(edges, values[np.isfinite(values)], side="left")
     return np.bincount(inside, minlength=len(edges) + 1).astype(float)
 
@@ -48,7 +48,7 @@ def stability_index(
     new: pd.Series | Array,  # the same column of other rows
     bins: int = 10,  # quantile bins of the training rows
 ) -> float:  # 0 or more, unitless
-    "Population stability index of new rows against training rows."
+    "Compute the population stability index of new rows against training rows."
     old, fresh = (np.asarray(x, dtype=float) for x in (train, new))
     known = [int(np.isfinite(x).sum()) for x in (old, fresh)]
     if not all(known):
@@ -61,13 +61,13 @@ def silence_index(
     train: pd.Series | Array,  # one column of training rows
     new: pd.Series | Array,  # the same column of other rows
 ) -> float:  # 0 or more, unitless
-    "Stability index of two bins, known and missing."
+    "Compute the stability index of two bins, known and missing."
     old, fresh = (np.isfinite(np.asarray(x, dtype=float)) for x in (train, new))
     return _index(np.array([old.sum(), (~old).sum()], dtype=float), np.array([fresh.sum(), (~fresh).sum()], dtype=float))
 
 # %% ../../nbs/features/23_drift.ipynb #a04bdab8
 def _index(old: Array, new: Array) -> float:
-    "The index from the rows of each bin."
+    "Compute the index from the rows of each bin."
     p, q = ((c + SMOOTHING) / (c.sum() + SMOOTHING * len(c)) for c in (old, new))
     return float(np.sum((q - p) * np.log(q / p)))
 
@@ -75,7 +75,7 @@ def _index(old: Array, new: Array) -> float:
 def verdict(
     index: float,  # of stability_index
 ) -> str:  # little, some or much
-    "The word by custom; `unknown` for NaN."
+    "Name the degree of drift by convention; `unknown` for NaN."
     if np.isnan(index):
         return "unknown"
     return next((word for word, end in LIMITS.items() if index < end), "much")
@@ -86,7 +86,7 @@ def drift_table(
     new: pd.DataFrame,  # the same columns of other rows
     bins: int = 10,  # quantile bins of the training rows
 ) -> pd.DataFrame:  # index feature, most drifted first: psi, verdict, chance (95 % point without drift), missing_train, missing_new, psi_missing, median_moved_to
-    "The index of each feature, beside what chance gives."
+    "Compute the index of each feature, next to the level expected by chance."
     if missing := [str(c) for c in train if c not in new]:
         raise SchemaError(problem("the same features in both", f"no {', '.join(missing[:5])} in the new rows", "Make both with the same DataProcessing"))
     rows = {c: _row(train[c].to_numpy(dtype=float), new[c].to_numpy(dtype=float), bins) for c in train}
@@ -96,7 +96,7 @@ def drift_table(
 
 
 def _row(old: Array, new: Array, bins: int) -> list[float]:
-    "Index, chance, shares missing and their index, and the training quantile at which the new median lies."
+    "Compute index, chance level, missing shares and their index, and the training quantile of the new median."
     known, fresh = old[np.isfinite(old)], new[np.isfinite(new)]
     silent = [1 - len(known) / max(len(old), 1), 1 - len(fresh) / max(len(new), 1), silence_index(old, new)]
     if not len(known) or not len(fresh):
@@ -111,7 +111,7 @@ def drift_over_time(
     every: str = "QS",  # stretches, as pandas names them
     bins: int = 10,  # quantile bins of the training rows
 ) -> pd.DataFrame:  # index start of the stretch, a column a feature: the index
-    "Population stability index of each stretch after the training rows."
+    "Compute the population stability index of each stretch after the training rows."
     until = pd.Timestamp(train_until)
     until = until.tz_localize("UTC") if until.tzinfo is None else until.tz_convert("UTC")
     train, later = X[X.index < until], X[X.index >= until]

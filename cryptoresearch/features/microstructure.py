@@ -35,7 +35,7 @@ def imbalance_shift(
     short: int,  # bars
     long: int,  # bars
 ) -> pd.Series:  # -2 to 2, n bars, first long-1 NaN; NaN where nothing was traded
-    "Short imbalance minus long imbalance."
+    "Subtract the long imbalance from the short one."
     return imbalance(buy_volume, volume, short) - imbalance(buy_volume, volume, long)
 
 
@@ -44,7 +44,7 @@ def flow_z(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars before the current one
 ) -> pd.Series:  # standard deviations, n bars, first `length` NaN
-    "Net volume bought in the bar against those of the bars before."
+    "Standardise the net volume bought in the bar by that of the bars before."
     return z_over(2 * buy_volume - volume, length)
 
 # %% ../../nbs/features/14_microstructure.ipynb #792f7949
@@ -65,7 +65,7 @@ def activity_z(
     x: pd.Series,  # count or volume, n bars
     length: int,  # bars before the current one
 ) -> pd.Series:  # standard deviations, n bars, first `length` NaN
-    "Root of the value against the roots before it."
+    "Standardise the root of the value by the roots before it."
     return z_over(np.sqrt(x), length)
 
 
@@ -74,7 +74,7 @@ def trade_size_z(
     trades: pd.Series,  # number of trades, n bars
     length: int,  # bars before the current one
 ) -> pd.Series:  # standard deviations, n bars, first `length` NaN; NaN without trades in the bar or in half of those before
-    "Log of the mean trade size against those of the bars with trades before."
+    "Standardise the log of the mean trade size by that of earlier bars with trades."
     return z_over(log_ratio(volume, trades), length, skip=True)
 
 
@@ -82,7 +82,7 @@ def still_share(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first length-1 NaN
-    "Share of the bars in which nothing was traded."
+    "Compute the share of the bars in which nothing was traded."
     return mean_over((volume == 0).astype(float).where(volume.notna()), length)
 
 # %% ../../nbs/features/14_microstructure.ipynb #3aeb53d9
@@ -90,7 +90,7 @@ def concentration(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 1/length to 1, n bars, first length-1 NaN; NaN where nothing was traded
-    "Herfindahl's index of the volume of the bars."
+    "Compute Herfindahl's index of the volume of the bars."
     return ratio(sum_over(volume**2, length), sum_over(volume, length) ** 2)
 
 # %% ../../nbs/features/14_microstructure.ipynb #81109060
@@ -110,7 +110,7 @@ def vpin(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first length-1 NaN; NaN where nothing was traded
-    "Sum of |bought minus sold| over all volume."
+    "Sum |bought minus sold| over all volume."
     return ratio(sum_over((2 * buy_volume - volume).abs(), length), sum_over(volume, length)).clip(upper=1)
 
 
@@ -119,7 +119,7 @@ def vpin_bulk(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars; the volatility is that of as many bars up to each one
 ) -> pd.Series:  # 0 to 1, n bars, first 2*length-1 NaN; NaN where nothing moved or nothing was traded
-    "VPIN from candles, with volume split by bulk classification."
+    "Compute VPIN from candles, with volume split by bulk classification."
     z = ratio(log_return(close), realised_volatility(close, length))
     share = pd.Series(np.abs(2 * ndtr(z.to_numpy(dtype=float)) - 1), index=close.index)
     return ratio(sum_over(share * volume, length), sum_over(volume, length))
@@ -139,7 +139,7 @@ def kyle_lambda(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return per mean bar of volume, n bars, first `length` NaN; NaN where flow stood still
-    "Slope of log returns on net volume in mean bars."
+    "Compute the slope of log returns on net volume in mean bars."
     return slope_over(log_return(close), 2 * buy_volume - volume, length) * mean_over(volume, length)
 
 
@@ -149,7 +149,7 @@ def kyle_t(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # t-value, n bars, first `length` NaN; NaN where flow or price stood still, and where one bar alone makes the line
-    "t-value of the slope of log returns on net volume."
+    "Compute the t-value of the slope of log returns on net volume."
     rho = correlation_over(log_return(close), 2 * buy_volume - volume, length)
     return rho * sqrt(length - 2) / np.sqrt((1 - rho**2).where(1 - rho**2 > 1e-12))
 
@@ -160,7 +160,7 @@ def root_impact(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return per root of a mean bar of volume, n bars, first `length` NaN; NaN where flow stood still
-    "Slope of log returns on the signed root of net volume."
+    "Compute the slope of log returns on the signed root of net volume."
     net = 2 * buy_volume - volume
     return slope_over(log_return(close), np.sign(net) * np.sqrt(net.abs()), length) * np.sqrt(mean_over(volume, length))
 
@@ -170,7 +170,7 @@ def amihud_asymmetry(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log ratio, n bars, first `length` NaN; NaN where prices only rose or only fell
-    "Log of Amihud's illiquidity of falling bars over that of rising bars."
+    "Compute the log of Amihud's illiquidity of falling bars over that of rising bars."
     r = log_return(close)
     impact = ratio(r, close * volume).fillna(0.0).where(r.notna() & volume.notna())
     down, up = (sum_over((s * impact).clip(lower=0), length) / sum_over((s * impact > 0).astype(float), length).clip(lower=1) for s in (-1, 1))
@@ -197,7 +197,7 @@ def corwin_schultz(
     low: pd.Series,  # quote currency, n bars
     length: int,  # pairs of bars
 ) -> pd.Series:  # fraction of the price, n bars, first `length` NaN
-    "Mean of Corwin and Schultz' high-low spread."
+    "Compute the mean of Corwin and Schultz' high-low spread."
     one = log_ratio(high, low) ** 2
     both, beta = (np.log(np.maximum(high, high.shift(1))) - np.log(np.minimum(low, low.shift(1)))) ** 2, one + one.shift(1)
     alpha = (np.sqrt(2 * beta) - np.sqrt(beta)) / _K - np.sqrt(both / _K)
@@ -211,7 +211,7 @@ def abdi_ranaldo(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of bars
 ) -> pd.Series:  # fraction of the price, n bars, first `length` NaN
-    "Mean of Abdi and Ranaldo's close-high-low spread."
+    "Compute the mean of Abdi and Ranaldo's close-high-low spread."
     middle = (np.log(high) + np.log(low)) / 2
     last = np.log(close.shift(1))
     square = 4 * (last - middle.shift(1)) * (last - middle)
@@ -226,7 +226,7 @@ for _n in (24, 168):
 # %% ../../nbs/features/14_microstructure.ipynb #4c6ac810
 @njit(cache=True, nogil=True)
 def _run(x: Array, n: int) -> Array:
-    "Newest values in a row with one sign, at most n, with that sign."
+    "Count the newest consecutive values of one sign, at most n, with that sign."
     out = np.full(len(x), np.nan)
     for t in range(n - 1, len(x)):
         sign, count, whole = np.sign(x[t]), 0, True
@@ -243,7 +243,7 @@ def run(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars looked back
 ) -> pd.Series:  # bars, -length to length, n bars, first length-1 NaN; 0 where the newest is 0
-    "Number of newest values with one sign, with that sign."
+    "Count the newest consecutive values of one sign, with that sign."
     return pd.Series(_run(np.ascontiguousarray(x.to_numpy(dtype=np.float64)), length), index=x.index)
 
 # %% ../../nbs/features/14_microstructure.ipynb #c99ffa9a
@@ -268,7 +268,7 @@ def sign_changes(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first `length` NaN
-    "Share of the bars whose sign is against that of the bar before."
+    "Compute the share of bars whose sign is opposite to that of the bar before."
     turned = np.sign(x) * np.sign(x.shift(1)) < 0
     return mean_over(turned.astype(float).where(x.notna() & x.shift(1).notna()), length)
 
@@ -277,7 +277,7 @@ def return_changes(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first length+1 NaN
-    "Share of the price changes against the one before."
+    "Compute the share of price changes opposite to the one before."
     return sign_changes(close.diff(), length)
 
 
@@ -286,7 +286,7 @@ def flow_changes(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first `length` NaN
-    "Share of the net volumes against the one before."
+    "Compute the share of net volumes opposite to the one before."
     return sign_changes(2 * buy_volume - volume, length)
 
 # %% ../../nbs/features/14_microstructure.ipynb #64c7f8c7
@@ -295,7 +295,7 @@ def flow_memory(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "Correlation of imbalance with that of the bar before; bars without trades are left out."
+    "Compute the correlation of imbalance with that of the bar before; bars without trades are left out."
     flow = imbalance(buy_volume, volume)
     return correlation_over(flow, flow.shift(1), length, skip=True)
 
@@ -306,7 +306,7 @@ def flow_leads(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "Correlation of log returns with the imbalance of the bar before."
+    "Compute the correlation of log returns with the imbalance of the bar before."
     return correlation_over(log_return(close), imbalance(buy_volume, volume).shift(1), length, skip=True)
 
 # %% ../../nbs/features/14_microstructure.ipynb #a266d84e
@@ -316,7 +316,7 @@ def flow_follows(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first length+1 NaN
-    "Correlation of imbalance with the log return of the bar before."
+    "Compute the correlation of imbalance with the log return of the bar before."
     return correlation_over(imbalance(buy_volume, volume), log_return(close).shift(1), length, skip=True)
 
 # %% ../../nbs/features/14_microstructure.ipynb #8588aa2f
@@ -339,7 +339,7 @@ def return_volume(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "Correlation of log returns with the root of volume."
+    "Compute the correlation of log returns with the root of volume."
     return correlation_over(log_return(close), np.sqrt(volume), length)
 
 
@@ -348,7 +348,7 @@ def size_volume(
     volume: pd.Series,  # base currency, or number of trades, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "Correlation of absolute log returns with the root of volume, or of a count of trades."
+    "Compute the correlation of absolute log returns with the root of volume, or of a count of trades."
     return correlation_over(log_return(close).abs(), np.sqrt(volume), length)
 
 
@@ -356,7 +356,7 @@ def volume_memory(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "Correlation of the root of volume with that of the bar before."
+    "Compute the correlation of the root of volume with that of the bar before."
     root = np.sqrt(volume)
     return correlation_over(root, root.shift(1), length)
 
@@ -366,7 +366,7 @@ def variance_ratio(
     step: int,  # bars in a long return
     length: int,  # returns in each variance
 ) -> pd.Series:  # log ratio, n bars, first length+step-1 NaN; NaN where nothing moved
-    "Log of the variance of overlapping long returns over that of one-bar returns, per bar."
+    "Compute the log of the variance of overlapping long returns over that of one-bar returns, per bar."
     long, short = std_over(log_return(close, step), length), std_over(log_return(close), length)
     return 2 * log_ratio(long, short * sqrt(step))
 
@@ -391,7 +391,7 @@ TRADE_COLUMNS = (
 
 @njit(cache=True, nogil=True)
 def _sizes(qty: Array, out: Array) -> None:
-    "Median and 90 % quantile over the mean, Gini, share of the largest tenth."
+    "Compute median and 90 % quantile over the mean, Gini coefficient, and share of the largest tenth."
     s = np.sort(qty)
     n, total, weighted, large = len(s), 0.0, 0.0, 0.0
     for i in range(n):
@@ -405,7 +405,7 @@ def _sizes(qty: Array, out: Array) -> None:
 # %% ../../nbs/features/14_microstructure.ipynb #581cba53
 @njit(cache=True, nogil=True)
 def _sides(side: np.ndarray, money: Array, out: Array) -> tuple[float, float]:
-    "Imbalance by count and by money into `out`; mean and longest run as a share of the trades."
+    "Write the imbalance by count and by money, and mean and longest run as a share of the trades, into `out`."
     known, net, all_money, net_money, runs, longest, run = 0, 0, 0.0, 0.0, 0, 0, 0
     last = 0
     for i in range(len(side)):
@@ -424,7 +424,7 @@ def _sides(side: np.ndarray, money: Array, out: Array) -> tuple[float, float]:
 # %% ../../nbs/features/14_microstructure.ipynb #740d8d07
 @njit(cache=True, nogil=True)
 def _times(ts: np.ndarray, money: Array, middle: int, out: Array) -> None:
-    "Deviation of the gaps over their mean, share within a millisecond of the last, share of the money in the second half."
+    "Compute deviation of the gaps over their mean, share within a millisecond of the last, and share of the money in the second half."
     n, late, total, together = len(ts), 0.0, 0.0, 0
     for i in range(n):
         total += money[i]
@@ -442,7 +442,7 @@ def _times(ts: np.ndarray, money: Array, middle: int, out: Array) -> None:
 # %% ../../nbs/features/14_microstructure.ipynb #1a391e20
 @njit(cache=True, nogil=True)
 def _moves(price: Array, out: Array) -> None:
-    "Roll's spread, root of the summed squared returns, share of trades at the price before."
+    "Compute Roll's spread, root of the summed squared returns, and share of trades at the price before."
     n, squares, product, same, total = len(price), 0.0, 0.0, 0, 0.0
     if n < 2:
         return
@@ -465,7 +465,7 @@ def _bar_by_bar(
     first: np.ndarray, last: np.ndarray, middle: np.ndarray,  # bars: first trade, one past the last, middle of the bar in µs
     ts: np.ndarray, price: Array, qty: Array, money: Array, reported: np.ndarray, tick: np.ndarray,  # trades in order
 ) -> Array:  # (bars, 18)
-    "One row of numbers for the trades of each bar."
+    "Compute one row of numbers for the trades of each bar."
     out = np.full((len(first), 18), np.nan)
     for b in range(len(first)):
         i, j = first[b], last[b]
@@ -480,12 +480,12 @@ def _bar_by_bar(
 
 
 def _column(trades: pd.DataFrame, name: str) -> np.ndarray:
-    "Sides as -1, 0 (unknown), 1."
+    "Convert sides to -1, 0 (unknown), 1."
     return np.nan_to_num(trades[name].to_numpy(dtype=float, na_value=np.nan)).astype(np.int64) if name in trades else np.zeros(len(trades), dtype=np.int64)
 
 # %% ../../nbs/features/14_microstructure.ipynb #9a1ec3d8
 def _micros(times: pd.Series | pd.DatetimeIndex) -> np.ndarray:
-    "Times as microseconds since 1970."
+    "Convert times to microseconds since 1970."
     index = pd.DatetimeIndex(times)
     return (index if index.tz is None else index.tz_convert("UTC")).as_unit("us").asi8
 
@@ -494,7 +494,7 @@ def trade_features(
     trades: pd.DataFrame,  # ts (UTC, or naive UTC), price, qty; and where known trade_id, side_reported, side_tick (-1, 1, unknown 0 or NaN); any order
     bars: pd.DataFrame,  # bar frame; trades outside of its bars are left out
 ) -> pd.DataFrame:  # on the index of the bars, columns TRADE_COLUMNS, float64; NaN in gap rows and bars without trades
-    "What the trades of each bar say, known at the bar's close."
+    "Summarise the trades of each bar, known at the bar's close."
     missing = [c for c in ("ts", "price", "qty") if c not in trades]
     if missing:
         raise SchemaError(problem("trades with ts, price and qty", f"no {missing}", "Rename the columns first"))
@@ -512,7 +512,7 @@ def known_mean(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
 ) -> pd.Series:  # unit of x, n bars, first length-1 NaN; NaN where fewer than half are known
-    "Mean of the known values of the last bars."
+    "Average the known values of the last bars."
     count = sum_over(x.notna().astype(float), length)
     return ratio(sum_over(x.fillna(0.0), length), count).where(count >= length / 2)
 

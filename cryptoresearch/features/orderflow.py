@@ -22,7 +22,7 @@ def imbalance(
     volume: Array,  # base currency, n bars
     length: int = 1,  # bars
 ) -> Array:  # -1 to 1, n bars, first length-1 NaN; NaN where nothing was traded
-    "Bought minus sold volume over all volume of the last bars."
+    "Compute bought minus sold volume over all volume of the last bars."
     return np.clip(2 * ratio(window_sum(buy_volume, length), window_sum(volume, length)) - 1, -1, 1)
 
 # %% ../../nbs/features/13_orderflow.ipynb #b272305c
@@ -37,7 +37,7 @@ def trade_size_ratio(
     trades: Array,  # number of trades, n bars
     length: int = 24,  # bars
 ) -> Array:  # log ratio, n bars, first length-1 NaN; NaN where there was no trade
-    "Log of the bar's mean trade size over the mean trade size of the last bars."
+    "Compute the log of the bar's mean trade size over the mean trade size of the last bars."
     return log_ratio(ratio(volume, trades), ratio(window_sum(volume, length), window_sum(trades, length)))
 
 # %% ../../nbs/features/13_orderflow.ipynb #386cec7f
@@ -51,7 +51,7 @@ def vwap_distance(
     close: Array,  # quote currency, n bars
     vwap: Array,  # quote currency, n bars
 ) -> Array:  # log return, n bars
-    "Log of the close over the bar's volume-weighted average price."
+    "Compute the log of the close over the bar's volume-weighted average price."
     return log_ratio(close, vwap)
 
 
@@ -63,7 +63,7 @@ def vwma_distance(
     volume: Array,  # base currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return, n bars, first length-1 NaN; NaN where nothing was traded
-    "Log of the close over the volume-weighted typical price of the last bars."
+    "Compute the log of the close over the volume-weighted typical price of the last bars."
     return log_ratio(close, ratio(window_sum((high + low + close) / 3 * volume, length), window_sum(volume, length)))
 
 # %% ../../nbs/features/13_orderflow.ipynb #6910f192
@@ -77,7 +77,7 @@ def signed_volume(
     volume: Array,  # base currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # -1 to 1, n bars, first `length` NaN; NaN where nothing was traded
-    "Volume with the sign of the bar's return, over all volume."
+    "Compute volume with the sign of the bar's return, over all volume."
     return ratio(window_sum(np.sign(diff(close)) * volume, length), window_sum(volume, length))
 
 
@@ -87,7 +87,7 @@ def bulk_imbalance(
     volume: Array,  # base currency, n bars
     length: int = 24,  # bars; the volatility is that of as many bars up to each one
 ) -> Array:  # -1 to 1, n bars, first 2*length-1 NaN; NaN where nothing moved or nothing was traded
-    "Bought minus sold volume by bulk classification, over all volume."
+    "Compute bought minus sold volume by bulk classification, over all volume."
     z = ratio(log_return(close), realised_volatility(close, length))
     return ratio(window_sum((2 * ndtr(z) - 1) * volume, length), window_sum(volume, length))
 
@@ -102,7 +102,7 @@ def amihud(
     volume: Array,  # base currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return per unit of quote currency, n bars, first `length` NaN; NaN where nothing was traded
-    "Amihud's illiquidity; bars without volume are left out of the mean."
+    "Compute Amihud's illiquidity; bars without volume are left out of the mean."
     impact, traded = ratio(np.abs(log_return(close)), close * volume), volume > 0
     known = np.where(np.isnan(volume), np.nan, traded)
     return ratio(window_sum(np.where(traded, impact, volume * 0), length), window_sum(known, length))
@@ -115,7 +115,7 @@ def amihud_ratio(
     short: int = 24,  # bars
     long: int = 168,  # bars
 ) -> Array:  # log ratio, n bars, first `long` NaN
-    "Log of short over long illiquidity."
+    "Compute the log of short over long illiquidity."
     return log_ratio(amihud(close, volume, short), amihud(close, volume, long))
 
 # %% ../../nbs/features/13_orderflow.ipynb #3ffa3a33
@@ -124,7 +124,7 @@ def roll_spread(
     close: Array,  # quote currency, n bars
     length: int = 24,  # pairs of returns
 ) -> Array:  # fraction of the price, n bars, first length+1 NaN; NaN where the covariance is not negative
-    "Roll's effective spread from the log returns of the last bars."
+    "Compute Roll's effective spread from the log returns of the last bars."
     r = log_return(close)
     then = np.where(np.isnan(r), np.nan, shift(r))
     covariance = (window_mean(r * then, length) - window_mean(r, length) * window_mean(then, length)) * length / (length - 1)
@@ -138,7 +138,7 @@ def price_impact(
     volume: Array,  # base currency, n bars
     length: int = 72,  # bars
 ) -> Array:  # -1 to 1, n bars, first `length` NaN; NaN where flow or price stood still
-    "Correlation around zero of log returns and signed volume."
+    "Compute the correlation around zero of log returns and signed volume."
     r, flow = log_return(close), 2 * buy_volume - volume
     norm = np.sqrt(window_sum(r**2, length) * window_sum(np.where(np.isnan(r), np.nan, flow) ** 2, length))
     return np.clip(ratio(window_sum(r * flow, length), norm), -1, 1)

@@ -81,7 +81,7 @@ class DataProcessing(TransformerMixin, BaseEstimator):
 def needs_clock(
     f: Feature,  # any feature
 ) -> bool:  # whether it has no meaning on event bars
-    "Whether a feature assumes bars of equal length: longer bars made of bars, or cycles counted in bars."
+    "Tell whether a feature assumes bars of equal length: longer bars made of bars, or cycles counted in bars."
     fn: Any = f.fn
     while not isinstance(fn, OnFrame):
         if not isinstance(fn, Lagged):

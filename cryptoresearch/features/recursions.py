@@ -37,7 +37,7 @@ def ha_part(
     close: pd.Series,  # quote currency, n bars
     part: str,  # body, upper or lower
 ) -> pd.Series:  # fraction of the close, n bars, first HA_BARS-1 NaN
-    "Body (positive when rising) or shadow (never negative) of the Heikin-Ashi candle."
+    "Compute the body (positive when rising) or a shadow (never negative) of the Heikin-Ashi candle."
     end = (open_ + high + low + close) / 4
     start = ha_open(end)
     if part == "body":
@@ -55,7 +55,7 @@ for _part in ("body", "upper", "lower"):
 def rsx_weights(
     length: int,  # bars
 ) -> Array:  # of the changes, newest first; the tail is negative
-    "Response of RSX's averages to one change, cut where its tail weighs `indicators.NEGLECTED`."
+    "Compute the response of RSX's averages to one change, cut where its tail weighs `indicators.NEGLECTED`."
     alpha = 3 / (length + 2)
     bars = 8 * len(indicators.ema_weights(alpha))
     once = alpha * (1 - alpha) ** np.arange(bars)
@@ -67,7 +67,7 @@ def rsx(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # percent, 0 to 100, n bars; NaN where the close stood still
-    "Jurik's smooth RSI."
+    "Compute Jurik's smooth RSI."
     change, weights = close.diff(), rsx_weights(length)
     moved = weighted_over(change.abs(), weights)
     return (50 * ratio(weighted_over(change, weights), moved.where(moved > 0)) + 50).clip(0, 100)
@@ -83,7 +83,7 @@ def smoother(
     period: float,  # bars
     angle: float | None = None,  # of the poles, radians; sqrt(2) pi / period when None
 ) -> tuple[Array, Array]:  # numerator and denominator of the filter
-    "Ehlers's two-pole super smoother."
+    "Smooth the values with Ehlers's two-pole super smoother."
     turn = _SQRT2 * np.pi / period
     radius = np.exp(-turn)
     b = 2 * radius * np.cos(turn if angle is None else angle)
@@ -95,7 +95,7 @@ def impulse(
     bars: int,  # length of the answer
     *filters: tuple[Array, Array],  # numerators and denominators, first to last
 ) -> Array:  # answers now and later to a single 1, so weights newest first
-    "Response of linear filters one after the other."
+    "Compute the response of consecutive linear filters."
     from scipy.signal import lfilter  # heavy, and used here only
 
     response = np.zeros(bars)
@@ -109,7 +109,7 @@ def ebsw_weights(
     length: int,  # longest cycle let through, bars
     smooth: int,  # period of the smoother, bars
 ) -> Array:  # of the changes of the close, newest first
-    "Weights of the high-pass filter and the smoother."
+    "Compute the weights of the high-pass filter and the smoother."
     turn = 2 * np.pi / length
     alpha = (1 - np.sin(turn)) / np.cos(turn)
     high_pass = (np.array([(1 + alpha) / 2]), np.array([1.0, -alpha]))
@@ -121,7 +121,7 @@ def ebsw(
     length: int = 40,  # longest cycle let through, bars
     smooth: int = 10,  # period of the smoother, bars
 ) -> pd.Series:  # -1 to 1, n bars; NaN where the close stood still
-    "Even better sinewave."
+    "Compute the even better sinewave."
     wave = weighted_over(close.diff(), ebsw_weights(length, smooth))
     return ratio(mean_over(wave, 3), np.sqrt(mean_over(wave**2, 3)))
 
@@ -131,7 +131,7 @@ def reflex_weights(
     smooth: int,  # twice the smoother's period, bars
     angle: float | None = None,  # of the smoother's poles, radians; Ehlers's when None
 ) -> Array:  # of the changes of the close, newest first
-    "Weights of the mean distance of the smoothed close from its line."
+    "Compute the weights of the mean distance of the smoothed close from its line."
     line = np.full(length + 1, -1.0)
     line[[0, -1]] = (length - 1) / 2
     level = impulse(20 * (length + smooth), (line / length, np.ones(1)), smoother(smooth / 2, angle))
@@ -145,7 +145,7 @@ def reflex(
     alpha: float = 0.04,  # of the mean square
     angle: float | None = None,  # of the smoother's poles, radians; Ehlers's when None
 ) -> pd.Series:  # root mean squares, n bars; NaN where the close stood still
-    "Reflex: distance from the line across one cycle, in units of its usual size."
+    "Compute reflex: the distance from the line across one cycle, in units of its usual size."
     distance = weighted_over(close.diff(), reflex_weights(length, smooth, angle))
     return ratio(distance, np.sqrt(weighted_over(distance**2, chain_weights(alpha))))
 
@@ -156,7 +156,7 @@ on_columns(reflex, "reflex_20", "close", len(reflex_weights(20, 20)) + len(chain
 # %% ../../nbs/features/07_recursions.ipynb #17ebfa67
 @njit(cache=True, nogil=True)
 def _fisher(place: Array, memory: int) -> Array:
-    "Fisher transform of places between -0.5 and 0.5, walked anew over the last `memory` bars."
+    "Apply the Fisher transform to positions between -0.5 and 0.5, restarted over the last `memory` bars."
     out = np.full(len(place), np.nan)
     for t in range(memory - 1, len(place)):
         value = turned = 0.0
@@ -177,7 +177,7 @@ def fisher(
     length: int = 9,  # bars
     memory: int = 40,  # bars walked
 ) -> pd.Series:  # mostly -5 to 5, n bars, first length+memory-2 NaN
-    "Fisher transform of the place of the bar's middle in its range."
+    "Apply the Fisher transform to the position of the bar's midpoint in its range."
     middle = (high + low) / 2
     lowest, highest = window_min(middle, length), window_max(middle, length)
     place = ratio(middle - lowest, highest - lowest).where(highest != lowest, 0.5).where(highest.notna()) - 0.5
@@ -189,7 +189,7 @@ on_columns(fisher, "fisher_9", "high low", 48, "1", _GROUP, "Ehlers, 2002", leng
 # %% ../../nbs/features/07_recursions.ipynb #f79e42d0
 @njit(cache=True, nogil=True)
 def _qqe(x: Array, band: Array, memory: int) -> Array:
-    "Line in force and state, walked anew over the last `memory` bars; shape (2, len(x))."
+    "Compute the active line and the state, restarted over the last `memory` bars; shape (2, len(x))."
     out = np.full((2, len(x)), np.nan)
     for t in range(memory - 1, len(x)):
         s = t - memory + 1
@@ -219,7 +219,7 @@ def qqe(
     memory: int = 90,  # bars walked
     state: bool = False,  # the state instead of the distance
 ) -> pd.Series:  # RSI points, or +1 and -1; n bars; NaN where the close stood still
-    "Distance of the smoothed RSI from its trailing line, or on which side it is."
+    "Compute the distance of the smoothed RSI from its trailing line, or the side on which it is."
     x = weighted_over(strength(close.diff(), length), span_weights(smooth))
     band = factor * weighted_over(x.diff().abs(), span_weights(2 * length - 1, 2 * length - 1))
     line, side = _qqe(x.to_numpy(dtype=float), band.to_numpy(dtype=float), memory)
@@ -233,7 +233,7 @@ on_columns(qqe, "qqe_state_14", "close", _QQE, "+1 or -1", _GROUP, "Ehrlich, und
 # %% ../../nbs/features/07_recursions.ipynb #960084ca
 @njit(cache=True, nogil=True)
 def _schaff(place: Array, held: Array, length: int, factor: float, memory: int, keep: bool) -> Array:
-    "Twice smoothed stochastic, walked anew over the last `memory` bars; `held` bars keep the place before."
+    "Compute the twice smoothed stochastic, restarted over the last `memory` bars; flat bars in `held` keep the previous position."
     out, once = np.full(len(place), np.nan), np.empty(memory)
     for t in range(memory - 1, len(place)):
         at = first = second = twice = 0.0
@@ -261,7 +261,7 @@ def stc(
     memory: int = 60,  # bars walked
     only_above_zero: bool = False,  # pandas-ta's rules instead of Schaff's
 ) -> pd.Series:  # percent, 0 to 100, n bars; NaN where the MACD stood still
-    "Schaff trend cycle."
+    "Compute the Schaff trend cycle."
     line = weighted_over(close, span_weights(fast)) - weighted_over(close, span_weights(slow))
     lowest, highest = window_min(line, length), window_max(line, length)
     held = (lowest <= 0) if only_above_zero else (highest == lowest)

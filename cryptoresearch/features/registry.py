@@ -124,12 +124,12 @@ class Feature:
 
     @property
     def candles_suffice(self) -> bool:
-        "Whether open, high, low, close and volume suffice."
+        "Tell whether open, high, low, close and volume suffice."
         return set(self.inputs) <= set(CANDLE)
 
     @property
     def bars_suffice(self) -> bool:
-        "Whether the columns of a bar frame suffice, with none that must be joined."
+        "Tell whether the columns of a bar frame suffice, with none that must be joined."
         return set(self.inputs) <= {*NUMBERS, "close_ts"}
 
 # %% ../../nbs/features/01_registry.ipynb #11d90892
@@ -166,7 +166,7 @@ def _origin(fn: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def _same_author(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    "Whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
+    "Tell whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
     a, b = _origin(fn), _origin(other)
     return a[1:] == b[1:] and (a[0] == b[0] or "__main__" in (a[0], b[0]))
 
@@ -268,7 +268,7 @@ def resolve(
 
 # %% ../../nbs/features/01_registry.ipynb #a01196bc
 def _in_group(f: Feature, group: str) -> bool:
-    "Whether a feature belongs to a group, or to `all` or `default`."
+    "Tell whether a feature belongs to a group, or to `all` or `default`."
     if group == "all":
         return f.bars_suffice
     return f.group in GROUPS and f.candles_suffice if group == "default" else f.group == group

@@ -34,7 +34,7 @@ def rank_correlation(
     X: pd.DataFrame,  # features, n rows
     rows: int = 20_000,  # evenly spread rows to use, at most
 ) -> pd.DataFrame:  # k x k, -1 to 1; 0 where a pair shares no rows or one of them does not move
-    "Correlation of the ranks of all pairs of columns, over the rows that both know."
+    "Correlate the ranks of all pairs of columns, over the rows where both are known."
     ranks = X.iloc[:: max(1, -(-len(X) // rows))].rank().to_numpy(dtype=float)
     known = np.isfinite(ranks).astype(float)
     centre = np.divide(np.nansum(ranks, axis=0), known.sum(axis=0), out=np.zeros(ranks.shape[1]), where=known.sum(axis=0) > 0)
@@ -55,7 +55,7 @@ def filter_table(
     alike: float = 0.999,  # absolute rank correlation from which two columns say the same
     warmup: dict[str, int] | None = None,  # bars, by feature; the shorter one of two stays
 ) -> pd.DataFrame:  # index feature: known, common (shares), same_as (feature or ""), kept, why
-    "What variance and duplicate filters make of each column."
+    "Report the result of the variance and duplicate filters for each column."
     rows = {str(c): _moves(X[c], least_known, most_common) for c in X}
     known, why, same = {c: round(r[0], 3) for c, r in rows.items()}, {c: r[2] for c, r in rows.items()}, dict.fromkeys(rows, "")
     moving, given = [c for c in rows if not why[c]], warmup or {}
@@ -73,7 +73,7 @@ def filter_table(
 
 # %% ../../nbs/features/22_selection.ipynb #6f0a0f5c
 def _moves(x: pd.Series, least_known: float, most_common: float) -> tuple[float, float, str]:
-    "Share known, share of the commonest value, and what is wrong."
+    "Compute the known share, the share of the most common value, and the problem found."
     known = float(x.notna().mean())
     common = float(x.value_counts(normalize=True).iloc[0]) if known else 1.0
     return known, common, f"known in {known:.0%} of the rows" if known < least_known else f"one value in {common:.1%} of the rows" if common > most_common else ""
@@ -88,7 +88,7 @@ def mutual_information(
     neighbours: int = 3,  # of the estimate
     seed: int = 0,  # of the lags
 ) -> pd.DataFrame:  # index feature, sorted: mi (nats), noise (mean of the shifted and three deviations), above (mi > noise)
-    "Mutual information of each column with the outcome, beside what chance gives."
+    "Compute the mutual information of each column with the outcome, next to the level expected by chance."
     known = y.notna()
     step = max(1, -(-int(known.sum()) // rows))
     F, outcome, rng = X[known].iloc[::step], y[known].iloc[::step].to_numpy(), np.random.default_rng(seed)
@@ -100,7 +100,7 @@ def mutual_information(
 
 # %% ../../nbs/features/22_selection.ipynb #e1340873
 def _mi(x: Array, y: Array, discrete: bool, neighbours: int, seed: int) -> float:
-    "Mutual information in nats over the rows where the column is known."
+    "Compute mutual information in nats over the rows where the column is known."
     known = np.isfinite(x)
     if known.sum() <= 10 * neighbours:
         return 0.0
@@ -112,7 +112,7 @@ def cluster_features(
     X: pd.DataFrame,  # features of training rows
     alike: float = 0.5,  # absolute rank correlation that holds a cluster together
 ) -> pd.Series:  # index feature: name of its cluster, which is that of its most typical member
-    "Clusters of columns by the distance of their rank correlations."
+    "Cluster columns by the distance of their rank correlations."
     corr = rank_correlation(X).abs().to_numpy()
     if len(corr) < 2:
         return pd.Series(list(map(str, X)), X.columns, name="cluster")
@@ -127,7 +127,7 @@ def cluster_features(
 
 # %% ../../nbs/features/22_selection.ipynb #6c246fa9
 class Splitter(Protocol):
-    "What splits intervals, as PurgedKFold and WalkForward do."
+    "Interface of objects that split spans, such as PurgedKFold and WalkForward."
 
     def split(self, intervals: pd.DataFrame) -> Iterator[tuple[Any, Any]]: ...
 
@@ -160,12 +160,12 @@ def _fitted(model: Any, X: pd.DataFrame, y: pd.Series, intervals: pd.DataFrame |
 
 
 def _forecast(model: Any, X: pd.DataFrame) -> Array:
-    "The forecast; of a classifier the probability of the second class."
+    "Forecast with a fitted model; for a classifier, the probability of the second class."
     return np.asarray(model.predict_proba(X)[:, 1] if hasattr(model, "predict_proba") else model.predict(X), dtype=float)
 
 # %% ../../nbs/features/22_selection.ipynb #c6fc7b2c
 def squared_loss(y: Array, forecast: Array) -> float:
-    "Mean squared error."
+    "Compute the mean squared error."
     return float(np.mean((y - forecast) ** 2))
 
 
@@ -179,7 +179,7 @@ def permutation_importance(
     repeats: int = 5,  # permutations to take the mean of
     seed: int = 0,  # of the permutations
 ) -> pd.DataFrame:  # index cluster, a column a fold: rise of the loss as a share of it
-    "Rise of the test loss when the columns of a cluster are shuffled together."
+    "Measure the rise of the test loss when the columns of a cluster are shuffled together."
     together = pd.Series(X.columns, X.columns) if clusters is None else clusters
     groups = {str(k): [str(c) for c in part.index] for k, part in together.groupby(together, sort=False)}
     found = {i: _permuted(f, X, y, groups, loss, repeats, np.random.default_rng([seed, i])) for i, f in enumerate(folds)}
@@ -187,7 +187,7 @@ def permutation_importance(
 
 # %% ../../nbs/features/22_selection.ipynb #81068808
 def _permuted(fold: FittedFold, X: pd.DataFrame, y: pd.Series, groups: dict[str, list[str]], loss: Callable[[Array, Array], float], repeats: int, rng: np.random.Generator) -> dict[str, float]:
-    "The rise of one fold's loss, by cluster."
+    "Measure the rise of one fold's loss, by cluster."
     test, truth = X.iloc[fold.test], y.iloc[fold.test].to_numpy(dtype=float)
     base = loss(truth, _forecast(fold.model, test))
     orders = [rng.permutation(len(test)) for _ in range(repeats)]
@@ -200,7 +200,7 @@ def importance_table(
     top: int = 5,  # how many count as the top
     level: float = 0.95,  # of the interval
 ) -> pd.DataFrame:  # sorted: mean, low, high (unit of the importance), folds_in_top (share), mean_rank (1 = best), above_zero
-    "Mean over folds with its interval, and how steady the place is."
+    "Average the importance over folds, with its interval and the stability of its rank."
     n, ranks = by_fold.shape[1], by_fold.rank(ascending=False)
     half = student.ppf((1 + level) / 2, max(n - 1, 1)) * by_fold.std(axis=1) / np.sqrt(n)
     mean = by_fold.mean(axis=1)
@@ -211,7 +211,7 @@ def importance_table(
 def rank_agreement(
     by_fold: pd.DataFrame,  # index feature or cluster, a column a fold
 ) -> pd.DataFrame:  # folds x folds: Spearman correlation of the importances
-    "How far any two folds agree on the order."
+    "Measure how well any two folds agree on the order."
     return by_fold.corr("spearman")
 
 # %% ../../nbs/features/22_selection.ipynb #750bc28a
@@ -219,7 +219,7 @@ def contributions(
     model: Any,  # fitted model of XGBoost or LightGBM, of this package or the library's own
     X: pd.DataFrame,  # m rows with the features of the fit
 ) -> pd.DataFrame:  # m rows: one column a feature and `base`; a row's sum is its raw forecast
-    "What each feature added to each forecast."
+    "Compute the contribution of each feature to each forecast."
     booster = model.get_booster() if hasattr(model, "get_booster") else getattr(model, "booster_", model)
     names = list(getattr(model, "feature_names_in_", X.columns))
     best: Any = getattr(model, "best_iteration_", None)
@@ -242,7 +242,7 @@ def contribution_importance(
     X: pd.DataFrame,  # features, n rows
     rows: int = 2000,  # evenly spread test rows of each fold, at most
 ) -> pd.DataFrame:  # index feature, a column a fold: share of the mean absolute contributions, summing to 1
-    "Mean absolute contribution of each feature on the test rows of each fold."
+    "Average the absolute contribution of each feature on the test rows of each fold."
     out = {}
     for i, fold in enumerate(folds):
         test = fold.test[:: max(1, -(-len(fold.test) // rows))]
@@ -264,7 +264,7 @@ def selection_table(
     repeats: int = 3,  # permutations
     seed: int = 0,  # of permutations and lags
 ) -> pd.DataFrame:  # index cluster, feature: rise, low, high of the cluster; share, in_top, mi, noise, remark of the feature
-    "Clusters by their importance out of sample, with what is known about each member."
+    "List clusters by their importance out of sample, with the facts known about each member."
     clusters, folds = cluster_features(X, alike), fit_folds(model, X, y, splitter, intervals)
     of_cluster = importance_table(permutation_importance(folds, X, y, clusters, loss=loss, repeats=repeats, seed=seed))
     of_feature = importance_table(_shares(folds, X), top)
@@ -275,7 +275,7 @@ def selection_table(
 
 # %% ../../nbs/features/22_selection.ipynb #a469bc75
 def _shares(folds: list[FittedFold], X: pd.DataFrame) -> pd.DataFrame:
-    "Shares of the contributions; NaN for models that have none."
+    "Compute the shares of the contributions; NaN for models that have none."
     try:
         return contribution_importance(folds, X)
     except SchemaError:

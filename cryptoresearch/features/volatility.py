@@ -39,7 +39,7 @@ def realised(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Realised volatility: root mean square of the log returns."
+    "Compute the realised volatility: the root mean square of the log returns."
     return np.sqrt(mean_over(log_return(close) ** 2, length))
 
 
@@ -47,7 +47,7 @@ def ewma_volatility(
     close: pd.Series,  # quote currency, n bars
     decay: float,  # weight of the estimate before, 0 to 1
 ) -> pd.Series:  # log return per bar, n bars, first NaN as the warm-up says
-    "Root of the exponentially weighted mean of squared log returns."
+    "Compute the root of the exponentially weighted mean of squared log returns."
     return np.sqrt(weighted_over(log_return(close) ** 2, ema_weights(1 - decay)))
 
 
@@ -56,7 +56,7 @@ def semivolatility(
     length: int,  # returns
     side: int,  # 1 for rises, -1 for falls
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Root of the mean square of the returns of one sign; the squares of the two add up to the realised variance."
+    "Compute the root mean square of the returns of one sign; the squares of the two add up to the realised variance."
     return np.sqrt(mean_over((side * log_return(close)).clip(lower=0) ** 2, length))
 
 # %% ../../nbs/features/04_volatility.ipynb #11a5c5a2
@@ -75,7 +75,7 @@ def log_realised(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log of a log return per bar, n bars, first `length` NaN; NaN where nothing moved
-    "Log of the realised volatility."
+    "Compute the log of the realised volatility."
     return log_ratio(x := realised(close, length), x * 0 + 1)
 
 
@@ -84,7 +84,7 @@ def log_range(
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log of a log return per bar, n bars, first length-1 NaN; NaN where nothing moved
-    "Log of the Parkinson volatility."
+    "Compute the log of the Parkinson volatility."
     square = mean_over(log_ratio(high, low) ** 2, length) / (4 * log(2))
     return log_ratio(square, square * 0 + 1) / 2
 
@@ -93,7 +93,7 @@ def leverage(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return per root bar, at most 0, n bars, first `length` NaN
-    "Negative part of the return over the last bars, divided by the root of their number."
+    "Compute the negative part of the return over the last bars, divided by the root of their number."
     return log_return(close, length).clip(upper=0) / sqrt(length)
 
 # %% ../../nbs/features/04_volatility.ipynb #c54c8083
@@ -110,7 +110,7 @@ def bipower_volatility(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # log return per bar, n bars, first length+1 NaN
-    "Root of bipower variation per bar: volatility without jumps."
+    "Compute the root of bipower variation per bar: volatility without jumps."
     size = log_return(close).abs()
     return np.sqrt(pi / 2 * mean_over(size * size.shift(1), length))
 
@@ -119,7 +119,7 @@ def median_volatility(
     close: pd.Series,  # quote currency, n bars
     length: int,  # triples of returns
 ) -> pd.Series:  # log return per bar, n bars, first length+2 NaN
-    "Root of MedRV per bar: volatility without jumps, from medians of three neighbours."
+    "Compute the root of MedRV per bar: volatility without jumps, from medians of three neighbours."
     a = log_return(close).abs()
     b, k = a.shift(1), a.shift(2)
     middle = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), k))
@@ -133,7 +133,7 @@ def jump_z(
     close: pd.Series,  # quote currency, n bars
     length: int,  # triples of returns
 ) -> pd.Series:  # standard deviations, n bars, first length+2 NaN; NaN where nothing moved
-    "Huang and Tauchen's ratio statistic for a jump in the window."
+    "Compute Huang and Tauchen's ratio statistic for a jump in the window."
     size = log_return(close).abs()
     variance, bipower = mean_over(size**2, length), pi / 2 * mean_over(size * size.shift(1), length)
     part = size ** (4 / 3)
@@ -147,7 +147,7 @@ def signed_jump(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Root, with its sign, of the mean square of rises minus that of falls."
+    "Compute the signed root of the mean square of rises minus that of falls."
     moves = log_return(close)
     difference = mean_over(moves * moves.abs(), length)
     return np.sign(difference) * np.sqrt(difference.abs())
@@ -157,7 +157,7 @@ def largest_move(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # 1/sqrt(length) to 1, n bars, first `length` NaN; NaN where nothing moved
-    "Greatest absolute return over the root of the sum of squares."
+    "Compute the largest absolute return over the root of the sum of squares."
     moves = log_return(close)
     return ratio(highest_over(moves.abs(), length)[0], np.sqrt(sum_over(moves**2, length))).clip(upper=1)
 
@@ -177,7 +177,7 @@ def realised_skew(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # unitless, n bars, first `length` NaN; NaN where nothing moved
-    "Realised skewness: root of n times the sum of cubes, over the sum of squares to the power 1.5."
+    "Compute the realised skewness: root of n times the sum of cubes, over the sum of squares to the power 1.5."
     r = log_return(close)
     return sqrt(length) * ratio(sum_over(r**3, length), sum_over(r**2, length) ** 1.5)
 
@@ -186,7 +186,7 @@ def realised_kurtosis(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # unitless, 1 to length, n bars, first `length` NaN; NaN where nothing moved
-    "Realised kurtosis: n times the sum of fourth powers, over the squared sum of squares."
+    "Compute the realised kurtosis: n times the sum of fourth powers, over the squared sum of squares."
     r = log_return(close)
     return length * ratio(sum_over(r**4, length), sum_over(r**2, length) ** 2)
 
@@ -201,7 +201,7 @@ def volatility_of_volatility(
     short: int,  # returns in a volatility
     long: int,  # volatilities in the deviation
 ) -> pd.Series:  # log units, n bars, first short+long-1 NaN; NaN where a window stood still
-    "Sample standard deviation of the log realised volatility."
+    "Compute the sample standard deviation of the log realised volatility."
     return std_over(log_realised(close, short), long)
 
 
@@ -210,7 +210,7 @@ def volatility_rank(
     short: int,  # returns in a volatility
     long: int,  # volatilities compared
 ) -> pd.Series:  # above 0 to 1 (the highest), n bars, first short+long-1 NaN
-    "Rank of the newest realised volatility among the last ones."
+    "Rank the newest realised volatility among the last ones."
     return rank_over(realised(close, short), long)
 
 
@@ -218,7 +218,7 @@ def volatility_memory(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # correlation, n bars, first length+1 NaN
-    "Correlation of absolute returns with the one before."
+    "Compute the correlation of absolute returns with those one bar before."
     size = log_return(close).abs()
     return correlation_over(size, size.shift(1), length)
 
@@ -227,7 +227,7 @@ def leverage_correlation(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # correlation, n bars, first length+1 NaN
-    "Correlation of absolute returns with the signed return before."
+    "Compute the correlation of absolute returns with the signed return one bar before."
     r = log_return(close)
     return correlation_over(r.abs(), r.shift(1), length)
 
@@ -238,7 +238,7 @@ def range_excess(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log ratio, n bars, first `length` NaN; NaN where nothing moved
-    "Log of Parkinson's volatility over realised volatility."
+    "Compute the log of Parkinson's volatility over realised volatility."
     return log_range(high, low, length) - log_realised(close, length)
 
 # %% ../../nbs/features/04_volatility.ipynb #4d87a8d1
@@ -258,7 +258,7 @@ def next_in_cycle(
     period: int,  # bars in a cycle
     cycles: int,  # cycles looked back
 ) -> pd.Series:  # log ratio, n bars, first period*cycles-1 NaN; NaN where there was nothing
-    "Log of the mean at the place in the cycle that comes next, over the mean of all."
+    "Compute the log of the mean in the next phase of the cycle over the overall mean."
     weights = np.zeros(period * cycles)
     weights[period - 1 :: period] = 1 / cycles  # newest first: period-1 bars back, and whole cycles before
     return log_ratio(weighted_over(x, weights), mean_over(x, period * cycles))
@@ -269,7 +269,7 @@ def seasonal_volatility(
     period: int,  # bars in a cycle
     cycles: int,  # cycles looked back
 ) -> pd.Series:  # log ratio, n bars, first period*cycles NaN
-    "Size of returns at the place in the cycle that comes next, against all."
+    "Compare the size of returns in the next phase of the cycle with all returns."
     return next_in_cycle(log_return(close).abs(), period, cycles)
 
 # %% ../../nbs/features/04_volatility.ipynb #7163132a
@@ -282,7 +282,7 @@ for _period, _cycles in ((24, 7), (24, 28), (168, 4)):
 def month_fraction(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> np.ndarray:  # 0 to below 1, n bars
-    "Part of the calendar month that has passed."
+    "Compute the elapsed fraction of the calendar month."
     t = pd.DatetimeIndex(close_ts).tz_convert(None)
     start = t.to_period("M").start_time
     return np.asarray((t - start) / pd.Timedelta(days=1), dtype=float) / np.asarray(t.days_in_month, dtype=float)
@@ -291,7 +291,7 @@ def month_fraction(
 def year_fraction(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> np.ndarray:  # 0 to below 1, n bars
-    "Part of the calendar year that has passed."
+    "Compute the elapsed fraction of the calendar year."
     t = pd.DatetimeIndex(close_ts).tz_convert(None)
     passed = np.asarray((t - t.to_period("Y").start_time) / pd.Timedelta(days=1), dtype=float)
     return passed / np.where(t.is_leap_year, 366.0, 365.0)
@@ -302,7 +302,7 @@ def calendar_circle(
     cycle: str,  # month or year
     turn: float = 0.0,  # 0 for the sine, 0.25 for the cosine
 ) -> pd.Series:  # -1 to 1, n bars
-    "Place of a moment in its month or year, as sine or cosine."
+    "Encode the time in its month or year as sine or cosine."
     part = month_fraction(close_ts) if cycle == "month" else year_fraction(close_ts)
     return pd.Series(np.sin(2 * np.pi * (part + turn)), index=close_ts.index)
 
@@ -320,7 +320,7 @@ def to_next(
     period_s: int,  # seconds of a cycle
     offset_s: int = 0,  # seconds from Monday 00:00 UTC to the event
 ) -> pd.Series:  # fraction of the cycle, 0 at the event, below 1, n bars
-    "Part of the cycle until the next event."
+    "Compute the fraction of the cycle until the next event."
     seconds = (close_ts - pd.Timestamp("1970-01-05", tz="UTC")) / pd.Timedelta(seconds=1)
     return ((offset_s - seconds) % period_s) / period_s
 
@@ -328,21 +328,21 @@ def to_next(
 def hour_of_week(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # whole hours since Monday 00:00 UTC, 0 to 167, n bars
-    "Hour of the week."
+    "Compute the hour of the week."
     return (close_ts.dt.dayofweek * 24 + close_ts.dt.hour).astype(float)
 
 
 def month_turn(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # 0 in the middle of the month to 1 at its turn, n bars
-    "Nearness of the turn of the month."
+    "Compute how near the turn of the month is."
     return pd.Series(np.abs(2 * month_fraction(close_ts) - 1), index=close_ts.index)
 
 # %% ../../nbs/features/04_volatility.ipynb #e692baa9
 def weekend(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # 0 or 1, n bars
-    "1 on Saturday and Sunday, UTC."
+    "Flag Saturday and Sunday, UTC."
     return (close_ts.dt.dayofweek >= 5).astype(float)
 
 
@@ -352,7 +352,7 @@ def open_hours(
     start: float,  # hours after midnight there
     end: float,  # hours after midnight there
 ) -> pd.Series:  # 0 or 1, n bars
-    "1 on weekdays between two hours of another time zone."
+    "Flag weekdays between two hours of another time zone."
     t = pd.DatetimeIndex(close_ts).tz_convert(zone)
     hours = np.asarray(t.hour, dtype=float) + np.asarray(t.minute, dtype=float) / 60
     return pd.Series(((hours >= start) & (hours < end) & (t.dayofweek < 5)).astype(float), index=close_ts.index)

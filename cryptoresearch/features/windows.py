@@ -19,7 +19,7 @@ _BLOCK = 2048  # rows at a time
 
 @njit(cache=True, nogil=True)
 def _weighted(x: Array, weights: Array) -> Array:
-    "Sum of the last values times weights (oldest first)."
+    "Sum the last values times weights (oldest first)."
     n, out = len(weights), np.full(len(x), np.nan)
     for start in range(0, len(x) - n + 1, _BLOCK):
         rows = min(_BLOCK, len(x) - n + 1 - start)
@@ -37,20 +37,20 @@ def weighted_over(
     x: Array,  # any unit, n bars
     weights: Array,  # newest first
 ) -> Array:  # unit of x, n bars, first len(weights)-1 NaN
-    "Sum of the last `len(weights)` values times `weights`."
+    "Sum the last `len(weights)` values times `weights`."
     return _weighted(x, np.ascontiguousarray(weights[::-1], dtype=np.float64))
 
 # %% ../../nbs/features/02_windows.ipynb #70203cf9
 @njit(cache=True, nogil=True)
 def _halves(older: Array, newer: Array, keep: float, out: Array) -> None:
-    "keep times one window plus the other, row by row."
+    "Compute `keep` times one window plus the other, row by row."
     for i in range(len(out)):
         out[i] = older[i] * keep + newer[i]
 
 # %% ../../nbs/features/02_windows.ipynb #fb9cb249
 @njit(cache=True, nogil=True)
 def _faded(x: Array, n: int, keep: float) -> Array:
-    "Sum of the last n values, each `keep` times as heavy as the one after it."
+    "Sum the last n values, each `keep` times as heavy as the one after it."
     out, a, b = np.full(len(x), np.nan), np.empty(_BLOCK + n), np.empty(_BLOCK + n)
     for start in range(0, len(x) - n + 1, _BLOCK):
         rows = min(_BLOCK, len(x) - n + 1 - start)
@@ -73,7 +73,7 @@ def sum_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Sum over the last `length` bars."
+    "Sum the values of the last `length` bars."
     return _faded(x, length, 1.0)
 
 
@@ -82,7 +82,7 @@ def mean_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Mean over the last `length` bars."
+    "Average the values of the last `length` bars."
     return _faded(x, length, 1.0) / length
 
 # %% ../../nbs/features/02_windows.ipynb #4f74c17b
@@ -92,13 +92,13 @@ def faded_mean_over(
     length: int,  # bars
     keep: float,  # weight of a bar relative to the one after it, above 0, below 1
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Mean over the last `length` bars with weights that fall geometrically into the past."
+    "Average the last `length` bars with weights that decay geometrically into the past."
     return _faded(x, length, keep) * ((1 - keep) / (1 - keep**length))
 
 # %% ../../nbs/features/02_windows.ipynb #c579cf77
 @njit(cache=True, nogil=True)
 def _joined(a: Array, b: Array, last_a: Array, last_b: Array, p: float, q: float, out: Array) -> None:
-    "Moments of windows that consist of p bars (moments a, newest value last_a) and the q bars after them."
+    "Merge the moments of windows of p bars (moments a, newest value last_a) with those of the q bars after them."
     older, newer, third = p / (p + q), q / (p + q), len(out) > 2
     second, skewed = p * newer, p * newer * (older - newer)
     for i in range(len(last_a)):
@@ -111,7 +111,7 @@ def _joined(a: Array, b: Array, last_a: Array, last_b: Array, p: float, q: float
 # %% ../../nbs/features/02_windows.ipynb #23ccef6d
 @njit(cache=True, nogil=True)
 def _moments(x: Array, n: int, order: int) -> Array:
-    "Mean minus last value, sum of centred squares, of cubes if order is 3; shape (order, len(x))."
+    "Compute mean minus last value, sum of centred squares, and of cubes if order is 3; shape (order, len(x))."
     out = np.full((order, len(x)), np.nan)
     a, b, part, more = np.empty((order, _BLOCK + n)), np.empty((order, _BLOCK + n)), np.empty((order, _BLOCK)), np.empty((order, _BLOCK))
     for start in range(0, len(x) - n + 1, _BLOCK):
@@ -139,7 +139,7 @@ def std_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Sample standard deviation over the last `length` bars."
+    "Compute the sample standard deviation over the last `length` bars."
     return np.sqrt(_moments(x, length, 2)[1] / (length - 1))
 
 
@@ -148,7 +148,7 @@ def mean_and_squares_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> tuple[Array, Array]:  # mean minus the newest value, sum of squared deviations from the mean; first length-1 NaN
-    "Mean relative to the newest value, and sum of centred squares, over the last `length` bars."
+    "Compute the mean relative to the newest value, and the sum of centred squares, over the last `length` bars."
     from_last, squares = _moments(x, length, 2)
     return from_last, squares
 
@@ -158,14 +158,14 @@ def skew_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unitless, n bars, first length-1 NaN; NaN where nothing moved
-    "Skewness (population form) over the last `length` bars."
+    "Compute the skewness (population form) over the last `length` bars."
     _, squares, cubes = _moments(x, length, 3)
     return cubes / length / np.where(squares > 0, squares / length, np.nan) ** 1.5
 
 # %% ../../nbs/features/02_windows.ipynb #b20b0007
 @njit(cache=True, nogil=True)
 def _from_mean(x: Array, n: int) -> Array:
-    "Mean minus last value, and mean absolute deviation, of the last n values; shape (2, len(x))."
+    "Compute mean minus last value, and mean absolute deviation, of the last n values; shape (2, len(x))."
     out = np.full((2, len(x)), np.nan)
     for start in range(n - 1, len(x), _BLOCK):
         rows = min(_BLOCK, len(x) - start)
@@ -184,14 +184,14 @@ def mean_deviation_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> tuple[Array, Array]:  # mean minus the newest value, mean absolute deviation from the mean; first length-1 NaN
-    "Mean relative to the newest value, and mean absolute deviation, over the last `length` bars."
+    "Compute the mean relative to the newest value, and the mean absolute deviation, over the last `length` bars."
     from_last, deviation = _from_mean(x, length)
     return from_last, deviation
 
 # %% ../../nbs/features/02_windows.ipynb #c2e9f414
 @njit(cache=True, nogil=True)
 def _met(a: Array, b: Array, out: Array) -> None:
-    "Pairs, sums of centred squares and products, and means, of windows and the windows after them together; shape (6, rows)."
+    "Merge the co-moments (pairs, centred squares and products, means) of windows and the windows after them; shape (6, rows)."
     for i in range(b.shape[1]):
         pairs = a[0, i] + b[0, i]
         share = b[0, i] / max(pairs, 1.0)
@@ -206,7 +206,7 @@ def _met(a: Array, b: Array, out: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def _single(x: Array, y: Array, out: Array) -> None:
-    "The same of one bar each; a pair with a NaN is none."
+    "Compute the co-moments of single bars; a pair with a NaN is not counted."
     out[:, : len(x)] = 0.0
     for i in range(len(x)):
         if not np.isnan(x[i]) and not np.isnan(y[i]):
@@ -215,7 +215,7 @@ def _single(x: Array, y: Array, out: Array) -> None:
 # %% ../../nbs/features/02_windows.ipynb #b20b0009
 @njit(cache=True, nogil=True)
 def _comoments(x: Array, y: Array, n: int) -> Array:
-    "Pairs, their sums of centred squares and products, and the means, of the last n bars; shape (6, len(x))."
+    "Compute pairs, their sums of centred squares and products, and means, of the last n bars; shape (6, len(x))."
     out = np.full((6, len(x)), np.nan)
     a, b, part, more = np.empty((6, _BLOCK + n)), np.empty((6, _BLOCK + n)), np.empty((6, _BLOCK)), np.empty((6, _BLOCK))
     for start in range(0, len(x) - n + 1, _BLOCK):
@@ -236,7 +236,7 @@ def _comoments(x: Array, y: Array, n: int) -> Array:
 
 # %% ../../nbs/features/02_windows.ipynb #aee2b0bc
 def _pairs(x: Array, y: Array, length: int, skip: bool) -> Array:
-    "Co-moments; NaN where pairs are missing that must not."
+    "Compute co-moments, NaN where required pairs are missing."
     out = _comoments(x, y, length)
     out[:, out[0] < (max(3, length / 2) if skip else length)] = np.nan
     return out
@@ -249,7 +249,7 @@ def correlation_over(
     length: int,  # bars
     skip: bool = False,  # leave out pairs with NaN; else they spoil the window
 ) -> Array:  # -1 to 1, n bars, first length-1 NaN; NaN where one of them stood still
-    "Pearson correlation over the last `length` bars."
+    "Compute the Pearson correlation over the last `length` bars."
     _, xx, yy, xy, _, _ = _pairs(x, y, length, skip)
     return np.clip(xy / np.where((xx > 0) & (yy > 0), np.sqrt(xx) * np.sqrt(yy), np.nan), -1, 1)
 
@@ -261,7 +261,7 @@ def slope_over(
     length: int,  # bars
     skip: bool = False,  # leave out pairs with NaN; else they spoil the window
 ) -> Array:  # unit of y per unit of x, n bars, first length-1 NaN; NaN where x stood still
-    "Least-squares slope of `y` on `x` and a constant over the last `length` bars."
+    "Compute the least-squares slope of `y` on `x` and a constant over the last `length` bars."
     _, xx, _, xy, _, _ = _pairs(x, y, length, skip)
     return xy / np.where(xx > 0, xx, np.nan)
 
@@ -272,7 +272,7 @@ def z_over(
     length: int,  # bars before the current one
     skip: bool = False,  # leave out NaN among those; at least half, and three, must be known
 ) -> Array:  # standard deviations, n bars, first `length` NaN; NaN where the past stood still
-    "Distance of the value from the mean of the `length` values before it, in their sample standard deviations."
+    "Compute the distance of the value from the mean of the `length` values before it, in their sample standard deviations."
     before = np.concatenate([[np.nan], x[:-1]])
     count, squares, _, _, mean, _ = _pairs(before, before, length, skip)
     return (x - mean) / np.sqrt(np.where(squares > 0, squares / (count - 1), np.nan))
@@ -280,7 +280,7 @@ def z_over(
 # %% ../../nbs/features/02_windows.ipynb #d0738424
 @njit(cache=True, nogil=True)
 def _trend(y: Array, n: int) -> Array:
-    "Slope per bar, R squared, last residual; shape (3, len(y))."
+    "Compute slope per bar, R squared and last residual; shape (3, len(y))."
     out, middle, steps = np.full((3, len(y)), np.nan), (n - 1) / 2, n * (n * n - 1) / 12
     for t in range(n - 1, len(y)):
         first, last, total, moment = t - n + 1, y[t], 0.0, 0.0
@@ -302,14 +302,14 @@ def trend_over(
     y: Array,  # any unit, n bars
     length: int,  # bars
 ) -> tuple[Array, Array, Array]:  # slope (unit of y per bar), R squared, residual of the last bar (unit of y); first length-1 NaN
-    "Least-squares line through the last `length` bars."
+    "Fit a least-squares line through the last `length` bars."
     slope, fit, residual = _trend(y, length)
     return slope, fit, residual
 
 # %% ../../nbs/features/02_windows.ipynb #3e04a839
 @njit(cache=True, nogil=True)
 def _place(values: Array, count: int, v: float) -> int:
-    "Number of the first `count` sorted values below v."
+    "Count how many of the first `count` sorted values are below v."
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2
@@ -322,7 +322,7 @@ def _place(values: Array, count: int, v: float) -> int:
 # %% ../../nbs/features/02_windows.ipynb #e1e96a5b
 @njit(cache=True, nogil=True)
 def _order(x: Array, n: int, q: float) -> Array:
-    "Quantile q, and rank of the newest (0 to 1); shape (2, len(x))."
+    "Compute quantile q, and the rank of the newest value (0 to 1); shape (2, len(x))."
     out, values, count = np.full((2, len(x)), np.nan), np.empty(n + 1), 0
     position = q * (n - 1)
     below = min(int(position), n - 1)
@@ -354,7 +354,7 @@ def quantile_over(
     length: int,  # bars
     q: float,  # 0 to 1
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Quantile of the last `length` values, linearly interpolated."
+    "Compute a quantile of the last `length` values, linearly interpolated."
     return _order(x, length, q)[0]
 
 
@@ -363,13 +363,13 @@ def rank_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # above 0 to 1 (the highest), n bars, first length-1 NaN
-    "Rank of the newest value among the last `length`, as a fraction; ties share their mean rank."
+    "Rank the newest value among the last `length`, as a fraction; ties share their mean rank."
     return _order(x, length, 0.5)[1]
 
 # %% ../../nbs/features/02_windows.ipynb #b20b0002
 @njit(cache=True, nogil=True)
 def _greatest(x: Array, n: int, sign: float) -> Array:
-    "Highest (sign 1) or lowest (sign -1) of the last n values."
+    "Find the highest (sign 1) or lowest (sign -1) of the last n values."
     out, a, b = np.full(len(x), np.nan), np.empty(_BLOCK + n), np.empty(_BLOCK + n)
     for start in range(0, len(x) - n + 1, _BLOCK):
         rows = min(_BLOCK, len(x) - n + 1 - start)
@@ -391,7 +391,7 @@ def max_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Highest value of the last `length` bars."
+    "Find the highest value of the last `length` bars."
     return _greatest(x, length, 1.0)
 
 
@@ -400,13 +400,13 @@ def min_over(
     x: Array,  # any unit, n bars
     length: int,  # bars
 ) -> Array:  # unit of x, n bars, first length-1 NaN
-    "Lowest value of the last `length` bars."
+    "Find the lowest value of the last `length` bars."
     return _greatest(x, length, -1.0)
 
 # %% ../../nbs/features/02_windows.ipynb #84940318
 @njit(cache=True, nogil=True)
 def _later_wins(a: Array, later: Array, step: int, latest: bool, out: Array) -> None:
-    "Highest value and its place, of each window and the one `step` bars later together."
+    "Find the highest value and its position in each window joined with the one `step` bars later."
     for i in range(later.shape[1]):
         wins = (later[0, i] > a[0, i]) | (latest & (later[0, i] == a[0, i])) | np.isnan(later[0, i])
         out[0, i] = later[0, i] if wins else a[0, i]
@@ -415,7 +415,7 @@ def _later_wins(a: Array, later: Array, step: int, latest: bool, out: Array) -> 
 
 @njit(cache=True, nogil=True)
 def _highest(x: Array, n: int, sign: float, latest: bool) -> Array:
-    "Highest (sign 1) or lowest (sign -1) value and its place in the window, 0 for the oldest; shape (2, len(x))."
+    "Find the highest (sign 1) or lowest (sign -1) value and its position in the window, 0 for the oldest; shape (2, len(x))."
     out, a, b = np.full((2, len(x)), np.nan), np.empty((2, _BLOCK + n)), np.empty((2, _BLOCK + n))
     for start in range(0, len(x) - n + 1, _BLOCK):
         rows = min(_BLOCK, len(x) - n + 1 - start)
@@ -436,7 +436,7 @@ def highest_over(
     length: int,  # bars
     latest: bool = False,  # of equals, whether the latest counts
 ) -> tuple[Array, Array]:  # the value, and its place in the window from 0 (oldest) to length-1; first length-1 NaN
-    "Highest of the last `length` values and where the first such value stands."
+    "Find the highest of the last `length` values and the position of its first occurrence."
     value, place = _highest(x, length, 1.0, latest)
     return value, place
 
@@ -447,7 +447,7 @@ def lowest_over(
     length: int,  # bars
     latest: bool = False,  # of equals, whether the latest counts
 ) -> tuple[Array, Array]:  # the value, and its place in the window from 0 (oldest) to length-1; first length-1 NaN
-    "Lowest of the last `length` values and where the first such value stands."
+    "Find the lowest of the last `length` values and the position of its first occurrence."
     value, place = _highest(x, length, -1.0, latest)
     return value, place
 
@@ -456,7 +456,7 @@ def lowest_over(
 def arctan(
     x: float,  # any
 ) -> float:  # radians
-    "Arctangent."
+    "Compute the arctangent."
     size = abs(x)
     steep, middling = size > 2.414213562373095, size > 0.66
     top = -1.0 if steep else size - 1.0 if middling else size

@@ -8,6 +8,8 @@ __all__ = ['SOURCE', 'WINDOWS', 'body', 'over_close', 'past_close', 'mean_close'
            'share_of_bars', 'share_of_moves', 'mean_volume', 'std_volume', 'weighted_moves']
 
 # %% ../../nbs/features/05_alpha158.ipynb #7f2a65dc
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 from numba import njit
@@ -78,7 +80,7 @@ def std_close(
 def trend_close(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    what: str,  # beta, rsqr or resi
+    what: Literal["beta", "rsqr", "resi"],  # slope, R squared, or last residual
 ) -> pd.Series:  # fraction of the close (per bar), or 0 to 1, n bars, first length-1 NaN
     "Compute BETA, RSQR or RESI: slope, R squared or last residual of the line through the closes; slope and residual over the close."
     slope, fit, residual = trend_over(close, length)
@@ -127,7 +129,7 @@ def time_of_extreme(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    what: str,  # imax, imin or imxd
+    what: Literal["imax", "imin", "imxd"],  # time of the high, time of the low, or high minus low
 ) -> pd.Series:  # fraction of the window, n bars, first length-1 NaN
     "Compute IMAX, IMIN or IMXD: the time of the highest high, of the lowest low (1/length oldest, 1 newest), or their difference."
     if what == "imxd":
@@ -195,7 +197,7 @@ def change_correlation(
     return correlation_over(close / close.shift(1), np.log1p(ratio(volume, volume.shift(1))), length, skip=True)
 
 # %% ../../nbs/features/05_alpha158.ipynb #02dc1596
-def _side(up: pd.Series, down: pd.Series, side: str) -> pd.Series:
+def _side(up: pd.Series, down: pd.Series, side: Literal["p", "n", "d"]) -> pd.Series:
     "Select the rises (p), the falls (n), or their difference (d)."
     return up if side == "p" else down if side == "n" else up - down
 
@@ -203,7 +205,7 @@ def _side(up: pd.Series, down: pd.Series, side: str) -> pd.Series:
 def share_of_bars(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    side: str,  # p, n or d
+    side: Literal["p", "n", "d"],  # rises, falls, or rises minus falls
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
     "Compute CNTP, CNTN or CNTD: the share of bars that rose, that fell, or the difference."
     change = close.diff()
@@ -213,7 +215,7 @@ def share_of_bars(
 def share_of_moves(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
-    side: str,  # p, n or d
+    side: Literal["p", "n", "d"],  # rises, falls, or rises minus falls
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
     "Compute SUMP, SUMN, SUMD or VSUMP, VSUMN, VSUMD: rises, falls or their difference, over all movement; NaN where nothing moved."
     change = x.diff()

@@ -26,7 +26,10 @@ from .windows import quantile_over, std_over, sum_over, trend_over
 
 # %% ../../nbs/features/08_averages.ipynb #47e201ce
 @njit(cache=True, nogil=True)
-def behind(x: Array, weights: Array) -> Array:
+def behind(
+    x: Array,  # n values, any unit
+    weights: Array,  # newest first, sum 1
+) -> Array:  # unit of x, n values, first len(weights)-1 NaN
     "Subtract the weighted sum of the last values from the newest; weights, newest first, sum to one."
     n, out = len(weights), np.full(len(x), np.nan)
     for t in range(n - 1, len(x)):
@@ -45,24 +48,32 @@ def distance(
     return ratio(close - level, close)
 
 # %% ../../nbs/features/08_averages.ipynb #cf064333
-def flat(length: int) -> Array:
+def flat(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return equal weights."
     return np.full(length, 1 / length)
 
 
-def linear(length: int) -> Array:
+def linear(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return the weights n, n-1, … 1."
     return np.asarray(np.arange(length, 0, -1) / (length * (length + 1) / 2), dtype=np.float64)
 
 
-def gaussian(length: int) -> Array:
+def gaussian(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return a bell of deviation length/6 around the bar at 85 % of the window."
     x = np.arange(length)[::-1] - floor(0.85 * (length - 1))
     weights = np.exp(-0.5 * (6 / length * x) ** 2)
     return np.asarray(weights / weights.sum(), dtype=np.float64)
 
-
-def fibonacci(length: int) -> Array:
+# %% ../../nbs/features/08_averages.ipynb #f3f61cdc
+def fibonacci(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return Fibonacci numbers, the largest for the newest."
     weights = [1.0, 1.0]
     while len(weights) < length:
@@ -70,18 +81,24 @@ def fibonacci(length: int) -> Array:
     return np.array(weights[:length][::-1]) / sum(weights[:length])
 
 # %% ../../nbs/features/08_averages.ipynb #5108f8dc
-def pascal(length: int) -> Array:
+def pascal(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return binomial coefficients: a row of Pascal's triangle."
     return np.array([comb(length - 1, k) for k in range(length)]) / 2 ** (length - 1)
 
 
-def sine(length: int) -> Array:
+def sine(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return half a sine wave."
     weights = np.sin(np.arange(1, length + 1) * pi / (length + 1))
     return weights / weights.sum()
 
 
-def triangle(length: int) -> Array:
+def triangle(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Return weights that rise to the middle and fall again."
     weights = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float64)
     return weights / weights.sum()
@@ -92,20 +109,26 @@ def _product(first: Array, second: Array) -> Array:
     return np.asarray(np.convolve(first, second), dtype=np.float64)
 
 
-def double_flat(length: int) -> Array:
+def double_flat(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Compute the weights of a simple average of simple averages, each over half the length."
     half = flat(round(0.5 * (length + 1)))
     return _product(half, half)
 
 
-def hull(length: int) -> Array:
+def hull(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Compute Hull's average: a WMA over the root of the length, of twice the half-length WMA minus the WMA."
     ahead = -linear(length)
     ahead[: length // 2] += 2 * linear(length // 2)
     return _product(ahead, linear(int(sqrt(length))))
 
 
-def line_end(length: int) -> Array:
+def line_end(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
     "Compute the weights that give the end of the least-squares line."
     return (2 * (2 * length - 1) - 6 * np.arange(length)) / (length * (length + 1))
 
@@ -132,24 +155,32 @@ def _through(first: Array, *more: Array) -> Array:
     return first
 
 # %% ../../nbs/features/08_averages.ipynb #92ac02b1
-def wilder_decay(length: int) -> Array:
+def wilder_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of Wilder's average: pandas-ta's RMA and SMMA."
     return _decay(1 / length, length)
 
 
-def double_decay(length: int) -> Array:
+def double_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of DEMA: twice the exponential average minus its own average."
     e = _decay(2 / (length + 1), length)
     return 2 * e - _through(e, e)
 
-
-def triple_decay(length: int) -> Array:
+# %% ../../nbs/features/08_averages.ipynb #fb05f462
+def triple_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of TEMA: three times the first average minus the second, plus the third."
     e = _decay(2 / (length + 1), length)
     return 3 * (e - _through(e, e)) + _through(e, e, e)
 
 # %% ../../nbs/features/08_averages.ipynb #145a1383
-def tillson(length: int) -> Array:
+def tillson(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of T3 with volume factor 0.7, from the third to sixth average of averages."
     e, a = _decay(2 / (length + 1), length), 0.7
     third = _through(e, e, e)
@@ -158,7 +189,9 @@ def tillson(length: int) -> Array:
     return np.asarray(sum(f * p for f, p in zip(factors, parts, strict=True)))
 
 
-def zero_lag(length: int) -> Array:
+def zero_lag(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of ZLMA: the exponential average of twice the close minus the close half a length ago."
     back = np.zeros((length - 1) // 2 + 1)
     back[0], back[-1] = 2.0, back[-1] - 1
@@ -173,15 +206,19 @@ def _response(feed: tuple[float, ...], back: tuple[float, ...], taps: int) -> Ar
     return out
 
 
-def super_smoother(length: int) -> Array:
+def super_smoother(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of SSF: Ehlers' low-pass filter of two poles."
     a, angle = exp(-3.14159 * 1.414 / length), 3.14159 * 1.414 / length
     b = 2 * a * cos(angle)
     feed = 0.5 * (a * a - b + 1)
     return _response((feed, feed), (b, -a * a), 40 * length)
 
-
-def super_smoother_3(length: int) -> Array:
+# %% ../../nbs/features/08_averages.ipynb #af07e4d3
+def super_smoother_3(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of SSF3: Ehlers' low-pass filter of three poles."
     a = exp(-3.14159 / length)
     b, c = 2 * a * cos(3.14159 * 1.732 / length), a * a
@@ -189,7 +226,9 @@ def super_smoother_3(length: int) -> Array:
     return _response((1 - sum(back),), back, 40 * length)
 
 # %% ../../nbs/features/08_averages.ipynb #698c3ca2
-def holt_winters(length: int) -> Array:
+def holt_winters(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
     "Compute the weights of HWMA with smoothing 2/(length+1) for the level, half of it for speed and acceleration."
     a = 2 / (length + 1)
     b, taps = a / 2, 200 * length  # it swings for long
@@ -203,15 +242,16 @@ def holt_winters(length: int) -> Array:
 
 # %% ../../nbs/features/08_averages.ipynb #1a8564e2
 KINDS: dict[str, tuple[Callable[[int], Array], bool]] = {  # weights, and whether they must be cut
-    "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False), "sinwma": (sine, False), "swma": (triangle, False),
-    "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False), "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True),
-    "t3": (tillson, True), "zlma": (zero_lag, True), "ssf": (super_smoother, True), "ssf3": (super_smoother_3, True), "hwma": (holt_winters, True),
+    "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False),
+    "sinwma": (sine, False), "swma": (triangle, False), "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False),
+    "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True), "t3": (tillson, True), "zlma": (zero_lag, True),
+    "ssf": (super_smoother, True), "ssf3": (super_smoother_3, True), "hwma": (holt_winters, True),
 }
 
 
 @lru_cache(maxsize=256)
 def average_weights(
-    kind: str,  # one of KINDS
+    kind: str,  # key of KINDS
     length: int,  # bars, as the average counts them
     neglected: float = NEGLECTED,  # weight of what is cut off
 ) -> Array:  # newest first, sum 1; not to be changed
@@ -226,7 +266,7 @@ def average_weights(
 # %% ../../nbs/features/08_averages.ipynb #52075d5b
 def average_distance(
     close: pd.Series,  # quote currency, n bars
-    kind: str,  # one of KINDS
+    kind: str,  # key of KINDS
     length: int,  # bars
     neglected: float = NEGLECTED,  # weight of what is cut off
 ) -> pd.Series:  # fraction of the close, n bars, first len(average_weights(…))-1 NaN

@@ -18,10 +18,12 @@ from .windows import highest_over, lowest_over, mean_over, weighted_over
 
 # %% ../../nbs/features/12_decay.ipynb #0b3e38d3
 LONGEST = 720  # bars; no window is longer
-PAST = 168  # bars against which a volume is told
+PAST = 168  # bars with which a volume is compared
 
 
-def fading_bars(half_life: int) -> int:
+def fading_bars(
+    half_life: int,  # bars
+) -> int:  # bars
     "Count the bars in the window of a fading mean: six half-lives, at most `LONGEST`."
     return min(ceil(6 * half_life), LONGEST)
 

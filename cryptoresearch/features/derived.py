@@ -58,7 +58,7 @@ class Lagged:
         return self.inner(bars).shift(self.lag)
 
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.lag, type(self).__qualname__
 
@@ -104,34 +104,42 @@ class OnFrame:
         close = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         out: Array = np.full(len(bars), np.nan)
         if len(bars):
-            lengths = close - pd.DatetimeIndex(bars.index).as_unit("us").asi8
-            length = int(lengths[0])
-            if (lengths != length).any():
-                raise SchemaError(problem(f"bars of one length for {self.inner.name} on longer bars", "several lengths", "Longer bars of event bars have no meaning; build event bars with a larger threshold"))
-            if self.base_us not in (None, length):
-                raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us or 0)} for {self.inner.name} on longer bars", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the frame's bars"))
-            out = self._last_closed(bars, close, length)
+            length = _one_length(close - pd.DatetimeIndex(bars.index).as_unit("us").asi8, self.inner.name, self.base_us)
+            out = _last_closed(self, bars, close, length)
         return pd.Series(out, index=bars.index)
 
-    def _last_closed(self, bars: pd.DataFrame, close: np.ndarray, length: int) -> Array:
-        "Compute the values of the long bars, as of the closes of the shorter bars."
-        out, long = np.full(len(bars), np.nan), length * self.times
-        frame = _long_bars(bars, length, long)
-        if len(frame):
-            values = self.inner(frame).to_numpy()
-            number = close // long - 1 - pd.DatetimeIndex(frame.index).as_unit("us").asi8[0] // long
-            seen = number >= 0
-            out[seen] = values[number[seen]]
-        return out
-
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.times, self.base_us, type(self).__qualname__
 
+# %% ../../nbs/features/15_derived.ipynb #85309a4d
+def _one_length(lengths: np.ndarray, name: str, base_us: int | None) -> int:  # µs
+    "Return the length of the bars, which must be the same for all and the one declared."
+    length = int(lengths[0])
+    if (lengths != length).any():
+        hint = "Longer bars of event bars have no meaning; build event bars with a larger threshold"
+        raise SchemaError(problem(f"bars of one length for {name} on longer bars", "several lengths", hint))
+    if base_us not in (None, length):
+        asked, found = pd.Timedelta(microseconds=base_us or 0), pd.Timedelta(microseconds=length)
+        raise SchemaError(problem(f"bars of {asked} for {name} on longer bars", f"bars of {found}", "Give base= the length of the frame's bars"))
+    return length
+
+
+def _last_closed(call: OnFrame, bars: pd.DataFrame, close: np.ndarray, length: int) -> Array:
+    "Compute the values of the long bars, as of the closes of the shorter bars."
+    out, long = np.full(len(bars), np.nan), length * call.times
+    frame = _long_bars(bars, length, long)
+    if len(frame):
+        values = call.inner(frame).to_numpy()
+        number = close // long - 1 - pd.DatetimeIndex(frame.index).as_unit("us").asi8[0] // long
+        seen = number >= 0
+        out[seen] = values[number[seen]]
+    return out
+
 # %% ../../nbs/features/15_derived.ipynb #9c0fcc8f
 def on_frame(
-    spec: str,  # length of the long bars: "4h", "1d"; or a multiple of the frame's bars: "4x"
+    spec: str,  # length of the long bars such as 4h, or 4x for a multiple of the frame's bars
     what: str | Feature,  # a feature's name, or a feature
     base: str = "1h",  # length of the frame's bars, when spec is a length
 ) -> Feature:  # name_4h or name_4x
@@ -191,7 +199,7 @@ class OfColumns:
         return self.inner(frame.assign(gap=bars[f"{self.symbol}_close"].isna()))
 
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.symbol, type(self).__qualname__
 

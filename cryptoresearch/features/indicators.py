@@ -66,12 +66,16 @@ def ema_weights(
     return weights / weights.sum()
 
 
-def ema_bars(span: int) -> int:
+def ema_bars(
+    span: int,  # bars, as the average counts them
+) -> int:  # bars
     "Count the bars in the window of `ema(…, span)`."
     return _kept(2 / (span + 1))
 
 
-def wilder_bars(length: int) -> int:
+def wilder_bars(
+    length: int,  # bars, as the average counts them
+) -> int:  # bars
     "Count the bars in the window of `wilder(…, length)`."
     return _kept(1 / length)
 

@@ -110,7 +110,7 @@ def vpin(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first length-1 NaN; NaN where nothing was traded
-    "Sum |bought minus sold| over all volume."
+    "Compute the summed |bought minus sold| over all volume."
     return ratio(sum_over((2 * buy_volume - volume).abs(), length), sum_over(volume, length)).clip(upper=1)
 
 

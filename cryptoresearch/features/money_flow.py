@@ -238,7 +238,7 @@ def pvr(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
 ) -> pd.Series:  # 1, 2, 3 or 4, n bars, first NaN
-    "Rank price and volume: 1 neither fell, 2 volume fell, 3 price fell, 4 both fell."
+    "Classify price and volume: 1 neither fell, 2 volume fell, 3 price fell, 4 both fell."
     price, traded = close.diff(), volume.diff()
     return (1.0 + 2.0 * (price < 0) + 1.0 * (traded < 0)).where(price.notna() & traded.notna())
 

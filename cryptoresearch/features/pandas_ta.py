@@ -35,7 +35,7 @@ MODULES = (pipeline,)  # importing it registers the features that replace refuse
 
 
 @cache
-def library() -> ModuleType:
+def library() -> ModuleType:  # the module pandas_ta
     "Import pandas-ta, which takes seconds, when it is first needed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -250,7 +250,7 @@ WRONG = {  # name: defect of pandas-ta 0.4.71b0 that a proof of causality does n
     "trendflex": "takes the cosine of degrees as if they were radians",
     "vhm": "passes the length as the mean of the standard deviation",
     "wcp": "does not divide by four",
-    "zigzag": "looks ahead, and writes outside its arrays on short frames",
+    "zigzag": "looks ahead, and fails or crashes on some short frames",
 }
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #7c837287
@@ -355,18 +355,18 @@ def _blocks(bars: pd.DataFrame, memory: int, block: int) -> list[tuple[int, int,
 class InBlocks:
     "A column of an indicator, computed in blocks of bars that begin at fixed times."
 
-    indicator: Indicator
+    indicator: Indicator  # with its parameters
     column: str  # as pandas-ta names it
     memory: int  # bars before a block's first value, counting its own
     block: int  # values per block
 
     @property
-    def warmup(self) -> int:
-        "Bars that determine a value."
+    def warmup(self) -> int:  # bars
+        "Count the bars that determine a value."
         return self.memory + self.block - 1
 
     def __call__(self, bars: pd.DataFrame) -> Array:
-        "Values of the column; NaN where a block misses a bar."
+        "Compute the values of the column; NaN where a block misses a bar."
         out = np.full(len(bars), np.nan)
         whole = bars[list(self.indicator.columns.values())].notna().all(axis=1).to_numpy()
         for start, first, end in _blocks(bars, self.memory, self.block):

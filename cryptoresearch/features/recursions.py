@@ -7,6 +7,8 @@ __all__ = ['HA_BARS', 'ha_open', 'ha_part', 'rsx_weights', 'rsx', 'smoother', 'i
            'reflex', 'fisher', 'qqe', 'stc']
 
 # %% ../../nbs/features/07_recursions.ipynb #824e7ad0
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 from numba import njit
@@ -35,7 +37,7 @@ def ha_part(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
-    part: str,  # body, upper or lower
+    part: Literal["body", "upper", "lower"],  # which part
 ) -> pd.Series:  # fraction of the close, n bars, first HA_BARS-1 NaN
     "Compute the body (positive when rising) or a shadow (never negative) of the Heikin-Ashi candle."
     end = (open_ + high + low + close) / 4

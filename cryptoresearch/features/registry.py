@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Array', 'CANDLE', 'GROUPS', 'REGISTRY', 'Resolver', 'RESOLVERS', 'CATALOGUE', 'PROVIDERS', 'whole_rows',
-           'window_is_whole', 'floats', 'on_arrays', 'OnColumns', 'Feature', 'feature', 'on_columns', 'add_resolver',
-           'find', 'resolve', 'feature_names', 'feature_table']
+           'window_is_whole', 'floats', 'on_arrays', 'OnColumns', 'Declaration', 'Feature', 'feature', 'on_columns',
+           'add_resolver', 'find', 'resolve', 'feature_names', 'feature_table']
 
 # %% ../../nbs/features/01_registry.ipynb #db07a271
 import difflib
@@ -86,7 +86,7 @@ class OnColumns:
         return self.fn(*(floats(bars[c]) if arrays else bars[c].copy() for c in self.columns), **dict(self.params))
 
     @property
-    def origin(self) -> tuple[Any, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function by module, parameters and name."
         return self.fn.__module__, self.params, self.fn.__qualname__
 
@@ -96,15 +96,31 @@ GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calen
 
 # %% ../../nbs/features/01_registry.ipynb #12c3e2b0
 @dataclass(frozen=True)
-class Feature:
-    "A named, documented function of the last `warmup` bars; call it with a bar frame."
+class Declaration:
+    "The description of a feature: name, inputs, warm-up and origin."
 
     name: str  # name of its column
     inputs: tuple[str, ...]  # columns of the bar frame it reads
     warmup: int  # bars that determine a value, counting the current one
     unit: str  # unit of the values
-    group: str  # one of GROUPS, or a user's own
+    group: str  # one of GROUPS, or a user-defined one
     source: str  # author, year
+
+    @property
+    def candles_suffice(self) -> bool:  # True for features of candles alone
+        "Tell whether open, high, low, close and volume suffice."
+        return set(self.inputs) <= set(CANDLE)
+
+    @property
+    def bars_suffice(self) -> bool:  # True unless a column must be joined
+        "Tell whether the columns of a bar frame suffice, with none that must be joined."
+        return set(self.inputs) <= {*NUMBERS, "close_ts"}
+
+# %% ../../nbs/features/01_registry.ipynb #ba8c6b60
+@dataclass(frozen=True)
+class Feature(Declaration):
+    "A named, documented function of the last `warmup` bars; call it with a bar frame."
+
     fn: Callable[[pd.DataFrame], Any] = field(repr=False)  # frame of the inputs -> n values
     tolerance: float = field(default=1e-9, repr=False)  # relative; how far a value from `warmup` bars may be from that of all history
 
@@ -112,25 +128,23 @@ class Feature:
         "Compute the values on the frame's index; NaN before the warm-up and where the window meets a gap."
         return pd.Series(self.values(bars), index=bars.index, name=self.name)
 
-    def values(self, bars: pd.DataFrame) -> np.ndarray:
+    def values(
+        self,
+        bars: pd.DataFrame,  # bar frame, n rows
+    ) -> np.ndarray:  # n values, NaN before the warm-up and where the window meets a gap
         "Compute the values as an array."
         out = np.empty(len(bars))
         self.write(bars, whole_rows(bars), out)
         return out
 
-    def write(self, bars: pd.DataFrame, rows: NDArray[np.int64], out: Array) -> None:
+    def write(
+        self,
+        bars: pd.DataFrame,  # bar frame, n rows
+        rows: NDArray[np.int64],  # `whole_rows` of the frame
+        out: Array,  # n values, overwritten
+    ) -> None:
         "Write the values into an array, given `whole_rows` of the frame."
         _settle(_evaluate(self, bars), rows, self.warmup, out)
-
-    @property
-    def candles_suffice(self) -> bool:
-        "Tell whether open, high, low, close and volume suffice."
-        return set(self.inputs) <= set(CANDLE)
-
-    @property
-    def bars_suffice(self) -> bool:
-        "Tell whether the columns of a bar frame suffice, with none that must be joined."
-        return set(self.inputs) <= {*NUMBERS, "close_ts"}
 
 # %% ../../nbs/features/01_registry.ipynb #11d90892
 @njit(cache=True, nogil=True)

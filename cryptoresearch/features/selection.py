@@ -129,7 +129,12 @@ def cluster_features(
 class Splitter(Protocol):
     "Interface of objects that split spans, such as PurgedKFold and WalkForward."
 
-    def split(self, intervals: pd.DataFrame) -> Iterator[tuple[Any, Any]]: ...
+    def split(
+        self,
+        intervals: pd.DataFrame,  # start_ts, end_ts of each row
+    ) -> Iterator[tuple[Any, Any]]:  # positions of the training and the test rows of each fold
+        "Split the rows into purged folds."
+        ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def fit_folds(
     y: pd.Series,  # outcomes, n rows, no NaN
     splitter: Splitter,  # of purged folds
     intervals: pd.DataFrame,  # start_ts, end_ts of each row
-) -> list[FittedFold]:  # one a fold
+) -> list[FittedFold]:  # one per fold
     "Fit a copy of the model on the training rows of each fold."
     if not X.index.equals(y.index) or not X.index.equals(intervals.index) or y.isna().any():
         raise SchemaError(problem("features, outcomes without NaN and intervals on one index", f"{len(X)}, {int(y.notna().sum())} and {len(intervals)} rows", "Drop the rows without a label from all three"))
@@ -160,15 +165,18 @@ def _fitted(model: Any, X: pd.DataFrame, y: pd.Series, intervals: pd.DataFrame |
 
 
 def _forecast(model: Any, X: pd.DataFrame) -> Array:
-    "Forecast with a fitted model; for a classifier, the probability of the second class."
+    "Compute the forecasts of a fitted model; for a classifier, the probability of the second class."
     return np.asarray(model.predict_proba(X)[:, 1] if hasattr(model, "predict_proba") else model.predict(X), dtype=float)
 
 # %% ../../nbs/features/22_selection.ipynb #c6fc7b2c
-def squared_loss(y: Array, forecast: Array) -> float:
+def squared_loss(
+    y: Array,  # outcomes, n values
+    forecast: Array,  # forecasts, n values
+) -> float:  # unit of the outcomes, squared
     "Compute the mean squared error."
     return float(np.mean((y - forecast) ** 2))
 
-
+# %% ../../nbs/features/22_selection.ipynb #9f3aac90
 def permutation_importance(
     folds: list[FittedFold],  # of fit_folds
     X: pd.DataFrame,  # features, n rows
@@ -178,7 +186,7 @@ def permutation_importance(
     loss: Callable[[Array, Array], float] = squared_loss,  # (outcomes, forecasts) -> positive number
     repeats: int = 5,  # permutations to take the mean of
     seed: int = 0,  # of the permutations
-) -> pd.DataFrame:  # index cluster, a column a fold: rise of the loss as a share of it
+) -> pd.DataFrame:  # index cluster, one column per fold: rise of the loss as a share of it
     "Measure the rise of the test loss when the columns of a cluster are shuffled together."
     together = pd.Series(X.columns, X.columns) if clusters is None else clusters
     groups = {str(k): [str(c) for c in part.index] for k, part in together.groupby(together, sort=False)}
@@ -218,7 +226,7 @@ def rank_agreement(
 def contributions(
     model: Any,  # fitted model of XGBoost or LightGBM, of this package or the library's own
     X: pd.DataFrame,  # m rows with the features of the fit
-) -> pd.DataFrame:  # m rows: one column a feature and `base`; a row's sum is its raw forecast
+) -> pd.DataFrame:  # m rows: one column per feature and `base`; a row's sum is its raw forecast
     "Compute the contribution of each feature to each forecast."
     booster = model.get_booster() if hasattr(model, "get_booster") else getattr(model, "booster_", model)
     names = list(getattr(model, "feature_names_in_", X.columns))

@@ -11,6 +11,7 @@ __all__ = ['realised', 'ewma_volatility', 'semivolatility', 'log_realised', 'log
 
 # %% ../../nbs/features/04_volatility.ipynb #ab7c04c4
 from math import gamma, log, pi, sqrt
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -299,7 +300,7 @@ def year_fraction(
 
 def calendar_circle(
     close_ts: pd.Series,  # end of the bar, UTC
-    cycle: str,  # month or year
+    cycle: Literal["month", "year"],  # the calendar unit
     turn: float = 0.0,  # 0 for the sine, 0.25 for the cosine
 ) -> pd.Series:  # -1 to 1, n bars
     "Encode the time in its month or year as sine or cosine."

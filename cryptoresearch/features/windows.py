@@ -319,6 +319,15 @@ def _place(values: Array, count: int, v: float) -> int:
             high = middle
     return low
 
+
+@njit(cache=True, nogil=True)
+def _rank(values: Array, n: int, i: int) -> float:
+    "Compute the mean rank, as a fraction, of the sorted values equal to the one at i, which is the first of them."
+    ties = i
+    while ties < n and values[ties] == values[i]:
+        ties += 1
+    return (i + (ties - i + 1) / 2) / n
+
 # %% ../../nbs/features/02_windows.ipynb #e1e96a5b
 @njit(cache=True, nogil=True)
 def _order(x: Array, n: int, q: float) -> Array:
@@ -340,11 +349,8 @@ def _order(x: Array, n: int, q: float) -> Array:
         values[i] = x[t]
         count += 1
         if count == n:
-            ties = i
-            while ties < n and values[ties] == x[t]:
-                ties += 1
             out[0, t] = values[below] + (values[above] - values[below]) * part
-            out[1, t] = (i + (ties - i + 1) / 2) / n
+            out[1, t] = _rank(values, n, i)
     return out
 
 # %% ../../nbs/features/02_windows.ipynb #820fbf1a

@@ -347,7 +347,9 @@ def _stairs_all(close: Array, middle: Array, reach: Array, memory: int) -> Array
     return out
 
 # %% ../../nbs/features/09_adaptive.ipynb #20e8b1d3
-def _supertrend(high: pd.Series, low: pd.Series, close: pd.Series, length: int, multiple: float, memory: int) -> tuple[pd.Series, pd.Series]:
+def _supertrend(
+    high: pd.Series, low: pd.Series, close: pd.Series, length: int, multiple: float, memory: int
+) -> tuple[pd.Series, pd.Series]:
     "Compute side and level of Supertrend."
     reach = multiple * wilder(true_range(high, low, close), length)
     out = _stairs_all(*(s.to_numpy(dtype=float) for s in (close, 0.5 * (high + low), reach)), memory)
@@ -380,7 +382,18 @@ def supertrend_distance(
 # %% ../../nbs/features/09_adaptive.ipynb #29c72042
 _W = 150 + wilder_bars(7)
 on_columns(supertrend, "supertrend_7", "high low close", _W, "side, 1 or -1", "averages", "Seban, 2008", length=7, multiple=3.0, memory=150)
-on_columns(supertrend_distance, "supertrend_distance_7", "high low close", _W, OF_CLOSE, "averages", "Seban, 2008", length=7, multiple=3.0, memory=150)
+on_columns(
+    supertrend_distance,
+    "supertrend_distance_7",
+    "high low close",
+    _W,
+    OF_CLOSE,
+    "averages",
+    "Seban, 2008",
+    length=7,
+    multiple=3.0,
+    memory=150,
+)
 
 # %% ../../nbs/features/09_adaptive.ipynb #345cbe64
 @njit(cache=True, nogil=True)
@@ -414,4 +427,15 @@ def hilo_distance(
     return distance(close, pd.Series(out[0], index=close.index))
 
 
-on_columns(hilo_distance, "hilo_distance_21", "high low close", 121, OF_CLOSE, "averages", "Krausz, 1998", high_length=13, low_length=21, memory=100)
+on_columns(
+    hilo_distance,
+    "hilo_distance_21",
+    "high low close",
+    121,
+    OF_CLOSE,
+    "averages",
+    "Krausz, 1998",
+    high_length=13,
+    low_length=21,
+    memory=100,
+)

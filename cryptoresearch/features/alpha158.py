@@ -193,7 +193,7 @@ def change_correlation(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN; NaN where half of the pairs are unknown
-    "Compute CORD: the correlation of the close's ratio to the last with ln(1 + volume's ratio to the last); bars after one without trades are left out."
+    "Compute CORD: the correlation of close / last close with ln(1 + volume / last volume); bars after one without trades are left out."
     return correlation_over(close / close.shift(1), np.log1p(ratio(volume, volume.shift(1))), length, skip=True)
 
 # %% ../../nbs/features/05_alpha158.ipynb #02dc1596

@@ -244,7 +244,8 @@ def holt_winters(
 KINDS: dict[str, tuple[Callable[[int], Array], bool]] = {  # weights, and whether they must be cut
     "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False),
     "sinwma": (sine, False), "swma": (triangle, False), "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False),
-    "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True), "t3": (tillson, True), "zlma": (zero_lag, True),
+    "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True), "t3": (tillson, True),
+    "zlma": (zero_lag, True),
     "ssf": (super_smoother, True), "ssf3": (super_smoother_3, True), "hwma": (holt_winters, True),
 }
 
@@ -257,7 +258,8 @@ def average_weights(
 ) -> Array:  # newest first, sum 1; not to be changed
     "Return the weights of an average; their number is the warm-up in bars."
     if kind not in KINDS or length < 2:
-        raise ConfigError(problem(f"one of {', '.join(KINDS)} and a length of 2 bars or more", f"{kind!r}, {length}", "Choose another average"))
+        raise ConfigError(problem(f"one of {', '.join(KINDS)} and a length of 2 bars or more", f"{kind!r}, {length}",
+            "Choose another average"))
     weights, endless = KINDS[kind]
     made = settled(weights(length), neglected) if endless else weights(length)
     made.flags.writeable = False
@@ -277,17 +279,32 @@ def average_distance(
 # %% ../../nbs/features/08_averages.ipynb #0c81563e
 OF_CLOSE = "fraction of close"
 _SOURCES = {
-    "wma": "Kaufman, 2013", "alma": "Legoux, Kouzis-Loukas, 2009", "fwma": "pandas-ta", "pwma": "pandas-ta", "sinwma": "Everget", "swma": "pandas-ta", "trima": "Kaufman, 2013", "hma": "Hull, 2005",
-    "linreg": "Gauss, 1809", "rma": "Wilder, 1978", "dema": "Mulloy, 1994", "tema": "Mulloy, 1994", "t3": "Tillson, 1998", "zlma": "Ehlers, Way, 2010", "ssf": "Ehlers, 2013", "ssf3": "Ehlers, 2004", "hwma": "Winters, 1960",
+    "wma": "Kaufman, 2013", "alma": "Legoux, Kouzis-Loukas, 2009", "fwma": "pandas-ta", "pwma": "pandas-ta", "sinwma": "Everget",
+    "swma": "pandas-ta", "trima": "Kaufman, 2013", "hma": "Hull, 2005",
+    "linreg": "Gauss, 1809", "rma": "Wilder, 1978", "dema": "Mulloy, 1994", "tema": "Mulloy, 1994", "t3": "Tillson, 1998",
+    "zlma": "Ehlers, Way, 2010", "ssf": "Ehlers, 2013", "ssf3": "Ehlers, 2004", "hwma": "Winters, 1960",
 }
-_LENGTHS = {"alma": 9, "linreg": 14, "sinwma": 14, "ssf": 20, "ssf3": 20, "hwma": 9} | dict.fromkeys(("wma", "fwma", "pwma", "swma", "trima", "hma", "rma", "dema", "tema", "t3", "zlma"), 10)
+_LENGTHS = {"alma": 9, "linreg": 14, "sinwma": 14, "ssf": 20, "ssf3": 20,
+    "hwma": 9} | dict.fromkeys(("wma", "fwma", "pwma", "swma", "trima", "hma", "rma", "dema", "tema", "t3", "zlma"), 10)
 for _kind, _n in _LENGTHS.items():
-    on_columns(average_distance, f"{_kind}_distance_{_n}", "close", len(average_weights(_kind, _n)), OF_CLOSE, "averages", _SOURCES[_kind], kind=_kind, length=_n)
-on_columns(average_distance, "smma_distance_7", "close", len(average_weights("rma", 7)), OF_CLOSE, "averages", "Wilder, 1978", kind="rma", length=7)
+    on_columns(average_distance, f"{_kind}_distance_{_n}", "close", len(average_weights(_kind, _n)), OF_CLOSE, "averages", _SOURCES[_kind],
+        kind=_kind, length=_n)
+on_columns(average_distance, "smma_distance_7", "close", len(average_weights("rma", 7)), OF_CLOSE, "averages", "Wilder, 1978", kind="rma",
+    length=7)
 
 # %% ../../nbs/features/08_averages.ipynb #aae795b6
 for _name, _n in (("jaw", 13), ("teeth", 8), ("lips", 5)):
-    on_columns(average_distance, f"alligator_{_name}_{_n}", "close", len(average_weights("rma", _n)), OF_CLOSE, "averages", "Williams, 1995", kind="rma", length=_n)
+    on_columns(
+        average_distance,
+        f"alligator_{_name}_{_n}",
+        "close",
+        len(average_weights("rma", _n)),
+        OF_CLOSE,
+        "averages",
+        "Williams, 1995",
+        kind="rma",
+        length=_n,
+    )
 
 # %% ../../nbs/features/08_averages.ipynb #f0c8f035
 def middle_distance(
@@ -404,14 +421,34 @@ def pivot_place(
     was = _day_before(days, *(s.to_numpy(dtype=float) for s in (open_, high, low, close)), length)
     first, top, bottom, last = (pd.Series(price, index=close.index) for price in was)
     twice = last.where(last == first, top.where(last > first, bottom))  # DeMark counts this price once more
-    pivots = {"traditional": (top + bottom + last) / 3, "woodie": (2 * first + top + bottom) / 4, "demark": (top + bottom + last + twice) / 4, "camarilla": last}
+    pivots = {
+        "traditional": (top + bottom + last) / 3,
+        "woodie": (2 * first + top + bottom) / 4,
+        "demark": (top + bottom + last + twice) / 4,
+        "camarilla": last,
+    }
     if method not in pivots:
         raise ConfigError(problem(f"one of {', '.join(pivots)}", repr(method), "Choose another method"))
     return ratio(close - pivots[method], top - bottom)
 
 # %% ../../nbs/features/08_averages.ipynb #c3b3594e
-for _method, _source in (("traditional", "Person, 2004"), ("woodie", "Person, 2004"), ("demark", "DeMark, 1994"), ("camarilla", "Stott, 1989")):
-    on_columns(pivot_place, f"pivot_{_method}", "close_ts open high low close", 49, "ranges of the day before", "averages", _source, method=_method, length=49)
+for _method, _source in (
+    ("traditional", "Person, 2004"),
+    ("woodie", "Person, 2004"),
+    ("demark", "DeMark, 1994"),
+    ("camarilla", "Stott, 1989"),
+):
+    on_columns(
+        pivot_place,
+        f"pivot_{_method}",
+        "close_ts open high low close",
+        49,
+        "ranges of the day before",
+        "averages",
+        _source,
+        method=_method,
+        length=49,
+    )
 
 # %% ../../nbs/features/08_averages.ipynb #2df9fa00
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -499,6 +536,8 @@ on_columns(sample_skew, "skew_30", "close", 30, "1", "statistics", "Pearson, 189
 on_columns(sample_kurtosis, "kurtosis_30", "close", 30, "1", "statistics", "Pearson, 1905", length=30)
 on_columns(quantile_distance, "median_distance_30", "close", 30, OF_CLOSE, "statistics", "Galton, 1881", length=30, q=0.5)
 for _q in (0.1, 0.9):
-    on_columns(quantile_distance, f"quantile_distance_30_{_q * 100:.0f}", "close", 30, OF_CLOSE, "statistics", "Galton, 1885", length=30, q=_q)
+    on_columns(
+        quantile_distance, f"quantile_distance_30_{_q * 100:.0f}", "close", 30, OF_CLOSE, "statistics", "Galton, 1885", length=30, q=_q
+    )
 on_columns(entropy, "entropy_10", "close", 19, "bits above a flat price's", "statistics", _SHANNON, length=10)
 on_columns(channel_place, "stdevall_30", "close", 30, "standard deviations", "statistics", _TOS, length=30)

@@ -126,7 +126,7 @@ def choose_cuts(
 def _awkward(bars: pd.DataFrame) -> list[tuple[np.ndarray, int]]:
     "List the rows of each kind of edge case, and how many of them to take."
     gap = _flags(bars)
-    last, first = np.flatnonzero(~gap[:-1] & gap[1:]), np.flatnonzero(gap[:-1] & ~gap[1:]) + 1  # beside gaps
+    last, first = np.flatnonzero(~gap[:-1] & gap[1:]), np.flatnonzero(gap[:-1] & ~gap[1:]) + 1  # next to gaps
     still = np.flatnonzero(bars["volume"].to_numpy() == 0) if "volume" in bars else last[:0]
     return [(np.flatnonzero(gap), 2), (last, 2), (first, 2), (first + 1, 1), (still, 2)]
 
@@ -165,7 +165,9 @@ def _values(
     if isinstance(out, pd.Series):
         out = out.to_frame(out.name if out.name is not None else "value")
     if not isinstance(out, pd.DataFrame) or out.index.has_duplicates:
-        raise SchemaError(problem("a series, frame or array with one row per bar", type(out).__name__, "Return values on the index of the bars"))
+        raise SchemaError(
+            problem("a series, frame or array with one row per bar", type(out).__name__, "Return values on the index of the bars")
+        )
     out = out.set_axis([str(c) for c in out.columns], axis=1).reindex(bars.index)
     return pd.DataFrame({i: _numbers(out.iloc[:, i], str(c)) for i, c in enumerate(out)}, index=bars.index).set_axis(out.columns, axis=1)
 
@@ -178,7 +180,13 @@ def _numbers(column: pd.Series, name: str) -> np.ndarray:
         return column.to_numpy(dtype=float, na_value=np.nan)
     except (TypeError, ValueError):
         example = next(iter(column.dropna().astype(str)), "")
-        raise SchemaError(problem("numbers", f"{column.dtype} in column {name!r}, such as {example!r}", "Return codes or indicator columns, one number per bar")) from None
+        raise SchemaError(
+            problem(
+                "numbers",
+                f"{column.dtype} in column {name!r}, such as {example!r}",
+                "Return codes or indicator columns, one number per bar",
+            )
+        ) from None
 
 
 def _errors(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -219,7 +227,13 @@ def _known_at(frame: pd.DataFrame | pd.Series) -> np.ndarray:  # µs since 1970
     "Get the time at which each row is known: its close_ts, or else its index."
     times = frame["close_ts"] if isinstance(frame, pd.DataFrame) and "close_ts" in frame else frame.index
     if not isinstance(times, pd.Series | pd.DatetimeIndex) or not pd.api.types.is_datetime64_any_dtype(times.dtype):
-        raise SchemaError(problem("a frame with close_ts or with a time index", f"an index of {frame.index.dtype}", "Index it by the time at which each row is known"))
+        raise SchemaError(
+            problem(
+                "a frame with close_ts or with a time index",
+                f"an index of {frame.index.dtype}",
+                "Index it by the time at which each row is known",
+            )
+        )
     stamps = pd.DatetimeIndex(times)
     return (stamps.tz_localize("UTC") if stamps.tz is None else stamps).as_unit("us").asi8
 
@@ -379,7 +393,9 @@ def _subject(
         declared = {f.name: f for f in resolve(features)}
         return _Subject(list(declared.values()), lambda h, s: pd.DataFrame({f.name: f(s.bars) for f in h}), declared)
     if not callable(features):
-        raise SchemaError(problem("names, features, a transformer or a callable", type(features).__name__, "Give a function of the bar frame"))
+        raise SchemaError(
+            problem("names, features, a transformer or a callable", type(features).__name__, "Give a function of the bar frame")
+        )
     return _Subject(features, lambda h, s: h(s.bars))
 
 # %% ../../nbs/features/20_causality.ipynb #6815c2e3
@@ -397,7 +413,9 @@ def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
         if id(frame) not in there and callable(holder) and name in signature(holder).parameters:
             holder = partial(holder, **{name: frame})
         elif id(frame) not in there:
-            raise ConfigError(problem(f"a function that reads {name!r}", "one that neither holds that very frame nor takes an argument of the name", f"Write def feature(bars, {name}), or hand over the frame that it reads"))
+            raise ConfigError(problem(f"a function that reads {name!r}",
+                "one that neither holds that frame nor takes an argument of the name",
+                f"Write def feature(bars, {name}), or hand over the frame that it reads"))
     subject.holder, subject.others = holder, dict(others)
     for held in held_data(holder, refit):
         if _is_frame(held.value) and not any(held.value is o for o in subject.others.values()):
@@ -453,7 +471,9 @@ def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, est
     while steps and hasattr(steps[0], "transform") and not get_tags(steps[0]).requires_fit:
         X = clone(steps.pop(0), safe=False).transform(X)
     if len(X) != len(bars):
-        raise SchemaError(problem("steps that give one row per bar", f"{len(X)} rows for {len(bars)} bars", "Leave rows out after the pipeline"))
+        raise SchemaError(
+            problem("steps that give one row per bar", f"{len(X)} rows for {len(bars)} bars", "Leave rows out after the pipeline")
+        )
     rest = [clone(s, safe=False) if hasattr(s, "fit") else s for s in steps]
     return X, (None if not rest else rest[0] if len(rest) == 1 else make_pipeline(*rest))
 
@@ -467,7 +487,9 @@ def _applied(learned: Any, X: Any) -> pd.DataFrame:
     last = learned.steps[-1][1] if isinstance(learned, Pipeline) else learned
     if hasattr(last, "predict_proba"):
         return pd.DataFrame(learned.predict_proba(X), columns=[f"probability of {c}" for c in last.classes_])
-    if hasattr(last, "predict") and (getattr(last, "_estimator_type", None) or not hasattr(last, "transform") or get_tags(last).estimator_type):
+    if hasattr(last, "predict") and (
+        getattr(last, "_estimator_type", None) or not hasattr(last, "transform") or get_tags(last).estimator_type
+    ):
         out = np.asarray(learned.predict(X))
         return pd.DataFrame(out, columns=["prediction"] if out.ndim == 1 else [f"prediction {i}" for i in range(out.shape[1])])
     out = learned.transform(X)
@@ -485,10 +507,16 @@ def _outcome_table(y: Any, bars: pd.DataFrame) -> pd.DataFrame:  # y and maybe e
     "Convert outcomes to one form."
     indexed = isinstance(y, pd.DataFrame | pd.Series)
     if not indexed and len(y) != len(bars):
-        raise SchemaError(problem(f"outcomes for {len(bars)} bars", f"{len(y)} values", "Give one a bar, missing where it is not known"))
+        raise SchemaError(problem(f"outcomes for {len(bars)} bars", f"{len(y)} values", "Give one per bar, missing where it is not known"))
     table = y if isinstance(y, pd.DataFrame) else pd.DataFrame({"y": y if indexed else pd.Series(np.asarray(y), bars.index)})
     if "y" not in table or not table.index.isin(bars.index).any():
-        raise SchemaError(problem("outcomes y on the index of the bars", f"columns {list(table)} on another index", "Give a series, or labels of labels.horizon"))
+        raise SchemaError(
+            problem(
+                "outcomes y on the index of the bars",
+                f"columns {list(table)} on another index",
+                "Give a series, or labels of labels.horizon",
+            )
+        )
     return table[[c for c in ("y", "end_ts") if c in table]].reindex(bars.index)
 
 # %% ../../nbs/features/20_causality.ipynb #685a5df9
@@ -582,7 +610,11 @@ def _first_values(subject: _Subject, scene: _Scene) -> pd.DataFrame:
             subject.learner.whole_rows = True
             return _first_values(subject, scene)
         needs_y = subject.learner is not None and scene.y is None and subject.holder[1] is None
-        remedy = "A step that learns from outcomes needs y=: a function that makes them of the bars" if needs_y else "Try it on these bars by itself"
+        remedy = (
+            "A step that learns from outcomes needs y=: a function that makes them of the bars"
+            if needs_y
+            else "Try it on these bars by itself"
+        )
         raise SchemaError(problem("values on these bars", f"{type(e).__name__}: {e}", remedy)) from e
 
 # %% ../../nbs/features/20_causality.ipynb #23aa0003
@@ -620,7 +652,11 @@ def _note(
         return
     errors = proof.errors(part)
     wrong = errors > proof.tolerance
-    doubtful = [i for i in range(len(proof.names)) if (i not in proof.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)]
+    doubtful = [
+        i
+        for i in range(len(proof.names))
+        if (i not in proof.guilty or kind == "huge") and wrong[:, i].any() and errors[:, i].max() <= _ROUNDING.get(kind, 0.01)
+    ]
     if doubtful and not proof.subject.learner:
         wrong[:, doubtful] &= _steady(proof, scene, cut, part, doubtful)
     proof.guilty |= {int(i) for i in np.flatnonzero(wrong.any(axis=0))}
@@ -724,7 +760,9 @@ def _moved_by(proof: _Proof, scene: _Scene, at: int) -> np.ndarray | None:
 def _all_through(proof: _Proof) -> list[str]:  # one text per column, empty for the innocent
     "Find the inputs through which each column leaks."
     worst = [max(pair, key=lambda f: (f.late, f.ahead)).cut for pair in zip(proof.truncated, proof.changed, strict=True)]
-    for at in sorted({w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}):  # found by truncation alone: how much does it matter?
+    for at in sorted(
+        {w for w, f in zip(worst, proof.changed, strict=True) if w >= 0 and not f.size}
+    ):  # found by truncation alone: how much does it matter?
         _future(proof, at, "other")
         _future(proof, at, "shuffled")
     known = {at: _through(proof, at, [i for i, w in enumerate(worst) if w == at]) for at in sorted(set(worst) - {-1})}
@@ -739,22 +777,29 @@ def _prepared(
     if y is not None and subject.learner is None:
         raise ConfigError(problem("a transformer or model to fit, with y", type(features).__name__, "Leave y out"))
     if y is not None and not callable(y):
-        subject.unseen |= {} if "end_ts" in (table := _outcome_table(y, bars)) else {"": ", ".join(filter(None, [subject.unseen.get("", ""), "y (given as values)"]))}
-    return _Proof(subject, _Scene(bars, subject.others, None if y is None or callable(y) else table), tolerance, np.random.default_rng(seed))
+        subject.unseen |= (
+            {}
+            if "end_ts" in (table := _outcome_table(y, bars))
+            else {"": ", ".join(filter(None, [subject.unseen.get("", ""), "y (given as values)"]))}
+        )
+    return _Proof(
+        subject, _Scene(bars, subject.others, None if y is None or callable(y) else table), tolerance, np.random.default_rng(seed)
+    )
 
 # %% ../../nbs/features/20_causality.ipynb #0bdd342e
 def prove_causal(
     features: Any,  # names, groups, Feature objects, a transformer, a pipeline, or a callable: bar frame -> series or frame
     bars: pd.DataFrame,  # bar frame; real bars with gaps and still hours prove more
     *,
-    cuts: int | Iterable[int] = 8,  # number of random cuts in addition to the edge cases, or row numbers: range(len(bars) - 1) tries every row
+    # number of random cuts in addition to the edge cases, or row numbers: range(len(bars) - 1) tries every row
+    cuts: int | Iterable[int] = 8,
     search: int = 64,  # runs of the function to spend on rare leaks; 0 for none
     train_bars: int | None = None,  # bars that a transformer with `fit` learns from; all it is given when None
     y: Any = None,  # outcomes to learn from: a function of the bars; or a series, array, or frame with y and end_ts, one row per bar
-    others: Mapping[str, Any] | None = None,  # frames and series that the function holds or takes as arguments of these names; known at close_ts, or at their index
+    others: Mapping[str, Any] | None = None,  # frames and series that it captures or takes by name; known at close_ts, or at their index
     seed: int = 0,  # for cuts and futures
     tolerance: float = 1e-9,  # relative
-) -> pd.DataFrame:  # index: column; causal, truncation_ok, perturbation_ok, warmup_ok, worst_error, looks_ahead (bars), size (relative), through (inputs), where (ts), unseen (data not changed), note
+) -> pd.DataFrame:  # by column: causal, each test, worst_error, looks_ahead (bars), size (relative), through, where (ts), unseen, note
     "Check that no value changes when the future is removed or changed, nor when older history is removed."
     proof = _prepared(features, bars, train_bars, y, others or {}, tolerance, seed)
     again = _errors(proof.full.to_numpy(), proof.subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
@@ -779,12 +824,15 @@ def _table(proof: _Proof, again: np.ndarray, rng: np.random.Generator) -> pd.Dat
     for i, name in enumerate(proof.names):
         warm, f = None, subject.declared.get(name)
         if f is not None:
-            warm = _warmup_error(subject.of_feature(name), f.warmup, proof.scene, proof.full[name].to_numpy(), proof.size[i], rng) / f.tolerance
+            warm = _warmup_error(subject.of_feature(name), f.warmup, proof.scene, proof.full[name].to_numpy(), proof.size[i],
+                rng) / f.tolerance
         twice = float(again[:, i].max(initial=0.0)) if again.size else 0.0
-        row = _verdict(name, proof.full.iloc[:, i], proof.truncated[i], proof.changed[i], through[i], warm, f.tolerance if f else 0.0, twice, proof.tolerance)
+        row = _verdict(name, proof.full.iloc[:, i], proof.truncated[i], proof.changed[i], through[i], warm, f.tolerance if f else 0.0,
+            twice, proof.tolerance)
         rows.append(_with_unseen(row, subject.unseen.get(name, subject.unseen.get("", ""))))
     if unseen := sorted({r["unseen"] for r in rows} - {""}):
-        warnings.warn(f"not proved causal: data that the function holds were not changed: {'; '.join(unseen)}. Name frames in others=", stacklevel=3)
+        warnings.warn(f"not proved causal: data that the function holds were not changed: {'; '.join(unseen)}. Name frames in others=",
+            stacklevel=3)
     return pd.DataFrame(rows).set_index("feature").astype({"looks_ahead": "Int64", **{k: "boolean" for k in _CHECKS}})
 
 # %% ../../nbs/features/20_causality.ipynb #a3a5a060
@@ -804,7 +852,11 @@ def _remark(causal: bool, changing: bool, rounding: float) -> str:
         return "gives other values when called again"
     if not causal:
         return "needs more history than its warm-up"
-    return f"rounding that depends on the sample ({rounding:.0e}), no leak; features.windows computes each window by itself" if rounding else ""
+    return (
+        f"rounding that depends on the sample ({rounding:.0e}), no leak; features.windows computes each window by itself"
+        if rounding
+        else ""
+    )
 
 # %% ../../nbs/features/20_causality.ipynb #1c2507cd
 def _verdict(
@@ -845,7 +897,11 @@ def _leak(values: pd.Series, found: _Finding) -> dict[str, Any]:
     "Describe where a leak begins and how far it looks."
     first = int(np.flatnonzero(values.notna())[0])
     whole = (found.row <= first and found.ahead > 3) or found.ahead > len(values) / 2
-    return {"where": values.index[found.row], "looks_ahead": pd.NA if whole else found.ahead, "note": "reads the whole sample" if whole else f"looks {found.ahead} bar{'s' * (found.ahead > 1)} ahead"}
+    return {
+        "where": values.index[found.row],
+        "looks_ahead": pd.NA if whole else found.ahead,
+        "note": "reads the whole sample" if whole else f"looks {found.ahead} bar{'s' * (found.ahead > 1)} ahead",
+    }
 
 # %% ../../nbs/features/20_causality.ipynb #2799b314
 def live_against_batch(
@@ -881,7 +937,9 @@ def live_across_gap(
     features: Any,  # names, groups, Feature objects
     bars: pd.DataFrame,  # bar frame with a gap, and more than the warm-up of whole bars on both sides of the first
     bars_read: int = 1_000,  # bars of warm-up to read on each side, for each feature; 4 to 20 rows result
-) -> pd.DataFrame:  # index: feature; group, warmup, played (rows), compared (rows with a value), behind (of them after the gap), worst_error (relative; inf where only one has a value), equal (within the declared tolerance)
+    # index: feature; group, warmup, played (rows), compared (rows with a value), behind (of them after the gap),
+    # worst_error (relative; inf where only one has a value), equal (within the declared tolerance)
+) -> pd.DataFrame:
     "Compare features computed bar by bar across a gap, from `warmup` bars and from all so far, with the batch."
     gap, found = _flags(bars), []
     if not gap.any():
@@ -894,6 +952,7 @@ def live_across_gap(
         errors = _errors(np.repeat(batch[rows][:, None], 2, axis=1), live, np.array(size))
         compared = ~np.isnan(live).any(axis=1) & ~np.isnan(batch[rows])
         behind = compared & (np.array(rows) > int(np.argmax(gap)))
-        found.append((f.name, f.group, f.warmup, len(rows), int(compared.sum()), int(behind.sum()), float(errors.max()), bool(errors.max() <= f.tolerance)))
+        found.append((f.name, f.group, f.warmup, len(rows), int(compared.sum()), int(behind.sum()), float(errors.max()),
+            bool(errors.max() <= f.tolerance)))
     columns = ["feature", "group", "warmup", "played", "compared", "behind", "worst_error", "equal"]
     return pd.DataFrame(found, columns=columns).set_index("feature")

@@ -76,9 +76,22 @@ def decay_volume(
 # %% ../../nbs/features/12_decay.ipynb #f10b9bc5
 _LOG = "log of log return per bar"
 for _n in (1, 3, 8, 24, 72, 240):
-    on_columns(decay_range, f"decay_range_{_n}", "high low", fading_bars(_n), _LOG, "decay", "Parkinson, 1980; RiskMetrics, 1996", half_life=_n)
-    on_columns(decay_parkinson, f"decay_parkinson_{_n}", "high low", fading_bars(_n), _LOG, "decay", "Parkinson, 1980; RiskMetrics, 1996", half_life=_n)
-    on_columns(decay_volume, f"decay_volume_{_n}", "volume", max(fading_bars(_n), PAST), "log ratio", "decay", "Karpoff, 1987", half_life=_n)
+    on_columns(
+        decay_range, f"decay_range_{_n}", "high low", fading_bars(_n), _LOG, "decay", "Parkinson, 1980; RiskMetrics, 1996", half_life=_n
+    )
+    on_columns(
+        decay_parkinson,
+        f"decay_parkinson_{_n}",
+        "high low",
+        fading_bars(_n),
+        _LOG,
+        "decay",
+        "Parkinson, 1980; RiskMetrics, 1996",
+        half_life=_n,
+    )
+    on_columns(
+        decay_volume, f"decay_volume_{_n}", "volume", max(fading_bars(_n), PAST), "log ratio", "decay", "Karpoff, 1987", half_life=_n
+    )
 
 # %% ../../nbs/features/12_decay.ipynb #2886e22e
 def decay_trend(
@@ -93,8 +106,10 @@ def decay_trend(
 
 
 for _n in (3, 12, 24, 72, 240):
-    on_columns(decay_trend, f"decay_trend_{_n}", "close", fading_bars(max(_n, 24)) + 1, "standard deviations", "decay", "Moskowitz, Ooi, Pedersen, 2012", half_life=_n)
-    on_columns(decay_trend, f"decay_trend_size_{_n}", "close", fading_bars(max(_n, 24)) + 1, "standard deviations", "decay", "Moskowitz, Ooi, Pedersen, 2012", half_life=_n, unsigned=True)
+    on_columns(decay_trend, f"decay_trend_{_n}", "close", fading_bars(max(_n, 24)) + 1, "standard deviations", "decay",
+        "Moskowitz, Ooi, Pedersen, 2012", half_life=_n)
+    on_columns(decay_trend, f"decay_trend_size_{_n}", "close", fading_bars(max(_n, 24)) + 1, "standard deviations", "decay",
+        "Moskowitz, Ooi, Pedersen, 2012", half_life=_n, unsigned=True)
 
 # %% ../../nbs/features/12_decay.ipynb #d31f11c5
 def below_high(

@@ -85,12 +85,18 @@ def drift_table(
     train: pd.DataFrame,  # features of training rows
     new: pd.DataFrame,  # the same columns of other rows
     bins: int = 10,  # quantile bins of the training rows
-) -> pd.DataFrame:  # index feature, most drifted first: psi, verdict, chance (95 % point without drift), missing_train, missing_new, psi_missing, median_moved_to
+    # index feature, most drifted first: psi, verdict, chance (95 % point without drift), missing_train, missing_new,
+    # psi_missing, median_moved_to
+) -> pd.DataFrame:
     "Compute the index of each feature, next to the level expected by chance."
     if missing := [str(c) for c in train if c not in new]:
-        raise SchemaError(problem("the same features in both", f"no {', '.join(missing[:5])} in the new rows", "Make both with the same DataProcessing"))
+        raise SchemaError(
+            problem("the same features in both", f"no {', '.join(missing[:5])} in the new rows", "Make both with the same DataProcessing")
+        )
     rows = {c: _row(train[c].to_numpy(dtype=float), new[c].to_numpy(dtype=float), bins) for c in train}
-    table = pd.DataFrame(rows, index=["psi", "chance", "missing_train", "missing_new", "psi_missing", "median_moved_to"]).T.rename_axis("feature")
+    table = pd.DataFrame(rows, index=["psi", "chance", "missing_train", "missing_new", "psi_missing", "median_moved_to"]).T.rename_axis(
+        "feature"
+    )
     table.insert(1, "verdict", table["psi"].map(verdict))
     return table.sort_values("psi", ascending=False, kind="stable")
 

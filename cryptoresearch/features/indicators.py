@@ -391,7 +391,9 @@ on_columns(choppiness, "choppiness_14", "high low close", 15, "1", "trend", "Dre
 for _n in (12, 48):
     on_columns(ema_distance, f"ema_distance_{_n}", "close", ema_bars(_n), "fraction of average", "trend", "Brown, 1956", span=_n)
 for _n in (24, 168):
-    on_columns(sma_distance, f"sma_distance_{_n}", "close", _n + 1, "standard deviations", "trend", "Brock, Lakonishok, LeBaron, 1992", length=_n)
+    on_columns(
+        sma_distance, f"sma_distance_{_n}", "close", _n + 1, "standard deviations", "trend", "Brock, Lakonishok, LeBaron, 1992", length=_n
+    )
     on_columns(place, f"place_{_n}", "high low close", _n, "1", "trend", "Donchian, 1960", length=_n)
 on_columns(slope_t, "slope_24", "close", 25, "standard deviations", "trend", "Gauss, 1809", length=24)
 
@@ -524,7 +526,9 @@ def skewness(
 # %% ../../nbs/features/03_indicators.ipynb #e6cc10a6
 _OHLC = "open high low close"
 for _n in (24, 72, 168):
-    on_columns(realised_volatility, f"rv_{_n}", "close", _n + 1, "log return per bar", "volatility", "Andersen, Bollerslev, 1998", length=_n)
+    on_columns(
+        realised_volatility, f"rv_{_n}", "close", _n + 1, "log return per bar", "volatility", "Andersen, Bollerslev, 1998", length=_n
+    )
 on_columns(parkinson, "parkinson_24", "high low", 24, "log return per bar", "volatility", "Parkinson, 1980", length=24)
 on_columns(garman_klass, "garman_klass_24", _OHLC, 24, "log return per bar", "volatility", "Garman, Klass, 1980", length=24)
 on_columns(rogers_satchell, "rogers_satchell_24", _OHLC, 24, "log return per bar", "volatility", "Rogers, Satchell, 1991", length=24)
@@ -534,7 +538,9 @@ on_columns(atr, "atr_14", "high low close", _W + 1, "fraction of close", "volati
 on_columns(bollinger_width, "bollinger_width_20", "close", 20, "fraction of mean", "volatility", "Bollinger, 2001", length=20)
 on_columns(percent_b, "percent_b_20", "close", 20, "1", "momentum", "Bollinger, 2001", length=20)
 on_columns(volatility_ratio, "volatility_ratio_24_168", "close", 169, "log ratio", "volatility", "Corsi, 2009", short=24, long=168)
-on_columns(downside_share, "downside_share_72", "close", 73, "fraction", "volatility", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=72)
+on_columns(
+    downside_share, "downside_share_72", "close", 73, "fraction", "volatility", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=72
+)
 on_columns(jump_share, "jump_share_72", "close", 74, "fraction", "volatility", "Barndorff-Nielsen, Shephard, 2004", length=72)
 on_columns(skewness, "skewness_72", "close", 73, "1", "volatility", "Pearson, 1895", length=72)
 

@@ -58,7 +58,16 @@ for _end, _buy in _SIDES:
 for _n in (6, 72, 168):
     on_columns(signed_volume, f"signed_volume_{_n}", "close volume", _n + 1, "1", "microstructure", "Granville, 1963", length=_n)
 for _n in (72, 168):
-    on_columns(bulk_imbalance, f"bulk_imbalance_{_n}", "close volume", 2 * _n, "1", "microstructure", "Easley, Lopez de Prado, O'Hara, 2012", length=_n)
+    on_columns(
+        bulk_imbalance,
+        f"bulk_imbalance_{_n}",
+        "close volume",
+        2 * _n,
+        "1",
+        "microstructure",
+        "Easley, Lopez de Prado, O'Hara, 2012",
+        length=_n,
+    )
 
 # %% ../../nbs/features/14_microstructure.ipynb #248094ba
 def activity_z(
@@ -97,12 +106,16 @@ def concentration(
 for _n in (24, 168):
     on_columns(activity_z, f"trades_z_{_n}", "trades", _n + 1, "standard deviations", "microstructure", "Anscombe, 1948", length=_n)
     on_columns(activity_z, f"volume_z_{_n}", "volume", _n + 1, "standard deviations", "microstructure", "Anscombe, 1948", length=_n)
-    on_columns(trade_size_z, f"trade_size_z_{_n}", "volume trades", _n + 1, "standard deviations", "microstructure", "Barclay, Warner, 1993", length=_n)
-    on_columns(still_share, f"still_share_{_n}", "volume", _n, "fraction of bars", "microstructure", "Lesmond, Ogden, Trzcinka, 1999", length=_n)
+    on_columns(trade_size_z, f"trade_size_z_{_n}", "volume trades", _n + 1, "standard deviations", "microstructure",
+        "Barclay, Warner, 1993", length=_n)
+    on_columns(still_share, f"still_share_{_n}", "volume", _n, "fraction of bars", "microstructure", "Lesmond, Ogden, Trzcinka, 1999",
+        length=_n)
     on_columns(concentration, f"volume_concentration_{_n}", "volume", _n, "1", "microstructure", "Herfindahl, 1950", length=_n)
-on_columns(trade_size_ratio, "trade_size_ratio_168", "volume trades", 168, "log ratio", "microstructure", "Barclay, Warner, 1993", length=168)
+on_columns(trade_size_ratio, "trade_size_ratio_168", "volume trades", 168, "log ratio", "microstructure", "Barclay, Warner, 1993",
+    length=168)
 for _n in (72, 168):
-    on_columns(vwma_distance, f"vwma_distance_{_n}", "high low close volume", _n, "log return", "microstructure", "Berkowitz, Logue, Noser, 1988", length=_n)
+    on_columns(vwma_distance, f"vwma_distance_{_n}", "high low close volume", _n, "log return", "microstructure",
+        "Berkowitz, Logue, Noser, 1988", length=_n)
 
 # %% ../../nbs/features/14_microstructure.ipynb #ba68b4ad
 def vpin(
@@ -173,20 +186,27 @@ def amihud_asymmetry(
     "Compute the log of Amihud's illiquidity of falling bars over that of rising bars."
     r = log_return(close)
     impact = ratio(r, close * volume).fillna(0.0).where(r.notna() & volume.notna())
-    down, up = (sum_over((s * impact).clip(lower=0), length) / sum_over((s * impact > 0).astype(float), length).clip(lower=1) for s in (-1, 1))
+    down, up = (
+        sum_over((s * impact).clip(lower=0), length) / sum_over((s * impact > 0).astype(float), length).clip(lower=1) for s in (-1, 1)
+    )
     return log_ratio(down, up)
 
 # %% ../../nbs/features/14_microstructure.ipynb #29f0bd67
 for _end, _buy in _SIDES:
     for _n in (24, 72, 168):
-        on_columns(kyle_lambda, f"kyle_lambda{_end}_{_n}", f"close {_buy} volume", _n + 1, "log return per mean bar", "microstructure", "Kyle, 1985", length=_n)
+        on_columns(kyle_lambda, f"kyle_lambda{_end}_{_n}", f"close {_buy} volume", _n + 1, "log return per mean bar", "microstructure",
+            "Kyle, 1985", length=_n)
     on_columns(kyle_t, f"kyle_t{_end}_72", f"close {_buy} volume", 73, "t-value", "microstructure", "Kyle, 1985", length=72)
-    on_columns(root_impact, f"root_impact{_end}_72", f"close {_buy} volume", 73, "log return per root mean bar", "microstructure", "Hasbrouck, 2009", length=72)
-    on_columns(price_impact, f"price_impact{_end}_168", f"close {_buy} volume", 169, "correlation", "microstructure", "Kyle, 1985", length=168)
+    on_columns(root_impact, f"root_impact{_end}_72", f"close {_buy} volume", 73, "log return per root mean bar", "microstructure",
+        "Hasbrouck, 2009", length=72)
+    on_columns(price_impact, f"price_impact{_end}_168", f"close {_buy} volume", 169, "correlation", "microstructure", "Kyle, 1985",
+        length=168)
 for _short, _long in ((6, 72), (72, 720)):
-    on_columns(amihud_ratio, f"amihud_ratio_{_short}_{_long}", "close volume", _long + 1, "log ratio", "microstructure", "Amihud, 2002", short=_short, long=_long)
+    on_columns(amihud_ratio, f"amihud_ratio_{_short}_{_long}", "close volume", _long + 1, "log ratio", "microstructure", "Amihud, 2002",
+        short=_short, long=_long)
 for _n in (72, 168):
-    on_columns(amihud_asymmetry, f"amihud_asymmetry_{_n}", "close volume", _n + 1, "log ratio", "microstructure", "Brennan, Chordia, Subrahmanyam, Tong, 2012", length=_n)
+    on_columns(amihud_asymmetry, f"amihud_asymmetry_{_n}", "close volume", _n + 1, "log ratio", "microstructure",
+        "Brennan, Chordia, Subrahmanyam, Tong, 2012", length=_n)
 
 # %% ../../nbs/features/14_microstructure.ipynb #c5a05aa9
 _K = 3 - 2 * sqrt(2)
@@ -220,8 +240,26 @@ def abdi_ranaldo(
 # %% ../../nbs/features/14_microstructure.ipynb #b73dd2a4
 for _n in (24, 168):
     on_columns(roll_spread, f"roll_spread_{_n}", "close", _n + 2, "fraction of price", "microstructure", "Roll, 1984", length=_n)
-    on_columns(corwin_schultz, f"corwin_schultz_{_n}", "high low", _n + 1, "fraction of price", "microstructure", "Corwin, Schultz, 2012", length=_n)
-    on_columns(abdi_ranaldo, f"abdi_ranaldo_{_n}", "high low close", _n + 1, "fraction of price", "microstructure", "Abdi, Ranaldo, 2017", length=_n)
+    on_columns(
+        corwin_schultz,
+        f"corwin_schultz_{_n}",
+        "high low",
+        _n + 1,
+        "fraction of price",
+        "microstructure",
+        "Corwin, Schultz, 2012",
+        length=_n,
+    )
+    on_columns(
+        abdi_ranaldo,
+        f"abdi_ranaldo_{_n}",
+        "high low close",
+        _n + 1,
+        "fraction of price",
+        "microstructure",
+        "Abdi, Ranaldo, 2017",
+        length=_n,
+    )
 
 # %% ../../nbs/features/14_microstructure.ipynb #4c6ac810
 @njit(cache=True, nogil=True)
@@ -322,7 +360,9 @@ def flow_follows(
 # %% ../../nbs/features/14_microstructure.ipynb #8588aa2f
 on_columns(return_run, "return_run_24", "close", 25, "bars", "microstructure", "Wald, Wolfowitz, 1940", length=24)
 for _n in (24, 72):
-    on_columns(return_changes, f"return_changes_{_n}", "close", _n + 2, "fraction of bars", "microstructure", "Wald, Wolfowitz, 1940", length=_n)
+    on_columns(
+        return_changes, f"return_changes_{_n}", "close", _n + 2, "fraction of bars", "microstructure", "Wald, Wolfowitz, 1940", length=_n
+    )
 for _end, _buy in _SIDES:
     _bv, _cbv = f"{_buy} volume", f"close {_buy} volume"
     on_columns(flow_run, f"flow_run{_end}_24", _bv, 24, "bars", "microstructure", "Wald, Wolfowitz, 1940", length=24)
@@ -330,7 +370,9 @@ for _end, _buy in _SIDES:
     for _n in (24, 72, 168):
         on_columns(flow_memory, f"flow_memory{_end}_{_n}", _bv, _n + 1, "correlation", "microstructure", "Lillo, Farmer, 2004", length=_n)
     for _n in (72, 168):
-        on_columns(flow_leads, f"flow_leads{_end}_{_n}", _cbv, _n + 1, "correlation", "microstructure", "Chordia, Subrahmanyam, 2004", length=_n)
+        on_columns(
+            flow_leads, f"flow_leads{_end}_{_n}", _cbv, _n + 1, "correlation", "microstructure", "Chordia, Subrahmanyam, 2004", length=_n
+        )
         on_columns(flow_follows, f"flow_follows{_end}_{_n}", _cbv, _n + 2, "correlation", "microstructure", "Hasbrouck, 1991", length=_n)
 
 # %% ../../nbs/features/14_microstructure.ipynb #3f5971ba
@@ -375,16 +417,31 @@ for _n in (24, 72, 168):
     on_columns(return_volume, f"return_volume_{_n}", "close volume", _n + 1, "correlation", "microstructure", "Karpoff, 1987", length=_n)
     on_columns(size_volume, f"size_volume_{_n}", "close volume", _n + 1, "correlation", "microstructure", "Karpoff, 1987", length=_n)
 for _n in (72, 168):
-    on_columns(size_volume, f"size_trades_{_n}", "close trades", _n + 1, "correlation", "microstructure", "Jones, Kaul, Lipson, 1994", length=_n)
-    on_columns(volume_memory, f"volume_memory_{_n}", "volume", _n + 1, "correlation", "microstructure", "Gallant, Rossi, Tauchen, 1992", length=_n)
+    on_columns(
+        size_volume, f"size_trades_{_n}", "close trades", _n + 1, "correlation", "microstructure", "Jones, Kaul, Lipson, 1994", length=_n
+    )
+    on_columns(
+        volume_memory, f"volume_memory_{_n}", "volume", _n + 1, "correlation", "microstructure", "Gallant, Rossi, Tauchen, 1992", length=_n
+    )
 for _step, _n in ((2, 72), (6, 168), (24, 168)):
-    on_columns(variance_ratio, f"variance_ratio_{_step}_{_n}", "close", _n + _step, "log ratio", "microstructure", "Lo, MacKinlay, 1988", step=_step, length=_n)
+    on_columns(
+        variance_ratio,
+        f"variance_ratio_{_step}_{_n}",
+        "close",
+        _n + _step,
+        "log ratio",
+        "microstructure",
+        "Lo, MacKinlay, 1988",
+        step=_step,
+        length=_n,
+    )
 for _n in (24, 168):
     on_columns(autocorrelation, f"autocorr_{_n}", "close", _n + 2, "correlation", "microstructure", "Lo, MacKinlay, 1988", length=_n)
 
 # %% ../../nbs/features/14_microstructure.ipynb #38c98517
 TRADE_COLUMNS = (
-    "t_size_median", "t_size_q90", "t_size_gini", "t_large_share", "t_imbalance_count", "t_imbalance_money", "t_imbalance_tick_count", "t_imbalance_tick_money", "t_run_mean", "t_run_longest",
+    "t_size_median", "t_size_q90", "t_size_gini", "t_large_share", "t_imbalance_count", "t_imbalance_money", "t_imbalance_tick_count",
+    "t_imbalance_tick_money", "t_run_mean", "t_run_longest",
     "t_run_tick_mean", "t_run_tick_longest", "t_gap_cv", "t_cluster", "t_late_share", "t_roll", "t_rv", "t_zero_share",
 )
 
@@ -481,7 +538,9 @@ def _bar_by_bar(
 
 def _column(trades: pd.DataFrame, name: str) -> np.ndarray:
     "Convert sides to -1, 0 (unknown), 1."
-    return np.nan_to_num(trades[name].to_numpy(dtype=float, na_value=np.nan)).astype(np.int64) if name in trades else np.zeros(len(trades), dtype=np.int64)
+    if name not in trades:
+        return np.zeros(len(trades), dtype=np.int64)
+    return np.nan_to_num(trades[name].to_numpy(dtype=float, na_value=np.nan)).astype(np.int64)
 
 # %% ../../nbs/features/14_microstructure.ipynb #9a1ec3d8
 def _micros(times: pd.Series | pd.DatetimeIndex) -> np.ndarray:
@@ -491,7 +550,8 @@ def _micros(times: pd.Series | pd.DatetimeIndex) -> np.ndarray:
 
 
 def trade_features(
-    trades: pd.DataFrame,  # ts (UTC, or naive UTC), price, qty; and where known trade_id, side_reported, side_tick (-1, 1, unknown 0 or NaN); any order
+    # ts (UTC, or naive UTC), price, qty; where known trade_id, side_reported, side_tick (-1, 1, unknown 0 or NaN); any order
+    trades: pd.DataFrame,
     bars: pd.DataFrame,  # bar frame; trades outside of its bars are left out
 ) -> pd.DataFrame:  # on the index of the bars, columns TRADE_COLUMNS, float64; NaN in gap rows and bars without trades
     "Summarise the trades of each bar, known at the bar's close."
@@ -504,7 +564,8 @@ def trade_features(
     first, last = np.searchsorted(ts, opens, "left"), np.searchsorted(ts, closes, "left")
     if "gap" in bars:
         last = np.where(bars["gap"].to_numpy(dtype=bool), first, last)
-    out = _bar_by_bar(first, last, opens + (closes - opens) // 2, ts, price, qty, price * qty, _column(trades, "side_reported"), _column(trades, "side_tick"))
+    out = _bar_by_bar(first, last, opens + (closes - opens) // 2, ts, price, qty, price * qty, _column(trades, "side_reported"),
+        _column(trades, "side_tick"))
     return pd.DataFrame(out, index=bars.index, columns=list(TRADE_COLUMNS))
 
 # %% ../../nbs/features/14_microstructure.ipynb #ed5168e7
@@ -526,5 +587,7 @@ def with_trade_features(
 
 
 TRADE_FEATURES = [
-    on_columns(known_mean, f"{name}_{n}", name, n, "1", "trades", "Easley, O'Hara, 1987", length=n) for n in (1, 24) for name in TRADE_COLUMNS
+    on_columns(known_mean, f"{name}_{n}", name, n, "1", "trades", "Easley, O'Hara, 1987", length=n)
+    for n in (1, 24)
+    for name in TRADE_COLUMNS
 ]

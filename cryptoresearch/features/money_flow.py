@@ -281,7 +281,18 @@ def vhm(
 
 
 on_columns(pvo, "pvo_12_26", "volume", ema_bars(26), "percent", "money_flow", "pandas-ta", fast=12, slow=26)
-on_columns(pvo_histogram, "pvo_hist_12_26", "volume", ema_bars(26) + ema_bars(9) - 1, "percentage points", "money_flow", "pandas-ta", fast=12, slow=26, signal=9)
+on_columns(
+    pvo_histogram,
+    "pvo_hist_12_26",
+    "volume",
+    ema_bars(26) + ema_bars(9) - 1,
+    "percentage points",
+    "money_flow",
+    "pandas-ta",
+    fast=12,
+    slow=26,
+    signal=9,
+)
 on_columns(vhm, "vhm_168", "volume", 168, "standard deviations", "money_flow", "pandas-ta", length=168)
 
 # %% ../../nbs/features/11_money_flow.ipynb #253783b4

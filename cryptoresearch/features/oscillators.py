@@ -134,7 +134,9 @@ on_columns(ppo, "ppo_12_26", "close", 26, "percent of slow average", _GROUP, "Ap
 on_columns(ppo_histogram, "ppo_hist_12_26", "close", 25 + _W9, "percent of slow average", _GROUP, "Appel, 1979", fast=12, slow=26, signal=9)
 for _name, _end in (("bull", "high"), ("bear", "low")):
     on_columns(elder_power, f"{_name}_power_13", f"{_end} close", len(span_weights(13)), _CLOSE, _GROUP, "Elder, 1993", length=13)
-on_columns(pgo, "pgo_14", "high low close", len(chain_weights(1 / 14, 2 / 15)) + 1, "smoothed true ranges", _GROUP, "Johnson, undated", length=14)
+on_columns(
+    pgo, "pgo_14", "high low close", len(chain_weights(1 / 14, 2 / 15)) + 1, "smoothed true ranges", _GROUP, "Johnson, undated", length=14
+)
 
 # %% ../../nbs/features/06_oscillators.ipynb #6c73ef2d
 def rate_of_change(
@@ -246,7 +248,18 @@ def tmo_histogram(
 for _name, _fast, _slow, _signal in (("tsi", 13, 25, 13), ("smi", 5, 20, 5)):
     _n = len(span_weights(_slow, _fast))
     on_columns(tsi, f"{_name}_{_fast}_{_slow}", "close", _n + 1, "1", _GROUP, "Blau, 1991", fast=_fast, slow=_slow)
-    on_columns(tsi_histogram, f"{_name}_hist_{_fast}_{_slow}", "close", _n + len(span_weights(_signal)), "1", _GROUP, "Blau, 1991", fast=_fast, slow=_slow, signal=_signal)
+    on_columns(
+        tsi_histogram,
+        f"{_name}_hist_{_fast}_{_slow}",
+        "close",
+        _n + len(span_weights(_signal)),
+        "1",
+        _GROUP,
+        "Blau, 1991",
+        fast=_fast,
+        slow=_slow,
+        signal=_signal,
+    )
 on_columns(tmo, "tmo_14", "open close", 14 + len(span_weights(5, 3)), "1", _GROUP, "Mobius, 2018", length=14)
 on_columns(tmo_histogram, "tmo_hist_14", "open close", 14 + len(span_weights(5, 3, 3)), "1", _GROUP, "Mobius, 2018", length=14)
 
@@ -339,8 +352,21 @@ def rvgi_histogram(
 
 # %% ../../nbs/features/06_oscillators.ipynb #36c1fa8b
 _HLC, _OHLC = "high low close", "open high low close"
-on_columns(kdj, "kdj_k_9", _HLC, 8 + len(chain_weights(1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=1.0)
-on_columns(kdj, "kdj_j_9", _HLC, 8 + len(chain_weights(1 / 3, 1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=3.0)
+on_columns(
+    kdj, "kdj_k_9", _HLC, 8 + len(chain_weights(1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=1.0
+)
+on_columns(
+    kdj,
+    "kdj_j_9",
+    _HLC,
+    8 + len(chain_weights(1 / 3, 1 / 3)),
+    "percent",
+    _GROUP,
+    "Lane, 1984; Wilder, 1978",
+    length=9,
+    signal=3,
+    k_share=3.0,
+)
 on_columns(stochrsi, "stochrsi_14", "close", len(chain_weights(1 / 14)) + 16, "percent", _GROUP, "Chande, Kroll, 1994", length=14, smooth=3)
 on_columns(uo, "uo_28", _HLC, 29, "percent", _GROUP, "Williams, 1985")
 on_columns(brar, "brar_26", _HLC, 27, "percent", _GROUP, "none", length=26)

@@ -250,7 +250,7 @@ WRONG = {  # name: defect of pandas-ta 0.4.71b0 that a proof of causality does n
     "trendflex": "takes the cosine of degrees as if they were radians",
     "vhm": "passes the length as the mean of the standard deviation",
     "wcp": "does not divide by four",
-    "zigzag": "looks ahead, and fails or crashes on some short frames",
+    "zigzag": "looks ahead; some short frames raise IndexError if numba checks bounds",
 }
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #7c837287

@@ -26,7 +26,21 @@ from .registry import Feature, feature, feature_names, feature_table, OnColumns,
 
 # %% ../../nbs/features/16_pipeline.ipynb #f44f15ca
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
-MODULES = (indicators, orderflow, volatility, alpha158, microstructure, trends, money_flow, oscillators, recursions, averages, adaptive, decay, frames)  # importing them fills the registry
+MODULES = (
+    indicators,
+    orderflow,
+    volatility,
+    alpha158,
+    microstructure,
+    trends,
+    money_flow,
+    oscillators,
+    recursions,
+    averages,
+    adaptive,
+    decay,
+    frames,
+)  # importing them fills the registry
 
 # %% ../../nbs/features/16_pipeline.ipynb #25aa9b50
 class _Computing(TransformerMixin, BaseEstimator):
@@ -119,4 +133,10 @@ def check_meaning(
     "Refuse features that have no meaning on event bars."
     if not bar_kind(bars).has_clock and (wrong := [f.name for f in made if needs_clock(f)]):
         more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""
-        raise SchemaError(problem("features that count bars of any length, since event bars have no common one", f"{', '.join(wrong[:3])}{more}", "Leave them out: needs_clock tells which"))
+        raise SchemaError(
+            problem(
+                "features that count bars of any length, since event bars have no common one",
+                f"{', '.join(wrong[:3])}{more}",
+                "Leave them out: needs_clock tells which",
+            )
+        )

@@ -153,7 +153,18 @@ def reflex(
 
 # %% ../../nbs/features/07_recursions.ipynb #38dd96ee
 on_columns(ebsw, "ebsw_40", "close", len(ebsw_weights(40, 10)) + 3, "1", _GROUP, "Ehlers, 2013", length=40, smooth=10)
-on_columns(reflex, "reflex_20", "close", len(reflex_weights(20, 20)) + len(chain_weights(0.04)), "root mean squares", _GROUP, "Ehlers, 2020", length=20, smooth=20, alpha=0.04)
+on_columns(
+    reflex,
+    "reflex_20",
+    "close",
+    len(reflex_weights(20, 20)) + len(chain_weights(0.04)),
+    "root mean squares",
+    _GROUP,
+    "Ehlers, 2020",
+    length=20,
+    smooth=20,
+    alpha=0.04,
+)
 
 # %% ../../nbs/features/07_recursions.ipynb #17ebfa67
 @njit(cache=True, nogil=True)
@@ -230,7 +241,9 @@ def qqe(
 # %% ../../nbs/features/07_recursions.ipynb #a54ebabc
 _QQE = len(chain_weights(1 / 14)) + len(span_weights(5)) + len(span_weights(27, 27)) + 90 - 1
 on_columns(qqe, "qqe_14", "close", _QQE, "RSI points", _GROUP, "Ehrlich, undated", length=14, smooth=5, factor=4.236, memory=90)
-on_columns(qqe, "qqe_state_14", "close", _QQE, "+1 or -1", _GROUP, "Ehrlich, undated", length=14, smooth=5, factor=4.236, memory=90, state=True)
+on_columns(
+    qqe, "qqe_state_14", "close", _QQE, "+1 or -1", _GROUP, "Ehrlich, undated", length=14, smooth=5, factor=4.236, memory=90, state=True
+)
 
 # %% ../../nbs/features/07_recursions.ipynb #960084ca
 @njit(cache=True, nogil=True)
@@ -273,4 +286,6 @@ def stc(
     return pd.Series(values, index=close.index).where(moved > 0)
 
 # %% ../../nbs/features/07_recursions.ipynb #0144d6f6
-on_columns(stc, "stc_26", "close", len(span_weights(26)) + 9 + 59, "percent", _GROUP, "Schaff, 1999", length=10, fast=12, slow=26, memory=60)
+on_columns(
+    stc, "stc_26", "close", len(span_weights(26)) + 9 + 59, "percent", _GROUP, "Schaff, 1999", length=10, fast=12, slow=26, memory=60
+)

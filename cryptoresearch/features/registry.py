@@ -158,7 +158,8 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
     "Call the feature's function and check its result; `SchemaError` names the feature."
     missing = [c for c in feature.inputs if c not in bars]
     if missing:
-        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}", "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
+        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}",
+            "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
     try:
         with np.errstate(all="ignore"):
             values = feature.fn(bars if isinstance(feature.fn, OnColumns) else bars[list(feature.inputs)].copy())
@@ -192,7 +193,9 @@ def _check_declaration(f: Feature) -> None:
     if not isinstance(f.warmup, int) or f.warmup < 1:
         raise ConfigError(problem("warmup in bars, counting the current one, so at least 1", repr(f.warmup), f"Correct feature {f.name!r}"))
     if not 0 < f.tolerance < 1:
-        raise ConfigError(problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Correct feature {f.name!r}; 1e-9 is the default"))
+        raise ConfigError(
+            problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Correct feature {f.name!r}; 1e-9 is the default")
+        )
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
@@ -215,7 +218,8 @@ def feature(
         made = Feature(name, columns, warmup, unit, group, source, fn, tolerance)
         _check_declaration(made)
         if not replace and name in REGISTRY and not _same_author(fn, REGISTRY[name].fn):
-            raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}", "Rename it, or pass replace=True"))
+            raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}",
+                "Rename it, or pass replace=True"))
         REGISTRY[name] = made
         return made
 

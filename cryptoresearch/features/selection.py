@@ -66,7 +66,8 @@ def filter_table(
         if twin is None:
             chosen.append(c)
         else:
-            better = "is known more often" if known[twin] > known[c] else "needs fewer bars" if given.get(twin, 0) < given.get(c, 0) else "stands first"
+            fewer = given.get(twin, 0) < given.get(c, 0)
+            better = "is known more often" if known[twin] > known[c] else "needs fewer bars" if fewer else "comes first"
             same[c], why[c] = twin, f"says the same as {twin}, which {better}"
     table = {c: (*rows[c][:2], same[c], not why[c], why[c]) for c in rows}
     return pd.DataFrame.from_dict(table, orient="index", columns=["known", "common", "same_as", "kept", "why"]).rename_axis("feature")
@@ -76,7 +77,15 @@ def _moves(x: pd.Series, least_known: float, most_common: float) -> tuple[float,
     "Compute the known share, the share of the most common value, and the problem found."
     known = float(x.notna().mean())
     common = float(x.value_counts(normalize=True).iloc[0]) if known else 1.0
-    return known, common, f"known in {known:.0%} of the rows" if known < least_known else f"one value in {common:.1%} of the rows" if common > most_common else ""
+    return (
+        known,
+        common,
+        f"known in {known:.0%} of the rows"
+        if known < least_known
+        else f"one value in {common:.1%} of the rows"
+        if common > most_common
+        else "",
+    )
 
 # %% ../../nbs/features/22_selection.ipynb #f9510964
 def mutual_information(
@@ -94,8 +103,10 @@ def mutual_information(
     F, outcome, rng = X[known].iloc[::step], y[known].iloc[::step].to_numpy(), np.random.default_rng(seed)
     lags = rng.integers(len(outcome) // 10, len(outcome) - len(outcome) // 10, shifts)
     discrete = len(np.unique(outcome)) <= 10
-    found = {c: [_mi(F[c].to_numpy(dtype=float), o, discrete, neighbours, seed) for o in (outcome, *(np.roll(outcome, k) for k in lags))] for c in X}
-    table = pd.DataFrame({"mi": {c: v[0] for c, v in found.items()}, "noise": {c: float(np.mean(v[1:]) + 3 * np.std(v[1:], ddof=1)) for c, v in found.items()}})
+    found = {c: [_mi(F[c].to_numpy(dtype=float), o, discrete, neighbours, seed) for o in (outcome, *(np.roll(outcome, k) for k in lags))]
+        for c in X}
+    table = pd.DataFrame({"mi": {c: v[0] for c, v in found.items()},
+        "noise": {c: float(np.mean(v[1:]) + 3 * np.std(v[1:], ddof=1)) for c, v in found.items()}})
     return table.assign(above=table["mi"] > table["noise"]).rename_axis("feature").sort_values("mi", ascending=False, kind="stable")
 
 # %% ../../nbs/features/22_selection.ipynb #e1340873
@@ -154,9 +165,11 @@ def fit_folds(
 ) -> list[FittedFold]:  # one per fold
     "Fit a copy of the model on the training rows of each fold."
     if not X.index.equals(y.index) or not X.index.equals(intervals.index) or y.isna().any():
-        raise SchemaError(problem("features, outcomes without NaN and intervals on one index", f"{len(X)}, {int(y.notna().sum())} and {len(intervals)} rows", "Drop the rows without a label from all three"))
+        raise SchemaError(problem("features, outcomes without NaN and intervals on one index",
+            f"{len(X)}, {int(y.notna().sum())} and {len(intervals)} rows", "Drop the rows without a label from all three"))
     takes = "intervals" in inspect.signature(model.fit).parameters
-    return [FittedFold(_fitted(model, X, y, intervals if takes else None, np.asarray(train)), np.asarray(test)) for train, test in splitter.split(intervals)]
+    given = intervals if takes else None
+    return [FittedFold(_fitted(model, X, y, given, np.asarray(a)), np.asarray(b)) for a, b in splitter.split(intervals)]
 
 
 def _fitted(model: Any, X: pd.DataFrame, y: pd.Series, intervals: pd.DataFrame | None, rows: NDArray[np.int64]) -> Any:
@@ -194,12 +207,23 @@ def permutation_importance(
     return pd.DataFrame(found).rename_axis(index="cluster", columns="fold")
 
 # %% ../../nbs/features/22_selection.ipynb #81068808
-def _permuted(fold: FittedFold, X: pd.DataFrame, y: pd.Series, groups: dict[str, list[str]], loss: Callable[[Array, Array], float], repeats: int, rng: np.random.Generator) -> dict[str, float]:
+def _permuted(
+    fold: FittedFold,
+    X: pd.DataFrame,
+    y: pd.Series,
+    groups: dict[str, list[str]],
+    loss: Callable[[Array, Array], float],
+    repeats: int,
+    rng: np.random.Generator,
+) -> dict[str, float]:
     "Measure the rise of one fold's loss, by cluster."
     test, truth = X.iloc[fold.test], y.iloc[fold.test].to_numpy(dtype=float)
     base = loss(truth, _forecast(fold.model, test))
     orders = [rng.permutation(len(test)) for _ in range(repeats)]
-    rise = {k: [loss(truth, _forecast(fold.model, test.assign(**{c: test[c].to_numpy()[o] for c in columns}))) for o in orders] for k, columns in groups.items()}
+    rise = {
+        k: [loss(truth, _forecast(fold.model, test.assign(**{c: test[c].to_numpy()[o] for c in columns}))) for o in orders]
+        for k, columns in groups.items()
+    }
     return {k: float(np.mean(v)) / base - 1 for k, v in rise.items()}
 
 # %% ../../nbs/features/22_selection.ipynb #5bcfe777
@@ -212,7 +236,15 @@ def importance_table(
     n, ranks = by_fold.shape[1], by_fold.rank(ascending=False)
     half = student.ppf((1 + level) / 2, max(n - 1, 1)) * by_fold.std(axis=1) / np.sqrt(n)
     mean = by_fold.mean(axis=1)
-    table = pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half, "folds_in_top": (ranks <= top).mean(axis=1), "mean_rank": ranks.mean(axis=1)})
+    table = pd.DataFrame(
+        {
+            "mean": mean,
+            "low": mean - half,
+            "high": mean + half,
+            "folds_in_top": (ranks <= top).mean(axis=1),
+            "mean_rank": ranks.mean(axis=1),
+        }
+    )
     return table.assign(above_zero=table["low"] > 0).sort_values("mean", ascending=False, kind="stable")
 
 
@@ -232,7 +264,9 @@ def contributions(
     names = list(getattr(model, "feature_names_in_", X.columns))
     best: Any = getattr(model, "best_iteration_", None)
     if missing := [c for c in names if c not in X]:
-        raise SchemaError(problem("the features of the fit", f"no {', '.join(missing[:5])}", "Give the matrix that the model was fitted on"))
+        raise SchemaError(
+            problem("the features of the fit", f"no {', '.join(missing[:5])}", "Give the matrix that the model was fitted on")
+        )
     values = X[names].to_numpy(dtype=float)
     if isinstance(booster, xgb.Booster):
         rounds = (0, 0) if best is None else (0, int(best) + 1)
@@ -241,7 +275,9 @@ def contributions(
         own = isinstance(model, lgb.LGBMModel) or best is None
         parts = np.asarray(booster.predict(values, pred_contrib=True, num_iteration=None if own else int(best) + 1))
     else:
-        raise SchemaError(problem("a fitted model of XGBoost or LightGBM", type(model).__name__, "Use permutation_importance, which asks any model"))
+        raise SchemaError(
+            problem("a fitted model of XGBoost or LightGBM", type(model).__name__, "Use permutation_importance, which asks any model")
+        )
     return pd.DataFrame(np.asarray(parts, dtype=float), index=X.index, columns=[*names, "base"])
 
 # %% ../../nbs/features/22_selection.ipynb #e6818dc3
@@ -278,8 +314,10 @@ def selection_table(
     of_feature = importance_table(_shares(folds, X), top)
     mi, filters = mutual_information(X, y, shifts=3, seed=seed), filter_table(X)
     table = clusters.to_frame().join(of_cluster[["mean", "low", "high"]].set_axis(["rise", "low", "high"], axis=1), on="cluster")
-    table = table.join(of_feature[["mean", "folds_in_top"]].set_axis(["share", "in_top"], axis=1)).join(mi[["mi", "noise"]]).join(filters["why"].rename("remark"))
-    return table.reset_index().sort_values(["rise", "cluster", "share"], ascending=[False, True, False], kind="stable").set_index(["cluster", "feature"])
+    table = table.join(of_feature[["mean", "folds_in_top"]].set_axis(["share", "in_top"], axis=1))
+    table = table.join(mi[["mi", "noise"]]).join(filters["why"].rename("remark")).reset_index()
+    table = table.sort_values(["rise", "cluster", "share"], ascending=[False, True, False], kind="stable")
+    return table.set_index(["cluster", "feature"])
 
 # %% ../../nbs/features/22_selection.ipynb #a469bc75
 def _shares(folds: list[FittedFold], X: pd.DataFrame) -> pd.DataFrame:

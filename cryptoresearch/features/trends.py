@@ -223,7 +223,9 @@ def trendflex_weights(
     angle: float | None = None,  # radians; Ehlers' own when None
 ) -> Array:  # newest first, sum 0
     "Compute the weights of the smoothed price minus the mean of its last values."
-    return np.asarray(np.convolve(smoother_weights(smooth, angle), np.r_[(length - 1) / length, np.full(length - 1, -1 / length)]), dtype=np.float64)
+    return np.asarray(
+        np.convolve(smoother_weights(smooth, angle), np.r_[(length - 1) / length, np.full(length - 1, -1 / length)]), dtype=np.float64
+    )
 
 # %% ../../nbs/features/10_trends.ipynb #370d1d1e
 def trendflex(
@@ -237,7 +239,17 @@ def trendflex(
     return ratio(move, np.sqrt(weighted_over(move**2, ema_weights(0.04))))
 
 # %% ../../nbs/features/10_trends.ipynb #c3664b7f
-on_columns(trendflex, "trendflex_20", "close", len(trendflex_weights(20, 20)) + len(ema_weights(0.04)) - 1, "root mean squares", "trends", "Ehlers, 2020", length=20, smooth=20)
+on_columns(
+    trendflex,
+    "trendflex_20",
+    "close",
+    len(trendflex_weights(20, 20)) + len(ema_weights(0.04)) - 1,
+    "root mean squares",
+    "trends",
+    "Ehlers, 2020",
+    length=20,
+    smooth=20,
+)
 
 # %% ../../nbs/features/10_trends.ipynb #5a845a20
 @njit(cache=True, nogil=True)
@@ -248,7 +260,7 @@ def _turned(z: Array, k: int, j: int) -> float:
 
 @njit(cache=True, nogil=True)
 def _turn_phase(x: Array, d: Array, q: Array, k: int, state: Array) -> None:
-    "Step `k` of the filters in many windows at once: detrended price, quadrature, phasor and its turn; state is i2, q2, re, im, period, smooth."
+    "Advance many windows by step `k`: detrended price, quadrature, phasor and its turn; state is i2, q2, re, im, period, smooth."
     for j in range(len(x)):
         gain, i2, q2 = 0.075 * state[4, j] + 0.54, state[0, j], state[1, j]
         d[k, j] = 0.0 if np.isnan(x[j]) else gain * x[j]
@@ -681,7 +693,9 @@ on_columns(accbands, "accbands_width_20", _HLC, 20, "fraction of mean", "bands",
 on_columns(donchian_width, "donchian_width_20", "high low", 20, "fraction of middle", "bands", "Donchian, 1960", length=20)
 on_columns(donchian_middle, "donchian_middle_20", _HLC, 20, _OF_CLOSE, "bands", "Donchian, 1960", length=20)
 for _name, _side in (("long", 1), ("short", -1)):
-    on_columns(chandelier, f"chandelier_{_name}_22", _HLC, wilder_bars(14) + 1, _OF_CLOSE, "bands", "LeBeau, in Elder, 2002", length=22, side=_side)
+    on_columns(
+        chandelier, f"chandelier_{_name}_22", _HLC, wilder_bars(14) + 1, _OF_CLOSE, "bands", "LeBeau, in Elder, 2002", length=22, side=_side
+    )
 on_columns(chandelier_side, "chandelier_side_22", _HLC, wilder_bars(14) + 151, "-1, 0 or 1", "bands", "LeBeau, in Elder, 2002", length=22)
 on_columns(hwc, "hwc_place", "close", 200, "fraction of the band", "bands", "Winters, 1960")
 on_columns(hwc, "hwc_width", "close", 200, _OF_CLOSE, "bands", "Winters, 1960", width=True)

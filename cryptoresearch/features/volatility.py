@@ -65,11 +65,14 @@ _PER_BAR = "log return per bar"
 for _n in (3, 6, 12, 48, 336, 720):
     on_columns(realised, f"rv_{_n}", "close", _n + 1, _PER_BAR, "realised", "Andersen, Bollerslev, 1998", length=_n)
 for _decay in (80, 94, 97):
-    on_columns(ewma_volatility, f"ewma_volatility_{_decay}", "close", len(ema_weights(1 - _decay / 100)) + 1, _PER_BAR, "realised", "RiskMetrics, 1996", decay=_decay / 100)
+    on_columns(ewma_volatility, f"ewma_volatility_{_decay}", "close", len(ema_weights(1 - _decay / 100)) + 1, _PER_BAR, "realised",
+        "RiskMetrics, 1996", decay=_decay / 100)
 for _n in (24, 168):
     for _name, _side in (("up", 1), ("down", -1)):
-        on_columns(semivolatility, f"semivolatility_{_name}_{_n}", "close", _n + 1, _PER_BAR, "realised", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n, side=_side)
-    on_columns(downside_share, f"downside_share_{_n}", "close", _n + 1, "fraction", "realised", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n)
+        on_columns(semivolatility, f"semivolatility_{_name}_{_n}", "close", _n + 1, _PER_BAR, "realised",
+            "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n, side=_side)
+    on_columns(downside_share, f"downside_share_{_n}", "close", _n + 1, "fraction", "realised",
+        "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n)
 
 # %% ../../nbs/features/04_volatility.ipynb #e9b21750
 def log_realised(
@@ -193,8 +196,19 @@ def realised_kurtosis(
 
 # %% ../../nbs/features/04_volatility.ipynb #cdd02623
 for _n in (24, 168, 720):
-    on_columns(realised_skew, f"realised_skew_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n)
-    on_columns(realised_kurtosis, f"realised_kurtosis_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n)
+    on_columns(
+        realised_skew, f"realised_skew_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n
+    )
+    on_columns(
+        realised_kurtosis,
+        f"realised_kurtosis_{_n}",
+        "close",
+        _n + 1,
+        "1",
+        "realised",
+        "Amaya, Christoffersen, Jacobs, Vasquez, 2015",
+        length=_n,
+    )
 
 # %% ../../nbs/features/04_volatility.ipynb #7d8eb198
 def volatility_of_volatility(
@@ -244,12 +258,16 @@ def range_excess(
 
 # %% ../../nbs/features/04_volatility.ipynb #4d87a8d1
 for _short, _long in ((6, 72), (24, 168), (24, 720)):
-    on_columns(volatility_of_volatility, f"volatility_of_volatility_{_short}_{_long}", "close", _short + _long, "log units", "realised", "Corsi, Mittnik, Pigorsch, Pigorsch, 2008", short=_short, long=_long)
-    on_columns(volatility_rank, f"volatility_rank_{_short}_{_long}", "close", _short + _long, "rank", "realised", "Natenberg, 1994", short=_short, long=_long)
+    on_columns(volatility_of_volatility, f"volatility_of_volatility_{_short}_{_long}", "close", _short + _long, "log units", "realised",
+        "Corsi, Mittnik, Pigorsch, Pigorsch, 2008", short=_short, long=_long)
+    on_columns(volatility_rank, f"volatility_rank_{_short}_{_long}", "close", _short + _long, "rank", "realised", "Natenberg, 1994",
+        short=_short, long=_long)
 for _short, _long in ((6, 24), (24, 72), (72, 720), (168, 720)):
-    on_columns(volatility_ratio, f"volatility_ratio_{_short}_{_long}", "close", _long + 1, "log ratio", "realised", "Corsi, 2009", short=_short, long=_long)
+    on_columns(volatility_ratio, f"volatility_ratio_{_short}_{_long}", "close", _long + 1, "log ratio", "realised", "Corsi, 2009",
+        short=_short, long=_long)
 for _n in (72, 168):
-    on_columns(volatility_memory, f"volatility_memory_{_n}", "close", _n + 2, "correlation", "realised", "Ding, Granger, Engle, 1993", length=_n)
+    on_columns(volatility_memory, f"volatility_memory_{_n}", "close", _n + 2, "correlation", "realised", "Ding, Granger, Engle, 1993",
+        length=_n)
     on_columns(leverage_correlation, f"leverage_correlation_{_n}", "close", _n + 2, "correlation", "realised", "Black, 1976", length=_n)
     on_columns(range_excess, f"range_excess_{_n}", "high low close", _n + 1, "log ratio", "ranges", "Parkinson, 1980", length=_n)
 
@@ -276,8 +294,28 @@ def seasonal_volatility(
 # %% ../../nbs/features/04_volatility.ipynb #7163132a
 _AB = "Andersen, Bollerslev, 1997; days and weeks of hours"
 for _period, _cycles in ((24, 7), (24, 28), (168, 4)):
-    on_columns(seasonal_volatility, f"seasonal_volatility_{_period}_{_cycles}", "close", _period * _cycles + 1, "log ratio", "realised", _AB, period=_period, cycles=_cycles)
-    on_columns(next_in_cycle, f"seasonal_volume_{_period}_{_cycles}", "volume", _period * _cycles, "log ratio", "realised", _AB, period=_period, cycles=_cycles)
+    on_columns(
+        seasonal_volatility,
+        f"seasonal_volatility_{_period}_{_cycles}",
+        "close",
+        _period * _cycles + 1,
+        "log ratio",
+        "realised",
+        _AB,
+        period=_period,
+        cycles=_cycles,
+    )
+    on_columns(
+        next_in_cycle,
+        f"seasonal_volume_{_period}_{_cycles}",
+        "volume",
+        _period * _cycles,
+        "log ratio",
+        "realised",
+        _AB,
+        period=_period,
+        cycles=_cycles,
+    )
 
 # %% ../../nbs/features/04_volatility.ipynb #c41b5276
 def month_fraction(
@@ -364,5 +402,9 @@ on_columns(to_next, "expiry_due", "close_ts", 1, "fraction of a week", "cycles",
 on_columns(hour_of_week, "hour_of_week", "close_ts", 1, "hours", "cycles", "none")
 on_columns(month_turn, "month_turn", "close_ts", 1, "1", "cycles", "Ariel, 1987")
 on_columns(weekend, "weekend", "close_ts", 1, "0 or 1", "cycles", "French, 1980")
-for _name, _zone, _start, _end in (("tokyo", "Asia/Tokyo", 9.0, 15.0), ("london", "Europe/London", 8.0, 16.5), ("new_york", "America/New_York", 9.5, 16.0)):
+for _name, _zone, _start, _end in (
+    ("tokyo", "Asia/Tokyo", 9.0, 15.0),
+    ("london", "Europe/London", 8.0, 16.5),
+    ("new_york", "America/New_York", 9.5, 16.0),
+):
     on_columns(open_hours, f"{_name}_open", "close_ts", 1, "0 or 1", "cycles", "none", zone=_zone, start=_start, end=_end)

@@ -121,14 +121,16 @@ def _moments(x: Array, n: int, order: int) -> Array:
         done, size = 0, 1
         while done < n:  # a holds windows of `size` bars, part the oldest `done` bars of each window
             if n & size and done:
-                _joined(part[:, :rows], a[:, done : done + rows], values[done - 1 :][:rows], values[done + size - 1 :][:rows], float(done), float(size), more)
+                _joined(part[:, :rows], a[:, done : done + rows], values[done - 1 :][:rows], values[done + size - 1 :][:rows], float(done),
+                    float(size), more)
                 part, more = more, part
             elif n & size:
                 part[:, :rows] = a[:, :rows]
             done += n & size
             width -= size
             if done < n:
-                _joined(a[:, :width], a[:, size : size + width], values[size - 1 :][:width], values[2 * size - 1 :][:width], float(size), float(size), b)
+                _joined(a[:, :width], a[:, size : size + width], values[size - 1 :][:width], values[2 * size - 1 :][:width], float(size),
+                    float(size), b)
             a, b, size = b, a, 2 * size
         out[:, n - 1 + start : n - 1 + start + rows] = part[:, :rows]
     return out

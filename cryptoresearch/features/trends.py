@@ -67,7 +67,7 @@ def dpo(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length+length//2 NaN
-    "Close minus the mean as it stood half a length ago."
+    "Compute the close minus the mean of half a length ago."
     return distance(close, mean_over(close, length).shift(length // 2 + 1))
 
 

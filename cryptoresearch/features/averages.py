@@ -392,7 +392,7 @@ on_columns(midprice_distance, "span_b_distance_52", _HLC, 77, OF_CLOSE, "average
 # %% ../../nbs/features/08_averages.ipynb #e04654cf
 @njit(cache=True, nogil=True)
 def _day_before(days: Array, open_: Array, high: Array, low: Array, close: Array, length: int) -> Array:
-    "Open, high, low, close of the whole day before, if the last `length` bars hold it; shape (4, n)."
+    "Find open, high, low, close of the whole day before, if the last `length` bars hold it; shape (4, n)."
     out = np.full((4, len(days)), np.nan)
     for t in range(length - 1, len(days)):
         k, oldest = t, t - length + 1
@@ -416,7 +416,7 @@ def pivot_place(
     method: str = "traditional",  # traditional (classic and fibonacci have the same pivot), woodie, demark or camarilla
     length: int = 49,  # bars that must hold the day before and a bar older than it
 ) -> pd.Series:  # ranges of the day before, n bars; NaN where the day is not whole or had no range
-    "Close above the pivot of the UTC day before, in ranges of that day."
+    "Compute how far the close is above the pivot of the UTC day before, in ranges of that day."
     days = np.ceil(((close_ts - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(dtype=float))
     was = _day_before(days, *(s.to_numpy(dtype=float) for s in (open_, high, low, close)), length)
     first, top, bottom, last = (pd.Series(price, index=close.index) for price in was)
@@ -525,7 +525,7 @@ def channel_place(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # standard deviations of the closes, n bars, first length-1 NaN; NaN where nothing moved
-    "Close above the end of the least-squares line, in sample deviations of the closes."
+    "Compute how far the close is above the end of the least-squares line, in sample deviations of the closes."
     return ratio(trend_over(close, length)[2], std_over(close, length))
 
 # %% ../../nbs/features/08_averages.ipynb #b425b9e6

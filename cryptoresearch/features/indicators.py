@@ -347,7 +347,7 @@ def ema_distance(
     close: Array,  # quote currency, n bars
     span: int = 24,  # bars
 ) -> Array:  # fraction of the average, n bars, first ema_bars(span)-1 NaN
-    "Close over its exponential average, minus one."
+    "Divide the close by its exponential average and subtract one."
     return close / ema(close, span) - 1
 
 

@@ -289,7 +289,7 @@ def return_run(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # bars, -length to length, n bars, first `length` NaN
-    "Run of the price changes."
+    "Count the newest consecutive price changes of one sign, with that sign."
     return run(close.diff(), length)
 
 
@@ -298,7 +298,7 @@ def flow_run(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # bars, -length to length, n bars, first length-1 NaN
-    "Run of net volume."
+    "Count the newest consecutive net volumes of one sign, with that sign."
     return run(2 * buy_volume - volume, length)
 
 # %% ../../nbs/features/14_microstructure.ipynb #3232e138
@@ -582,7 +582,7 @@ def with_trade_features(
     bars: pd.DataFrame,  # bar frame
     trades: pd.DataFrame,  # as for trade_features
 ) -> pd.DataFrame:  # the frame with the columns TRADE_COLUMNS
-    "Join what the trades of each bar say to the bar frame."
+    "Join the columns of `trade_features` to the bar frame."
     return bars.assign(**{str(name): column for name, column in trade_features(trades, bars).items()})
 
 

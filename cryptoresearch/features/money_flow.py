@@ -187,7 +187,7 @@ def efi(
     volume: pd.Series,  # base currency, n bars
     length: int = 13,  # span, bars
 ) -> pd.Series:  # fraction of the close, n bars, first ema_bars(length) NaN; NaN where nothing was traded
-    "Force index over close and average volume."
+    "Compute the force index over close and average volume."
     return ratio(ema(close.diff() * volume, length), close * ema(volume, length))
 
 

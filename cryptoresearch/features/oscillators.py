@@ -387,7 +387,7 @@ def cg(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars
 ) -> pd.Series:  # bars from the middle of the window, n bars, first length-1 NaN
-    "Center of gravity of the prices, above 0 when the newer ones are higher."
+    "Compute the center of gravity of the prices, above 0 when the newer ones are higher."
     arm: Array = (length - 1) / 2 - np.arange(length, dtype=np.float64)
     return weighted_over(close, arm) / sum_over(close, length)
 

@@ -32,7 +32,7 @@ def distance(
     close: pd.Series,  # quote currency, n bars
     level: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars, positive above the level
-    "Close minus a level, as a fraction of the close."
+    "Compute the close minus a level, as a fraction of the close."
     return ratio(close - level, close)
 
 
@@ -234,7 +234,7 @@ def trendflex(
     smooth: int = 20,  # period of the smoother, bars
     angle: float | None = None,  # radians; Ehlers' own when None
 ) -> pd.Series:  # root mean squares, n bars, NaN before the warm-up and where nothing moved
-    "Compare the smoothed price with its last values, in units of its root mean square."
+    "Compare the smoothed price with its last values, over the root mean square."
     move = pd.Series(_from_newest(_floats(close), trendflex_weights(length, smooth, angle)), index=close.index)
     return ratio(move, np.sqrt(weighted_over(move**2, ema_weights(0.04))))
 
@@ -419,7 +419,7 @@ on_columns(atrts, "atrts_14", _HLC, max(ema_bars(14) + 1, ema_bars(20)) + 249, _
 # %% ../../nbs/features/10_trends.ipynb #91dafe9a
 @njit(cache=True, nogil=True)
 def _psar(high: Array, low: Array, start: int, stop: int, step: float, most: float) -> tuple[float, float]:
-    "Stop and rate after the path from `start` to `stop`."
+    "Compute stop and rate after the path from `start` to `stop`."
     up, down = high[start + 1] - high[start], low[start] - low[start + 1]
     falling = down > up and down > 0
     extreme, sar, rate = (low[start], high[start], step) if falling else (high[start], low[start], step)
@@ -439,7 +439,7 @@ def _psar(high: Array, low: Array, start: int, stop: int, step: float, most: flo
 # %% ../../nbs/features/10_trends.ipynb #5c898e1c
 @njit(cache=True, nogil=True)
 def _psar_over(high: Array, low: Array, memory: int, step: float, most: float) -> Array:
-    "Stop and rate after each bar's last `memory` bars; shape (2, n)."
+    "Compute stop and rate after each bar's last `memory` bars; shape (2, n)."
     out = np.full((2, len(high)), np.nan)
     for t in range(1, len(high)):
         out[0, t], out[1, t] = _psar(high, low, max(0, t - memory + 1), t + 1, step, most)

@@ -72,6 +72,9 @@ def other_symbols(
     return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/17_inputs.ipynb #4734e1d3
+_TIME_BARS_ONLY = "Columns of trades and of other symbols are joined to time bars only"
+
+
 def join_needed(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
@@ -83,8 +86,7 @@ def join_needed(
     if not bar_kind(bars).has_clock:
         if other_symbols(names) or missing & set(TRADE_COLUMNS):
             joined = ", ".join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])
-            hint = "Columns of trades and of other symbols are joined to time bars only"
-            raise ConfigError(problem("features of the event bars themselves", joined, hint))
+            raise ConfigError(problem("features of the event bars themselves", joined, _TIME_BARS_ONLY))
         return bars, sources
     out = bars.join(read_trade_columns(con, bars)) if missing & set(TRADE_COLUMNS) else bars
     used, length = list(bars.attrs["sources"]), bar_length(bars.attrs["spec"])

@@ -91,9 +91,8 @@ def join_needed(
     out = bars.join(read_trade_columns(con, bars)) if missing & set(TRADE_COLUMNS) else bars
     used, length = list(bars.attrs["sources"]), bar_length(bars.attrs["spec"])
     for symbol in other_symbols(names):
-        market = source_market(used[0]) if used else None
-        end, source = bars.index[-1] + length, bars.attrs["source"]
-        other = read_bars(con, symbol, bars.attrs["spec"], start=bars.index[0], end=end, source=source, market=market)
+        end, market = bars.index[-1] + length, source_market(used[0]) if used else None
+        other = read_bars(con, symbol, bars.attrs["spec"], start=bars.index[0], end=end, source=bars.attrs["source"], market=market)
         sources[symbol] = tuple(other.attrs["sources"])
         if missing & {f"{symbol_prefix(symbol)}_{c}" for c in TRADE_COLUMNS}:
             other = other.join(read_trade_columns(con, other))

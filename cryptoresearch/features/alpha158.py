@@ -8,6 +8,8 @@ __all__ = ['SOURCE', 'WINDOWS', 'body', 'over_close', 'past_close', 'mean_close'
            'share_of_bars', 'share_of_moves', 'mean_volume', 'std_volume', 'weighted_moves']
 
 # %% ../../nbs/features/05_alpha158.ipynb #7f2a65dc
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 from numba import njit
@@ -27,7 +29,7 @@ def body(
     part: str = "mid",  # mid: close - open; len: high - low; up, low: the shadows; sft: 2 close - high - low
     of_range: bool = False,  # relative to high - low, not to the open
 ) -> pd.Series:  # fraction, n bars; NaN where the divisor is 0
-    "A part of the bar relative to its open or its range."
+    "Compute a part of the bar relative to its open or its range."
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     what = {"mid": close - open_, "len": high - low, "up": high - top, "low": bottom - low, "sft": 2 * close - high - low}[part]
     return ratio(what, high - low if of_range else open_)
@@ -37,7 +39,7 @@ def over_close(
     price: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction, n bars
-    "A price over the close."
+    "Divide a price by the close."
     return price / close
 
 # %% ../../nbs/features/05_alpha158.ipynb #fece99d4
@@ -55,7 +57,7 @@ def past_close(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first `length` NaN
-    "ROC: the close `length` bars ago over the close."
+    "Compute ROC: the close `length` bars ago over the close."
     return close.shift(length) / close
 
 
@@ -63,7 +65,7 @@ def mean_close(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "MA: mean close over the close."
+    "Compute MA: the mean close over the close."
     return mean_over(close, length) / close
 
 
@@ -71,16 +73,16 @@ def std_close(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "STD: sample standard deviation of the closes over the close."
+    "Compute STD: the sample standard deviation of the closes over the close."
     return std_over(close, length) / close
 
 # %% ../../nbs/features/05_alpha158.ipynb #1c427c86
 def trend_close(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    what: str,  # beta, rsqr or resi
+    what: Literal["beta", "rsqr", "resi"],  # slope, R squared, or last residual
 ) -> pd.Series:  # fraction of the close (per bar), or 0 to 1, n bars, first length-1 NaN
-    "BETA, RSQR, RESI: slope, R squared or last residual of the line through the closes; slope and residual over the close."
+    "Compute BETA, RSQR or RESI: slope, R squared or last residual of the line through the closes; slope and residual over the close."
     slope, fit, residual = trend_over(close, length)
     return {"beta": slope / close, "rsqr": fit, "resi": residual / close}[what]
 
@@ -90,7 +92,7 @@ def quantile_close(
     length: int,  # bars
     q: float,  # 0 to 1
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "QTLU, QTLD: quantile of the closes over the close."
+    "Compute QTLU or QTLD: a quantile of the closes over the close."
     return quantile_over(close, length, q) / close
 
 
@@ -99,7 +101,7 @@ def max_high(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "MAX: highest high over the close."
+    "Compute MAX: the highest high over the close."
     return highest_over(high, length)[0] / close
 
 
@@ -108,7 +110,7 @@ def min_low(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "MIN: lowest low over the close."
+    "Compute MIN: the lowest low over the close."
     return lowest_over(low, length)[0] / close
 
 # %% ../../nbs/features/05_alpha158.ipynb #fc3c5566
@@ -118,7 +120,7 @@ def place_in_range(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # 0 to 1, n bars, first length-1 NaN; NaN without a range
-    "RSV: place of the close between lowest low (0) and highest high (1)."
+    "Compute RSV: the position of the close between lowest low (0) and highest high (1)."
     bottom = lowest_over(low, length)[0]
     return ratio(close - bottom, highest_over(high, length)[0] - bottom)
 
@@ -127,9 +129,9 @@ def time_of_extreme(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    what: str,  # imax, imin or imxd
+    what: Literal["imax", "imin", "imxd"],  # time of the high, time of the low, or high minus low
 ) -> pd.Series:  # fraction of the window, n bars, first length-1 NaN
-    "IMAX, IMIN, IMXD: place in time of the highest high, of the lowest low (1/length oldest, 1 newest), or the first minus the second."
+    "Compute IMAX, IMIN or IMXD: the time of the highest high, of the lowest low (1/length oldest, 1 newest), or their difference."
     if what == "imxd":
         return (highest_over(high, length)[1] - lowest_over(low, length)[1]) / length
     return ((highest_over(high, length) if what == "imax" else lowest_over(low, length))[1] + 1) / length
@@ -154,7 +156,7 @@ for _n in WINDOWS:
 # %% ../../nbs/features/05_alpha158.ipynb #01d09a70
 @njit(cache=True, nogil=True)
 def _log_correlation(x: Array, volume: Array, n: int) -> Array:
-    "Correlation of x with the log of volume plus a thousandth of the window's mean volume."
+    "Correlate x with the log of volume plus a thousandth of the window's mean volume."
     out, logs = np.full(len(x), np.nan), np.empty(n)
     for t in range(n - 1, len(x)):
         total, sx, sy = 0.0, 0.0, 0.0
@@ -181,7 +183,7 @@ def price_volume(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first length-1 NaN; NaN where price or volume stood still
-    "CORR: correlation of the close with the log of volume."
+    "Compute CORR: the correlation of the close with the log of volume."
     columns = (np.ascontiguousarray(s.to_numpy(dtype=np.float64)) for s in (close, volume))
     return pd.Series(_log_correlation(*columns, length), index=close.index)
 
@@ -191,21 +193,21 @@ def change_correlation(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN; NaN where half of the pairs are unknown
-    "CORD: correlation of the close's ratio to the last with ln(1 + volume's ratio to the last); bars after one without trades are left out."
+    "Compute CORD: the correlation of close / last close with ln(1 + volume / last volume); bars after one without trades are left out."
     return correlation_over(close / close.shift(1), np.log1p(ratio(volume, volume.shift(1))), length, skip=True)
 
 # %% ../../nbs/features/05_alpha158.ipynb #02dc1596
-def _side(up: pd.Series, down: pd.Series, side: str) -> pd.Series:
-    "The part that rose (p), that fell (n), or their difference (d)."
+def _side(up: pd.Series, down: pd.Series, side: Literal["p", "n", "d"]) -> pd.Series:
+    "Select the rises (p), the falls (n), or their difference (d)."
     return up if side == "p" else down if side == "n" else up - down
 
 
 def share_of_bars(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
-    side: str,  # p, n or d
+    side: Literal["p", "n", "d"],  # rises, falls, or rises minus falls
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "CNTP, CNTN, CNTD: share of bars that rose, that fell, the difference."
+    "Compute CNTP, CNTN or CNTD: the share of bars that rose, that fell, or the difference."
     change = close.diff()
     return mean_over(_side((change > 0).astype(float), (change < 0).astype(float), side).where(change.notna()), length)
 
@@ -213,9 +215,9 @@ def share_of_bars(
 def share_of_moves(
     x: pd.Series,  # any unit, n bars
     length: int,  # bars
-    side: str,  # p, n or d
+    side: Literal["p", "n", "d"],  # rises, falls, or rises minus falls
 ) -> pd.Series:  # -1 to 1, n bars, first `length` NaN
-    "SUMP, SUMN, SUMD and VSUMP, VSUMN, VSUMD: rises, falls or their difference, over all movement; NaN where nothing moved."
+    "Compute SUMP, SUMN, SUMD or VSUMP, VSUMN, VSUMD: rises, falls or their difference, over all movement; NaN where nothing moved."
     change = x.diff()
     return ratio(sum_over(_side(change.clip(lower=0), (-change).clip(lower=0), side), length), sum_over(change.abs(), length))
 
@@ -224,7 +226,7 @@ def mean_volume(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # multiple of the bar's volume, n bars, first length-1 NaN
-    "VMA: mean volume over the bar's volume; NaN where nothing was traded."
+    "Compute VMA: the mean volume over the bar's volume; NaN where nothing was traded."
     return ratio(mean_over(volume, length), volume)
 
 
@@ -232,7 +234,7 @@ def std_volume(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # multiple of the bar's volume, n bars, first length-1 NaN
-    "VSTD: sample standard deviation of volume over the bar's volume; NaN where nothing was traded."
+    "Compute VSTD: the sample standard deviation of volume over the bar's volume; NaN where nothing was traded."
     return ratio(std_over(volume, length), volume)
 
 
@@ -241,7 +243,7 @@ def weighted_moves(
     volume: pd.Series,  # base currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # variation coefficient, n bars, first `length` NaN
-    "WVMA: sample standard deviation over mean of |return| times volume; NaN where nothing moved."
+    "Compute WVMA: the sample standard deviation over the mean of |return| times volume; NaN where nothing moved."
     turned = (close / close.shift(1) - 1).abs() * volume
     return ratio(std_over(turned, length), mean_over(turned, length))
 

@@ -26,8 +26,11 @@ from .windows import quantile_over, std_over, sum_over, trend_over
 
 # %% ../../nbs/features/08_averages.ipynb #47e201ce
 @njit(cache=True, nogil=True)
-def behind(x: Array, weights: Array) -> Array:
-    "Newest value minus the weighted sum of the last values; weights, newest first, sum to one."
+def behind(
+    x: Array,  # n values, any unit
+    weights: Array,  # newest first, sum 1
+) -> Array:  # unit of x, n values, first len(weights)-1 NaN
+    "Subtract the weighted sum of the last values from the newest; weights, newest first, sum to one."
     n, out = len(weights), np.full(len(x), np.nan)
     for t in range(n - 1, len(x)):
         total = 0.0
@@ -41,72 +44,92 @@ def distance(
     close: pd.Series,  # quote currency, n bars
     level: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars; above 0 where the close is above the level
-    "Distance of the close from a price level."
+    "Compute the distance of the close from a price level."
     return ratio(close - level, close)
 
 # %% ../../nbs/features/08_averages.ipynb #cf064333
-def flat(length: int) -> Array:
-    "Equal weights."
+def flat(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return equal weights."
     return np.full(length, 1 / length)
 
 
-def linear(length: int) -> Array:
-    "Weights n, n-1, … 1."
+def linear(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return the weights n, n-1, … 1."
     return np.asarray(np.arange(length, 0, -1) / (length * (length + 1) / 2), dtype=np.float64)
 
 
-def gaussian(length: int) -> Array:
-    "A bell of deviation length/6 around the bar at 85 % of the window."
+def gaussian(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return a bell of deviation length/6 around the bar at 85 % of the window."
     x = np.arange(length)[::-1] - floor(0.85 * (length - 1))
     weights = np.exp(-0.5 * (6 / length * x) ** 2)
     return np.asarray(weights / weights.sum(), dtype=np.float64)
 
-
-def fibonacci(length: int) -> Array:
-    "Fibonacci numbers, the largest for the newest."
+# %% ../../nbs/features/08_averages.ipynb #f3f61cdc
+def fibonacci(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return Fibonacci numbers, the largest for the newest."
     weights = [1.0, 1.0]
     while len(weights) < length:
         weights.append(weights[-1] + weights[-2])
     return np.array(weights[:length][::-1]) / sum(weights[:length])
 
 # %% ../../nbs/features/08_averages.ipynb #5108f8dc
-def pascal(length: int) -> Array:
-    "Binomial coefficients: a row of Pascal's triangle."
+def pascal(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return binomial coefficients: a row of Pascal's triangle."
     return np.array([comb(length - 1, k) for k in range(length)]) / 2 ** (length - 1)
 
 
-def sine(length: int) -> Array:
-    "Half a wave of the sine."
+def sine(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return half a sine wave."
     weights = np.sin(np.arange(1, length + 1) * pi / (length + 1))
     return weights / weights.sum()
 
 
-def triangle(length: int) -> Array:
-    "Up to the middle and down again."
+def triangle(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Return weights that rise to the middle and fall again."
     weights = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float64)
     return weights / weights.sum()
 
 # %% ../../nbs/features/08_averages.ipynb #d85877e8
 def _product(first: Array, second: Array) -> Array:
-    "One average of the other, as weights."
+    "Compute the weights of one average applied to the other."
     return np.asarray(np.convolve(first, second), dtype=np.float64)
 
 
-def double_flat(length: int) -> Array:
-    "Simple average of simple averages, each over half the length."
+def double_flat(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Compute the weights of a simple average of simple averages, each over half the length."
     half = flat(round(0.5 * (length + 1)))
     return _product(half, half)
 
 
-def hull(length: int) -> Array:
-    "Hull's average: a WMA over the root of the length, of twice the half-length WMA minus the WMA."
+def hull(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Compute Hull's average: a WMA over the root of the length, of twice the half-length WMA minus the WMA."
     ahead = -linear(length)
     ahead[: length // 2] += 2 * linear(length // 2)
     return _product(ahead, linear(int(sqrt(length))))
 
 
-def line_end(length: int) -> Array:
-    "End of the least-squares line."
+def line_end(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1
+    "Compute the weights that give the end of the least-squares line."
     return (2 * (2 * length - 1) - 6 * np.arange(length)) / (length * (length + 1))
 
 # %% ../../nbs/features/08_averages.ipynb #b3ba4d93
@@ -114,43 +137,51 @@ def settled(
     weights: Array,  # newest first, long
     neglected: float = NEGLECTED,  # what the weights left out may weigh together, by size
 ) -> Array:  # newest first, sum 1
-    "Weights up to where the rest is negligible."
+    "Cut the weights where the rest is negligible."
     rest = np.cumsum(np.abs(weights[::-1]))[::-1]
     kept = weights[: int((rest >= neglected).sum())]
     return kept / kept.sum()
 
 
 def _decay(alpha: float, length: int) -> Array:
-    "Weights of the endless exponential average; what lies beyond 40 lengths is below rounding."
+    "Compute the weights of the infinite exponential average; beyond 40 lengths they are below rounding."
     return np.asarray(alpha * (1 - alpha) ** np.arange(40 * length), dtype=np.float64)
 
 
 def _through(first: Array, *more: Array) -> Array:
-    "One average of the next, as weights."
+    "Compute the weights of consecutive averages."
     for weights in more:
         first = _product(first, weights)[: len(first)]
     return first
 
 # %% ../../nbs/features/08_averages.ipynb #92ac02b1
-def wilder_decay(length: int) -> Array:
-    "Wilder's average: pandas-ta's RMA and SMMA."
+def wilder_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of Wilder's average: pandas-ta's RMA and SMMA."
     return _decay(1 / length, length)
 
 
-def double_decay(length: int) -> Array:
-    "DEMA: twice the exponential average minus its own average."
+def double_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of DEMA: twice the exponential average minus its own average."
     e = _decay(2 / (length + 1), length)
     return 2 * e - _through(e, e)
 
-
-def triple_decay(length: int) -> Array:
-    "TEMA: three times the first minus the second, plus the third."
+# %% ../../nbs/features/08_averages.ipynb #fb05f462
+def triple_decay(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of TEMA: three times the first average minus the second, plus the third."
     e = _decay(2 / (length + 1), length)
     return 3 * (e - _through(e, e)) + _through(e, e, e)
 
 # %% ../../nbs/features/08_averages.ipynb #145a1383
-def tillson(length: int) -> Array:
-    "T3 with volume factor 0.7: the third to sixth average of averages."
+def tillson(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of T3 with volume factor 0.7, from the third to sixth average of averages."
     e, a = _decay(2 / (length + 1), length), 0.7
     third = _through(e, e, e)
     parts = [third, _through(third, e), _through(third, e, e), _through(third, e, e, e)]
@@ -158,39 +189,47 @@ def tillson(length: int) -> Array:
     return np.asarray(sum(f * p for f, p in zip(factors, parts, strict=True)))
 
 
-def zero_lag(length: int) -> Array:
-    "ZLMA: exponential average of twice the close minus the close half a length ago."
+def zero_lag(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of ZLMA: the exponential average of twice the close minus the close half a length ago."
     back = np.zeros((length - 1) // 2 + 1)
     back[0], back[-1] = 2.0, back[-1] - 1
     return _through(_decay(2 / (length + 1), length), back)
 
 # %% ../../nbs/features/08_averages.ipynb #0726266e
 def _response(feed: tuple[float, ...], back: tuple[float, ...], taps: int) -> Array:
-    "Answer of y = Σ feed·x + Σ back·(last y) to one unit of x."
+    "Compute the impulse response of y = Σ feed·x + Σ back·(last y)."
     out = np.zeros(taps)
     for t in range(taps):
         out[t] = (feed[t] if t < len(feed) else 0.0) + sum(b * out[t - k] for k, b in enumerate(back, 1) if t >= k)
     return out
 
 
-def super_smoother(length: int) -> Array:
-    "SSF: Ehlers' low-pass filter of two poles."
+def super_smoother(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of SSF: Ehlers' low-pass filter of two poles."
     a, angle = exp(-3.14159 * 1.414 / length), 3.14159 * 1.414 / length
     b = 2 * a * cos(angle)
     feed = 0.5 * (a * a - b + 1)
     return _response((feed, feed), (b, -a * a), 40 * length)
 
-
-def super_smoother_3(length: int) -> Array:
-    "SSF3: Ehlers' low-pass filter of three poles."
+# %% ../../nbs/features/08_averages.ipynb #af07e4d3
+def super_smoother_3(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of SSF3: Ehlers' low-pass filter of three poles."
     a = exp(-3.14159 / length)
     b, c = 2 * a * cos(3.14159 * 1.732 / length), a * a
     back = (b + c, -c * (1 + b), c * c)
     return _response((1 - sum(back),), back, 40 * length)
 
 # %% ../../nbs/features/08_averages.ipynb #698c3ca2
-def holt_winters(length: int) -> Array:
-    "HWMA with smoothing 2/(length+1) for the level, half of it for speed and acceleration."
+def holt_winters(
+    length: int,  # bars
+) -> Array:  # newest first, sum 1 but for the tail that is to be cut
+    "Compute the weights of HWMA with smoothing 2/(length+1) for the level, half of it for speed and acceleration."
     a = 2 / (length + 1)
     b, taps = a / 2, 200 * length  # it swings for long
     out, (level, speed, push) = np.zeros(taps), (0.0, 0.0, 0.0)
@@ -203,21 +242,24 @@ def holt_winters(length: int) -> Array:
 
 # %% ../../nbs/features/08_averages.ipynb #1a8564e2
 KINDS: dict[str, tuple[Callable[[int], Array], bool]] = {  # weights, and whether they must be cut
-    "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False), "sinwma": (sine, False), "swma": (triangle, False),
-    "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False), "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True),
-    "t3": (tillson, True), "zlma": (zero_lag, True), "ssf": (super_smoother, True), "ssf3": (super_smoother_3, True), "hwma": (holt_winters, True),
+    "sma": (flat, False), "wma": (linear, False), "alma": (gaussian, False), "fwma": (fibonacci, False), "pwma": (pascal, False),
+    "sinwma": (sine, False), "swma": (triangle, False), "trima": (double_flat, False), "hma": (hull, False), "linreg": (line_end, False),
+    "rma": (wilder_decay, True), "dema": (double_decay, True), "tema": (triple_decay, True), "t3": (tillson, True),
+    "zlma": (zero_lag, True),
+    "ssf": (super_smoother, True), "ssf3": (super_smoother_3, True), "hwma": (holt_winters, True),
 }
 
 
 @lru_cache(maxsize=256)
 def average_weights(
-    kind: str,  # one of KINDS
+    kind: str,  # key of KINDS
     length: int,  # bars, as the average counts them
     neglected: float = NEGLECTED,  # weight of what is cut off
 ) -> Array:  # newest first, sum 1; not to be changed
-    "Weights of an average: its length in bars is the warm-up."
+    "Return the weights of an average; their number is the warm-up in bars."
     if kind not in KINDS or length < 2:
-        raise ConfigError(problem(f"one of {', '.join(KINDS)} and a length of 2 bars or more", f"{kind!r}, {length}", "Choose another average"))
+        raise ConfigError(problem(f"one of {', '.join(KINDS)} and a length of 2 bars or more", f"{kind!r}, {length}",
+            "Choose another average"))
     weights, endless = KINDS[kind]
     made = settled(weights(length), neglected) if endless else weights(length)
     made.flags.writeable = False
@@ -226,28 +268,43 @@ def average_weights(
 # %% ../../nbs/features/08_averages.ipynb #52075d5b
 def average_distance(
     close: pd.Series,  # quote currency, n bars
-    kind: str,  # one of KINDS
+    kind: str,  # key of KINDS
     length: int,  # bars
     neglected: float = NEGLECTED,  # weight of what is cut off
 ) -> pd.Series:  # fraction of the close, n bars, first len(average_weights(…))-1 NaN
-    "Distance of the close from one of its averages."
+    "Compute the distance of the close from one of its averages."
     weights = np.array(average_weights(kind, length, neglected))
     return ratio(pd.Series(behind(close.to_numpy(dtype=float), weights), index=close.index), close)
 
 # %% ../../nbs/features/08_averages.ipynb #0c81563e
 OF_CLOSE = "fraction of close"
 _SOURCES = {
-    "wma": "Kaufman, 2013", "alma": "Legoux, Kouzis-Loukas, 2009", "fwma": "pandas-ta", "pwma": "pandas-ta", "sinwma": "Everget", "swma": "pandas-ta", "trima": "Kaufman, 2013", "hma": "Hull, 2005",
-    "linreg": "Gauss, 1809", "rma": "Wilder, 1978", "dema": "Mulloy, 1994", "tema": "Mulloy, 1994", "t3": "Tillson, 1998", "zlma": "Ehlers, Way, 2010", "ssf": "Ehlers, 2013", "ssf3": "Ehlers, 2004", "hwma": "Winters, 1960",
+    "wma": "Kaufman, 2013", "alma": "Legoux, Kouzis-Loukas, 2009", "fwma": "pandas-ta", "pwma": "pandas-ta", "sinwma": "Everget",
+    "swma": "pandas-ta", "trima": "Kaufman, 2013", "hma": "Hull, 2005",
+    "linreg": "Gauss, 1809", "rma": "Wilder, 1978", "dema": "Mulloy, 1994", "tema": "Mulloy, 1994", "t3": "Tillson, 1998",
+    "zlma": "Ehlers, Way, 2010", "ssf": "Ehlers, 2013", "ssf3": "Ehlers, 2004", "hwma": "Winters, 1960",
 }
-_LENGTHS = {"alma": 9, "linreg": 14, "sinwma": 14, "ssf": 20, "ssf3": 20, "hwma": 9} | dict.fromkeys(("wma", "fwma", "pwma", "swma", "trima", "hma", "rma", "dema", "tema", "t3", "zlma"), 10)
+_LENGTHS = {"alma": 9, "linreg": 14, "sinwma": 14, "ssf": 20, "ssf3": 20,
+    "hwma": 9} | dict.fromkeys(("wma", "fwma", "pwma", "swma", "trima", "hma", "rma", "dema", "tema", "t3", "zlma"), 10)
 for _kind, _n in _LENGTHS.items():
-    on_columns(average_distance, f"{_kind}_distance_{_n}", "close", len(average_weights(_kind, _n)), OF_CLOSE, "averages", _SOURCES[_kind], kind=_kind, length=_n)
-on_columns(average_distance, "smma_distance_7", "close", len(average_weights("rma", 7)), OF_CLOSE, "averages", "Wilder, 1978", kind="rma", length=7)
+    on_columns(average_distance, f"{_kind}_distance_{_n}", "close", len(average_weights(_kind, _n)), OF_CLOSE, "averages", _SOURCES[_kind],
+        kind=_kind, length=_n)
+on_columns(average_distance, "smma_distance_7", "close", len(average_weights("rma", 7)), OF_CLOSE, "averages", "Wilder, 1978", kind="rma",
+    length=7)
 
 # %% ../../nbs/features/08_averages.ipynb #aae795b6
 for _name, _n in (("jaw", 13), ("teeth", 8), ("lips", 5)):
-    on_columns(average_distance, f"alligator_{_name}_{_n}", "close", len(average_weights("rma", _n)), OF_CLOSE, "averages", "Williams, 1995", kind="rma", length=_n)
+    on_columns(
+        average_distance,
+        f"alligator_{_name}_{_n}",
+        "close",
+        len(average_weights("rma", _n)),
+        OF_CLOSE,
+        "averages",
+        "Williams, 1995",
+        kind="rma",
+        length=_n,
+    )
 
 # %% ../../nbs/features/08_averages.ipynb #f0c8f035
 def middle_distance(
@@ -255,7 +312,7 @@ def middle_distance(
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars
-    "Distance of the close from the middle of the bar (hl2)."
+    "Compute the distance of the close from the midpoint of the bar (hl2)."
     return distance(close, 0.5 * (high + low))
 
 
@@ -265,7 +322,7 @@ def mean_price_distance(
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars
-    "Distance of the close from the mean of the bar's four prices (ohlc4)."
+    "Compute the distance of the close from the mean of the bar's four prices (ohlc4)."
     return distance(close, 0.25 * (open_ + high + low + close))
 
 # %% ../../nbs/features/08_averages.ipynb #185c3386
@@ -275,7 +332,7 @@ def typical_return(
     close: pd.Series,  # quote currency, n bars
     weight: int = 1,  # of the close: 1 is hlc3, 2 is wcp
 ) -> pd.Series:  # log return, n bars, first NaN
-    "Log return of the mean of high, low and the weighted close."
+    "Compute the log return of the mean of high, low and the weighted close."
     return log_return((high + low + weight * close) / (2 + weight))
 
 # %% ../../nbs/features/08_averages.ipynb #db731cb2
@@ -290,7 +347,7 @@ def middle_over(
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # quote currency, n bars, first length-1 NaN
-    "Middle between the highest high and the lowest low of the last bars."
+    "Compute the midpoint of the highest high and the lowest low of the last bars."
     return 0.5 * (window_max(high, length) + window_min(low, length))
 
 
@@ -298,7 +355,7 @@ def midpoint_distance(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "Distance of the close from the middle of the highest and lowest close."
+    "Compute the distance of the close from the midpoint of the highest and lowest close."
     return distance(close, middle_over(close, close, length))
 
 # %% ../../nbs/features/08_averages.ipynb #1c74d48b
@@ -309,7 +366,7 @@ def midprice_distance(
     length: int = 14,  # bars
     before: int = 0,  # bars by which the window lies back
 ) -> pd.Series:  # fraction of the close, n bars, first length+before-1 NaN
-    "Distance of the close from a midprice, maybe of some bars ago."
+    "Compute the distance of the close from a midprice, optionally of some bars ago."
     return distance(close, middle_over(high, low, length).shift(before))
 
 # %% ../../nbs/features/08_averages.ipynb #49628afe
@@ -320,7 +377,7 @@ def span_a_distance(
     short: int = 9,  # bars of the conversion line
     long: int = 26,  # bars of the base line; the cloud lies long-1 bars ahead
 ) -> pd.Series:  # fraction of the close, n bars, first 2*long-2 NaN
-    "Distance of the close from the middle of conversion and base line, long-1 bars ago."
+    "Compute the distance of the close from the midpoint of conversion and base line, long-1 bars ago."
     return distance(close, (0.5 * (middle_over(high, low, short) + middle_over(high, low, long))).shift(long - 1))
 
 # %% ../../nbs/features/08_averages.ipynb #37012636
@@ -335,7 +392,7 @@ on_columns(midprice_distance, "span_b_distance_52", _HLC, 77, OF_CLOSE, "average
 # %% ../../nbs/features/08_averages.ipynb #e04654cf
 @njit(cache=True, nogil=True)
 def _day_before(days: Array, open_: Array, high: Array, low: Array, close: Array, length: int) -> Array:
-    "Open, high, low, close of the whole day before, if the last `length` bars hold it; shape (4, n)."
+    "Find open, high, low, close of the whole day before, if the last `length` bars hold it; shape (4, n)."
     out = np.full((4, len(days)), np.nan)
     for t in range(length - 1, len(days)):
         k, oldest = t, t - length + 1
@@ -359,24 +416,44 @@ def pivot_place(
     method: str = "traditional",  # traditional (classic and fibonacci have the same pivot), woodie, demark or camarilla
     length: int = 49,  # bars that must hold the day before and a bar older than it
 ) -> pd.Series:  # ranges of the day before, n bars; NaN where the day is not whole or had no range
-    "Close above the pivot of the UTC day before, in ranges of that day."
+    "Compute how far the close is above the pivot of the UTC day before, in ranges of that day."
     days = np.ceil(((close_ts - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(dtype=float))
     was = _day_before(days, *(s.to_numpy(dtype=float) for s in (open_, high, low, close)), length)
     first, top, bottom, last = (pd.Series(price, index=close.index) for price in was)
     twice = last.where(last == first, top.where(last > first, bottom))  # DeMark counts this price once more
-    pivots = {"traditional": (top + bottom + last) / 3, "woodie": (2 * first + top + bottom) / 4, "demark": (top + bottom + last + twice) / 4, "camarilla": last}
+    pivots = {
+        "traditional": (top + bottom + last) / 3,
+        "woodie": (2 * first + top + bottom) / 4,
+        "demark": (top + bottom + last + twice) / 4,
+        "camarilla": last,
+    }
     if method not in pivots:
         raise ConfigError(problem(f"one of {', '.join(pivots)}", repr(method), "Choose another method"))
     return ratio(close - pivots[method], top - bottom)
 
 # %% ../../nbs/features/08_averages.ipynb #c3b3594e
-for _method, _source in (("traditional", "Person, 2004"), ("woodie", "Person, 2004"), ("demark", "DeMark, 1994"), ("camarilla", "Stott, 1989")):
-    on_columns(pivot_place, f"pivot_{_method}", "close_ts open high low close", 49, "ranges of the day before", "averages", _source, method=_method, length=49)
+for _method, _source in (
+    ("traditional", "Person, 2004"),
+    ("woodie", "Person, 2004"),
+    ("demark", "DeMark, 1994"),
+    ("camarilla", "Stott, 1989"),
+):
+    on_columns(
+        pivot_place,
+        f"pivot_{_method}",
+        "close_ts open high low close",
+        49,
+        "ranges of the day before",
+        "averages",
+        _source,
+        method=_method,
+        length=49,
+    )
 
 # %% ../../nbs/features/08_averages.ipynb #2df9fa00
 @njit(cache=True, nogil=True, error_model="numpy")
 def _shape(x: Array, n: int) -> Array:
-    "Mean absolute deviation, sample skewness, sample excess kurtosis of the last n values; shape (3, len(x))."
+    "Compute mean absolute deviation, sample skewness and sample excess kurtosis of the last n values; shape (3, len(x))."
     out = np.full((3, len(x)), np.nan)
     for t in range(n - 1, len(x)):
         mean, size, two, three, four = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -396,7 +473,7 @@ def mean_deviation(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "Mean absolute deviation of the closes from their mean."
+    "Compute the mean absolute deviation of the closes from their mean."
     return ratio(pd.Series(_shape(close.to_numpy(dtype=float), length)[0], index=close.index), close)
 
 
@@ -404,7 +481,7 @@ def variance(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # squared fraction of the close, n bars, first length-1 NaN
-    "Sample variance of the closes over the squared close."
+    "Compute the sample variance of the closes over the squared close."
     return ratio(std_over(close, length), close) ** 2
 
 # %% ../../nbs/features/08_averages.ipynb #4095fdbc
@@ -412,7 +489,7 @@ def sample_skew(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # unitless, n bars, first length-1 NaN; NaN where nothing moved
-    "Sample skewness of the closes."
+    "Compute the sample skewness of the closes."
     return pd.Series(_shape(close.to_numpy(dtype=float), length)[1], index=close.index)
 
 
@@ -420,7 +497,7 @@ def sample_kurtosis(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # unitless, 0 for a normal distribution, n bars, first length-1 NaN; NaN where nothing moved
-    "Sample excess kurtosis of the closes."
+    "Compute the sample excess kurtosis of the closes."
     return pd.Series(_shape(close.to_numpy(dtype=float), length)[2], index=close.index)
 
 # %% ../../nbs/features/08_averages.ipynb #125b2026
@@ -429,7 +506,7 @@ def quantile_distance(
     length: int = 30,  # bars
     q: float = 0.5,  # 0 to 1; 0.5 is the median
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "Distance of the close from a quantile of the last closes."
+    "Compute the distance of the close from a quantile of the last closes."
     return distance(close, quantile_over(close, length, q))
 
 # %% ../../nbs/features/08_averages.ipynb #6b3a78d5
@@ -437,7 +514,7 @@ def entropy(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars in each of the two windows
 ) -> pd.Series:  # bits above a flat price's, n bars, first 2*length-2 NaN
-    "Entropy of the close's shares in the moving sum, less the value of a flat price."
+    "Compute the entropy of the close's shares in the moving sum, less the value of a flat price."
     share = ratio(close, sum_over(close, length))
     with np.errstate(all="ignore"):
         bits = -share * np.log(share) / log(2)
@@ -448,7 +525,7 @@ def channel_place(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # bars
 ) -> pd.Series:  # standard deviations of the closes, n bars, first length-1 NaN; NaN where nothing moved
-    "Close above the end of the least-squares line, in sample deviations of the closes."
+    "Compute how far the close is above the end of the least-squares line, in sample deviations of the closes."
     return ratio(trend_over(close, length)[2], std_over(close, length))
 
 # %% ../../nbs/features/08_averages.ipynb #b425b9e6
@@ -459,6 +536,8 @@ on_columns(sample_skew, "skew_30", "close", 30, "1", "statistics", "Pearson, 189
 on_columns(sample_kurtosis, "kurtosis_30", "close", 30, "1", "statistics", "Pearson, 1905", length=30)
 on_columns(quantile_distance, "median_distance_30", "close", 30, OF_CLOSE, "statistics", "Galton, 1881", length=30, q=0.5)
 for _q in (0.1, 0.9):
-    on_columns(quantile_distance, f"quantile_distance_30_{_q * 100:.0f}", "close", 30, OF_CLOSE, "statistics", "Galton, 1885", length=30, q=_q)
+    on_columns(
+        quantile_distance, f"quantile_distance_30_{_q * 100:.0f}", "close", 30, OF_CLOSE, "statistics", "Galton, 1885", length=30, q=_q
+    )
 on_columns(entropy, "entropy_10", "close", 19, "bits above a flat price's", "statistics", _SHANNON, length=10)
 on_columns(channel_place, "stdevall_30", "close", 30, "standard deviations", "statistics", _TOS, length=30)

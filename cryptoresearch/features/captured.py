@@ -24,8 +24,12 @@ _MANY = 100  # numbers from which a collection counts as data
 
 
 def _is_fitted(value: Any) -> bool:
-    "Whether an estimator is fitted: it has attributes that end in an underscore."
-    if not hasattr(value, "fit") or not hasattr(value, "__dict__") or (hasattr(value, "__sklearn_tags__") and not get_tags(value).requires_fit):
+    "Tell whether an estimator is fitted: it has attributes that end in an underscore."
+    if (
+        not hasattr(value, "fit")
+        or not hasattr(value, "__dict__")
+        or (hasattr(value, "__sklearn_tags__") and not get_tags(value).requires_fit)
+    ):
         return False
     return any(k.endswith("_") and not k.startswith("_") for k in vars(value))
 
@@ -45,7 +49,7 @@ def _what(value: Any) -> str:  # such as 'DataFrame, 200 rows'; empty for what i
 
 # %% ../../nbs/features/19_captured.ipynb #ced7d5bc
 def _foreign(module: str | None) -> bool:
-    "Whether a module belongs to an installed package or to Python itself."
+    "Tell whether a module belongs to an installed package or to Python itself."
     top = (module or "").split(".")[0]
     if top in ("cryptoresearch", *sys.stdlib_module_names) and top != "__main__":
         return True
@@ -132,15 +136,22 @@ def _walk(value: Any, name: str, refit: bool, seen: set[int], depth: int) -> Ite
         if how == "attribute" and key.endswith("_") and not key.startswith("_") and hasattr(value, "fit"):
             continue  # learned: said of the estimator as a whole
         inner = refit and how in ("attribute", "item")
-        yield from _walk(part, key if isinstance(key, str) and key not in ("", "fn", "inner") and how != "method" else name, inner, seen, depth - 1)
+        yield from _walk(
+            part, key if isinstance(key, str) and key not in ("", "fn", "inner") and how != "method" else name, inner, seen, depth - 1
+        )
 
 # %% ../../nbs/features/19_captured.ipynb #11a2566d
 def _function_with(fn: types.FunctionType, new: dict[tuple[str, Any], Any]) -> types.FunctionType:
     "Copy a function with other closure variables, globals and defaults."
     globals_ = fn.__globals__ | {n: v for (how, n), v in new.items() if how == "global"}
-    cells = tuple(types.CellType(new["closure", n]) if ("closure", n) in new else c for n, c in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    cells = tuple(
+        types.CellType(new["closure", n]) if ("closure", n) in new else c
+        for n, c in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    )
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-    defaults = fn.__defaults__ and tuple(new.get(("default", n), v) for n, v in zip(names[len(names) - len(fn.__defaults__) :], fn.__defaults__, strict=True))
+    defaults = fn.__defaults__ and tuple(
+        new.get(("default", n), v) for n, v in zip(names[len(names) - len(fn.__defaults__) :], fn.__defaults__, strict=True)
+    )
     made = types.FunctionType(fn.__code__, globals_, fn.__name__, defaults, cells)
     made.__kwdefaults__ = fn.__kwdefaults__ and {n: new.get(("keyword", n), v) for n, v in fn.__kwdefaults__.items()}
     made.__dict__.update(fn.__dict__)

@@ -44,7 +44,16 @@ def register(
     replace: bool = False,  # replace another function of that name
 ) -> Feature:  # the registered feature
     "Register a derived feature, so that names and groups find it."
-    return feature(name=made.name, inputs=made.inputs, warmup=made.warmup, unit=made.unit, group=group or made.group, source=made.source, tolerance=made.tolerance, replace=replace)(made.fn)
+    return feature(
+        name=made.name,
+        inputs=made.inputs,
+        warmup=made.warmup,
+        unit=made.unit,
+        group=group or made.group,
+        source=made.source,
+        tolerance=made.tolerance,
+        replace=replace,
+    )(made.fn)
 
 # %% ../../nbs/features/15_derived.ipynb #9a0518b8
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Lagged:
         return self.inner(bars).shift(self.lag)
 
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.lag, type(self).__qualname__
 
@@ -82,7 +91,7 @@ def _long_bars(
     bars: pd.DataFrame,  # open, high, low, close, volume, close_ts and what else is known; index ts, complete grid
     length_us: int,  # of these bars
     long_us: int,  # of the long bars
-) -> pd.DataFrame:  # the long bars that are wholly covered, columns NUMBERS, close_ts, gap
+) -> pd.DataFrame:  # the long bars that are fully covered, columns NUMBERS, close_ts, gap
     "Combine bars into long bars."
     ts = pd.DatetimeIndex(bars.index).as_unit("us").asi8
     columns = {"ts": ts} | {name: bars[name].to_numpy(dtype=float) if name in bars else np.full(len(bars), np.nan) for name in NUMBERS}
@@ -105,34 +114,44 @@ class OnFrame:
         close = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         out: Array = np.full(len(bars), np.nan)
         if len(bars):
-            lengths = close - pd.DatetimeIndex(bars.index).as_unit("us").asi8
-            length = int(lengths[0])
-            if (lengths != length).any():
-                raise SchemaError(problem(f"bars of one length for {self.inner.name} on longer bars", "several lengths", "Longer bars of event bars have no meaning; build event bars with a larger threshold"))
-            if self.base_us not in (None, length):
-                raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us or 0)} for {self.inner.name} on longer bars", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the frame's bars"))
-            out = self._last_closed(bars, close, length)
+            length = _one_length(close - pd.DatetimeIndex(bars.index).as_unit("us").asi8, self.inner.name, self.base_us)
+            out = _last_closed(self, bars, close, length)
         return pd.Series(out, index=bars.index)
 
-    def _last_closed(self, bars: pd.DataFrame, close: np.ndarray, length: int) -> Array:
-        "Compute the values of the long bars, as of the closes of the shorter bars."
-        out, long = np.full(len(bars), np.nan), length * self.times
-        frame = _long_bars(bars, length, long)
-        if len(frame):
-            values = self.inner(frame).to_numpy()
-            number = close // long - 1 - pd.DatetimeIndex(frame.index).as_unit("us").asi8[0] // long
-            seen = number >= 0
-            out[seen] = values[number[seen]]
-        return out
-
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.times, self.base_us, type(self).__qualname__
 
+# %% ../../nbs/features/15_derived.ipynb #85309a4d
+def _one_length(lengths: np.ndarray, name: str, base_us: int | None) -> int:  # µs
+    "Return the length of the bars, which must be the same for all and the one declared."
+    length = int(lengths[0])
+    if (lengths != length).any():
+        hint = "Longer bars of event bars have no meaning; build event bars with a larger threshold"
+        raise SchemaError(problem(f"bars of one length for {name} on longer bars", "several lengths", hint))
+    if base_us not in (None, length):
+        asked, found = pd.Timedelta(microseconds=base_us or 0), pd.Timedelta(microseconds=length)
+        raise SchemaError(
+            problem(f"bars of {asked} for {name} on longer bars", f"bars of {found}", "Give base= the length of the frame's bars")
+        )
+    return length
+
+
+def _last_closed(call: OnFrame, bars: pd.DataFrame, close: np.ndarray, length: int) -> Array:
+    "Compute the values of the long bars, as of the closes of the shorter bars."
+    out, long = np.full(len(bars), np.nan), length * call.times
+    frame = _long_bars(bars, length, long)
+    if len(frame):
+        values = call.inner(frame).to_numpy()
+        number = close // long - 1 - pd.DatetimeIndex(frame.index).as_unit("us").asi8[0] // long
+        seen = number >= 0
+        out[seen] = values[number[seen]]
+    return out
+
 # %% ../../nbs/features/15_derived.ipynb #9c0fcc8f
 def on_frame(
-    spec: str,  # length of the long bars: "4h", "1d"; or a multiple of the frame's bars: "4x"
+    spec: str,  # length of the long bars such as 4h, or 4x for a multiple of the frame's bars
     what: str | Feature,  # a feature's name, or a feature
     base: str = "1h",  # length of the frame's bars, when spec is a length
 ) -> Feature:  # name_4h or name_4x
@@ -148,10 +167,12 @@ def on_frame(
     if times < 2:
         raise ConfigError(problem("bars longer than the frame's", spec, f"Use {f.name} itself"))
     if unknown := [c for c in f.inputs if c not in (*NUMBERS, "close_ts")]:
-        raise ConfigError(problem("a feature of prices, volumes and sides", f"{f.name} reads {', '.join(unknown)}", "Longer bars of such columns cannot be made"))
+        raise ConfigError(problem("a feature of prices, volumes and sides", f"{f.name} reads {', '.join(unknown)}",
+            "Longer bars of such columns cannot be made"))
     more = {*f.inputs} & _PARTS | ({"quote_volume"} if "vwap" in f.inputs else set())
     inputs = (*PRICES, "volume", *sorted(more), "close_ts")
-    return Feature(f"{f.name}_{spec}", inputs, f.warmup * times + times - 1, f.unit, "frames", f.source, OnFrame(f, times, base_us), f.tolerance)
+    return Feature(f"{f.name}_{spec}", inputs, f.warmup * times + times - 1, f.unit, "frames", f.source, OnFrame(f, times, base_us),
+        f.tolerance)
 
 # %% ../../nbs/features/15_derived.ipynb #05fc6260
 def symbol_prefix(
@@ -169,10 +190,12 @@ def with_symbol(
 ) -> pd.DataFrame:  # the frame with the other's numbers as columns symbol_close …; NaN where the other has no bar
     "Join another symbol's bars to a frame on `close_ts`."
     if not (bar_kind(bars).has_clock and bar_kind(other).has_clock):
-        raise SchemaError(problem("time bars, which close together", "event bars", f"Hand time bars of {symbol} over: of_symbol({symbol!r}, feature, other)"))
+        raise SchemaError(problem("time bars, which close together", "event bars",
+            f"Hand time bars of {symbol} over: of_symbol({symbol!r}, feature, other)"))
     a, b = ((f["close_ts"] - f.index.to_series()).head(1).tolist() for f in (bars, other))
     if a and b and a != b:
-        raise SchemaError(problem(f"bars of {symbol} of the same length, {a[0]}", f"bars of {b[0]}", "Hand the frame over: of_symbol(symbol, feature, other)"))
+        raise SchemaError(problem(f"bars of {symbol} of the same length, {a[0]}", f"bars of {b[0]}",
+            "Hand the frame over: of_symbol(symbol, feature, other)"))
     numbers = other[[c for c in (*NUMBERS, *TRADE_COLUMNS) if c in other]].set_axis(pd.DatetimeIndex(other["close_ts"]).as_unit("us"))
     at_close = numbers.reindex(pd.DatetimeIndex(bars["close_ts"]).as_unit("us"))
     return bars.assign(**{f"{symbol_prefix(symbol)}_{c}": at_close[c].to_numpy() for c in numbers})
@@ -192,7 +215,7 @@ class OfColumns:
         return self.inner(frame.assign(gap=bars[f"{self.symbol}_close"].isna()))
 
     @property
-    def origin(self) -> tuple[object, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function."
         return __name__, self.inner.name, self.symbol, type(self).__qualname__
 
@@ -218,7 +241,13 @@ class OfFrame:
         now = pd.DatetimeIndex(bars["close_ts"]).as_unit("us").asi8
         length = int(now[0] - pd.DatetimeIndex(bars.index).as_unit("us").asi8[0])
         if length != self.base_us:
-            raise SchemaError(problem(f"bars of {pd.Timedelta(microseconds=self.base_us)} for {self.inner.name} of another frame", f"bars of {pd.Timedelta(microseconds=length)}", "Give base= the length of the frame's bars"))
+            raise SchemaError(
+                problem(
+                    f"bars of {pd.Timedelta(microseconds=self.base_us)} for {self.inner.name} of another frame",
+                    f"bars of {pd.Timedelta(microseconds=length)}",
+                    "Give base= the length of the frame's bars",
+                )
+            )
         close = pd.DatetimeIndex(self.other["close_ts"]).as_unit("us").asi8
         last = np.searchsorted(close, now, side="right") - 1
         fresh = (last >= 0) & (now - close[last] < self.length_us)
@@ -240,7 +269,16 @@ def of_symbol(
         raise DataNotFound(problem(f"bars of {symbol}", "none", "Read them first: read_bars(con, symbol, spec)"))
     length_us, base_us = _length_us(other), bar_length(base) // pd.Timedelta("1us")
     stretch = f.warmup * length_us + length_us - gcd(length_us, base_us)  # the other's last close may be so long ago
-    return Feature(f"{prefix}_{f.name}", ("close_ts",), -(-stretch // base_us), f.unit, "frames", f.source, OfFrame(f, other.copy(), base_us, length_us), f.tolerance)
+    return Feature(
+        f"{prefix}_{f.name}",
+        ("close_ts",),
+        -(-stretch // base_us),
+        f.unit,
+        "frames",
+        f.source,
+        OfFrame(f, other.copy(), base_us, length_us),
+        f.tolerance,
+    )
 
 # %% ../../nbs/features/15_derived.ipynb #881db0e0
 def split_symbol(
@@ -295,7 +333,8 @@ def correlation_to(
 ) -> Feature:  # correlation_to_symbol_length
     "Make the correlation of log returns with another symbol's a feature."
     columns = ("close", f"{symbol_prefix(symbol)}_close")
-    return Feature(f"correlation_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "correlation", "frames", "Pearson, 1895", OnColumns(_correlation_to, columns, (("length", length),)))
+    return Feature(f"correlation_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "correlation", "frames", "Pearson, 1895",
+        OnColumns(_correlation_to, columns, (("length", length),)))
 
 
 def beta_to(
@@ -304,7 +343,8 @@ def beta_to(
 ) -> Feature:  # beta_to_symbol_length
     "Make the slope of log returns on another symbol's a feature."
     columns = ("close", f"{symbol_prefix(symbol)}_close")
-    return Feature(f"beta_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "1", "frames", "Sharpe, 1964", OnColumns(_beta_to, columns, (("length", length),)))
+    return Feature(f"beta_to_{symbol_prefix(symbol)}_{length}", columns, length + 1, "1", "frames", "Sharpe, 1964",
+        OnColumns(_beta_to, columns, (("length", length),)))
 
 # %% ../../nbs/features/15_derived.ipynb #3e35eefc
 def fracdiff_weights(
@@ -335,14 +375,29 @@ def fracdiff(
 ) -> Feature:  # fracdiff_column_40
     "Make the fractional difference of a column's log, with a window of fixed width, a feature."
     if not 0 < order <= 1 or round(order * 100) != order * 100 or not 1e-7 < threshold < 0.1:
-        raise ConfigError(problem("an order of 0.01 to 1 in hundredths, a threshold of 1e-7 to 0.1", f"{order}, {threshold}", "Try fracdiff('close', 0.4)"))
+        raise ConfigError(
+            problem(
+                "an order of 0.01 to 1 in hundredths, a threshold of 1e-7 to 0.1", f"{order}, {threshold}", "Try fracdiff('close', 0.4)"
+            )
+        )
     fn = OnColumns(fractional_difference, (column,), (("order", order), ("threshold", threshold)))
-    return Feature(f"fracdiff_{column}_{round(order * 100)}", (column,), len(fracdiff_weights(order, threshold)), "log units", "frames", "Hosking, 1981; Lopez de Prado, 2018", fn)
+    return Feature(
+        f"fracdiff_{column}_{round(order * 100)}",
+        (column,),
+        len(fracdiff_weights(order, threshold)),
+        "log units",
+        "frames",
+        "Hosking, 1981; Lopez de Prado, 2018",
+        fn,
+    )
 
 # %% ../../nbs/features/15_derived.ipynb #381ef888
-_ON_FOUR = ("ret_1", "ret_3", "ret_6", "rsi_14", "stoch_14", "cmo_14", "percent_b_20", "efficiency_24", "adx_14", "place_24", "slope_24", "rv_24", "parkinson_24", "volume_ratio_24", "signed_volume_24", "imbalance_1", "imbalance_24")
-_ON_DAY = ("ret_1", "ret_3", "ret_6", "stoch_14", "cmo_14", "percent_b_20", "efficiency_24", "place_24", "slope_24", "rv_24", "yang_zhang_24", "volume_ratio_24", "imbalance_1")
-_LAGS = {"ret_1": (1, 2, 3, 6, 12, 23), "ret_24": (24, 48), "rv_24": (24, 168), "parkinson_1": (1, 2, 23), "volume_ratio_24": (1, 2, 24), "imbalance_1": (1, 2, 3)}
+_ON_FOUR = ("ret_1", "ret_3", "ret_6", "rsi_14", "stoch_14", "cmo_14", "percent_b_20", "efficiency_24", "adx_14", "place_24", "slope_24",
+    "rv_24", "parkinson_24", "volume_ratio_24", "signed_volume_24", "imbalance_1", "imbalance_24")
+_ON_DAY = ("ret_1", "ret_3", "ret_6", "stoch_14", "cmo_14", "percent_b_20", "efficiency_24", "place_24", "slope_24", "rv_24",
+    "yang_zhang_24", "volume_ratio_24", "imbalance_1")
+_LAGS = {"ret_1": (1, 2, 3, 6, 12, 23), "ret_24": (24, 48), "rv_24": (24, 168), "parkinson_1": (1, 2, 23), "volume_ratio_24": (1, 2, 24),
+    "imbalance_1": (1, 2, 3)}
 for _name in _ON_FOUR:
     register(on_frame("4x", _name))
 for _name in _ON_DAY:

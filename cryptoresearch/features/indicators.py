@@ -32,7 +32,7 @@ def shift(
     x: Array,  # any unit, n bars
     bars: int = 1,  # how long ago
 ) -> Array:  # unit of x, n bars, first `bars` NaN
-    "The values some bars ago."
+    "Return the values some bars ago."
     out = np.full(len(x), np.nan)
     out[bars:] = x[: max(len(x) - bars, 0)]
     return out
@@ -43,7 +43,7 @@ def diff(
     x: Array,  # any unit, n bars
     bars: int = 1,  # between the two
 ) -> Array:  # unit of x, n bars, first `bars` NaN
-    "The values minus those some bars ago."
+    "Subtract the values some bars ago."
     out = np.full(len(x), np.nan)
     if len(x) > bars:
         np.subtract(x[bars:], x[:-bars], out=out[bars:])
@@ -54,25 +54,29 @@ NEGLECTED = 1e-4  # weight of everything before the window
 
 
 def _kept(alpha: float) -> int:
-    "Bars after which everything older weighs less than `NEGLECTED` together."
+    "Count the bars after which everything older weighs less than `NEGLECTED` together."
     return ceil(log(NEGLECTED) / log1p(-alpha))
 
 
 def ema_weights(
     alpha: float,  # smoothing: weight of the newest bar in the endless average
 ) -> Array:  # newest first, sum 1
-    "Weights of the exponential average, cut where the neglected tail weighs `NEGLECTED`."
+    "Compute the weights of the exponential average, cut where the neglected tail weighs `NEGLECTED`."
     weights = (1 - alpha) ** np.arange(_kept(alpha))
     return weights / weights.sum()
 
 
-def ema_bars(span: int) -> int:
-    "Bars in the window of `ema(…, span)`."
+def ema_bars(
+    span: int,  # bars, as the average counts them
+) -> int:  # bars
+    "Count the bars in the window of `ema(…, span)`."
     return _kept(2 / (span + 1))
 
 
-def wilder_bars(length: int) -> int:
-    "Bars in the window of `wilder(…, length)`."
+def wilder_bars(
+    length: int,  # bars, as the average counts them
+) -> int:  # bars
+    "Count the bars in the window of `wilder(…, length)`."
     return _kept(1 / length)
 
 # %% ../../nbs/features/03_indicators.ipynb #d1cbbca4
@@ -81,7 +85,7 @@ def ema(
     x: Array,  # any unit, n bars
     span: int,  # bars; alpha = 2 / (span + 1)
 ) -> Array:  # unit of x, n bars, first ema_bars(span)-1 NaN
-    "Exponential average by span."
+    "Compute the exponential average by span."
     return faded_mean_over(x, ema_bars(span), 1 - 2 / (span + 1))
 
 
@@ -90,7 +94,7 @@ def wilder(
     x: Array,  # any unit, n bars
     length: int,  # bars; alpha = 1 / length
 ) -> Array:  # unit of x, n bars, first wilder_bars(length)-1 NaN
-    "Exponential average as Wilder (1978) smooths."
+    "Compute the exponential average as Wilder (1978) smooths."
     return faded_mean_over(x, wilder_bars(length), 1 - 1 / length)
 
 # %% ../../nbs/features/03_indicators.ipynb #ef5d445a
@@ -99,7 +103,7 @@ def log_ratio(
     a: Array,  # any unit, n bars
     b: Array,  # the same unit, n bars
 ) -> Array:  # n bars, NaN where a or b is not positive
-    "Natural log of a/b."
+    "Compute the natural log of a/b."
     return np.log(a / np.where((a > 0) & (b > 0), b, np.nan))
 
 
@@ -108,7 +112,7 @@ def log_return(
     close: Array,  # quote currency, n bars
     horizon: int = 1,  # bars
 ) -> Array:  # log return from t-horizon to t, n bars, first `horizon` NaN
-    "Log return over the last `horizon` bars."
+    "Compute the log return over the last `horizon` bars."
     out = np.full(len(close), np.nan)
     if len(close) > horizon:
         out[horizon:] = log_ratio(close[horizon:], close[:-horizon])
@@ -120,7 +124,7 @@ def autocorrelation(
     close: Array,  # quote currency, n bars
     length: int = 72,  # returns in the sum
 ) -> Array:  # between about -1 and 1, n bars, first length+1 NaN
-    "First-order autocorrelation of the log returns around zero mean."
+    "Compute the first-order autocorrelation of the log returns around zero mean."
     r = log_return(close)
     return window_sum(r * shift(r), length) / window_sum(r**2, length)
 
@@ -135,7 +139,7 @@ def ratio(
     a: Array,  # any unit, n bars
     b: Array,  # any unit, n bars
 ) -> Array:  # n bars, NaN where b is 0
-    "Quotient that is NaN, never infinite, where the divisor is zero."
+    "Divide two series; NaN, never infinite, where the divisor is zero."
     return a / np.where(b != 0, b, np.nan)
 
 
@@ -143,7 +147,7 @@ def ratio(
 def not_below_zero(
     x: Array,  # any unit, n bars
 ) -> Array:  # unit of x, n bars, NaN where x is
-    "The values, zero where they are negative."
+    "Replace negative values by zero."
     return np.maximum(x, 0.0)
 
 # %% ../../nbs/features/03_indicators.ipynb #0c5a985c
@@ -152,7 +156,7 @@ def rsi(
     close: Array,  # quote currency, n bars
     length: int = 14,  # Wilder's length, bars
 ) -> Array:  # percent, 0 to 100, n bars, first wilder_bars(length) NaN
-    "Relative strength index with a bounded memory."
+    "Compute the relative strength index with a bounded memory."
     moved = diff(close)
     up, down = wilder(not_below_zero(moved), length), wilder(not_below_zero(-moved), length)
     return 100 * ratio(up, up + down)
@@ -165,7 +169,7 @@ def willr(
     close: Array,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> Array:  # percent, -100 to 0, n bars, first length-1 NaN
-    "Williams' %R: place of the close in the range of the last bars."
+    "Compute Williams' %R: the position of the close in the range of the last bars."
     lowest = window_min(low, length)
     return 100 * (ratio(close - lowest, window_max(high, length) - lowest) - 1)
 
@@ -175,7 +179,7 @@ def cmo(
     close: Array,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> Array:  # percent, -100 to 100, n bars, first length NaN
-    "Chande's momentum oscillator: net movement as a share of all movement."
+    "Compute Chande's momentum oscillator: net movement as a share of all movement."
     moved = diff(close)
     up, down = window_sum(not_below_zero(moved), length), window_sum(not_below_zero(-moved), length)
     return 100 * ratio(up - down, up + down)
@@ -188,7 +192,7 @@ def cci(
     close: Array,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> Array:  # unitless, mostly -200 to 200, n bars, first length-1 NaN
-    "Commodity channel index (Lambert, 1980)."
+    "Compute the commodity channel index (Lambert, 1980)."
     from_last, deviation = mean_deviation_over((high + low + close) / 3, length)
     return -ratio(from_last, 0.015 * deviation)
 
@@ -201,7 +205,7 @@ def stoch(
     length: int = 14,  # bars
     smooth: int = 3,  # bars averaged
 ) -> Array:  # percent, 0 to 100, n bars, first length+smooth-2 NaN
-    "Slow stochastic %K (Lane, 1984)."
+    "Compute the slow stochastic %K (Lane, 1984)."
     lowest = window_min(low, length)
     return window_mean(100 * ratio(close - lowest, window_max(high, length) - lowest), smooth)
 
@@ -212,7 +216,7 @@ def macd(
     fast: int = 12,  # span, bars
     slow: int = 26,  # span, bars
 ) -> Array:  # fraction of the close, n bars, first ema_bars(slow)-1 NaN
-    "Difference of two exponential averages, as a fraction of the close."
+    "Compute the difference of two exponential averages, as a fraction of the close."
     return (ema(close, fast) - ema(close, slow)) / close
 
 
@@ -223,7 +227,7 @@ def macd_histogram(
     slow: int = 26,  # span, bars
     signal: int = 9,  # span, bars
 ) -> Array:  # fraction of the close, n bars, first ema_bars(slow)+ema_bars(signal)-2 NaN
-    "MACD minus its own exponential average, as a fraction of the close."
+    "Compute MACD minus its own exponential average, as a fraction of the close."
     line = ema(close, fast) - ema(close, slow)
     return (line - ema(line, signal)) / close
 
@@ -233,7 +237,7 @@ def efficiency(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # -1 to 1, n bars, first `length` NaN
-    "Net movement over total movement, with its sign."
+    "Compute net movement over total movement, with its sign."
     return ratio(diff(close, length), window_sum(np.abs(diff(close)), length))
 
 
@@ -242,7 +246,7 @@ def move_z(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # standard deviations, n bars, first `length` NaN
-    "Log return over `length` bars in units of the window's own volatility."
+    "Compute the log return over `length` bars in units of the window's own volatility."
     return ratio(log_return(close, length), realised_volatility(close, length) * sqrt(length))
 
 # %% ../../nbs/features/03_indicators.ipynb #bf5aab03
@@ -251,7 +255,7 @@ def realised_volatility(
     close: Array,  # quote currency, n bars
     length: int = 24,  # returns
 ) -> Array:  # log return per bar (root of the mean square), n bars, first `length` NaN
-    "Realised volatility per bar from close-to-close log returns."
+    "Compute the realised volatility per bar from close-to-close log returns."
     return np.sqrt(window_mean(log_return(close) ** 2, length))
 
 # %% ../../nbs/features/03_indicators.ipynb #5caabf9a
@@ -274,7 +278,7 @@ def true_range(
     low: Array,  # quote currency, n bars
     close: Array,  # quote currency, n bars
 ) -> Array:  # quote currency, n bars, first NaN
-    "Largest of high-low, high-previous close, previous close-low (Wilder, 1978)."
+    "Compute the largest of high-low, |high-previous close| and |previous close-low| (Wilder, 1978)."
     then = shift(close)
     return np.maximum(high, then) - np.minimum(low, then)
 
@@ -285,7 +289,7 @@ def directional(
     low: Array,  # quote currency, n bars
     length: int = 14,  # Wilder's length, bars
 ) -> Array:  # -1 to 1, n bars, first wilder_bars(length) NaN
-    "Difference of the directional movements over their sum: (DI+ - DI-) / (DI+ + DI-)."
+    "Compute the difference of the directional movements over their sum: (DI+ - DI-) / (DI+ + DI-)."
     up, down = diff(high), -diff(low)
     rise = np.where(np.isnan(up), np.nan, np.where((up > down) & (up > 0), up, 0.0))
     fall = np.where(np.isnan(down), np.nan, np.where((down > up) & (down > 0), down, 0.0))
@@ -299,7 +303,7 @@ def adx(
     low: Array,  # quote currency, n bars
     length: int = 14,  # Wilder's length, bars
 ) -> Array:  # percent, 0 to 100, n bars, first 2*wilder_bars(length)-1 NaN
-    "Average directional index: strength of a trend in either direction."
+    "Compute the average directional index: the strength of a trend in either direction."
     return 100 * wilder(np.abs(directional(high, low, length)), length)
 
 # %% ../../nbs/features/03_indicators.ipynb #09d7c5b5
@@ -309,7 +313,7 @@ def aroon(
     low: Array,  # quote currency, n bars
     length: int = 25,  # bars
 ) -> Array:  # percent, -100 to 100, n bars, first `length` NaN
-    "Aroon oscillator: bars since the low minus bars since the high, in percent of the window."
+    "Compute the Aroon oscillator: bars since the low minus bars since the high, in percent of the window."
     (_, top), (_, bottom) = highest_over(high, length + 1, latest=True), lowest_over(low, length + 1, latest=True)
     return 100 / length * (top - bottom)
 
@@ -321,7 +325,7 @@ def vortex(
     close: Array,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> Array:  # unitless, about -1 to 1, n bars, first `length` NaN
-    "Vortex: VI+ minus VI-."
+    "Compute the vortex indicator: VI+ minus VI-."
     reach = np.abs(high - shift(low)) - np.abs(low - shift(high))
     return ratio(window_sum(reach, length), window_sum(true_range(high, low, close), length))
 
@@ -333,7 +337,7 @@ def choppiness(
     close: Array,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> Array:  # 0 (straight) to about 1 (sideways), n bars, first `length` NaN
-    "Choppiness: log of the summed true ranges over the window's range, over log of the length."
+    "Compute choppiness: log of the summed true ranges over the window's range, over log of the length."
     covered = window_max(high, length) - window_min(low, length)
     return np.log2(ratio(window_sum(true_range(high, low, close), length), covered)) / log2(length)
 
@@ -343,7 +347,7 @@ def ema_distance(
     close: Array,  # quote currency, n bars
     span: int = 24,  # bars
 ) -> Array:  # fraction of the average, n bars, first ema_bars(span)-1 NaN
-    "Close over its exponential average, minus one."
+    "Divide the close by its exponential average and subtract one."
     return close / ema(close, span) - 1
 
 
@@ -352,7 +356,7 @@ def sma_distance(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # standard deviations of a move over `length` bars, n bars, first `length` NaN
-    "Distance of the close from its mean, in units of volatility."
+    "Compute the distance of the close from its mean, in units of volatility."
     return ratio(close / window_mean(close, length) - 1, realised_volatility(close, length) * sqrt(length))
 
 # %% ../../nbs/features/03_indicators.ipynb #11a377eb
@@ -361,7 +365,7 @@ def slope_t(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # standard deviations of a move over `length` bars, n bars, first `length` NaN
-    "Least-squares slope of the log close times `length`, in units of volatility."
+    "Compute the least-squares slope of the log close times `length`, in units of volatility."
     x = np.arange(length)[::-1] - (length - 1) / 2  # newest first
     slope = weighted_sum(np.log(close), x / (x @ x))
     return ratio(slope * length, realised_volatility(close, length) * sqrt(length))
@@ -374,7 +378,7 @@ def place(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # -1 (at the low) to 1 (at the high), n bars, first length-1 NaN
-    "Place of the close in the range of the last bars."
+    "Compute the position of the close in the range of the last bars."
     top, bottom = window_max(high, length), window_min(low, length)
     return ratio(2 * close - top - bottom, top - bottom)
 
@@ -387,7 +391,9 @@ on_columns(choppiness, "choppiness_14", "high low close", 15, "1", "trend", "Dre
 for _n in (12, 48):
     on_columns(ema_distance, f"ema_distance_{_n}", "close", ema_bars(_n), "fraction of average", "trend", "Brown, 1956", span=_n)
 for _n in (24, 168):
-    on_columns(sma_distance, f"sma_distance_{_n}", "close", _n + 1, "standard deviations", "trend", "Brock, Lakonishok, LeBaron, 1992", length=_n)
+    on_columns(
+        sma_distance, f"sma_distance_{_n}", "close", _n + 1, "standard deviations", "trend", "Brock, Lakonishok, LeBaron, 1992", length=_n
+    )
     on_columns(place, f"place_{_n}", "high low close", _n, "1", "trend", "Donchian, 1960", length=_n)
 on_columns(slope_t, "slope_24", "close", 25, "standard deviations", "trend", "Gauss, 1809", length=24)
 
@@ -398,7 +404,7 @@ def parkinson(
     low: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return per bar, n bars, first length-1 NaN
-    "Volatility per bar from high and low."
+    "Estimate the volatility per bar from high and low."
     return np.sqrt(window_mean(log_ratio(high, low) ** 2, length) / (4 * log(2)))
 
 
@@ -410,13 +416,13 @@ def garman_klass(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return per bar, n bars, first length-1 NaN
-    "Volatility per bar from open, high, low and close, no drift."
+    "Estimate the volatility per bar from open, high, low and close, assuming no drift."
     per_bar = 0.5 * log_ratio(high, low) ** 2 - (2 * log(2) - 1) * log_ratio(close, open_) ** 2
     return np.sqrt(not_below_zero(window_mean(per_bar, length)))
 
 # %% ../../nbs/features/03_indicators.ipynb #98f5b8e2
 def _rogers_satchell_variance(open_: Array, high: Array, low: Array, close: Array) -> Array:
-    "Variance of one bar."
+    "Estimate the variance of one bar."
     u, d, k = log_ratio(high, open_), log_ratio(low, open_), log_ratio(close, open_)
     return u * (u - k) + d * (d - k)
 
@@ -429,7 +435,7 @@ def rogers_satchell(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return per bar, n bars, first length-1 NaN
-    "Volatility per bar from open, high, low and close, whatever the drift."
+    "Estimate the volatility per bar from open, high, low and close, for any drift."
     return np.sqrt(not_below_zero(window_mean(_rogers_satchell_variance(open_, high, low, close), length)))
 
 # %% ../../nbs/features/03_indicators.ipynb #c141a314
@@ -441,7 +447,7 @@ def yang_zhang(
     close: Array,  # quote currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log return per bar, n bars, first `length` NaN
-    "Volatility per bar with drift and jumps between the bars."
+    "Estimate the volatility per bar with drift and jumps between the bars."
     k = 0.34 / (1.34 + (length + 1) / (length - 1))
     jump, day = log_ratio(open_, shift(close)), log_ratio(close, open_)
     inside = not_below_zero(window_mean(_rogers_satchell_variance(open_, high, low, close), length))
@@ -455,7 +461,7 @@ def atr(
     close: Array,  # quote currency, n bars
     length: int = 14,  # Wilder's length, bars
 ) -> Array:  # fraction of the close, n bars, first wilder_bars(length) NaN
-    "Average true range as a fraction of the close."
+    "Compute the average true range as a fraction of the close."
     return wilder(true_range(high, low, close), length) / close
 
 
@@ -464,7 +470,7 @@ def bollinger_width(
     close: Array,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> Array:  # fraction of the mean, n bars, first length-1 NaN
-    "Width of the band of two standard deviations either side, as a fraction of its middle."
+    "Compute the width of the band of two standard deviations either side, as a fraction of its middle."
     return 4 * window_std(close, length) / window_mean(close, length)
 
 # %% ../../nbs/features/03_indicators.ipynb #c9c9e120
@@ -473,7 +479,7 @@ def percent_b(
     close: Array,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> Array:  # 0 at the lower band, 1 at the upper, n bars, first length-1 NaN
-    "Place of the close in the Bollinger band."
+    "Compute the position of the close in the Bollinger band."
     from_last, squares = mean_and_squares_over(close, length)
     return 0.5 - ratio(from_last, 4 * np.sqrt(squares / (length - 1)))
 
@@ -484,7 +490,7 @@ def volatility_ratio(
     short: int = 24,  # bars
     long: int = 168,  # bars
 ) -> Array:  # log of the ratio, n bars, first `long` NaN
-    "Log of short over long realised volatility."
+    "Compute the log of short over long realised volatility."
     return log_ratio(realised_volatility(close, short), realised_volatility(close, long))
 
 
@@ -493,7 +499,7 @@ def downside_share(
     close: Array,  # quote currency, n bars
     length: int = 72,  # bars
 ) -> Array:  # 0 to 1, n bars, first `length` NaN
-    "Share of the realised variance that falling prices made."
+    "Compute the share of the realised variance caused by falling prices."
     r = log_return(close)
     return ratio(window_sum(np.minimum(r, 0.0) ** 2, length), window_sum(r**2, length))
 
@@ -503,7 +509,7 @@ def jump_share(
     close: Array,  # quote currency, n bars
     length: int = 72,  # bars
 ) -> Array:  # at most 1, near 0 without jumps, n bars, first length+1 NaN
-    "One minus bipower variation over realised variance."
+    "Compute one minus bipower variation over realised variance."
     size = np.abs(log_return(close))
     bipower = np.pi / 2 * window_mean(size * shift(size), length)
     return 1 - ratio(bipower, window_mean(size**2, length))
@@ -514,13 +520,15 @@ def skewness(
     close: Array,  # quote currency, n bars
     length: int = 72,  # bars
 ) -> Array:  # unitless, n bars, first `length` NaN
-    "Skewness of the log returns (population form)."
+    "Compute the skewness of the log returns (population form)."
     return skew_over(log_return(close), length)
 
 # %% ../../nbs/features/03_indicators.ipynb #e6cc10a6
 _OHLC = "open high low close"
 for _n in (24, 72, 168):
-    on_columns(realised_volatility, f"rv_{_n}", "close", _n + 1, "log return per bar", "volatility", "Andersen, Bollerslev, 1998", length=_n)
+    on_columns(
+        realised_volatility, f"rv_{_n}", "close", _n + 1, "log return per bar", "volatility", "Andersen, Bollerslev, 1998", length=_n
+    )
 on_columns(parkinson, "parkinson_24", "high low", 24, "log return per bar", "volatility", "Parkinson, 1980", length=24)
 on_columns(garman_klass, "garman_klass_24", _OHLC, 24, "log return per bar", "volatility", "Garman, Klass, 1980", length=24)
 on_columns(rogers_satchell, "rogers_satchell_24", _OHLC, 24, "log return per bar", "volatility", "Rogers, Satchell, 1991", length=24)
@@ -530,7 +538,9 @@ on_columns(atr, "atr_14", "high low close", _W + 1, "fraction of close", "volati
 on_columns(bollinger_width, "bollinger_width_20", "close", 20, "fraction of mean", "volatility", "Bollinger, 2001", length=20)
 on_columns(percent_b, "percent_b_20", "close", 20, "1", "momentum", "Bollinger, 2001", length=20)
 on_columns(volatility_ratio, "volatility_ratio_24_168", "close", 169, "log ratio", "volatility", "Corsi, 2009", short=24, long=168)
-on_columns(downside_share, "downside_share_72", "close", 73, "fraction", "volatility", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=72)
+on_columns(
+    downside_share, "downside_share_72", "close", 73, "fraction", "volatility", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=72
+)
 on_columns(jump_share, "jump_share_72", "close", 74, "fraction", "volatility", "Barndorff-Nielsen, Shephard, 2004", length=72)
 on_columns(skewness, "skewness_72", "close", 73, "1", "volatility", "Pearson, 1895", length=72)
 
@@ -540,7 +550,7 @@ def volume_ratio(
     volume: Array,  # base currency, n bars
     length: int = 24,  # bars
 ) -> Array:  # log ratio, n bars, first length-1 NaN; NaN where there was no trade
-    "Log of the bar's volume over the mean of the last bars."
+    "Compute the log of the bar's volume over the mean of the last bars."
     return log_ratio(volume, window_mean(volume, length))
 
 
@@ -552,7 +562,7 @@ def cmf(
     volume: Array,  # base currency, n bars
     length: int = 20,  # bars
 ) -> Array:  # -1 to 1, n bars, first length-1 NaN; NaN where nothing was traded
-    "Chaikin money flow; a bar without a range is neutral."
+    "Compute Chaikin money flow; a bar without a range is neutral."
     place_in_bar = np.where(high != low, (2 * close - high - low) / (high - low), np.where(np.isnan(close), np.nan, 0.0))
     return ratio(window_sum(place_in_bar * volume, length), window_sum(volume, length))
 
@@ -565,7 +575,7 @@ def mfi(
     volume: Array,  # base currency, n bars
     length: int = 14,  # bars
 ) -> Array:  # percent, 0 to 100, n bars, first `length` NaN; NaN where no price moved
-    "Money flow index: share of the turnover at rising typical prices."
+    "Compute the money flow index: the share of the turnover at rising typical prices."
     typical = (high + low + close) / 3
     turnover, moved = typical * volume, diff(typical)
     missing = np.where(np.isnan(moved) | np.isnan(turnover), np.nan, 0.0)
@@ -587,7 +597,7 @@ def circle(
     period_s: int,  # seconds of one turn
     turn: float = 0.0,  # 0 for the sine, 0.25 for the cosine
 ) -> pd.Series:  # -1 to 1, n bars
-    "Place of a moment in its day or week, as sine or cosine; weeks start on Monday 00:00 UTC."
+    "Encode the time of day or week as sine or cosine; weeks start on Monday 00:00 UTC."
     monday_us, period_us = 4 * DAY_S * 1_000_000, period_s * 1_000_000
     passed = (pd.DatetimeIndex(close_ts).as_unit("us").asi8 - monday_us) % period_us
     return pd.Series(np.sin(2 * np.pi * (passed / period_us + turn)), index=close_ts.index)

@@ -73,26 +73,30 @@ def other_symbols(
     return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/17_inputs.ipynb #4734e1d3
+_TIME_BARS_ONLY = "Columns of trades and of other symbols are joined to time bars only"
+
+
 def join_needed(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
     features: Iterable[str],  # names and groups
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:  # the frame with the columns; sources of each other symbol
     "Join the columns that the features need and the bars do not have."
-    names, beside = list(features), dict[str, tuple[str, ...]]()
+    names, sources = list(features), dict[str, tuple[str, ...]]()
     missing = {c for f in resolve(names) for c in f.inputs} - set(bars)
     if not bar_kind(bars).has_clock:
         if other_symbols(names) or missing & set(TRADE_COLUMNS):
-            raise ConfigError(problem("features of the event bars themselves", f"{', '.join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])}", "Columns of trades and of other symbols are joined to time bars only"))
-        return bars, beside
+            joined = ", ".join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])
+            raise ConfigError(problem("features of the event bars themselves", joined, _TIME_BARS_ONLY))
+        return bars, sources
     out = bars.join(read_trade_columns(con, bars)) if missing & set(TRADE_COLUMNS) else bars
     used, length = list(bars.attrs["sources"]), bar_length(bars.attrs["spec"])
     for symbol in other_symbols(names):
-        market = source_market(used[0]) if used else None
-        other = read_bars(con, symbol, bars.attrs["spec"], start=bars.index[0], end=bars.index[-1] + length, source=bars.attrs["source"], market=market)
-        beside[symbol] = tuple(other.attrs["sources"])
+        end, market = bars.index[-1] + length, source_market(used[0]) if used else None
+        other = read_bars(con, symbol, bars.attrs["spec"], start=bars.index[0], end=end, source=bars.attrs["source"], market=market)
+        sources[symbol] = tuple(other.attrs["sources"])
         if missing & {f"{symbol_prefix(symbol)}_{c}" for c in TRADE_COLUMNS}:
             other = other.join(read_trade_columns(con, other))
         out = with_symbol(out, symbol, other)
     out.attrs = bars.attrs
-    return out, beside
+    return out, sources

@@ -27,7 +27,7 @@ def ad_flow(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
 ) -> pd.Series:  # base currency, n bars
-    "Volume times the place of the close in the bar, -1 to 1."
+    "Multiply volume by the position of the close in the bar, -1 to 1."
     place = ratio(2 * close - high - low, high - low).where(high != low, 0.0)
     return place.where((high + low + close).notna()) * volume
 
@@ -36,7 +36,7 @@ def obv_flow(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
 ) -> pd.Series:  # base currency, n bars, first NaN
-    "Volume with the sign of the close's change."
+    "Give volume the sign of the close's change."
     return np.sign(close.diff()) * volume
 
 # %% ../../nbs/features/11_money_flow.ipynb #21ee290c
@@ -44,7 +44,7 @@ def pvt_flow(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
 ) -> pd.Series:  # base currency times return, n bars, first NaN
-    "Volume times the simple return."
+    "Multiply volume by the simple return."
     return ratio(close.diff(), close.shift(1)) * volume
 
 # %% ../../nbs/features/11_money_flow.ipynb #940a237e
@@ -63,7 +63,7 @@ def pvt(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
 ) -> pd.Series:  # return per bar, n bars, first `length` NaN; NaN where nothing was traded
-    "Mean return, weighted by volume: change of the price-volume trend over the volume."
+    "Compute the volume-weighted mean return: the change of the price-volume trend over the volume."
     return ratio(sum_over(pvt_flow(close, volume), length), sum_over(volume, length))
 
 
@@ -73,7 +73,7 @@ def volume_index(
     length: int = 24,  # bars
     side: int = -1,  # -1 for the negative volume index, 1 for the positive one
 ) -> pd.Series:  # sum of simple returns, n bars, first `length` NaN
-    "Change of the negative or positive volume index."
+    "Compute the change of the negative or positive volume index."
     return sum_over(volume_index_flow(close, volume, side), length)
 
 # %% ../../nbs/features/11_money_flow.ipynb #347b9906
@@ -85,7 +85,7 @@ on_columns(volume_index, "pvi_24", _CV, 25, "sum of returns", "money_flow", "Fos
 # %% ../../nbs/features/11_money_flow.ipynb #3dd408ec
 @njit(cache=True, nogil=True)
 def _line_z(flow: Array, n: int) -> Array:
-    "Distance of the line's newest value from the mean of its last n, in sample standard deviations."
+    "Compute the distance of the line's newest value from the mean of its last n, in sample standard deviations."
     out, line = np.full(len(flow), np.nan), np.zeros(n)
     for t in range(n - 2, len(flow)):
         total, square = 0.0, 0.0
@@ -103,7 +103,7 @@ def line_z(
     flow: pd.Series,  # any unit, n bars; what the line adds up
     length: int,  # values of the line
 ) -> pd.Series:  # standard deviations, n bars, first length-2 NaN; NaN where the line stood still
-    "Distance of a line from the mean of its last `length` values."
+    "Compute the distance of a line from the mean of its last `length` values."
     return pd.Series(_line_z(np.ascontiguousarray(flow.to_numpy(dtype=np.float64)), length), index=flow.index)
 
 # %% ../../nbs/features/11_money_flow.ipynb #dcda82e0
@@ -114,7 +114,7 @@ def ad_z(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
 ) -> pd.Series:  # standard deviations, n bars, first length-2 NaN
-    "Place of the accumulation/distribution line in its spread."
+    "Compute the accumulation/distribution line's distance from its mean, in standard deviations."
     return line_z(ad_flow(high, low, close, volume), length)
 
 
@@ -123,7 +123,7 @@ def obv_z(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
 ) -> pd.Series:  # standard deviations, n bars, first length-1 NaN
-    "Place of the on-balance volume in its spread."
+    "Compute the on-balance volume's distance from its mean, in standard deviations."
     return line_z(obv_flow(close, volume), length)
 
 # %% ../../nbs/features/11_money_flow.ipynb #a39f772c
@@ -132,7 +132,7 @@ def pvt_z(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars
 ) -> pd.Series:  # standard deviations, n bars, first length-1 NaN
-    "Place of the price-volume trend in its spread."
+    "Compute the price-volume trend's distance from its mean, in standard deviations."
     return line_z(pvt_flow(close, volume), length)
 
 
@@ -145,7 +145,7 @@ def line_weights(
     fast: int,  # span, bars
     slow: int,  # span, bars
 ) -> Array:  # newest first
-    "Weights of a flow in the fast minus the slow average of its line, cut where the neglected tail weighs `NEGLECTED`."
+    "Compute the weights of a flow in the fast minus the slow average of its line, cut where the neglected tail weighs `NEGLECTED`."
     k = np.arange(1, 4 * ema_bars(slow))
     weights = (1 - 2 / (slow + 1)) ** k - (1 - 2 / (fast + 1)) ** k
     left = weights[::-1].cumsum()[::-1]
@@ -160,7 +160,7 @@ def adosc(
     fast: int = 3,  # span, bars
     slow: int = 10,  # span, bars
 ) -> pd.Series:  # -1 to 1, n bars, NaN before the warm-up and where nothing was traded
-    "Accumulation/distribution oscillator, as a share of the volume."
+    "Compute the accumulation/distribution oscillator, as a share of the volume."
     weights = line_weights(fast, slow)
     return ratio(weighted_over(ad_flow(high, low, close, volume), weights), weighted_over(volume, weights))
 
@@ -171,7 +171,7 @@ def aobv(
     fast: int = 4,  # span, bars
     slow: int = 12,  # span, bars
 ) -> pd.Series:  # -1, 0 or 1, n bars, first ema_bars(slow)+1 NaN
-    "Long run minus short run of two averages of the on-balance volume."
+    "Subtract the short run from the long run of two averages of the on-balance volume."
     flow = obv_flow(close, volume)
     turns = (weighted_over(flow + flow.shift(1), ema_weights(2 / (span + 1))) for span in (fast, slow))
     quick, steady = (np.sign(x) for x in turns)
@@ -187,7 +187,7 @@ def efi(
     volume: pd.Series,  # base currency, n bars
     length: int = 13,  # span, bars
 ) -> pd.Series:  # fraction of the close, n bars, first ema_bars(length) NaN; NaN where nothing was traded
-    "Force index over close and average volume."
+    "Compute the force index over close and average volume."
     return ratio(ema(close.diff() * volume, length), close * ema(volume, length))
 
 
@@ -196,7 +196,7 @@ def tsv(
     volume: pd.Series,  # base currency, n bars
     length: int = 18,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first `length` NaN; NaN where nothing was traded
-    "Time segmented volume over close and volume."
+    "Compute time segmented volume over close and volume."
     return ratio(sum_over(close.diff() * volume, length), close * sum_over(volume, length))
 
 # %% ../../nbs/features/11_money_flow.ipynb #74601477
@@ -207,7 +207,7 @@ def eom(
     volume: pd.Series,  # base currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # squared fraction of the close, n bars, first `length` NaN; NaN where a bar had no trade
-    "Ease of movement, times the mean volume, over the squared close."
+    "Compute ease of movement, times the mean volume, over the squared close."
     ease = ratio(((high + low) / 2).diff() * (high - low), volume)
     return ratio(mean_over(ease, length) * mean_over(volume, length), close**2)
 
@@ -220,7 +220,7 @@ def kvo(
     fast: int = 34,  # span, bars
     slow: int = 55,  # span, bars
 ) -> pd.Series:  # share of the average volume, n bars, first ema_bars(slow) NaN; NaN where nothing was traded
-    "Klinger's oscillator in pandas-ta's form, over the average volume."
+    "Compute Klinger's oscillator in pandas-ta's form, over the average volume."
     signed = np.sign((high + low + close).diff()) * volume
     return ratio(ema(signed, fast) - ema(signed, slow), ema(volume, slow))
 
@@ -230,7 +230,7 @@ def pvol(
     volume: pd.Series,  # base currency, n bars
     length: int = 24,  # bars of the mean
 ) -> pd.Series:  # multiples of the mean turnover, n bars, first length-1 NaN; NaN where nothing was traded
-    "Turnover with the sign of the change, over the mean turnover."
+    "Compute turnover with the sign of the change, over the mean turnover."
     return ratio(np.sign(close.diff()) * close * volume, mean_over(close * volume, length))
 
 # %% ../../nbs/features/11_money_flow.ipynb #d4454122
@@ -238,7 +238,7 @@ def pvr(
     close: pd.Series,  # quote currency, n bars
     volume: pd.Series,  # base currency, n bars
 ) -> pd.Series:  # 1, 2, 3 or 4, n bars, first NaN
-    "Price and volume rank: 1 neither fell, 2 volume fell, 3 price fell, 4 both fell."
+    "Classify price and volume: 1 neither fell, 2 volume fell, 3 price fell, 4 both fell."
     price, traded = close.diff(), volume.diff()
     return (1.0 + 2.0 * (price < 0) + 1.0 * (traded < 0)).where(price.notna() & traded.notna())
 
@@ -256,7 +256,7 @@ def pvo(
     fast: int = 12,  # span, bars
     slow: int = 26,  # span, bars
 ) -> pd.Series:  # percent of the slow average, n bars, first ema_bars(slow)-1 NaN; NaN where nothing was traded
-    "Percentage volume oscillator."
+    "Compute the percentage volume oscillator."
     steady = ema(volume, slow)
     return 100 * ratio(ema(volume, fast) - steady, steady)
 
@@ -267,7 +267,7 @@ def pvo_histogram(
     slow: int = 26,  # span, bars
     signal: int = 9,  # span, bars
 ) -> pd.Series:  # percentage points, n bars, first ema_bars(slow)+ema_bars(signal)-2 NaN
-    "Percentage volume oscillator minus its exponential average."
+    "Compute the percentage volume oscillator minus its exponential average."
     line = pvo(volume, fast, slow)
     return line - ema(line, signal)
 
@@ -276,18 +276,29 @@ def vhm(
     volume: pd.Series,  # base currency, n bars
     length: int = 168,  # bars
 ) -> pd.Series:  # population standard deviations, n bars, first length-1 NaN; NaN where it did not change
-    "Distance of the volume from its mean."
+    "Compute the distance of the volume from its mean."
     return ratio(volume - mean_over(volume, length), std_over(volume, length) * np.sqrt(1 - 1 / length))
 
 
 on_columns(pvo, "pvo_12_26", "volume", ema_bars(26), "percent", "money_flow", "pandas-ta", fast=12, slow=26)
-on_columns(pvo_histogram, "pvo_hist_12_26", "volume", ema_bars(26) + ema_bars(9) - 1, "percentage points", "money_flow", "pandas-ta", fast=12, slow=26, signal=9)
+on_columns(
+    pvo_histogram,
+    "pvo_hist_12_26",
+    "volume",
+    ema_bars(26) + ema_bars(9) - 1,
+    "percentage points",
+    "money_flow",
+    "pandas-ta",
+    fast=12,
+    slow=26,
+    signal=9,
+)
 on_columns(vhm, "vhm_168", "volume", 168, "standard deviations", "money_flow", "pandas-ta", length=168)
 
 # %% ../../nbs/features/11_money_flow.ipynb #253783b4
 @njit(cache=True, nogil=True)
 def _session_sums(x: Array, day: NDArray[np.int64], n: int) -> Array:
-    "Sum of the values of the same day, of the last n at most."
+    "Sum the values of the same day, of the last n at most."
     out = np.full(len(x), np.nan)
     for t in range(len(x)):
         total, k = 0.0, t
@@ -306,7 +317,7 @@ def session_vwap(
     close_ts: pd.Series,  # end of the bar, UTC
     length: int = 24,  # bars, at most
 ) -> pd.Series:  # log return, n bars; NaN where nothing was traded since midnight
-    "Log of the close over the volume-weighted typical price since 00:00 UTC."
+    "Compute the log of the close over the volume-weighted typical price since 00:00 UTC."
     day = ((close_ts - pd.Timedelta(1, "us") - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(days=1)).to_numpy(dtype=np.int64)
     turnover, traded = (np.ascontiguousarray(x.to_numpy(dtype=np.float64)) for x in ((high + low + close) / 3 * volume, volume))
     sums = (pd.Series(_session_sums(x, day, length), index=close.index) for x in (turnover, traded))

@@ -23,7 +23,7 @@ from .windows import mean_over, std_over, sum_over, trend_over, weighted_over
 def cut_tail(
     weights: Array,  # newest first, far into the past
 ) -> Array:  # newest first, shorter
-    "Weights up to where what follows weighs `indicators.NEGLECTED` of the whole, in absolute terms."
+    "Cut the weights where the tail weighs `indicators.NEGLECTED` of the whole, in absolute terms."
     size = np.abs(weights)
     before = np.cumsum(size[::-1])[::-1]  # weight of this bar and all before it
     return weights[: int((before > indicators.NEGLECTED * size.sum()).sum())]
@@ -32,7 +32,7 @@ def cut_tail(
 def chain_weights(
     *alphas: float,  # smoothing of each average, first to last
 ) -> Array:  # newest first, sum 1
-    "Weights of exponential averages one after the other, cut where the neglected tail weighs `indicators.NEGLECTED`."
+    "Compute the weights of consecutive exponential averages, cut where the neglected tail weighs `indicators.NEGLECTED`."
     length = 2 * sum(len(indicators.ema_weights(a)) for a in alphas)
     weights: Array = np.ones(1)
     for a in alphas:
@@ -44,7 +44,7 @@ def chain_weights(
 def span_weights(
     *spans: int,  # bars; alpha = 2 / (span + 1)
 ) -> Array:  # newest first, sum 1
-    "Weights of averages by span, one after the other."
+    "Compute the weights of consecutive averages by span."
     return chain_weights(*(2 / (s + 1) for s in spans))
 
 
@@ -52,7 +52,7 @@ def strength(
     change: pd.Series,  # any unit, n bars
     length: int,  # Wilder's length, bars
 ) -> pd.Series:  # percent, 0 to 100, n bars; NaN where nothing changed
-    "Share of the rises in all smoothed changes: the RSI of a series whose differences these are."
+    "Compute the share of the rises in all smoothed changes: the RSI of a series from its differences."
     weights = chain_weights(1 / length)
     up, down = weighted_over(not_below_zero(change), weights), weighted_over(not_below_zero(-change), weights)
     return 100 * ratio(up, up + down)
@@ -63,7 +63,7 @@ def average_gap(
     fast: int,  # bars
     slow: int,  # bars
 ) -> pd.Series:  # quote currency, n bars, first slow-1 NaN
-    "Fast simple average minus the slow one."
+    "Subtract the slow simple average from the fast one."
     return mean_over(x, fast) - mean_over(x, slow)
 
 
@@ -74,7 +74,7 @@ def ao(
     fast: int = 5,  # bars
     slow: int = 34,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first slow-1 NaN
-    "Awesome oscillator: gap between two averages of the bars' middles."
+    "Compute the awesome oscillator: the gap between two averages of the bars' midpoints."
     return average_gap((high + low) / 2, fast, slow) / close
 
 # %% ../../nbs/features/06_oscillators.ipynb #80c50090
@@ -83,7 +83,7 @@ def apo(
     fast: int = 12,  # bars
     slow: int = 26,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first slow-1 NaN
-    "Absolute price oscillator: gap between two averages of the close."
+    "Compute the absolute price oscillator: the gap between two averages of the close."
     return average_gap(close, fast, slow) / close
 
 # %% ../../nbs/features/06_oscillators.ipynb #6bad1e11
@@ -92,7 +92,7 @@ def ppo(
     fast: int = 12,  # bars
     slow: int = 26,  # bars
 ) -> pd.Series:  # percent of the slow average, n bars, first slow-1 NaN
-    "Percentage price oscillator."
+    "Compute the percentage price oscillator."
     return 100 * average_gap(close, fast, slow) / mean_over(close, slow)
 
 
@@ -102,7 +102,7 @@ def ppo_histogram(
     slow: int = 26,  # bars
     signal: int = 9,  # span, bars
 ) -> pd.Series:  # percent of the slow average, n bars, first slow+ema_bars(signal)-2 NaN
-    "Percentage price oscillator minus its exponential average."
+    "Compute the percentage price oscillator minus its exponential average."
     line = ppo(close, fast, slow)
     return line - weighted_over(line, span_weights(signal))
 
@@ -112,7 +112,7 @@ def elder_power(
     close: pd.Series,  # quote currency, n bars
     length: int = 13,  # span, bars
 ) -> pd.Series:  # fraction of the close, n bars, first ema_bars(length)-1 NaN
-    "Distance of one end of the bar from the exponential average of the closes."
+    "Compute the distance of the high or low from the exponential average of the closes."
     return (extreme - weighted_over(close, span_weights(length))) / close
 
 
@@ -122,7 +122,7 @@ def pgo(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars, of the mean and of both smoothings of the range
 ) -> pd.Series:  # smoothed true ranges, n bars; NaN where no price moved
-    "Pretty good oscillator: distance from the mean in units of the smoothed average true range."
+    "Compute the pretty good oscillator: the distance from the mean in units of the smoothed average true range."
     spread = weighted_over(true_range(high, low, close), chain_weights(1 / length, 2 / (length + 1)))
     return ratio(close - mean_over(close, length), spread)
 
@@ -134,14 +134,16 @@ on_columns(ppo, "ppo_12_26", "close", 26, "percent of slow average", _GROUP, "Ap
 on_columns(ppo_histogram, "ppo_hist_12_26", "close", 25 + _W9, "percent of slow average", _GROUP, "Appel, 1979", fast=12, slow=26, signal=9)
 for _name, _end in (("bull", "high"), ("bear", "low")):
     on_columns(elder_power, f"{_name}_power_13", f"{_end} close", len(span_weights(13)), _CLOSE, _GROUP, "Elder, 1993", length=13)
-on_columns(pgo, "pgo_14", "high low close", len(chain_weights(1 / 14, 2 / 15)) + 1, "smoothed true ranges", _GROUP, "Johnson, undated", length=14)
+on_columns(
+    pgo, "pgo_14", "high low close", len(chain_weights(1 / 14, 2 / 15)) + 1, "smoothed true ranges", _GROUP, "Johnson, undated", length=14
+)
 
 # %% ../../nbs/features/06_oscillators.ipynb #6c73ef2d
 def rate_of_change(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # percent, n bars, first `length` NaN
-    "Change over `length` bars in percent."
+    "Compute the change over `length` bars in percent."
     before = close.shift(length)
     return 100 * ratio(close - before, before)
 
@@ -152,7 +154,7 @@ def coppock(
     fast: int = 11,  # bars
     slow: int = 14,  # bars
 ) -> pd.Series:  # percent, n bars, first slow+length-1 NaN
-    "Coppock curve: linearly weighted mean of two rates of change."
+    "Compute the Coppock curve: the linearly weighted mean of two rates of change."
     weights = np.arange(length, 0, -1, dtype=np.float64) * 2 / (length * (length + 1))
     return weighted_over(rate_of_change(close, fast) + rate_of_change(close, slow), weights)
 
@@ -162,7 +164,7 @@ def kst(
     lengths: tuple[int, ...] = (10, 15, 20, 30),  # bars of the rates of change, weighted 1, 2, 3, 4
     means: tuple[int, ...] = (10, 10, 10, 15),  # bars of their means
 ) -> pd.Series:  # percent, n bars, first max(lengths)+max(means)-1 NaN
-    "Know sure thing: weighted sum of smoothed rates of change."
+    "Compute the know sure thing: the weighted sum of smoothed rates of change."
     parts = [(k + 1) * mean_over(rate_of_change(close, n), m) for k, (n, m) in enumerate(zip(lengths, means, strict=True))]
     return sum(parts[1:], start=parts[0])
 
@@ -171,7 +173,7 @@ def kst_histogram(
     close: pd.Series,  # quote currency, n bars
     signal: int = 9,  # bars
 ) -> pd.Series:  # percent, n bars, first 44+signal-1 NaN
-    "Know sure thing minus its own mean."
+    "Compute the know sure thing minus its own mean."
     line = kst(close)
     return line - mean_over(line, signal)
 
@@ -180,7 +182,7 @@ def trix(
     close: pd.Series,  # quote currency, n bars
     length: int = 30,  # span of each of the three averages, bars
 ) -> pd.Series:  # percent per bar, n bars
-    "Change of the three times smoothed close."
+    "Compute the change of the triple-smoothed close."
     return rate_of_change(weighted_over(close, span_weights(length, length, length)), 1)
 
 
@@ -188,7 +190,7 @@ def cfo(
     close: pd.Series,  # quote currency, n bars
     length: int = 9,  # bars
 ) -> pd.Series:  # percent of the close, n bars, first length-1 NaN
-    "Chande forecast oscillator: close minus the regression line one bar ahead."
+    "Compute the Chande forecast oscillator: the close minus the regression line one bar ahead."
     slope, _, residual = trend_over(close, length)
     return 100 * (residual - slope) / close
 
@@ -205,7 +207,7 @@ def tsi(
     fast: int = 13,  # span, bars
     slow: int = 25,  # span, bars
 ) -> pd.Series:  # -1 to 1, n bars; NaN where nothing moved
-    "True strength index, as a fraction."
+    "Compute the true strength index, as a fraction."
     change, weights = close.diff(), span_weights(slow, fast)
     return ratio(weighted_over(change, weights), weighted_over(change.abs(), weights))
 
@@ -216,7 +218,7 @@ def tsi_histogram(
     slow: int = 25,  # span, bars
     signal: int = 13,  # span, bars
 ) -> pd.Series:  # n bars; NaN where nothing moved
-    "True strength index minus its exponential average, as a fraction."
+    "Compute the true strength index minus its exponential average, as a fraction."
     line = tsi(close, fast, slow)
     return line - weighted_over(line, span_weights(signal))
 
@@ -227,7 +229,7 @@ def tmo(
     length: int = 14,  # bars looked back
     spans: tuple[int, ...] = (5, 3),  # spans of the averages, bars
 ) -> pd.Series:  # -1 to 1, n bars
-    "True momentum oscillator: smoothed share of the last opens below the close minus those above."
+    "Compute the true momentum oscillator: the smoothed share of the last opens below the close minus those above."
     signs = pd.Series(np.zeros(len(close)), index=close.index)
     for k in range(1, length + 1):
         signs = signs + np.sign(close - open_.shift(k))
@@ -239,14 +241,25 @@ def tmo_histogram(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars looked back
 ) -> pd.Series:  # n bars
-    "True momentum oscillator minus its average."
+    "Compute the true momentum oscillator minus its average."
     return tmo(open_, close, length) - tmo(open_, close, length, (5, 3, 3))
 
 # %% ../../nbs/features/06_oscillators.ipynb #fb4da811
 for _name, _fast, _slow, _signal in (("tsi", 13, 25, 13), ("smi", 5, 20, 5)):
     _n = len(span_weights(_slow, _fast))
     on_columns(tsi, f"{_name}_{_fast}_{_slow}", "close", _n + 1, "1", _GROUP, "Blau, 1991", fast=_fast, slow=_slow)
-    on_columns(tsi_histogram, f"{_name}_hist_{_fast}_{_slow}", "close", _n + len(span_weights(_signal)), "1", _GROUP, "Blau, 1991", fast=_fast, slow=_slow, signal=_signal)
+    on_columns(
+        tsi_histogram,
+        f"{_name}_hist_{_fast}_{_slow}",
+        "close",
+        _n + len(span_weights(_signal)),
+        "1",
+        _GROUP,
+        "Blau, 1991",
+        fast=_fast,
+        slow=_slow,
+        signal=_signal,
+    )
 on_columns(tmo, "tmo_14", "open close", 14 + len(span_weights(5, 3)), "1", _GROUP, "Mobius, 2018", length=14)
 on_columns(tmo_histogram, "tmo_hist_14", "open close", 14 + len(span_weights(5, 3, 3)), "1", _GROUP, "Mobius, 2018", length=14)
 
@@ -257,7 +270,7 @@ def fast_k(
     bottom: pd.Series,  # the lower ends, unit of x, n bars
     length: int,  # bars
 ) -> pd.Series:  # percent, 0 to 100, n bars, first length-1 NaN; NaN where there was no range
-    "Place of x in the range of the last bars."
+    "Compute the position of x in the range of the last bars."
     lowest = window_min(bottom, length)
     return 100 * ratio(x - lowest, window_max(top, length) - lowest)
 
@@ -270,7 +283,7 @@ def kdj(
     signal: int = 3,  # Wilder's length, bars
     k_share: float = 1.0,  # 1 for K, 0 for D, 3 for J
 ) -> pd.Series:  # percent, n bars; NaN where a window had no range
-    "K, D or J of the KDJ: K times its share plus D times the rest."
+    "Compute K, D or J of the KDJ: K times its share plus D times the rest."
     place = fast_k(close, high, low, length)
     once, twice = (weighted_over(place, chain_weights(*[1 / signal] * n)) for n in (1, 2))
     return once if k_share == 1 else k_share * once + (1 - k_share) * twice
@@ -281,7 +294,7 @@ def stochrsi(
     length: int = 14,  # bars, of the range and Wilder's length of the RSI
     smooth: int = 3,  # bars averaged
 ) -> pd.Series:  # percent, 0 to 100, n bars; NaN where the RSI stood still
-    "Place of the RSI in its own range."
+    "Compute the position of the RSI in its own range."
     rsi = strength(close.diff(), length)
     return mean_over(fast_k(rsi, rsi, rsi, length), smooth)
 
@@ -292,7 +305,7 @@ def uo(
     close: pd.Series,  # quote currency, n bars
     lengths: tuple[int, int, int] = (7, 14, 28),  # bars, weighted 4, 2, 1
 ) -> pd.Series:  # percent, 0 to 100, n bars, first max(lengths) NaN; NaN where no price moved
-    "Ultimate oscillator: buying pressure over true range at three lengths."
+    "Compute the ultimate oscillator: buying pressure over true range at three lengths."
     before = close.shift(1).to_numpy(dtype=float)
     pressure = close - np.minimum(low.to_numpy(dtype=float), before)
     covered = true_range(high, low, close)
@@ -306,7 +319,7 @@ def brar(
     close: pd.Series,  # quote currency, n bars
     length: int = 26,  # bars
 ) -> pd.Series:  # percent, n bars, first `length` NaN; NaN where no low was below the close before
-    "BR of BRAR: rises above the close before over falls below it."
+    "Compute BR of BRAR: rises above the close before over falls below it."
     up, down = not_below_zero(high - close.shift(1)), not_below_zero(close.shift(1) - low)
     return 100 * ratio(sum_over(up, length), sum_over(down, length))
 
@@ -321,7 +334,7 @@ def rvgi(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first length+2 NaN; NaN where there was no range
-    "Relative vigor index: smoothed bodies over smoothed ranges."
+    "Compute the relative vigor index: smoothed bodies over smoothed ranges."
     body, covered = (sum_over(weighted_over(x, _SWMA), length) for x in (close - open_, high - low))
     return ratio(body, covered)
 
@@ -333,14 +346,27 @@ def rvgi_histogram(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # n bars, first length+5 NaN; NaN where there was no range
-    "Relative vigor index minus its symmetric average over four bars."
+    "Compute the relative vigor index minus its symmetric average over four bars."
     line = rvgi(open_, high, low, close, length)
     return line - weighted_over(line, _SWMA)
 
 # %% ../../nbs/features/06_oscillators.ipynb #36c1fa8b
 _HLC, _OHLC = "high low close", "open high low close"
-on_columns(kdj, "kdj_k_9", _HLC, 8 + len(chain_weights(1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=1.0)
-on_columns(kdj, "kdj_j_9", _HLC, 8 + len(chain_weights(1 / 3, 1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=3.0)
+on_columns(
+    kdj, "kdj_k_9", _HLC, 8 + len(chain_weights(1 / 3)), "percent", _GROUP, "Lane, 1984; Wilder, 1978", length=9, signal=3, k_share=1.0
+)
+on_columns(
+    kdj,
+    "kdj_j_9",
+    _HLC,
+    8 + len(chain_weights(1 / 3, 1 / 3)),
+    "percent",
+    _GROUP,
+    "Lane, 1984; Wilder, 1978",
+    length=9,
+    signal=3,
+    k_share=3.0,
+)
 on_columns(stochrsi, "stochrsi_14", "close", len(chain_weights(1 / 14)) + 16, "percent", _GROUP, "Chande, Kroll, 1994", length=14, smooth=3)
 on_columns(uo, "uo_28", _HLC, 29, "percent", _GROUP, "Williams, 1985")
 on_columns(brar, "brar_26", _HLC, 27, "percent", _GROUP, "none", length=26)
@@ -352,7 +378,7 @@ def cti(
     close: pd.Series,  # quote currency, n bars
     length: int = 12,  # bars
 ) -> pd.Series:  # -1 to 1, n bars, first length-1 NaN; NaN where the close stood still
-    "Correlation trend indicator."
+    "Compute the correlation trend indicator."
     slope, fit, _ = trend_over(close, length)
     return np.sign(slope) * np.sqrt(fit)
 
@@ -361,7 +387,7 @@ def cg(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars
 ) -> pd.Series:  # bars from the middle of the window, n bars, first length-1 NaN
-    "Center of gravity of the prices, above 0 when the newer ones are higher."
+    "Compute the center of gravity of the prices, above 0 when the newer ones are higher."
     arm: Array = (length - 1) / 2 - np.arange(length, dtype=np.float64)
     return weighted_over(close, arm) / sum_over(close, length)
 
@@ -371,7 +397,7 @@ def inertia(
     length: int = 20,  # bars of the regression
     rvi_length: int = 14,  # bars of the deviations and span of their averages
 ) -> pd.Series:  # percent, mostly 0 to 100, n bars; NaN where the close stood still
-    "End of the regression line through the relative volatility index."
+    "Compute the end of the regression line through the relative volatility index."
     spread, change, weights = std_over(close, rvi_length), close.diff(), span_weights(rvi_length)
     up, down = (weighted_over(spread * way.astype(float), weights) for way in (change > 0, change < 0))
     rvi = 100 * ratio(up, up + down)
@@ -380,7 +406,7 @@ def inertia(
 # %% ../../nbs/features/06_oscillators.ipynb #00e9c0e0
 @njit(cache=True, nogil=True)
 def _runs(change: Array, longest: int) -> Array:
-    "Changes in a row of the same sign, with the sign, counted up to `longest`; 0 where nothing changed."
+    "Count consecutive changes of the same sign, with the sign, up to `longest`; 0 where nothing changed."
     out = np.full(len(change), np.nan)
     for t in range(len(change)):
         if not np.isnan(change[t]):
@@ -397,13 +423,13 @@ def exhaustion(
     length: int = 4,  # bars looked back
     cap: int = 13,  # highest count
 ) -> pd.Series:  # bars, -cap to cap, n bars, first `length` NaN
-    "Closes in a row above (below: negative) the one `length` bars before."
+    "Count consecutive closes above (below: negative) the one `length` bars before."
     return pd.Series(_runs(close.diff(length).to_numpy(dtype=float), cap), index=close.index)
 
 # %% ../../nbs/features/06_oscillators.ipynb #27bf49c0
 @njit(cache=True, nogil=True)
 def _share_below(x: Array, length: int) -> Array:
-    "Share of the `length` values before that are below the newest."
+    "Compute the share of the `length` values before that are below the newest."
     out = np.full(len(x), np.nan)
     for t in range(length, len(x)):
         below, total = 0, x[t]
@@ -419,7 +445,7 @@ def crsi(
     lengths: tuple[int, int, int] = (3, 2, 100),  # Wilder's lengths of the two RSI, changes compared; bars
     longest: int = 80,  # longest streak counted, bars
 ) -> pd.Series:  # percent, 0 to 100, n bars; NaN where nothing moved
-    "Connors RSI: mean of RSI, RSI of the streak and rank of the last change."
+    "Compute the Connors RSI: the mean of RSI, RSI of the streak and rank of the last change."
     change = close.pct_change(fill_method=None)
     streak = pd.Series(_runs(change.to_numpy(dtype=float), longest), index=close.index)
     rank = pd.Series(_share_below(change.to_numpy(dtype=float), lengths[2]), index=close.index)
@@ -439,7 +465,7 @@ def squeeze_ratio(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # mean true ranges, below 1.5 in a squeeze, n bars, first `length` NaN; NaN where no price moved
-    "Two standard deviations of the close in units of the mean true range."
+    "Compute two standard deviations of the close in units of the mean true range."
     return ratio(2 * std_over(close, length), mean_over(true_range(high, low, close), length))
 
 
@@ -449,7 +475,7 @@ def squeeze_pro(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # 0 (no squeeze) to 3 (the narrowest), n bars, first `length` NaN; NaN where no price moved
-    "How many of the Keltner channels of 2, 1.5 and 1 mean true ranges hold the Bollinger band."
+    "Count the Keltner channels of 2, 1.5 and 1 mean true ranges that hold the Bollinger band."
     width = squeeze_ratio(high, low, close, length)
     held = (width < 2).astype(float) + (width < 1.5) + (width < 1)
     return held.where(width.notna())
@@ -460,7 +486,7 @@ def squeeze_momentum(
     length: int = 12,  # bars of the move
     smooth: int = 6,  # bars averaged
 ) -> pd.Series:  # fraction of the close, n bars, first length+smooth-1 NaN
-    "Mean of the last moves over `length` bars."
+    "Average the last moves over `length` bars."
     return mean_over(close.diff(length), smooth) / close
 
 
@@ -470,7 +496,7 @@ def squeeze_lazybear(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first 2*length-2 NaN
-    "End of the regression line through the distance from the middle of range and mean."
+    "Compute the end of the regression line through the distance from the midpoint of range and mean."
     middle = (window_max(high, length) + window_min(low, length)) / 4 + mean_over(close, length) / 2
     distance = close - middle
     return (distance - trend_over(distance, length)[2]) / close
@@ -486,7 +512,7 @@ def price_z(
     price: pd.Series,  # open, high or low, quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # standard deviations, n bars, first length-1 NaN; NaN where it stood still
-    "Distance from the mean of the last values in their standard deviations."
+    "Compute the distance from the mean of the last values in their standard deviations."
     apart = sum(((price - price.shift(k)) for k in range(1, length)), start=price * 0.0) / length
     return ratio(apart, std_over(price, length))
 
@@ -499,7 +525,7 @@ def doji(
     length: int = 10,  # bars
     part: float = 0.1,  # largest body, fraction of the mean range
 ) -> pd.Series:  # 0 or 1, n bars, first length-1 NaN
-    "1 where the body is small against the mean range."
+    "Flag bars whose body is small against the mean range."
     body, size = (close - open_).abs(), mean_over(high - low, length)
     return (body < part * size).astype(float).where(size.notna() & body.notna())
 
@@ -508,7 +534,7 @@ def inside_bar(
     high: pd.Series,  # quote currency, n bars
     low: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # 0 or 1, n bars, first NaN
-    "1 where the bar lies within the one before."
+    "Flag bars that lie within the bar before."
     lower, higher = high.diff(), low.diff()
     return ((lower < 0) & (higher > 0)).astype(float).where(lower.notna() & higher.notna())
 
@@ -519,7 +545,7 @@ def value_gap(
     side: int,  # 1 for gaps of a rise, -1 for those of a fall
     length: int = 14,  # bars of the range
 ) -> pd.Series:  # percent of the range, positive where there is a gap, n bars, first length-1 NaN; NaN without a range
-    "Span between this bar and the one two bars before."
+    "Compute the gap between this bar and the one two bars before."
     span = low - high.shift(2) if side > 0 else low.shift(2) - high
     return 100 * ratio(span, window_max(high, length) - window_min(low, length))
 
@@ -530,7 +556,7 @@ def wide_bar(
     length: int = 20,  # bars
     factor: float = 1.5,  # mean ranges
 ) -> pd.Series:  # 0 or 1, n bars, first length-1 NaN
-    "1 where the range is large against the mean range."
+    "Flag bars whose range is large against the mean range."
     mean = mean_over(high - low, length)
     return (high - low > factor * mean).astype(float).where(mean.notna())
 

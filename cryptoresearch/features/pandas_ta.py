@@ -35,7 +35,7 @@ MODULES = (pipeline,)  # importing it registers the features that replace refuse
 
 
 @cache
-def library() -> ModuleType:
+def library() -> ModuleType:  # the module pandas_ta
     "Import pandas-ta, which takes seconds, when it is first needed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -44,7 +44,7 @@ def library() -> ModuleType:
 
 @cache
 def _arguments(name: str) -> tuple[dict[str, str], dict[str, bool]]:  # argument: column of the bars; fixed keywords
-    "The required columns of an indicator, and the keyword that keeps TA-Lib out."
+    "List the required columns of an indicator, and the keyword that keeps TA-Lib out."
     given = inspect.signature(getattr(library(), name)).parameters
     required = {n: column for n, column in INPUTS.items() if n in given and given[n].default is inspect.Parameter.empty}
     return required, {"talib": False} if "talib" in given else {}
@@ -79,7 +79,7 @@ class Indicator:
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #4ed5028f
 def _called(indicator: Indicator, bars: pd.DataFrame) -> pd.DataFrame:
-    "The columns that pandas-ta returns, as floats; not a number where infinite."
+    "Return the columns that pandas-ta returns, as floats; NaN where infinite."
     index = pd.DatetimeIndex(bars.index).tz_localize(None) if bars.index.is_unique else pd.RangeIndex(len(bars))
     required, fixed = _arguments(indicator.name)
     columns = {name: pd.Series(bars[column].to_numpy(dtype=float), index) for name, column in required.items()}
@@ -97,7 +97,7 @@ _SIGNED = ("ddof", "offset", "phase")  # numbers that may be zero or negative
 
 
 def _fault(name: str, value: Value, annotation: Any) -> str:
-    "Why pandas-ta would ignore a value without notice; empty if it uses it."
+    "Say why pandas-ta would ignore a value without notice; empty if it uses it."
     kinds = {bool, int, float, str} & {annotation, *get_args(annotation)}
     fits = not kinds or type(value) in kinds or (type(value) is int and float in kinds)
     if not fits:
@@ -160,7 +160,7 @@ _STILL = ((150, 151), (230, 250), (600, 640))  # rows of the simulated bars in w
 
 
 def _walk(rng: np.random.Generator, n: int) -> tuple[Array, Array]:  # close, volume
-    "A random walk with fat tails and changing volatility in hundredths, and its volume; still where `_STILL` says."
+    "Simulate a random walk with fat tails and changing volatility in hundredths, and its volume; constant where `_STILL` is set."
     level = np.convolve(rng.normal(0, 0.085, n + 49), np.ones(50), "valid")
     steps, volume = 0.003 * np.exp(level) * rng.standard_t(4, n), np.round(np.exp(rng.normal(4, 0.7, n)), 3)
     for first, last in _STILL:
@@ -184,7 +184,7 @@ def proof_bars(
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #dce16ee1
 def _differs(a: pd.DataFrame, b: pd.DataFrame, size: Array) -> np.ndarray:  # bool, rows x columns
-    "Where two tables differ by more than `TOLERANCE`, relative to the value or to the column's usual size."
+    "Find where two tables differ by more than `TOLERANCE`, relative to the value or to the column's usual size."
     x, y = a.to_numpy(), b.to_numpy()
     with np.errstate(all="ignore"):
         near = np.abs(x - y) <= TOLERANCE * np.maximum(np.maximum(np.abs(x), np.abs(y)), size)
@@ -205,7 +205,7 @@ def _memory(
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #8f4ef56c
 def _enough(indicator: Indicator, bars: pd.DataFrame, full: pd.DataFrame, size: Array, memory: Array) -> Array:  # by column
-    "Lengthen the memory to what pandas-ta accepts: some functions return nothing for so few bars."
+    "Extend the memory to what pandas-ta accepts: some functions return nothing for so few bars."
     for k, name in enumerate(full):
         for more in range(64):
             parts = [bars.iloc[end - memory[k] - more : end] for end in (len(bars) - 100, len(bars) - 7)]
@@ -221,7 +221,7 @@ PRICES, SCALE = ["open", "high", "low", "close"], 1024.0  # a power of two, so t
 
 
 def _power(indicator: Indicator, full: pd.DataFrame, size: Array, columns: list[str]) -> list[int | None]:  # by column
-    "The power of a unit that a value has: 0 scale-free, 1 proportional, None if it is no power."
+    "Find the power of a unit that a value has: 0 scale-free, 1 proportional, None if it is no power."
     bars = proof_bars(len(full))
     scaled = indicator(bars.assign(**{c: bars[c] * SCALE for c in columns})).reindex(columns=full.columns)
     ratio = (scaled.abs() / full.abs().where(full != 0)).median().fillna(1.0).clip(lower=1e-12)
@@ -231,7 +231,7 @@ def _power(indicator: Indicator, full: pd.DataFrame, size: Array, columns: list[
 
 
 def _unit(price: int, volume: int) -> str:
-    "The unit of a value in words."
+    "Describe the unit of a value in words."
     parts = [name if p == 1 else f"{name}^{p}" for name, p in (("price", price), ("volume", volume)) if p]
     return " x ".join(parts) or "1"
 
@@ -250,13 +250,13 @@ WRONG = {  # name: defect of pandas-ta 0.4.71b0 that a proof of causality does n
     "trendflex": "takes the cosine of degrees as if they were radians",
     "vhm": "passes the length as the mean of the standard deviation",
     "wcp": "does not divide by four",
-    "zigzag": "looks ahead, and writes outside its arrays on short frames",
+    "zigzag": "looks ahead; some short frames raise IndexError if numba checks bounds",
 }
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #7c837287
 @dataclass(frozen=True)
 class Finding:
-    "What the examination of one column found."
+    "Store the result of examining one column."
 
     column: str  # as pandas-ta names it
     reason: str = ""  # for a refusal; empty if the column is accepted
@@ -265,13 +265,13 @@ class Finding:
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #61a9e399
 def _unseen(indicator: Indicator) -> str:
-    "The reason to refuse an indicator without running it."
+    "Give the reason to refuse an indicator without running it."
     everget = indicator.name == "ssf" and dict(indicator.params).get("everget")
     return "" if everget else WRONG.get(indicator.name, "")
 
 
 def _leaks(indicator: Indicator, full: pd.DataFrame, cuts: int) -> pd.Series:  # by column, empty for the innocent
-    "What the proof of causality says about each column."
+    "Report the result of the proof of causality for each column."
     first = int(full.notna().to_numpy().argmax(axis=0).max())
 
     def values(bars: pd.DataFrame) -> pd.DataFrame | None:
@@ -284,7 +284,7 @@ def _leaks(indicator: Indicator, full: pd.DataFrame, cuts: int) -> pd.Series:  #
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #54c9e339
 def _clocked(indicator: Indicator, full: pd.DataFrame, size: Array) -> list[bool]:  # by column
-    "Which columns change when the same bars are minutes instead of hours."
+    "List the columns that change when the same bars are minutes instead of hours."
     index = pd.date_range("2024-01-01 00:07", periods=len(full), freq="1min", tz="UTC", name="ts")
     minutes = indicator(proof_bars(len(full)).set_axis(index)).reindex(columns=full.columns)
     return [bool(column.any()) for column in _differs(minutes, full, size).T]
@@ -323,7 +323,7 @@ def _examined(indicator: Indicator, n: int, rows: int, cuts: int) -> tuple[Findi
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #6c74e8b0
 def _finding(column: str, leak: str, clock: bool, memory: int, powers: tuple[int | None, int | None]) -> Finding:
-    "The findings about one column in one row; the first reason to refuse it counts."
+    "Collect the findings about one column in one row; the first reason to refuse it counts."
     price, volume = powers
     reasons = {
         leak: bool(leak),
@@ -355,18 +355,18 @@ def _blocks(bars: pd.DataFrame, memory: int, block: int) -> list[tuple[int, int,
 class InBlocks:
     "A column of an indicator, computed in blocks of bars that begin at fixed times."
 
-    indicator: Indicator
+    indicator: Indicator  # with its parameters
     column: str  # as pandas-ta names it
     memory: int  # bars before a block's first value, counting its own
     block: int  # values per block
 
     @property
-    def warmup(self) -> int:
-        "Bars that determine a value."
+    def warmup(self) -> int:  # bars
+        "Count the bars that determine a value."
         return self.memory + self.block - 1
 
     def __call__(self, bars: pd.DataFrame) -> Array:
-        "Values of the column; NaN where a block misses a bar."
+        "Compute the values of the column; NaN where a block misses a bar."
         out = np.full(len(bars), np.nan)
         whole = bars[list(self.indicator.columns.values())].notna().all(axis=1).to_numpy()
         for start, first, end in _blocks(bars, self.memory, self.block):
@@ -376,7 +376,7 @@ class InBlocks:
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #37d4fefe
 def _block_values(column: InBlocks, bars: pd.DataFrame) -> Array:
-    "Values of a block; where pandas-ta fails on it, those before the bar at which it does."
+    "Compute the values of a block; where pandas-ta fails on it, those before the bar at which it fails."
     for end in range(len(bars), column.memory - 1, -1):
         with suppress(Exception):  # such as a division by zero in still bars
             values: Array = column.indicator(bars.iloc[:end])[column.column].to_numpy()
@@ -408,7 +408,7 @@ def replacements(
 
 # %% ../../nbs/features/21_pandas_ta.ipynb #4f9d93da
 def _refusal(name: str, indicator: Indicator, findings: list[Finding]) -> ConfigError:
-    "The error for columns that are refused, with what can be used instead."
+    "Build the error for columns that are refused, with what can be used instead."
     columns: dict[str, list[str]] = {}
     for f in findings:
         columns.setdefault(f.reason, []).append(f.column or f"ta:{indicator.name}")

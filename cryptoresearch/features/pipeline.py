@@ -8,11 +8,12 @@ __all__ = ['MODULES', 'DataProcessing', 'needs_clock', 'check_meaning', 'REGISTR
 
 # %% ../../nbs/features/16_pipeline.ipynb #4e925219
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
 
 from ..data.bars import bar_kind, check_frame
 from ..errors import problem, SchemaError
@@ -25,11 +26,25 @@ from .registry import Feature, feature, feature_names, feature_table, OnColumns,
 
 # %% ../../nbs/features/16_pipeline.ipynb #f44f15ca
 _all_ = ["REGISTRY", "Feature", "feature", "feature_names", "feature_table", "resolve"]
-MODULES = (indicators, orderflow, volatility, alpha158, microstructure, trends, money_flow, oscillators, recursions, averages, adaptive, decay, frames)  # importing them fills the registry
+MODULES = (
+    indicators,
+    orderflow,
+    volatility,
+    alpha158,
+    microstructure,
+    trends,
+    money_flow,
+    oscillators,
+    recursions,
+    averages,
+    adaptive,
+    decay,
+    frames,
+)  # importing them fills the registry
 
 # %% ../../nbs/features/16_pipeline.ipynb #25aa9b50
-class DataProcessing(TransformerMixin, BaseEstimator):
-    "Compute features of a bar frame; stateless, so `transform` works without `fit`."
+class _Computing(TransformerMixin, BaseEstimator):
+    "The part of `DataProcessing` that checks and computes."
 
     def __init__(
         self,
@@ -37,42 +52,63 @@ class DataProcessing(TransformerMixin, BaseEstimator):
     ) -> None:
         self.features = features
 
-    def fit(self, X: pd.DataFrame, y: object = None) -> Self:
+    def fit(
+        self,
+        X: pd.DataFrame,  # bar frame
+        y: object = None,  # ignored
+    ) -> Self:  # itself, unchanged
         "Check the frame and the names; nothing is learned."
         check_frame(X)
         resolve(self.features)
         return self
 
-    def transform(self, X: pd.DataFrame) -> pd.DataFrame:
-        "Compute one float64 column per feature on the frame's index; NaN where the window is not whole."
-        bars, made = check_frame(X), resolve(self.features)
-        check_meaning(made, bars)
-        values, rows = np.empty((len(made), len(bars))), whole_rows(bars)  # one block, so that nothing is copied afterwards
-        for out, f in zip(values, made, strict=True):
-            f.write(bars, rows, out)
-        return pd.DataFrame(values.T, index=bars.index, columns=[f.name for f in made], copy=False)
-
-    def process_data(self, df: pd.DataFrame) -> pd.DataFrame:
-        "Check a bar frame and compute its features."
-        return self.fit(df).transform(df)
-
-    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
-        "List the columns of `transform`, in order."
-        return np.array([f.name for f in resolve(self.features)], dtype=object)
-
-    @property
-    def warmup(self) -> int:
-        "Bars that a row of features needs, counting its own."
-        return max(f.warmup for f in resolve(self.features))
-
-    def describe(self) -> pd.DataFrame:
-        "Describe the features: group, inputs, warm-up, unit and source."
-        return feature_table(self.features)
+    def transform(
+        self,
+        X: pd.DataFrame,  # bar frame, n rows
+    ) -> pd.DataFrame:  # n rows, one float64 column per feature, known at the close; NaN where the window is not whole
+        "Compute the features on the frame's index."
+        return _computed(check_frame(X), resolve(self.features))
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def __sklearn_tags__(self) -> Any:
+# %% ../../nbs/features/16_pipeline.ipynb #01452d3f
+def _computed(bars: pd.DataFrame, made: list[Feature]) -> pd.DataFrame:
+    "Compute features into one block, so that nothing is copied afterwards."
+    check_meaning(made, bars)
+    values, rows = np.empty((len(made), len(bars))), whole_rows(bars)
+    for out, f in zip(values, made, strict=True):
+        f.write(bars, rows, out)
+    return pd.DataFrame(values.T, index=bars.index, columns=[f.name for f in made], copy=False)
+
+# %% ../../nbs/features/16_pipeline.ipynb #4e3ed3c2
+class DataProcessing(_Computing):
+    "Compute features of a bar frame; stateless, so `transform` works without `fit`."
+
+    def process_data(
+        self,
+        df: pd.DataFrame,  # bar frame, n rows
+    ) -> pd.DataFrame:  # as of `transform`
+        "Check a bar frame and compute its features."
+        return self.fit(df).transform(df)
+
+    def get_feature_names_out(
+        self,
+        input_features: object = None,  # ignored
+    ) -> np.ndarray:  # names, as objects
+        "List the columns of `transform`, in order."
+        return np.array([f.name for f in resolve(self.features)], dtype=object)
+
+    @property
+    def warmup(self) -> int:  # bars
+        "Count the bars that a row of features needs, counting its own."
+        return max(f.warmup for f in resolve(self.features))
+
+    def describe(self) -> pd.DataFrame:  # one row per feature
+        "Describe the features: group, inputs, warm-up, unit and source."
+        return feature_table(self.features)
+
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.requires_fit, tags.input_tags.allow_nan = False, True
         return tags
@@ -81,8 +117,8 @@ class DataProcessing(TransformerMixin, BaseEstimator):
 def needs_clock(
     f: Feature,  # any feature
 ) -> bool:  # whether it has no meaning on event bars
-    "Whether a feature assumes bars of equal length: longer bars made of bars, or cycles counted in bars."
-    fn: Any = f.fn
+    "Tell whether a feature assumes bars of equal length: longer bars made of bars, or cycles counted in bars."
+    fn: object = f.fn
     while not isinstance(fn, OnFrame):
         if not isinstance(fn, Lagged):
             return isinstance(fn, OnColumns) and fn.fn in (volatility.next_in_cycle, volatility.seasonal_volatility)
@@ -97,4 +133,10 @@ def check_meaning(
     "Refuse features that have no meaning on event bars."
     if not bar_kind(bars).has_clock and (wrong := [f.name for f in made if needs_clock(f)]):
         more = f" and {len(wrong) - 3} others" if len(wrong) > 3 else ""
-        raise SchemaError(problem("features that count bars of any length, since event bars have no common one", f"{', '.join(wrong[:3])}{more}", "Leave them out: needs_clock tells which"))
+        raise SchemaError(
+            problem(
+                "features that count bars of any length, since event bars have no common one",
+                f"{', '.join(wrong[:3])}{more}",
+                "Leave them out: needs_clock tells which",
+            )
+        )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Array', 'CANDLE', 'GROUPS', 'REGISTRY', 'Resolver', 'RESOLVERS', 'CATALOGUE', 'PROVIDERS', 'whole_rows',
-           'window_is_whole', 'floats', 'on_arrays', 'OnColumns', 'Feature', 'feature', 'on_columns', 'add_resolver',
-           'find', 'resolve', 'feature_names', 'feature_table']
+           'window_is_whole', 'floats', 'on_arrays', 'OnColumns', 'Declaration', 'Feature', 'feature', 'on_columns',
+           'add_resolver', 'find', 'resolve', 'feature_names', 'feature_table']
 
 # %% ../../nbs/features/01_registry.ipynb #db07a271
 import difflib
@@ -86,7 +86,7 @@ class OnColumns:
         return self.fn(*(floats(bars[c]) if arrays else bars[c].copy() for c in self.columns), **dict(self.params))
 
     @property
-    def origin(self) -> tuple[Any, ...]:
+    def origin(self) -> tuple[object, ...]:  # module, parameters, name
         "Identify the function by module, parameters and name."
         return self.fn.__module__, self.params, self.fn.__qualname__
 
@@ -96,15 +96,31 @@ GROUPS = ("returns", "momentum", "trend", "volatility", "volume", "flow", "calen
 
 # %% ../../nbs/features/01_registry.ipynb #12c3e2b0
 @dataclass(frozen=True)
-class Feature:
-    "A named, documented function of the last `warmup` bars; call it with a bar frame."
+class Declaration:
+    "The description of a feature: name, inputs, warm-up and origin."
 
     name: str  # name of its column
     inputs: tuple[str, ...]  # columns of the bar frame it reads
     warmup: int  # bars that determine a value, counting the current one
     unit: str  # unit of the values
-    group: str  # one of GROUPS, or a user's own
+    group: str  # one of GROUPS, or a user-defined one
     source: str  # author, year
+
+    @property
+    def candles_suffice(self) -> bool:  # True for features of candles alone
+        "Tell whether open, high, low, close and volume suffice."
+        return set(self.inputs) <= set(CANDLE)
+
+    @property
+    def bars_suffice(self) -> bool:  # True unless a column must be joined
+        "Tell whether the columns of a bar frame suffice, with none that must be joined."
+        return set(self.inputs) <= {*NUMBERS, "close_ts"}
+
+# %% ../../nbs/features/01_registry.ipynb #ba8c6b60
+@dataclass(frozen=True)
+class Feature(Declaration):
+    "A named, documented function of the last `warmup` bars; call it with a bar frame."
+
     fn: Callable[[pd.DataFrame], Any] = field(repr=False)  # frame of the inputs -> n values
     tolerance: float = field(default=1e-9, repr=False)  # relative; how far a value from `warmup` bars may be from that of all history
 
@@ -112,25 +128,23 @@ class Feature:
         "Compute the values on the frame's index; NaN before the warm-up and where the window meets a gap."
         return pd.Series(self.values(bars), index=bars.index, name=self.name)
 
-    def values(self, bars: pd.DataFrame) -> np.ndarray:
+    def values(
+        self,
+        bars: pd.DataFrame,  # bar frame, n rows
+    ) -> np.ndarray:  # n values, NaN before the warm-up and where the window meets a gap
         "Compute the values as an array."
         out = np.empty(len(bars))
         self.write(bars, whole_rows(bars), out)
         return out
 
-    def write(self, bars: pd.DataFrame, rows: NDArray[np.int64], out: Array) -> None:
+    def write(
+        self,
+        bars: pd.DataFrame,  # bar frame, n rows
+        rows: NDArray[np.int64],  # `whole_rows` of the frame
+        out: Array,  # n values, overwritten
+    ) -> None:
         "Write the values into an array, given `whole_rows` of the frame."
         _settle(_evaluate(self, bars), rows, self.warmup, out)
-
-    @property
-    def candles_suffice(self) -> bool:
-        "Whether open, high, low, close and volume suffice."
-        return set(self.inputs) <= set(CANDLE)
-
-    @property
-    def bars_suffice(self) -> bool:
-        "Whether the columns of a bar frame suffice, with none that must be joined."
-        return set(self.inputs) <= {*NUMBERS, "close_ts"}
 
 # %% ../../nbs/features/01_registry.ipynb #11d90892
 @njit(cache=True, nogil=True)
@@ -144,7 +158,8 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
     "Call the feature's function and check its result; `SchemaError` names the feature."
     missing = [c for c in feature.inputs if c not in bars]
     if missing:
-        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}", "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
+        raise SchemaError(problem(f"columns {list(feature.inputs)} for feature {feature.name!r}", f"no {missing}",
+            "Build the frame with bar_frame or read_bars; join trades with with_trade_features, another symbol with with_symbol"))
     try:
         with np.errstate(all="ignore"):
             values = feature.fn(bars if isinstance(feature.fn, OnColumns) else bars[list(feature.inputs)].copy())
@@ -166,7 +181,7 @@ def _origin(fn: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def _same_author(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    "Whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
+    "Tell whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
     a, b = _origin(fn), _origin(other)
     return a[1:] == b[1:] and (a[0] == b[0] or "__main__" in (a[0], b[0]))
 
@@ -178,7 +193,9 @@ def _check_declaration(f: Feature) -> None:
     if not isinstance(f.warmup, int) or f.warmup < 1:
         raise ConfigError(problem("warmup in bars, counting the current one, so at least 1", repr(f.warmup), f"Correct feature {f.name!r}"))
     if not 0 < f.tolerance < 1:
-        raise ConfigError(problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Correct feature {f.name!r}; 1e-9 is the default"))
+        raise ConfigError(
+            problem("a relative tolerance above 0 and below 1", repr(f.tolerance), f"Correct feature {f.name!r}; 1e-9 is the default")
+        )
     if not f.inputs:
         raise ConfigError(problem("the columns that the function reads", "none", f"Give inputs= to feature {f.name!r}"))
 
@@ -201,7 +218,8 @@ def feature(
         made = Feature(name, columns, warmup, unit, group, source, fn, tolerance)
         _check_declaration(made)
         if not replace and name in REGISTRY and not _same_author(fn, REGISTRY[name].fn):
-            raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}", "Rename it, or pass replace=True"))
+            raise ConfigError(problem(f"a new name for {_origin(fn)[-1]}", f"{name!r} is taken by {_origin(REGISTRY[name].fn)[-1]}",
+                "Rename it, or pass replace=True"))
         REGISTRY[name] = made
         return made
 
@@ -268,7 +286,7 @@ def resolve(
 
 # %% ../../nbs/features/01_registry.ipynb #a01196bc
 def _in_group(f: Feature, group: str) -> bool:
-    "Whether a feature belongs to a group, or to `all` or `default`."
+    "Tell whether a feature belongs to a group, or to `all` or `default`."
     if group == "all":
         return f.bars_suffice
     return f.group in GROUPS and f.candles_suffice if group == "default" else f.group == group

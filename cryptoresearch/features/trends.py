@@ -32,7 +32,7 @@ def distance(
     close: pd.Series,  # quote currency, n bars
     level: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars, positive above the level
-    "Close minus a level, as a fraction of the close."
+    "Compute the close minus a level, as a fraction of the close."
     return ratio(close - level, close)
 
 
@@ -41,7 +41,7 @@ def only_whole(
     warmup: int,  # bars behind each of them
     *columns: pd.Series,  # what they were made of, n bars each
 ) -> pd.Series:  # n bars, NaN where a bar of the window is missing or unknown
-    "The values whose last `warmup` rows are known in every column."
+    "Keep the values whose last `warmup` rows are known in every column."
     unknown = np.concatenate([[0], np.cumsum(np.any([np.isnan(_floats(x)) for x in columns], axis=0))])
     out = np.full(len(values), np.nan)
     good = unknown[warmup:] == unknown[:-warmup]
@@ -50,7 +50,7 @@ def only_whole(
 
 # %% ../../nbs/features/10_trends.ipynb #4eb82016
 def _floats(x: pd.Series) -> Array:
-    "The values as one contiguous block of doubles."
+    "Convert the values to one contiguous block of doubles."
     return np.ascontiguousarray(x.to_numpy(dtype=np.float64))
 
 # %% ../../nbs/features/10_trends.ipynb #2faf39bd
@@ -59,7 +59,7 @@ def qstick(
     close: pd.Series,  # quote currency, n bars
     length: int = 10,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "Mean of close minus open."
+    "Compute the mean of close minus open."
     return ratio(mean_over(close - open_, length), close)
 
 
@@ -67,7 +67,7 @@ def dpo(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length+length//2 NaN
-    "Close minus the mean as it stood half a length ago."
+    "Compute the close minus the mean of half a length ago."
     return distance(close, mean_over(close, length).shift(length // 2 + 1))
 
 
@@ -75,7 +75,7 @@ def vhf(
     close: pd.Series,  # quote currency, n bars
     length: int = 28,  # bars
 ) -> pd.Series:  # 0 to about 1, n bars, first `length` NaN; NaN where nothing moved
-    "Vertical horizontal filter: range of the closes over the sum of their changes."
+    "Compute the vertical horizontal filter: the range of the closes over the sum of their changes."
     return ratio(window_max(close, length) - window_min(close, length), sum_over(close.diff().abs(), length))
 
 # %% ../../nbs/features/10_trends.ipynb #5d406002
@@ -86,7 +86,7 @@ def rwi(
     length: int = 14,  # bars
     side: int = 1,  # 1 for the reach upwards, -1 for the reach downwards
 ) -> pd.Series:  # multiples of a random walk's reach, n bars, first wilder_bars(length) NaN
-    "Random walk index."
+    "Compute the random walk index."
     reach = high - low.shift(length) if side > 0 else high.shift(length) - low
     return ratio(reach, wilder(true_range(high, low, close), length) * sqrt(length))
 
@@ -97,7 +97,7 @@ def ttm_trend(
     close: pd.Series,  # quote currency, n bars
     length: int = 6,  # bars
 ) -> pd.Series:  # 1 or -1, n bars, first length-1 NaN
-    "1 where the close is above the mean median price, else -1."
+    "Return 1 where the close is above the mean median price, else -1."
     middle = (high + low) / 2
     mean, _ = mean_and_squares_over(middle, length)  # relative to the newest, so that equal prices are equal
     above = close - middle - mean
@@ -109,7 +109,7 @@ def unbroken(
     length: int = 4,  # closes
     side: int = 1,  # 1 for rises, -1 for falls
 ) -> pd.Series:  # 0 or 1, n bars, first length-1 NaN
-    "1 where each of the last `length` closes is beyond the one before."
+    "Flag bars where each of the last `length` closes is beyond the one before."
     steps = side * close.diff()
     return (window_min(steps, length - 1) > 0).astype(float).where(sum_over(steps, length - 1).notna())
 
@@ -123,7 +123,7 @@ def cksp(
     hold: int = 20,  # bars over which the best stop counts
     side: int = 1,  # 1 for the stop of a long position, -1 for that of a short one
 ) -> pd.Series:  # fraction of the close, n bars, first length+hold-1 NaN
-    "Distance of the close from the Chande Kroll stop."
+    "Compute the distance of the close from the Chande Kroll stop."
     room = multiple * mean_over(true_range(high, low, close), length)
     if side > 0:
         return distance(close, window_max(window_max(high, length) - room, hold))
@@ -149,7 +149,7 @@ def average_turn(
     span: int,  # bars
     lookback: int,  # bars
 ) -> pd.Series:  # unit of x, n bars, first ema_bars(span)+lookback-1 NaN
-    "Change of the exponential average over `lookback` bars; exactly 0 where `x` stood still."
+    "Compute the change of the exponential average over `lookback` bars; exactly 0 where `x` did not change."
     return weighted_over(x.diff(lookback), ema_weights(2 / (span + 1)))
 
 
@@ -159,13 +159,13 @@ def amat(
     slow: int = 21,  # span, bars
     lookback: int = 2,  # bars
 ) -> pd.Series:  # -1, 0 or 1, n bars, first ema_bars(slow)+lookback-1 NaN
-    "Long run minus short run of two exponential averages."
+    "Subtract the short run from the long run of two exponential averages."
     return np.sign(average_turn(close, fast, lookback)) * np.sign(average_turn(close, slow, lookback)).abs()
 
 # %% ../../nbs/features/10_trends.ipynb #ab64c714
 @njit(cache=True, nogil=True)
 def _largest(x: Array, weights: Array) -> Array:
-    "Largest of the last values times weights (newest first)."
+    "Find the largest of the last values times weights (newest first)."
     n, out = len(weights), np.full(len(x), np.nan)
     for t in range(n - 1, len(x)):
         best = x[t] * weights[0]
@@ -179,7 +179,7 @@ def decay(
     close: pd.Series,  # quote currency, n bars
     length: int = 24,  # bars; a peak loses 1/length of itself a bar
 ) -> pd.Series:  # 0 at a new peak, below 0 else, as a fraction of the close; n bars, first wilder_bars(length)-1 NaN
-    "Distance of the close from the largest of the decaying closes before."
+    "Compute the distance of the close from the largest of the decaying closes before."
     bars = wilder_bars(length)
     peak = _largest(_floats(close), (1 - 1 / length) ** np.arange(bars))
     return distance(close, only_whole(peak, bars, close))
@@ -193,7 +193,7 @@ def smoother_weights(
     period: int,  # bars
     angle: float | None = None,  # radians; Ehlers' own when None
 ) -> Array:  # newest first, sum 1
-    "Weights of Ehlers' super smoother, cut where the neglected tail weighs `NEGLECTED`."
+    "Compute the weights of Ehlers' super smoother, cut where the neglected tail weighs `NEGLECTED`."
     a = exp(-pi * 2 * sqrt(2) / period)
     b = 2 * a * cos(pi * 2 * sqrt(2) / period if angle is None else angle)
     answer = np.zeros(12 * period)
@@ -207,7 +207,7 @@ def smoother_weights(
 # %% ../../nbs/features/10_trends.ipynb #54a31a5b
 @njit(cache=True, nogil=True)
 def _from_newest(x: Array, weights: Array) -> Array:
-    "Sum of the last values, less the newest of them, times weights (newest first)."
+    "Sum the last values, less the newest of them, times weights (newest first)."
     n, out = len(weights), np.full(len(x), np.nan)
     for t in range(n - 1, len(x)):
         total = 0.0
@@ -222,8 +222,10 @@ def trendflex_weights(
     smooth: int,  # period of the smoother, bars
     angle: float | None = None,  # radians; Ehlers' own when None
 ) -> Array:  # newest first, sum 0
-    "Weights of the smoothed price minus the mean of its last values."
-    return np.asarray(np.convolve(smoother_weights(smooth, angle), np.r_[(length - 1) / length, np.full(length - 1, -1 / length)]), dtype=np.float64)
+    "Compute the weights of the smoothed price minus the mean of its last values."
+    return np.asarray(
+        np.convolve(smoother_weights(smooth, angle), np.r_[(length - 1) / length, np.full(length - 1, -1 / length)]), dtype=np.float64
+    )
 
 # %% ../../nbs/features/10_trends.ipynb #370d1d1e
 def trendflex(
@@ -232,23 +234,33 @@ def trendflex(
     smooth: int = 20,  # period of the smoother, bars
     angle: float | None = None,  # radians; Ehlers' own when None
 ) -> pd.Series:  # root mean squares, n bars, NaN before the warm-up and where nothing moved
-    "Smoothed price against its last values, over its root mean square."
+    "Compare the smoothed price with its last values, over the root mean square."
     move = pd.Series(_from_newest(_floats(close), trendflex_weights(length, smooth, angle)), index=close.index)
     return ratio(move, np.sqrt(weighted_over(move**2, ema_weights(0.04))))
 
 # %% ../../nbs/features/10_trends.ipynb #c3664b7f
-on_columns(trendflex, "trendflex_20", "close", len(trendflex_weights(20, 20)) + len(ema_weights(0.04)) - 1, "root mean squares", "trends", "Ehlers, 2020", length=20, smooth=20)
+on_columns(
+    trendflex,
+    "trendflex_20",
+    "close",
+    len(trendflex_weights(20, 20)) + len(ema_weights(0.04)) - 1,
+    "root mean squares",
+    "trends",
+    "Ehlers, 2020",
+    length=20,
+    smooth=20,
+)
 
 # %% ../../nbs/features/10_trends.ipynb #5a845a20
 @njit(cache=True, nogil=True)
 def _turned(z: Array, k: int, j: int) -> float:
-    "Ehlers' quarter-turn of series j at k."
+    "Compute Ehlers' quarter-turn of series j at k."
     return 0.0962 * z[k, j] + 0.5769 * z[k - 2, j] - 0.5769 * z[k - 4, j] - 0.0962 * z[k - 6, j]
 
 
 @njit(cache=True, nogil=True)
 def _turn_phase(x: Array, d: Array, q: Array, k: int, state: Array) -> None:
-    "Step `k` of the filters in many windows at once: detrended price, quadrature, phasor and its turn; state is i2, q2, re, im, period, smooth."
+    "Advance many windows by step `k`: detrended price, quadrature, phasor and its turn; state is i2, q2, re, im, period, smooth."
     for j in range(len(x)):
         gain, i2, q2 = 0.075 * state[4, j] + 0.54, state[0, j], state[1, j]
         d[k, j] = 0.0 if np.isnan(x[j]) else gain * x[j]
@@ -262,7 +274,7 @@ def _turn_phase(x: Array, d: Array, q: Array, k: int, state: Array) -> None:
 # %% ../../nbs/features/10_trends.ipynb #5c131289
 @njit(cache=True, nogil=True, error_model="numpy")
 def _measure_period(x: Array, state: Array) -> None:
-    "Period from the phasor's turn, held within bounds and smoothed twice; before the first known row there is none."
+    "Compute the period from the phasor's turn, clipped and smoothed twice; undefined before the first known row."
     for j in range(len(x)):
         re, im, period, smooth = state[2, j], state[3, j], state[4, j], state[5, j]
         new = 2 * np.pi / arctan(im / re) if re != 0 and im != 0 else 0.0
@@ -273,7 +285,7 @@ def _measure_period(x: Array, state: Array) -> None:
 
 @njit(cache=True, nogil=True)
 def _cycle_over(flat: Array, memory: int) -> Array:
-    "Smoothed period of the dominant cycle after each bar's last `memory` bars, at rest before."
+    "Compute the smoothed period of the dominant cycle after each bar's last `memory` bars, started at rest."
     lanes, out = 64, np.zeros(len(flat))
     padded = np.concatenate((np.full(memory - 1, np.nan), flat))
     d, q = np.zeros((memory + 10, lanes)), np.zeros((memory + 10, lanes))
@@ -290,7 +302,7 @@ def _cycle_over(flat: Array, memory: int) -> Array:
 # %% ../../nbs/features/10_trends.ipynb #0b63498a
 @njit(cache=True, nogil=True)
 def _cycle_means(x: Array, period: Array) -> Array:
-    "Mean of the last values over one period each, weighted 4, 3, 2, 1 over the last four bars."
+    "Average the last values over one period each, weighted 4, 3, 2, 1 over the last four bars."
     mean = np.full(len(x), np.nan)
     for t in range(len(x)):
         n = int(period[t] + 0.5) if period[t] > 0 else 0
@@ -312,7 +324,7 @@ def ht_period(
     close: pd.Series,  # quote currency, n bars
     memory: int = _HT,  # bars of the path
 ) -> pd.Series:  # bars, up to 50, n bars, first memory+8 NaN
-    "Smoothed period of the dominant cycle."
+    "Compute the smoothed period of the dominant cycle."
     warmup = memory + len(_FLAT) - 1
     return only_whole(_cycle_over(_from_newest(_floats(close), _FLAT), memory), warmup, close)
 
@@ -321,7 +333,7 @@ def ht_trendline(
     close: pd.Series,  # quote currency, n bars
     memory: int = _HT,  # bars of the path
 ) -> pd.Series:  # fraction of the close, n bars, first memory+11 NaN
-    "Distance of the close from Ehlers' instantaneous trendline."
+    "Compute the distance of the close from Ehlers' instantaneous trendline."
     line = _cycle_means(_floats(close), _floats(ht_period(close, memory)))
     return distance(close, pd.Series(line, index=close.index))
 
@@ -332,7 +344,7 @@ on_columns(ht_trendline, "ht_trendline", "close", _HT + 12, _OF_CLOSE, "trends",
 # %% ../../nbs/features/10_trends.ipynb #4e5ab806
 @njit(cache=True, nogil=True)
 def _ratchet(lower: Array, upper: Array, rising: NDArray[np.bool_], start: int, stop: int) -> float:
-    "Level after the path from `start` to `stop`."
+    "Compute the level after the path from `start` to `stop`."
     level = lower[start] if rising[start] else upper[start]
     for i in range(start + 1, stop):
         level = max(level, lower[i]) if rising[i] else min(level, upper[i])
@@ -341,7 +353,7 @@ def _ratchet(lower: Array, upper: Array, rising: NDArray[np.bool_], start: int, 
 
 @njit(cache=True, nogil=True)
 def _ratchet_over(lower: Array, upper: Array, rising: NDArray[np.bool_], memory: int) -> Array:
-    "Level after each bar's last `memory` bars."
+    "Compute the level after each bar's last `memory` bars."
     out = np.full(len(lower), np.nan)
     for t in range(len(lower)):
         out[t] = _ratchet(lower, upper, rising, max(0, t - memory + 1), t + 1)
@@ -354,7 +366,7 @@ def ratchet(
     rising: pd.Series,  # bool, n bars
     memory: int,  # bars of the path
 ) -> pd.Series:  # quote currency, n bars, first memory-1 NaN
-    "Level that follows `lower` up while `rising` and `upper` down else."
+    "Compute a level that follows `lower` up while `rising` and `upper` down otherwise."
     return only_whole(_ratchet_over(_floats(lower), _floats(upper), rising.to_numpy(dtype=bool), memory), memory, lower, upper)
 
 # %% ../../nbs/features/10_trends.ipynb #3722d6af
@@ -365,7 +377,7 @@ def alphatrend_level(
     length: int,  # bars
     memory: int,  # bars of the path
 ) -> pd.Series:  # quote currency, n bars, first length+memory-1 NaN
-    "AlphaTrend."
+    "Compute the AlphaTrend level."
     room, change = mean_over(true_range(high, low, close), length), close.diff()
     up, down = mean_over(change.clip(lower=0), length), mean_over((-change).clip(lower=0), length)
     return ratchet(low - room, high + room, 100 * ratio(up, up + down) >= 50, memory)
@@ -379,7 +391,7 @@ def alphatrend(
     lag: int = 0,  # 0 for the distance from the close, else bars of the line's own change
     memory: int = 150,  # bars of the path
 ) -> pd.Series:  # fraction of the close, n bars, first length+memory+lag-1 NaN
-    "Distance of the close from AlphaTrend, or AlphaTrend's change over `lag` bars."
+    "Compute the distance of the close from AlphaTrend, or the change of AlphaTrend over `lag` bars."
     level = alphatrend_level(high, low, close, length, memory)
     return ratio(level - level.shift(lag), close) if lag else distance(close, level)
 
@@ -393,7 +405,7 @@ def atrts(
     multiple: float = 3.0,  # average true ranges
     memory: int = 250,  # bars of the path
 ) -> pd.Series:  # fraction of the close, n bars, NaN before the warm-up
-    "Distance of the close from its trailing stop."
+    "Compute the distance of the close from its trailing stop."
     room = multiple * weighted_over(true_range(high, low, close), ema_weights(2 / (length + 1)))
     mean = weighted_over(close, ema_weights(2 / (span + 1)))
     level = ratchet(close - room, close + room, close > mean, memory)
@@ -407,7 +419,7 @@ on_columns(atrts, "atrts_14", _HLC, max(ema_bars(14) + 1, ema_bars(20)) + 249, _
 # %% ../../nbs/features/10_trends.ipynb #91dafe9a
 @njit(cache=True, nogil=True)
 def _psar(high: Array, low: Array, start: int, stop: int, step: float, most: float) -> tuple[float, float]:
-    "Stop and rate after the path from `start` to `stop`."
+    "Compute stop and rate after the path from `start` to `stop`."
     up, down = high[start + 1] - high[start], low[start] - low[start + 1]
     falling = down > up and down > 0
     extreme, sar, rate = (low[start], high[start], step) if falling else (high[start], low[start], step)
@@ -427,7 +439,7 @@ def _psar(high: Array, low: Array, start: int, stop: int, step: float, most: flo
 # %% ../../nbs/features/10_trends.ipynb #5c898e1c
 @njit(cache=True, nogil=True)
 def _psar_over(high: Array, low: Array, memory: int, step: float, most: float) -> Array:
-    "Stop and rate after each bar's last `memory` bars; shape (2, n)."
+    "Compute stop and rate after each bar's last `memory` bars; shape (2, n)."
     out = np.full((2, len(high)), np.nan)
     for t in range(1, len(high)):
         out[0, t], out[1, t] = _psar(high, low, max(0, t - memory + 1), t + 1, step, most)
@@ -442,7 +454,7 @@ def psar(
     most: float = 0.2,  # highest rate
     memory: int = 250,  # bars of the path
 ) -> pd.Series:  # fraction of the close, positive in a rising trend, n bars, first memory-1 NaN
-    "Distance of the close from the parabolic stop."
+    "Compute the distance of the close from the parabolic stop."
     return distance(close, only_whole(_psar_over(_floats(high), _floats(low), memory, step, most)[0], memory, high, low))
 
 
@@ -453,7 +465,7 @@ def psar_rate(
     most: float = 0.2,  # highest rate
     memory: int = 250,  # bars of the path
 ) -> pd.Series:  # step to most, n bars, first memory-1 NaN
-    "Rate at which the parabolic stop closes in."
+    "Compute the rate at which the parabolic stop closes in."
     return only_whole(_psar_over(_floats(high), _floats(low), memory, step, most)[1], memory, high, low)
 
 
@@ -463,7 +475,7 @@ on_columns(psar_rate, "psar_rate", "high low", 250, "rate per bar", "trends", "W
 # %% ../../nbs/features/10_trends.ipynb #933ee20b
 @njit(cache=True, nogil=True)
 def _swing(bottom: Array, top: Array, start: int, stop: int, share: float) -> tuple[int, float]:
-    "Side and price of the last swing on the path from `start` to `stop`; pivots are known, the rest is NaN."
+    "Find side and price of the last swing on the path from `start` to `stop`; pivots are known, the rest is NaN."
     side, value, first = 0, np.nan, -1
     for i in range(start, stop):
         for way, price in ((-1, bottom[i]), (1, top[i])):
@@ -478,7 +490,7 @@ def _swing(bottom: Array, top: Array, start: int, stop: int, share: float) -> tu
 
 @njit(cache=True, nogil=True)
 def _swing_over(bottom: Array, top: Array, memory: int, share: float) -> Array:
-    "Side and price of the last swing in each bar's last `memory` bars; shape (2, n)."
+    "Find side and price of the last swing in each bar's last `memory` bars; shape (2, n)."
     out = np.full((2, len(top)), np.nan)
     for t in range(len(top)):
         out[0, t], out[1, t] = _swing(bottom, top, max(0, t - memory + 1), t + 1, share)
@@ -490,7 +502,7 @@ def pivots(
     low: pd.Series,  # quote currency, n bars
     legs: int = 10,  # bars around a pivot
 ) -> tuple[pd.Series, pd.Series]:  # lowest lows and highest highs where one becomes known, NaN elsewhere; quote currency
-    "Extremes of `legs` bars around them, on the bar that shows it."
+    "Mark extremes of `legs` bars on either side, at the bar that confirms them."
     half = legs // 2
     bottom, top = low.shift(half), high.shift(half)
     return bottom.where(bottom <= window_min(low, 2 * half + 1)), top.where(top >= window_max(high, 2 * half + 1))
@@ -504,7 +516,7 @@ def zigzag(
     legs: int = 10,  # bars around a pivot
     memory: int = 300,  # bars of the path
 ) -> pd.Series:  # fraction of the close, positive above the swing, n bars, first memory+legs-1 NaN; NaN without a pivot
-    "Distance of the close from the end of the last leg."
+    "Compute the distance of the close from the end of the last leg."
     bottom, top = pivots(high, low, legs)
     value = _swing_over(_floats(bottom), _floats(top), memory, percent / 100)[1]
     return distance(close, only_whole(value, memory + 2 * (legs // 2), high, low))
@@ -520,7 +532,7 @@ def aberration(
     length: int = 5,  # bars of the mean
     atr_length: int = 15,  # Wilder's length, bars
 ) -> pd.Series:  # average true ranges, n bars, first wilder_bars(atr_length) NaN
-    "Distance of the close from the mean typical price."
+    "Compute the distance of the close from the mean typical price."
     return ratio(close - mean_over((high + low + close) / 3, length), wilder(true_range(high, low, close), atr_length))
 
 
@@ -529,7 +541,7 @@ def place_between(
     lower: pd.Series,  # quote currency, n bars
     upper: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # 0 at the lower band, 1 at the upper, n bars; NaN where they meet
-    "Place of the close between two bands."
+    "Compute the position of the close between two bands."
     return ratio(close - lower, upper - lower)
 
 # %% ../../nbs/features/10_trends.ipynb #f3898f94
@@ -540,7 +552,7 @@ def keltner_place(
     length: int = 20,  # span, bars
     multiple: float = 2.0,  # average true ranges
 ) -> pd.Series:  # 0 at the lower band, 1 at the upper, n bars, first ema_bars(length) NaN
-    "Place of the close in the Keltner channel."
+    "Compute the position of the close in the Keltner channel."
     middle, room = ema(close, length), multiple * ema(true_range(high, low, close), length)
     return place_between(close, middle - room, middle + room)
 
@@ -553,7 +565,7 @@ def accbands(
     multiple: float = 4.0,  # relative ranges
     width: bool = False,  # the width instead of the place
 ) -> pd.Series:  # 0 at the lower band, 1 at the upper, or the width as a fraction of the mean close; n bars, first length-1 NaN
-    "Place of the close in the acceleration bands, or their width."
+    "Compute the position of the close in the acceleration bands, or their width."
     push = multiple * (high - low) / (high + low)
     lower, upper = mean_over(low * (1 - push), length), mean_over(high * (1 + push), length)
     return ratio(upper - lower, mean_over(close, length)) if width else place_between(close, lower, upper)
@@ -564,7 +576,7 @@ def donchian_width(
     low: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # fraction of the middle, n bars, first length-1 NaN
-    "Width of the Donchian channel."
+    "Compute the width of the Donchian channel."
     top, bottom = window_max(high, length), window_min(low, length)
     return ratio(top - bottom, (top + bottom) / 2)
 
@@ -575,7 +587,7 @@ def donchian_middle(
     close: pd.Series,  # quote currency, n bars
     length: int = 20,  # bars
 ) -> pd.Series:  # fraction of the close, n bars, first length-1 NaN
-    "Distance of the close from the middle of the Donchian channel."
+    "Compute the distance of the close from the midpoint of the Donchian channel."
     return distance(close, (window_max(high, length) + window_min(low, length)) / 2)
 
 # %% ../../nbs/features/10_trends.ipynb #e5ce4dd9
@@ -587,7 +599,7 @@ def chandelier_stops(
     atr_length: int,  # Wilder's length, bars
     multiple: float,  # average true ranges
 ) -> tuple[pd.Series, pd.Series]:  # stops of a long and of a short position, quote currency, first wilder_bars(atr_length) NaN
-    "Chandelier exits."
+    "Compute the chandelier exits."
     room = multiple * weighted_over(true_range(high, low, close), ema_weights(1 / atr_length))
     return window_max(high, length) - room, window_min(low, length) + room
 
@@ -601,13 +613,13 @@ def chandelier(
     multiple: float = 2.0,  # average true ranges
     side: int = 1,  # 1 for the stop of a long position, -1 for that of a short one
 ) -> pd.Series:  # fraction of the close, n bars, first wilder_bars(atr_length) NaN
-    "Distance of the close from the chandelier exit."
+    "Compute the distance of the close from the chandelier exit."
     return distance(close, chandelier_stops(high, low, close, length, atr_length, multiple)[0 if side > 0 else 1])
 
 # %% ../../nbs/features/10_trends.ipynb #263ff92b
 @njit(cache=True, nogil=True)
 def _last_nonzero(x: Array, memory: int) -> Array:
-    "Last value of the last `memory` that is not 0; 0 if all are."
+    "Find the last value of the last `memory` that is not 0; 0 if all are."
     out = np.full(len(x), np.nan)
     for t in range(memory - 1, len(x)):
         k = t
@@ -626,7 +638,7 @@ def chandelier_side(
     multiple: float = 2.0,  # average true ranges
     memory: int = 150,  # bars looked back
 ) -> pd.Series:  # -1, 0 or 1, n bars, first wilder_bars(atr_length)+memory NaN
-    "Side of the last bar that closed beyond one chandelier exit of the bar before, and not beyond the other."
+    "Compute the side of the last bar that closed beyond one chandelier exit of the bar before, and not beyond the other."
     long, short = (x.shift(1) for x in chandelier_stops(high, low, close, length, atr_length, multiple))
     state = (close > long).astype(float) - (close < short).astype(float)
     return only_whole(_last_nonzero(_floats(state), memory), memory, close, long, short)
@@ -634,7 +646,7 @@ def chandelier_side(
 # %% ../../nbs/features/10_trends.ipynb #3336d65c
 @njit(cache=True, nogil=True)
 def _holt_step(x: Array, state: Array, rates: tuple[float, float, float, float]) -> None:
-    "One bar further in many windows at once; state is level, slope, bend, forecast, bar before, error, squared error."
+    "Advance many windows by one bar; state is level, slope, bend, forecast, bar before, error, squared error."
     (a, b, c, d), (level, slope, bend, forecast, before, error, square) = rates, state
     for j in range(len(x)):
         new = (1 - a) * (level[j] + slope[j] + 0.5 * bend[j]) + a * x[j]
@@ -647,7 +659,7 @@ def _holt_step(x: Array, state: Array, rates: tuple[float, float, float, float])
 # %% ../../nbs/features/10_trends.ipynb #b4352c4b
 @njit(cache=True, nogil=True)
 def _holt_over(x: Array, memory: int, rates: tuple[float, float, float, float]) -> Array:
-    "Forecast, and root mean square of the errors before it, after each bar's last `memory` bars; shape (2, n)."
+    "Compute the forecast, and root mean square of the errors before it, after each bar's last `memory` bars; shape (2, n)."
     lanes, out = 64, np.full((2, len(x)), np.nan)
     for start in range(0, len(x) - memory + 1, lanes):
         rows = min(lanes, len(x) - memory + 1 - start)
@@ -669,7 +681,7 @@ def hwc(
     width: bool = False,  # the width instead of the place
     memory: int = 200,  # bars of the path
 ) -> pd.Series:  # 0 at the lower band, 1 at the upper, or the width as a fraction of the close; n bars, first memory-1 NaN
-    "Place of the close in the Holt-Winters channel, or the channel's width."
+    "Compute the position of the close in the Holt-Winters channel, or the channel's width."
     middle, room = (only_whole(x, memory, close) for x in _holt_over(_floats(close), memory, _RATES))
     return ratio(2 * room, close) if width else place_between(close, middle - room, middle + room)
 
@@ -681,7 +693,9 @@ on_columns(accbands, "accbands_width_20", _HLC, 20, "fraction of mean", "bands",
 on_columns(donchian_width, "donchian_width_20", "high low", 20, "fraction of middle", "bands", "Donchian, 1960", length=20)
 on_columns(donchian_middle, "donchian_middle_20", _HLC, 20, _OF_CLOSE, "bands", "Donchian, 1960", length=20)
 for _name, _side in (("long", 1), ("short", -1)):
-    on_columns(chandelier, f"chandelier_{_name}_22", _HLC, wilder_bars(14) + 1, _OF_CLOSE, "bands", "LeBeau, in Elder, 2002", length=22, side=_side)
+    on_columns(
+        chandelier, f"chandelier_{_name}_22", _HLC, wilder_bars(14) + 1, _OF_CLOSE, "bands", "LeBeau, in Elder, 2002", length=22, side=_side
+    )
 on_columns(chandelier_side, "chandelier_side_22", _HLC, wilder_bars(14) + 151, "-1, 0 or 1", "bands", "LeBeau, in Elder, 2002", length=22)
 on_columns(hwc, "hwc_place", "close", 200, "fraction of the band", "bands", "Winters, 1960")
 on_columns(hwc, "hwc_width", "close", 200, _OF_CLOSE, "bands", "Winters, 1960", width=True)
@@ -692,7 +706,7 @@ def true_range_share(
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars, first NaN
-    "True range of the bar."
+    "Compute the true range of the bar."
     return ratio(true_range(high, low, close), close)
 
 
@@ -702,7 +716,7 @@ def natr(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # span, bars
 ) -> pd.Series:  # percent of the close, n bars, first ema_bars(length) NaN
-    "Exponential average of the true range."
+    "Compute the exponential average of the true range."
     return 100 * ratio(ema(true_range(high, low, close), length), close)
 
 # %% ../../nbs/features/10_trends.ipynb #dc8a7993
@@ -712,7 +726,7 @@ def pdist(
     low: pd.Series,  # quote currency, n bars
     close: pd.Series,  # quote currency, n bars
 ) -> pd.Series:  # fraction of the close, n bars, first NaN
-    "Shortest way from the last close over open, high and low to the close."
+    "Compute the shortest path from the last close over open, high and low to the close."
     return ratio(2 * (high - low) + (open_ - close.shift(1)).abs() - (close - open_).abs(), close)
 
 # %% ../../nbs/features/10_trends.ipynb #3fbf3556
@@ -722,7 +736,7 @@ def massi(
     fast: int = 9,  # span, bars
     slow: int = 25,  # bars summed
 ) -> pd.Series:  # about `slow`, n bars, first 2*ema_bars(fast)+slow-3 NaN; NaN where there was no range
-    "Mass index."
+    "Compute the mass index."
     once = ema(high - low, fast)
     return sum_over(ratio(once, ema(once, fast)), slow)
 
@@ -731,7 +745,7 @@ def rvi(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars of the deviation, and span of the averages
 ) -> pd.Series:  # percent, 0 to 100, n bars, first length+ema_bars(length)-2 NaN; NaN where nothing moved
-    "Relative volatility index: share of the standard deviation that came with rises."
+    "Compute the relative volatility index: the share of the standard deviation that came with rises."
     spread, change = std_over(close, length), close.diff()
     up, down = (ema(((side * change) > 0).astype(float).where(change.notna()) * spread, length) for side in (1, -1))
     return 100 * ratio(up, up + down)
@@ -742,7 +756,7 @@ def thermo(
     low: pd.Series,  # quote currency, n bars
     length: int = 20,  # span, bars
 ) -> pd.Series:  # multiples of the average, n bars, first ema_bars(length) NaN
-    "Elder's thermometer over its exponential average."
+    "Compute Elder's thermometer over its exponential average."
     heat = pd.Series(np.maximum(_floats(high.diff().abs()), _floats(low.diff().abs())), index=high.index)
     return ratio(heat, ema(heat, length))
 
@@ -751,7 +765,7 @@ def ui(
     close: pd.Series,  # quote currency, n bars
     length: int = 14,  # bars
 ) -> pd.Series:  # percent, n bars, first 2*length-2 NaN
-    "Ulcer index: root mean square of the drawdowns, each from the highest of `length` closes."
+    "Compute the ulcer index: the root mean square of the drawdowns, each from the highest of `length` closes."
     return np.sqrt(mean_over((100 * distance(window_max(close, length), close)) ** 2, length))
 
 
@@ -759,7 +773,7 @@ def drawdown(
     close: pd.Series,  # quote currency, n bars
     length: int = 168,  # bars
 ) -> pd.Series:  # log return, 0 or below, n bars, first length-1 NaN
-    "Log of the close over the highest close of the window."
+    "Compute the log of the close over the highest close of the window."
     return log_ratio(close, window_max(close, length))
 
 

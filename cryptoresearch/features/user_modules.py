@@ -61,7 +61,9 @@ def import_modules(
             raise
         except (Exception, SystemExit) as e:
             what = "no such file" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
-            raise ConfigError(problem(f"a module of features {name}", what, "Give the path of a .py file, or the name of a module that Python can import")) from e
+            raise ConfigError(
+                problem(f"a module of features {name}", what, "Give the path of a .py file, or the name of a module that Python can import")
+            ) from e
         found[path.name if path else name] = hashlib.sha256(source).hexdigest()
     return found
 

@@ -11,6 +11,7 @@ __all__ = ['realised', 'ewma_volatility', 'semivolatility', 'log_realised', 'log
 
 # %% ../../nbs/features/04_volatility.ipynb #ab7c04c4
 from math import gamma, log, pi, sqrt
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ def realised(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Realised volatility: root mean square of the log returns."
+    "Compute the realised volatility: the root mean square of the log returns."
     return np.sqrt(mean_over(log_return(close) ** 2, length))
 
 
@@ -47,7 +48,7 @@ def ewma_volatility(
     close: pd.Series,  # quote currency, n bars
     decay: float,  # weight of the estimate before, 0 to 1
 ) -> pd.Series:  # log return per bar, n bars, first NaN as the warm-up says
-    "Root of the exponentially weighted mean of squared log returns."
+    "Compute the root of the exponentially weighted mean of squared log returns."
     return np.sqrt(weighted_over(log_return(close) ** 2, ema_weights(1 - decay)))
 
 
@@ -56,7 +57,7 @@ def semivolatility(
     length: int,  # returns
     side: int,  # 1 for rises, -1 for falls
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Root of the mean square of the returns of one sign; the squares of the two add up to the realised variance."
+    "Compute the root mean square of the returns of one sign; the squares of the two add up to the realised variance."
     return np.sqrt(mean_over((side * log_return(close)).clip(lower=0) ** 2, length))
 
 # %% ../../nbs/features/04_volatility.ipynb #11a5c5a2
@@ -64,18 +65,21 @@ _PER_BAR = "log return per bar"
 for _n in (3, 6, 12, 48, 336, 720):
     on_columns(realised, f"rv_{_n}", "close", _n + 1, _PER_BAR, "realised", "Andersen, Bollerslev, 1998", length=_n)
 for _decay in (80, 94, 97):
-    on_columns(ewma_volatility, f"ewma_volatility_{_decay}", "close", len(ema_weights(1 - _decay / 100)) + 1, _PER_BAR, "realised", "RiskMetrics, 1996", decay=_decay / 100)
+    on_columns(ewma_volatility, f"ewma_volatility_{_decay}", "close", len(ema_weights(1 - _decay / 100)) + 1, _PER_BAR, "realised",
+        "RiskMetrics, 1996", decay=_decay / 100)
 for _n in (24, 168):
     for _name, _side in (("up", 1), ("down", -1)):
-        on_columns(semivolatility, f"semivolatility_{_name}_{_n}", "close", _n + 1, _PER_BAR, "realised", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n, side=_side)
-    on_columns(downside_share, f"downside_share_{_n}", "close", _n + 1, "fraction", "realised", "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n)
+        on_columns(semivolatility, f"semivolatility_{_name}_{_n}", "close", _n + 1, _PER_BAR, "realised",
+            "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n, side=_side)
+    on_columns(downside_share, f"downside_share_{_n}", "close", _n + 1, "fraction", "realised",
+        "Barndorff-Nielsen, Kinnebrock, Shephard, 2010", length=_n)
 
 # %% ../../nbs/features/04_volatility.ipynb #e9b21750
 def log_realised(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log of a log return per bar, n bars, first `length` NaN; NaN where nothing moved
-    "Log of the realised volatility."
+    "Compute the log of the realised volatility."
     return log_ratio(x := realised(close, length), x * 0 + 1)
 
 
@@ -84,7 +88,7 @@ def log_range(
     low: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log of a log return per bar, n bars, first length-1 NaN; NaN where nothing moved
-    "Log of the Parkinson volatility."
+    "Compute the log of the Parkinson volatility."
     square = mean_over(log_ratio(high, low) ** 2, length) / (4 * log(2))
     return log_ratio(square, square * 0 + 1) / 2
 
@@ -93,7 +97,7 @@ def leverage(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log return per root bar, at most 0, n bars, first `length` NaN
-    "Negative part of the return over the last bars, divided by the root of their number."
+    "Compute the negative part of the return over the last bars, divided by the root of their number."
     return log_return(close, length).clip(upper=0) / sqrt(length)
 
 # %% ../../nbs/features/04_volatility.ipynb #c54c8083
@@ -110,7 +114,7 @@ def bipower_volatility(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # log return per bar, n bars, first length+1 NaN
-    "Root of bipower variation per bar: volatility without jumps."
+    "Compute the root of bipower variation per bar: volatility without jumps."
     size = log_return(close).abs()
     return np.sqrt(pi / 2 * mean_over(size * size.shift(1), length))
 
@@ -119,7 +123,7 @@ def median_volatility(
     close: pd.Series,  # quote currency, n bars
     length: int,  # triples of returns
 ) -> pd.Series:  # log return per bar, n bars, first length+2 NaN
-    "Root of MedRV per bar: volatility without jumps, from medians of three neighbours."
+    "Compute the root of MedRV per bar: volatility without jumps, from medians of three neighbours."
     a = log_return(close).abs()
     b, k = a.shift(1), a.shift(2)
     middle = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), k))
@@ -133,7 +137,7 @@ def jump_z(
     close: pd.Series,  # quote currency, n bars
     length: int,  # triples of returns
 ) -> pd.Series:  # standard deviations, n bars, first length+2 NaN; NaN where nothing moved
-    "Huang and Tauchen's ratio statistic for a jump in the window."
+    "Compute Huang and Tauchen's ratio statistic for a jump in the window."
     size = log_return(close).abs()
     variance, bipower = mean_over(size**2, length), pi / 2 * mean_over(size * size.shift(1), length)
     part = size ** (4 / 3)
@@ -147,7 +151,7 @@ def signed_jump(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # log return per bar, n bars, first `length` NaN
-    "Root, with its sign, of the mean square of rises minus that of falls."
+    "Compute the signed root of the mean square of rises minus that of falls."
     moves = log_return(close)
     difference = mean_over(moves * moves.abs(), length)
     return np.sign(difference) * np.sqrt(difference.abs())
@@ -157,7 +161,7 @@ def largest_move(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # 1/sqrt(length) to 1, n bars, first `length` NaN; NaN where nothing moved
-    "Greatest absolute return over the root of the sum of squares."
+    "Compute the largest absolute return over the root of the sum of squares."
     moves = log_return(close)
     return ratio(highest_over(moves.abs(), length)[0], np.sqrt(sum_over(moves**2, length))).clip(upper=1)
 
@@ -177,7 +181,7 @@ def realised_skew(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # unitless, n bars, first `length` NaN; NaN where nothing moved
-    "Realised skewness: root of n times the sum of cubes, over the sum of squares to the power 1.5."
+    "Compute the realised skewness: root of n times the sum of cubes, over the sum of squares to the power 1.5."
     r = log_return(close)
     return sqrt(length) * ratio(sum_over(r**3, length), sum_over(r**2, length) ** 1.5)
 
@@ -186,14 +190,25 @@ def realised_kurtosis(
     close: pd.Series,  # quote currency, n bars
     length: int,  # returns
 ) -> pd.Series:  # unitless, 1 to length, n bars, first `length` NaN; NaN where nothing moved
-    "Realised kurtosis: n times the sum of fourth powers, over the squared sum of squares."
+    "Compute the realised kurtosis: n times the sum of fourth powers, over the squared sum of squares."
     r = log_return(close)
     return length * ratio(sum_over(r**4, length), sum_over(r**2, length) ** 2)
 
 # %% ../../nbs/features/04_volatility.ipynb #cdd02623
 for _n in (24, 168, 720):
-    on_columns(realised_skew, f"realised_skew_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n)
-    on_columns(realised_kurtosis, f"realised_kurtosis_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n)
+    on_columns(
+        realised_skew, f"realised_skew_{_n}", "close", _n + 1, "1", "realised", "Amaya, Christoffersen, Jacobs, Vasquez, 2015", length=_n
+    )
+    on_columns(
+        realised_kurtosis,
+        f"realised_kurtosis_{_n}",
+        "close",
+        _n + 1,
+        "1",
+        "realised",
+        "Amaya, Christoffersen, Jacobs, Vasquez, 2015",
+        length=_n,
+    )
 
 # %% ../../nbs/features/04_volatility.ipynb #7d8eb198
 def volatility_of_volatility(
@@ -201,7 +216,7 @@ def volatility_of_volatility(
     short: int,  # returns in a volatility
     long: int,  # volatilities in the deviation
 ) -> pd.Series:  # log units, n bars, first short+long-1 NaN; NaN where a window stood still
-    "Sample standard deviation of the log realised volatility."
+    "Compute the sample standard deviation of the log realised volatility."
     return std_over(log_realised(close, short), long)
 
 
@@ -210,7 +225,7 @@ def volatility_rank(
     short: int,  # returns in a volatility
     long: int,  # volatilities compared
 ) -> pd.Series:  # above 0 to 1 (the highest), n bars, first short+long-1 NaN
-    "Rank of the newest realised volatility among the last ones."
+    "Rank the newest realised volatility among the last ones."
     return rank_over(realised(close, short), long)
 
 
@@ -218,7 +233,7 @@ def volatility_memory(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # correlation, n bars, first length+1 NaN
-    "Correlation of absolute returns with the one before."
+    "Compute the correlation of absolute returns with those one bar before."
     size = log_return(close).abs()
     return correlation_over(size, size.shift(1), length)
 
@@ -227,7 +242,7 @@ def leverage_correlation(
     close: pd.Series,  # quote currency, n bars
     length: int,  # pairs of returns
 ) -> pd.Series:  # correlation, n bars, first length+1 NaN
-    "Correlation of absolute returns with the signed return before."
+    "Compute the correlation of absolute returns with the signed return one bar before."
     r = log_return(close)
     return correlation_over(r.abs(), r.shift(1), length)
 
@@ -238,17 +253,21 @@ def range_excess(
     close: pd.Series,  # quote currency, n bars
     length: int,  # bars
 ) -> pd.Series:  # log ratio, n bars, first `length` NaN; NaN where nothing moved
-    "Log of Parkinson's volatility over realised volatility."
+    "Compute the log of Parkinson's volatility over realised volatility."
     return log_range(high, low, length) - log_realised(close, length)
 
 # %% ../../nbs/features/04_volatility.ipynb #4d87a8d1
 for _short, _long in ((6, 72), (24, 168), (24, 720)):
-    on_columns(volatility_of_volatility, f"volatility_of_volatility_{_short}_{_long}", "close", _short + _long, "log units", "realised", "Corsi, Mittnik, Pigorsch, Pigorsch, 2008", short=_short, long=_long)
-    on_columns(volatility_rank, f"volatility_rank_{_short}_{_long}", "close", _short + _long, "rank", "realised", "Natenberg, 1994", short=_short, long=_long)
+    on_columns(volatility_of_volatility, f"volatility_of_volatility_{_short}_{_long}", "close", _short + _long, "log units", "realised",
+        "Corsi, Mittnik, Pigorsch, Pigorsch, 2008", short=_short, long=_long)
+    on_columns(volatility_rank, f"volatility_rank_{_short}_{_long}", "close", _short + _long, "rank", "realised", "Natenberg, 1994",
+        short=_short, long=_long)
 for _short, _long in ((6, 24), (24, 72), (72, 720), (168, 720)):
-    on_columns(volatility_ratio, f"volatility_ratio_{_short}_{_long}", "close", _long + 1, "log ratio", "realised", "Corsi, 2009", short=_short, long=_long)
+    on_columns(volatility_ratio, f"volatility_ratio_{_short}_{_long}", "close", _long + 1, "log ratio", "realised", "Corsi, 2009",
+        short=_short, long=_long)
 for _n in (72, 168):
-    on_columns(volatility_memory, f"volatility_memory_{_n}", "close", _n + 2, "correlation", "realised", "Ding, Granger, Engle, 1993", length=_n)
+    on_columns(volatility_memory, f"volatility_memory_{_n}", "close", _n + 2, "correlation", "realised", "Ding, Granger, Engle, 1993",
+        length=_n)
     on_columns(leverage_correlation, f"leverage_correlation_{_n}", "close", _n + 2, "correlation", "realised", "Black, 1976", length=_n)
     on_columns(range_excess, f"range_excess_{_n}", "high low close", _n + 1, "log ratio", "ranges", "Parkinson, 1980", length=_n)
 
@@ -258,7 +277,7 @@ def next_in_cycle(
     period: int,  # bars in a cycle
     cycles: int,  # cycles looked back
 ) -> pd.Series:  # log ratio, n bars, first period*cycles-1 NaN; NaN where there was nothing
-    "Log of the mean at the place in the cycle that comes next, over the mean of all."
+    "Compute the log of the mean in the next phase of the cycle over the overall mean."
     weights = np.zeros(period * cycles)
     weights[period - 1 :: period] = 1 / cycles  # newest first: period-1 bars back, and whole cycles before
     return log_ratio(weighted_over(x, weights), mean_over(x, period * cycles))
@@ -269,20 +288,40 @@ def seasonal_volatility(
     period: int,  # bars in a cycle
     cycles: int,  # cycles looked back
 ) -> pd.Series:  # log ratio, n bars, first period*cycles NaN
-    "Size of returns at the place in the cycle that comes next, against all."
+    "Compare the size of returns in the next phase of the cycle with all returns."
     return next_in_cycle(log_return(close).abs(), period, cycles)
 
 # %% ../../nbs/features/04_volatility.ipynb #7163132a
 _AB = "Andersen, Bollerslev, 1997; days and weeks of hours"
 for _period, _cycles in ((24, 7), (24, 28), (168, 4)):
-    on_columns(seasonal_volatility, f"seasonal_volatility_{_period}_{_cycles}", "close", _period * _cycles + 1, "log ratio", "realised", _AB, period=_period, cycles=_cycles)
-    on_columns(next_in_cycle, f"seasonal_volume_{_period}_{_cycles}", "volume", _period * _cycles, "log ratio", "realised", _AB, period=_period, cycles=_cycles)
+    on_columns(
+        seasonal_volatility,
+        f"seasonal_volatility_{_period}_{_cycles}",
+        "close",
+        _period * _cycles + 1,
+        "log ratio",
+        "realised",
+        _AB,
+        period=_period,
+        cycles=_cycles,
+    )
+    on_columns(
+        next_in_cycle,
+        f"seasonal_volume_{_period}_{_cycles}",
+        "volume",
+        _period * _cycles,
+        "log ratio",
+        "realised",
+        _AB,
+        period=_period,
+        cycles=_cycles,
+    )
 
 # %% ../../nbs/features/04_volatility.ipynb #c41b5276
 def month_fraction(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> np.ndarray:  # 0 to below 1, n bars
-    "Part of the calendar month that has passed."
+    "Compute the elapsed fraction of the calendar month."
     t = pd.DatetimeIndex(close_ts).tz_convert(None)
     start = t.to_period("M").start_time
     return np.asarray((t - start) / pd.Timedelta(days=1), dtype=float) / np.asarray(t.days_in_month, dtype=float)
@@ -291,7 +330,7 @@ def month_fraction(
 def year_fraction(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> np.ndarray:  # 0 to below 1, n bars
-    "Part of the calendar year that has passed."
+    "Compute the elapsed fraction of the calendar year."
     t = pd.DatetimeIndex(close_ts).tz_convert(None)
     passed = np.asarray((t - t.to_period("Y").start_time) / pd.Timedelta(days=1), dtype=float)
     return passed / np.where(t.is_leap_year, 366.0, 365.0)
@@ -299,10 +338,10 @@ def year_fraction(
 
 def calendar_circle(
     close_ts: pd.Series,  # end of the bar, UTC
-    cycle: str,  # month or year
+    cycle: Literal["month", "year"],  # the calendar unit
     turn: float = 0.0,  # 0 for the sine, 0.25 for the cosine
 ) -> pd.Series:  # -1 to 1, n bars
-    "Place of a moment in its month or year, as sine or cosine."
+    "Encode the time in its month or year as sine or cosine."
     part = month_fraction(close_ts) if cycle == "month" else year_fraction(close_ts)
     return pd.Series(np.sin(2 * np.pi * (part + turn)), index=close_ts.index)
 
@@ -320,7 +359,7 @@ def to_next(
     period_s: int,  # seconds of a cycle
     offset_s: int = 0,  # seconds from Monday 00:00 UTC to the event
 ) -> pd.Series:  # fraction of the cycle, 0 at the event, below 1, n bars
-    "Part of the cycle until the next event."
+    "Compute the fraction of the cycle until the next event."
     seconds = (close_ts - pd.Timestamp("1970-01-05", tz="UTC")) / pd.Timedelta(seconds=1)
     return ((offset_s - seconds) % period_s) / period_s
 
@@ -328,21 +367,21 @@ def to_next(
 def hour_of_week(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # whole hours since Monday 00:00 UTC, 0 to 167, n bars
-    "Hour of the week."
+    "Compute the hour of the week."
     return (close_ts.dt.dayofweek * 24 + close_ts.dt.hour).astype(float)
 
 
 def month_turn(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # 0 in the middle of the month to 1 at its turn, n bars
-    "Nearness of the turn of the month."
+    "Compute how near the turn of the month is."
     return pd.Series(np.abs(2 * month_fraction(close_ts) - 1), index=close_ts.index)
 
 # %% ../../nbs/features/04_volatility.ipynb #e692baa9
 def weekend(
     close_ts: pd.Series,  # end of the bar, UTC
 ) -> pd.Series:  # 0 or 1, n bars
-    "1 on Saturday and Sunday, UTC."
+    "Flag Saturday and Sunday, UTC."
     return (close_ts.dt.dayofweek >= 5).astype(float)
 
 
@@ -352,7 +391,7 @@ def open_hours(
     start: float,  # hours after midnight there
     end: float,  # hours after midnight there
 ) -> pd.Series:  # 0 or 1, n bars
-    "1 on weekdays between two hours of another time zone."
+    "Flag weekdays between two hours of another time zone."
     t = pd.DatetimeIndex(close_ts).tz_convert(zone)
     hours = np.asarray(t.hour, dtype=float) + np.asarray(t.minute, dtype=float) / 60
     return pd.Series(((hours >= start) & (hours < end) & (t.dayofweek < 5)).astype(float), index=close_ts.index)
@@ -363,5 +402,9 @@ on_columns(to_next, "expiry_due", "close_ts", 1, "fraction of a week", "cycles",
 on_columns(hour_of_week, "hour_of_week", "close_ts", 1, "hours", "cycles", "none")
 on_columns(month_turn, "month_turn", "close_ts", 1, "1", "cycles", "Ariel, 1987")
 on_columns(weekend, "weekend", "close_ts", 1, "0 or 1", "cycles", "French, 1980")
-for _name, _zone, _start, _end in (("tokyo", "Asia/Tokyo", 9.0, 15.0), ("london", "Europe/London", 8.0, 16.5), ("new_york", "America/New_York", 9.5, 16.0)):
+for _name, _zone, _start, _end in (
+    ("tokyo", "Asia/Tokyo", 9.0, 15.0),
+    ("london", "Europe/London", 8.0, 16.5),
+    ("new_york", "America/New_York", 9.5, 16.0),
+):
     on_columns(open_hours, f"{_name}_open", "close_ts", 1, "0 or 1", "cycles", "none", zone=_zone, start=_start, end=_end)

@@ -9,7 +9,7 @@ ARGS ?=
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
-# bytecode is worth its disk space: without it each start of the command line compiles a few thousand files anew
+# bytecode is worth its disk space: without it each start of the command line compiles a few thousand files again
 unexport PYTHONDONTWRITEBYTECODE
 # waiting threads sleep instead of spinning: several times faster where others use the cores too
 export OMP_WAIT_POLICY ?= passive
@@ -18,43 +18,43 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .PHONY: help venv demo test test-all quick lab dashboards api bench lint docs minio hooks clean distclean
 
-help:  ## this text
+help:  ## show this text
 	@echo "cryptoresearch: from raw trades to a prediction one can believe"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "More arguments go behind ARGS, e.g. make test ARGS='-k bars', make api ARGS='--port 9001'."
 
-venv: $(READY)  ## make or update .venv (the others do it by themselves)
+venv: $(READY)  ## create or update .venv (the other targets do this when needed)
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt scripts/make_venv.py
 	@python=$$(sh scripts/find_python) && "$$python" scripts/make_venv.py $(VENV)
 	@touch $@
 
-demo: $(READY)  ## the whole way: trades, bars, features, model, report, live predictions
+demo: $(READY)  ## run everything: trades, bars, features, model, report, live predictions
 	@$(BIN)/cryptoresearch demo $(ARGS)
 
-test: $(READY)  ## every notebook and every test but the heavy ones (about ten minutes on two cores)
+test: $(READY)  ## run all notebooks and all tests except the heavy ones
 	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) $(ARGS)
 
-test-all: $(READY)  ## all tests: also long kills, whole audits, the wheel in an empty environment
+test-all: $(READY)  ## run all tests, with long kills, complete audits and the wheel in an empty environment
 	@$(BIN)/python scripts/minio_server.py --prepare
 	@$(PYTEST) --heavy $(ARGS)
 
-quick: $(READY)  ## the tests without the slow ones
+quick: $(READY)  ## run the tests except the slow ones
 	@$(PYTEST) --quick $(ARGS)
 
-lab: $(READY)  ## JupyterLab, to explore
+lab: $(READY)  ## start JupyterLab
 	@$(BIN)/jupyter lab $(ARGS)
 
-dashboards: $(READY)  ## the Voila pages
+dashboards: $(READY)  ## serve the Voila pages
 	@$(BIN)/cryptoresearch dashboards $(ARGS)
 
-api: $(READY)  ## the REST API
+api: $(READY)  ## serve the REST API
 	@$(BIN)/cryptoresearch api $(ARGS)
 
-bench: $(READY)  ## run the benchmark notebooks anew, in place
+bench: $(READY)  ## run the benchmark notebooks again, in place
 	@found=$$(find nbs/benchmarks -maxdepth 1 -name '*.ipynb' | sort); \
 	if [ -z "$$found" ]; then echo "no notebooks in nbs/benchmarks"; exit 1; fi; \
 	for nb in $$found; do \
@@ -62,17 +62,17 @@ bench: $(READY)  ## run the benchmark notebooks anew, in place
 	    $(BIN)/nbdev_clean --fname "$$nb" || exit 1; \
 	done
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## run ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-docs: $(READY)  ## README.md from nbs/index.ipynb
+docs: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py
 
 minio: $(READY)  ## find a MinIO server for the tests, or build one with Go into the cache
 	@$(BIN)/python scripts/minio_server.py --prepare
 
-hooks: $(READY)  ## git hooks of this clone: clean, export and lint before a commit; merge notebooks cell by cell
+hooks: $(READY)  ## install git hooks in this clone: clean, export and lint before a commit; merge notebooks cell by cell
 	@git config core.hooksPath .githooks
 	@git config merge.nbdev-merge.name "merge notebooks cell by cell"
 	@git config merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"

@@ -117,7 +117,7 @@ def main() -> int:
         venv.create(folder, with_pip=True, symlinks=not WINDOWS)
     extra = f"[{args.extra}]" if args.extra else ""
     try:
-        # compat: a plain path entry; setuptools' own import hook loses against a folder of the package's name beside a script
+        # compat: a plain path entry; the import hook of setuptools loses against a folder of the package's name next to a script
         tool = install(folder, ["-C", "editable_mode=compat", "-e", f".{extra}"], use_uv=not args.pip)
     except subprocess.CalledProcessError:
         print("the installation failed; is the package index reachable? (pip config list, PIP_INDEX_URL)", file=sys.stderr)

@@ -166,7 +166,7 @@ def _binary_server(path: Path) -> Iterator[S3]:
         env = _without_minio(dict(os.environ)) | {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
         log, process = Path(tmp) / "log", None
         try:
-            for attempt in (1, 2, 3):  # somebody else may take the free port before minio does
+            for attempt in (1, 2, 3):  # another process may take the free port before minio does
                 endpoint = f"127.0.0.1:{_free_port()}"
                 with log.open("w") as out:
                     command = [path, "server", "--quiet", "--certs-dir", f"{tmp}/certs", "--address", endpoint, f"{tmp}/data"]
@@ -197,7 +197,7 @@ def _stop(process: subprocess.Popen) -> None:
 @contextmanager
 def _container_server(name: str) -> Iterator[S3]:
     user, password, port, container = secrets.token_hex(8), secrets.token_hex(16), _free_port(), f"cryptoresearch-s3-{secrets.token_hex(4)}"
-    # `-e NAME` hands the value over from this environment, so that no password stands in a process list
+    # `-e NAME` passes the value from this environment, so that no password appears in a process list
     env = _without_minio(dict(os.environ)) | {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password}
     command = [name, "run", "--rm", "-d", "--name", container, "-p", f"127.0.0.1:{port}:9000", "-e", "MINIO_ROOT_USER", "-e", "MINIO_ROOT_PASSWORD"]
     try:
@@ -235,7 +235,7 @@ def _given_server(env: dict[str, str]) -> Iterator[S3]:
     if not all(keys):
         raise NoServer("MINIO_ENDPOINT is set, but not MINIO_ACCESS_KEY and MINIO_SECRET_KEY")
     secure = endpoint.startswith("https://") or env.get("MINIO_SECURE", "").lower() in ("1", "true", "yes", "on")
-    # buckets of our own, removed at the end: nobody's data are touched
+    # temporary buckets, removed at the end: no other data are touched
     suffix = secrets.token_hex(4)
     s3 = S3(
         endpoint.split("://")[-1].rstrip("/"), str(keys[0]), str(keys[1]), f"the server at {endpoint}", secure,

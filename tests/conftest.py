@@ -23,7 +23,7 @@ from cryptoresearch.errors import CryptoResearchError  # noqa: E402
 from cryptoresearch.settings import Settings, shared_data  # noqa: E402
 
 GIVEN_ENV = dict(os.environ)  # as the caller set it
-NOTES: dict[str, str] = {}  # what the closing summary says beside pytest's own lines
+NOTES: dict[str, str] = {}  # lines of the closing summary in addition to those of pytest
 # tests that share nothing with the others of their file
 APART = ("tests/test_notebooks.py::test_runs[", "tests/test_event_bars.py::test_stored_bars_equal_a_build_from_nothing[")
 SECONDS: Counter[str] = Counter()  # what each test, or group of tests, took

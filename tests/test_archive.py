@@ -398,7 +398,7 @@ def content(body: bytes, status: int = 200, length: int | None = None) -> Answer
 
 
 class Archive:
-    "A web server of which each path can be told what to answer; 404 otherwise."
+    "Serve a configurable answer for each path; 404 otherwise."
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}

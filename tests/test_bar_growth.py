@@ -166,7 +166,7 @@ def test_live_sessions_with_late_trades_and_broken_connections(con: duckdb.DuckD
         for spec in ("1s", "5s"):
             grown(market, spec)
             bars = con.execute("SELECT max(close_ts) <= make_timestamp(?) FROM bars WHERE symbol = ? AND spec = ?", [end, market.symbol, spec]).fetchone()
-            assert bars is not None and bars[0] in (True, None)  # no bar that goes on after what is known
+            assert bars is not None and bars[0] in (True, None)  # no bar that continues after the last known trade
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def market(con: duckdb.DuckDBPyConnection) -> Market:
 
 
 def seconds(start: float, n: int, first_id: int = 1) -> list[tuple]:
-    "Four trades a second."
+    "Return four trades per second."
     return [(first_id + i, T0 + int(start * SECOND) + i * 250_000, 100.0 + i % 5, (i % 9 + 1) / 1e5, (1, -1)[i % 2]) for i in range(n)]
 
 

@@ -107,7 +107,7 @@ def test_uniqueness_is_the_mean_over_hours(seed: int) -> None:
 @few
 @given(st.integers(0, 10_000))
 def test_labels_of_a_moment_share_it(seed: int) -> None:
-    "Labels that begin and end at one moment count by how many are open then; nobody weighs nothing."
+    "Labels that begin and end at one moment are weighted by how many are open then; no weight is zero."
     rng = np.random.default_rng(seed)
     begin = np.sort(rng.integers(0, 12, 30))
     end = begin + rng.choice([0, 0, 1, 2, 5], 30)

@@ -1,4 +1,4 @@
-"""Bars against a loop that nobody can misread, on random trades, random holes and the store."""
+"""Compare bars with a simple loop, on random trades, random holes and the store."""
 
 from contextlib import suppress
 from decimal import Decimal
@@ -102,7 +102,7 @@ def test_long_bars_of_short_ones_equal_those_of_trades(trades, lengths, start, g
     missing = pd.DataFrame({"start_ts": [at(a) for a, _ in gaps], "end_ts": [at(a + n) for a, n in gaps]})
     short, long = (trades_to_bars(frame, f"{ms // 1000}s", start=at(start), end=at(66_000), gaps=missing) for ms in lengths)
     made = resample_bars(short, f"{lengths[1] // 1000}s")
-    unknown = made["gap"] & ~long["gap"]  # nobody had traded since a hole, or the start, when the bar began: the one thing that short bars cannot tell
+    unknown = made["gap"] & ~long["gap"]  # no trade between a hole, or the start, and the begin of the bar: short bars cannot show this
     for ts in made.index[unknown]:
         since = max([at(start), *(at(a + n) for a, n in gaps if at(a + n) <= ts)])
         assert short["gap"][ts] and not frame["ts"].between(since, ts, inclusive="left").any()
@@ -207,7 +207,7 @@ def test_ids_may_lie_far_apart(spread: int) -> None:
 
 
 def test_candles_give_the_longer_bars_that_trades_give(settings: Settings) -> None:
-    con, trades = init_duckdb(settings), random_trades(3000, seed=7)  # 100 an hour: many empty minutes
+    con, trades = init_duckdb(settings), random_trades(3000, seed=7)  # 100 per hour: many empty minutes
     put(con, trades, "file")
     make_bars(con, "BTCUSDT", "1m")
     con.execute(
@@ -283,7 +283,7 @@ def test_real_files_join_over_midnight(settings: Settings, shared: Path, order: 
 @pytest.mark.parametrize("order", [1, -1])
 def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, order: int) -> None:
     lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)
-    cuts = [0, 7, 11, 12, 4000, 4001, 4010, 9000, len(lines)]  # at 11 and 4001 a file has one price only
+    cuts = [0, 7, 11, 12, 4000, 4001, 4010, 9000, len(lines)]  # the files that end at 11 and 4001 have one price only
     stores = {}
     for name, parts in (("whole", [lines]), ("cut", [lines[a:b] for a, b in pairwise(cuts)][::order])):
         con = stores[name] = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / name / "catalog.sqlite")))

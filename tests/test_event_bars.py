@@ -190,7 +190,7 @@ def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, seed: int) -> No
 
 
 def test_ids_out_of_order_in_time_are_no_hole(tmp_path: Path) -> None:
-    "Two trades whose times are exchanged lose nothing; an id that is missing still ends the bar at hand."
+    "Two trades whose times are exchanged lose nothing; a missing id still ends the current bar."
     t = random_trades(40, 6).assign(n_trades=1)
     t["ts"] = pd.date_range("2024-03-01", periods=40, freq="1s", tz="UTC")
     t["trade_id"] = np.arange(1, 41)

@@ -117,14 +117,14 @@ def test_no_two_features_are_the_same() -> None:
 
 
 def test_live_equals_batch_across_a_gap() -> None:
-    "Every registered feature, from its last bars and from a growing window, before, in and behind a gap."
+    "Every registered feature, from its last bars and from a growing window, before, in and after a gap."
     bars = make_bars(2150, gaps=(1070, 1071), dead=(1100, 1106))
     drawn = np.random.default_rng(2).random((len(bars), len(microstructure.TRADE_COLUMNS)))
     bars = bars.assign(**{c: np.where(bars["gap"], np.nan, drawn[:, i]) for i, c in enumerate(microstructure.TRADE_COLUMNS)})
     table = live_across_gap(["all", "trades"], bars)
     assert set(table.index) >= {n for n, f in REGISTRY.items() if f.group not in ("own", "test")} and len(table) >= 476 + 36
     assert table["equal"].all() and table["worst_error"].max() <= 1e-9, table[~table["equal"]]
-    assert table["compared"].min() >= 8 and table["behind"].min() >= 4, table.nsmallest(5, "compared")  # values, not NaN beside NaN
+    assert table["compared"].min() >= 8 and table["behind"].min() >= 4, table.nsmallest(5, "compared")  # values, not NaN compared with NaN
     assert (table.loc[table["warmup"] <= 50, "compared"] >= 40).all()
 
 

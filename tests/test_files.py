@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def env_example() -> dict[str, str | None]:
-    "Names and values of .env.example; None for a setting that has no default and stands behind a #."
+    "Names and values of .env.example; None for a setting that has no default and is commented out."
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
     return {name: None if off else value for off, name, value in re.findall(r"^(#?)([A-Z_]+)=(.*)$", text, re.MULTILINE)}
 
@@ -32,7 +32,7 @@ def test_env_example_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_setting_is_explained() -> None:
-    "A comment stands above each name, or above the group it belongs to."
+    "Each name, or the group it belongs to, has a comment above it."
     text = (ROOT / ".env.example").read_text(encoding="utf-8")
     for block in re.split(r"\n(?=# )", text):
         assert len(re.findall(r"^#?[A-Z_]+=", block, re.MULTILINE)) <= 2, f"explain each of these: {block}"

@@ -165,7 +165,7 @@ def test_kline_dump(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
     assert one(con, "SELECT end_ts::VARCHAR FROM coverage") == ("2024-01-01 07:00:00",)
 
 
-# --- dirt ---------------------------------------------------------------------------------------------------------------------------------
+# --- corruption ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_dirty_rows_are_kept_with_line_and_reason(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_two_hosts_load_the_same_file_at_the_same_moment(tmp_path: Path, postgre
         found = real(con, job, *rest)
         if found is None and not together.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
-                together.wait(5)  # nobody goes on before both have looked
+                together.wait(5)  # both look before either continues
         return found
 
     monkeypatch.setattr(ingest, "_loaded", look)

@@ -30,7 +30,7 @@ def con(tmp_path: Path) -> Iterator[Con]:
 
 
 def trades(first: int, last: int, start_ms: int = BEGIN_MS, step_ms: int = 1000) -> list[str]:
-    "Trades with the ids first, …, last; one a second."
+    "Return trades with the ids first, …, last; one per second."
     return [f"{i},{100 + i % 5}.00000000,1.00000000,{100 + i % 5}.00000000,{start_ms + i * step_ms},{i % 3 == 0},True" for i in range(first, last + 1)]
 
 

@@ -1,4 +1,4 @@
-"A load that is killed leaves nothing, and goes on; and its memory does not grow with the file."
+"A killed load leaves nothing behind and can be continued; its memory does not grow with the file."
 import json
 import subprocess
 import sys

@@ -205,7 +205,7 @@ def test_pipelines_that_learn_from_the_past_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_what_was_fitted_elsewhere_is_named(name: str) -> None:
-    "Whether it was fitted on the past or on everything, nobody can see from its method."
+    "A model whose method does not show whether it was fitted on the past or on everything."
     for fitted_on in (BARS.iloc[:600], BARS):
         with pytest.warns(UserWarning, match="not proved"):
             table = prove_causal(LEARNING[name]().fit(fitted_on).transform, BARS, cuts=4, search=16)
@@ -394,7 +394,7 @@ def test_a_frame_handed_over_as_an_argument() -> None:
     def on_start(b: Bars, daily: Bars) -> pd.Series:
         return daily["close"].reindex(b.index, method="ffill")
 
-    bare = DAYS.drop(columns=["close_ts"])  # nobody says when its rows are known but their index
+    bare = DAYS.drop(columns=["close_ts"])  # only the index says when its rows are known
     row = prove_causal(on_start, BARS, others={"daily": DAYS}, search=0).iloc[0]
     assert not row["causal"] and row["through"] == "daily.close"
     at_close = bare.set_index(pd.DatetimeIndex(DAYS["close_ts"]))

@@ -1,4 +1,4 @@
-"""Upkeep beside processes at work: a collector that writes, a reader, runs that pin, MinIO, PostgreSQL."""
+"""Run maintenance alongside active processes: a collector that writes, a reader, runs that pin, MinIO, PostgreSQL."""
 
 from __future__ import annotations
 

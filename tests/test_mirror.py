@@ -244,7 +244,7 @@ def test_bytes_that_rot_are_found_by_rehash(archive: Archive, tmp_path: Path) ->
     file = Path(mirror(archive, tmp_path, "2024-01-05", "2024-01-05").uris[0])
     when = file.stat().st_mtime_ns
     file.write_bytes(b"x" + file.read_bytes()[1:])
-    os.utime(file, ns=(when, when))  # as a disk does it: nobody wrote
+    os.utime(file, ns=(when, when))  # as a disk does it: the content did not change
     assert mirror(archive, tmp_path, "2024-01-05", "2024-01-05").received == 0
     assert mirror(archive, tmp_path, "2024-01-05", "2024-01-05", rehash=True).received == 60_000
     assert file.read_bytes() == archive.files[name]
@@ -373,7 +373,7 @@ def test_no_name_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     over.set()
 
 
-# --- going on where it was ---
+# --- resuming an interrupted download ---
 
 
 def broken_off(archive: Archive, tmp_path: Path, name: str, after: int = 25_000) -> Path:
@@ -566,7 +566,7 @@ def test_a_bucket_gets_whole_files_only(archive: Archive, tmp_path: Path, s3: An
     archive.asked.clear()
     third = mirror_archive("BTCUSDT", "2024-01-31", "2024-02", **options)
     assert [f.state for f in third.files] == ["there"] * 2 and archive.asked == []
-    # one that somebody else put there without a checksum is not trusted
+    # a file that was put there without a checksum is not trusted
     minio_client(settings).put_object(bucket, names[0][1:], BytesIO(b"half"), 4)
     assert [f.state for f in mirror_archive("BTCUSDT", "2024-01-31", "2024-01-31", **options).files] == ["fetched"]
     for item in list_objects(settings, f"s3://{bucket}/")["uri"]:
@@ -599,7 +599,7 @@ def test_killed_while_it_goes_into_a_bucket(archive: Archive, tmp_path: Path, s3
 
 
 def trades(first_id: int, day: str, n: int = 500, price: float = 100.0) -> str:
-    "Lines of the archive's trades, one a second from the day's start."
+    "Return lines of the archive's trades, one per second from the day's start."
     start = int(datetime.fromisoformat(day + "T00:00:00+00:00").timestamp() * 1000)
     return "".join(f"{first_id + i},{price + i % 7:.2f},0.5,{(price + i % 7) / 2:.3f},{start + 1000 * i},{'True' if i % 3 else 'False'},True\n" for i in range(n))
 

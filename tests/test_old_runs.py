@@ -28,7 +28,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory, hours_in):
-    "Settings of a store rebuilt from real data, with the old runs beside it."
+    "Settings of a store rebuilt from real data, with the old runs next to it."
     home = tmp_path_factory.mktemp("old")
     settings = hours_in(home, "2021-01-01", "2021-07-11")
     with zipfile.ZipFile(ARCHIVE) as archive:
@@ -76,7 +76,7 @@ def test_reproduce_names_the_changed_code(old, kind="volatility"):
         checks, message = reproduce(RUNS[kind], old), ""
     except RunMismatch as e:
         checks, message = None, str(e)
-    if code_version() == then:  # the very code that trained the run
+    if code_version() == then:  # the same code that trained the run
         assert checks is not None, message
         assert checks.drop("snapshot")["same"].all(), checks[~checks["same"]]
     elif checks is None:  # one sentence names both versions

@@ -116,7 +116,7 @@ def test_the_comparison_says_what_the_functions_say(desk: Desk, pages: dict[str,
     text = words(page)
     assert found.sentence in text and found.sentence in " ".join(told.split())
     assert f"Verdict: {found.label}" in text and found.label == "A is better"
-    assert " har " in text  # beside last and ewma
+    assert " har " in text  # in addition to last and ewma
     assert "params.penalty" in text and "300000.0" in text
     assert all(run.id in text for run in desk.runs[:2]) and "in the model confidence set" in text
 
@@ -162,7 +162,7 @@ def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, 
     assert "models tested on these rows 1" in text and "corrected for these models p" in text
     for part in ("quantiles of 90 days", "base rate", "IC by month", "IC by hour of the day", "above zero"):
         assert part in text, part
-    assert audit_of(desk.runs[2])["verdict"].startswith("audit")  # kept beside the run, for the registry
+    assert audit_of(desk.runs[2])["verdict"].startswith("audit")  # stored next to the run, for the registry
     for cost in ("bp of half-spread a side", "square-root impact", "funding of 1 bp per 8 hours", "2 bars after the decision", "and one bar late"):
         assert cost in text, cost
 
@@ -237,7 +237,7 @@ def test_the_pages_in_a_browser(pages: dict[str, tuple[Path, str, str]], page: A
 @pytest.mark.slow
 @pytest.mark.browser
 def test_two_runs_are_compared_on_a_page_of_the_dashboard(desk: Desk, page: Any, process: Any) -> None:
-    "The page offers runs of one question, says which is better, and turns the sign when they are swapped."
+    "The page offers comparable runs, shows which is better, and changes the sign when they are swapped."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

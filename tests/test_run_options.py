@@ -1,4 +1,4 @@
-"""Options of a run, each as its files, its live predictor and the report see it: made again bit for bit, and never from the future."""
+"""Check each option of a run in its files, its live predictor and its report: reproduced bit for bit, without look-ahead."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Runs as processes and files see them: trained twice, made again, tampered with, killed, and executed as a notebook with a report."""
+"""Check runs as processes and files: trained twice, reproduced, tampered with, killed, and executed as a notebook with a report."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    "A copy of the trained run's folder, beside the same store, to tamper with."
+    "Return a copy of the trained run's folder, next to the same store, to tamper with."
     settings, run = trained
     mine = settings.model_copy(update={"runs_dir": str(tmp_path / "runs")})
     shutil.copytree(run.folder, tmp_path / "runs" / run.id)
@@ -536,7 +536,7 @@ def test_event_bars_can_have_the_options_too(events, more):
     p = run.predictions
     assert (p["lower"] <= p["upper"]).all() and 0.5 < interval_table(p, bars, 0.9).loc[("all", "all"), "coverage"] < 1
     assert reproduce(run.id, events)["same"].all()
-    if asked.interval == "adaptive":  # whose features leave enough beside each group
+    if asked.interval == "adaptive":  # whose features leave enough in addition to each group
         paths = path_predictions(asked, runs.prepare(bars, asked))
         assert len(score_paths(paths, bars, asked)) == 5 and paths[0]["first_id"].is_unique
 

@@ -1,4 +1,4 @@
-"""The servers that other tests stand on are what they claim to be."""
+"""Check the servers that other tests depend on."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The simulated exchange where a notebook cannot go: every kind of dirt through the loader, a mirror on a server, memory, other processes."""
+"""Test the simulated exchange where a notebook cannot: every kind of corruption through the loader, a mirror on a server, memory, other processes."""
 
 import csv
 import hashlib
@@ -61,7 +61,7 @@ def stored(con: duckdb.DuckDBPyConnection) -> list[Any]:
     return con.execute("SELECT trade_id, ts, price, qty, quote_qty, side_reported, n_trades, side_tick FROM trades ORDER BY trade_id").fetchall()
 
 
-# --- dirt through the loader ----------------------------------------------------------------------------------------------------------------
+# --- corruption through the loader ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Corruption, rows: list[Any]) -> 
     assert result.rows == len(have) == dirt.rows
     step = 1 if result.kind != "klines" else 60_000_000
     lost = {i for first, last in dirt.lost for i in range(first, last + 1, step)}
-    ends = {row[0] for row in rows} - {row[0] for row in have} - lost  # behind the last good row
+    ends = {row[0] for row in rows} - {row[0] for row in have} - lost  # after the last good row
     assert {row[0] for row in have} | lost | ends == {row[0] for row in rows}
     whole = {row[0]: row for row in rows}
     assert all(row[:-1] == whole[row[0]][:-1] for row in have)  # the tick rule's side depends on the rows before
@@ -294,7 +294,7 @@ def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path) -> None:
     with served(tmp_path / "mirror") as url, new_store(tmp_path / "store") as con:
         got = [fetch_day("SIMUSDT", date.fromisoformat(DAY), kind, folder=tmp_path / "got", settings=settings.model_copy(update={"archive_url": url})) for kind in ("trades", "klines")]
         assert [p.read_bytes() for p in got] == [p.read_bytes() for p in paths]
-        # a downloaded zip has no SIMULATED.txt beside it, and still says what it is
+        # a downloaded zip has no SIMULATED.txt next to it, and is still marked as simulated
         assert not (tmp_path / "got" / "SIMULATED.txt").exists()
         assert process_file(con, got[0]).source == "simulated"
 

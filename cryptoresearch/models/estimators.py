@@ -12,7 +12,6 @@ import re
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -22,7 +21,7 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from ..errors import SchemaError
-from .boosting import keep_params, Loss, monotone_list, Rows, TailModel, XGBoostModel
+from .boosting import keep_params, Loss, monotone_list, Rows, TailModel, Trees, XGBoostModel
 
 # %% ../../nbs/models/04_estimators.ipynb #0f28a14d
 class _LightGBMTrees(TailModel):
@@ -33,10 +32,10 @@ class _LightGBMTrees(TailModel):
     monotone: dict[str, int] | None
     n_threads: int
 
-    def _params(self) -> dict[str, Any]:
+    def _params(self) -> dict[str, object]:
         "Return the parameters under LightGBM's names."
         own = ("learning_rate", "num_leaves", "subsample", "colsample_bytree", "reg_lambda", "seed", "device")
-        loss: dict[str, Any] = {"objective": {"mean": "regression", "probability": "binary", "quantile": "quantile"}[self.loss]}
+        loss: dict[str, object] = {"objective": {"mean": "regression", "probability": "binary", "quantile": "quantile"}[self.loss]}
         if self.loss == "quantile":
             loss["alpha"] = self.alpha
         fixed = {"deterministic": True, "force_row_wise": True, "subsample_freq": 1, "verbosity": -1}
@@ -48,7 +47,7 @@ class _LightGBMTrees(TailModel):
 class _LightGBMFile(_LightGBMTrees):
     "Growth, forecasts and stored form of LightGBM's trees."
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         data = lgb.Dataset(rows.values, rows.outcome, weight=rows.weight, params=self._params())
         if tail is None:
             return lgb.train(self._params(), data, rounds), rounds - 1
@@ -57,13 +56,13 @@ class _LightGBMFile(_LightGBMTrees):
         trees = lgb.train(self._params(), data, rounds, valid_sets=[held_out], callbacks=[stop])
         return trees, (trees.best_iteration or rounds) - 1
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         return np.asarray(trees.predict(values, num_iteration=best + 1, num_threads=self.n_threads), dtype=np.float64)
 
     def _dump(self) -> bytes:
         return self.booster_.model_to_string().encode()
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         return lgb.Booster(model_str=data.decode())
 
     def _gain(self) -> np.ndarray:
@@ -90,7 +89,7 @@ class LightGBMModel(_LightGBMFile):
         alpha: float = 0.5,  # quantile for loss='quantile', 0 to 1
         level: float = 0.9,  # share of outcomes that predict_interval should contain
         monotone: dict[str, int] | None = None,  # 1 (rising) or -1 (falling) by name of feature
-        device: str = "cpu",  # or 'gpu', 'cuda'
+        device: str = "cpu",  # device name of LightGBM, such as 'gpu'
         seed: int = 0,  # of the row and column samples
         n_threads: int = 2,  # fixed, because sums in another order round differently
     ) -> None:
@@ -140,7 +139,7 @@ class _Staged(TailModel):
         "Replace what the booster cannot take."
         return values
 
-    def _stages(self, trees: Any, values: np.ndarray) -> Iterator[np.ndarray]:
+    def _stages(self, trees: Trees, values: np.ndarray) -> Iterator[np.ndarray]:
         "Yield the forecasts after each tree."
         filled = self._filled(values)
         staged = trees.staged_predict_proba(filled) if self.loss == "probability" else trees.staged_predict(filled)
@@ -151,17 +150,17 @@ class _Steps(_Staged):
     "Growth in steps, stopped by the tail."
 
     @abstractmethod
-    def _new(self, rounds: int) -> Any:
+    def _new(self, rounds: int) -> Trees:
         "Return an unfitted booster with this number of trees."
 
     @abstractmethod
-    def _more(self, trees: Any, rounds: int) -> None:
+    def _more(self, trees: Trees, rounds: int) -> None:
         "Set the number of trees for the next fit of a booster."
 
     def _learn_fill(self, values: np.ndarray) -> None:
         "Learn what replaces NaN."
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         self._learn_fill(rows.values)
         filled, target = self._filled(rows.values), rows.outcome.astype(int) if self.loss == "probability" else rows.outcome
         if tail is None:
@@ -171,14 +170,15 @@ class _Steps(_Staged):
             done = min(done + self.early_stopping_rounds, rounds)
             self._more(trees, done)
             trees.fit(filled, target, sample_weight=rows.weight)
-            best = int(np.argmin([np.average(_tail_loss(self.loss, self.alpha, tail.outcome, p), weights=tail.weight) for p in self._stages(trees, tail.values)]))
+            losses = (_tail_loss(self.loss, self.alpha, tail.outcome, p) for p in self._stages(trees, tail.values))
+            best = int(np.argmin([np.average(loss, weights=tail.weight) for loss in losses]))
         return trees, best
 
 # %% ../../nbs/models/04_estimators.ipynb #43b413d3
 class _SklearnTrees(_Steps):
     "Forecasts and stored form of scikit-learn's trees."
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         for k, p in enumerate(self._stages(trees, values)):
             if k == best:
                 return np.asarray(p, dtype=np.float64)
@@ -189,7 +189,7 @@ class _SklearnTrees(_Steps):
 
         return _same_bytes(skops.io.dumps({"trees": self.booster_, "fill": self.fill_}))
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         import skops.io  # heavy: loads all of scikit-learn and its test tools
 
         if unknown := sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED)):
@@ -206,16 +206,17 @@ class _HistTrees(_SklearnTrees):
     monotone: dict[str, int] | None
     seed: int
 
-    def _new(self, rounds: int) -> Any:
+    def _new(self, rounds: int) -> Trees:
         own = {k: getattr(self, k) for k in ("learning_rate", "max_leaf_nodes", "min_samples_leaf", "max_features", "l2_regularization")}
         bounds = monotone_list(self.monotone, self.names_) if self.monotone else None
-        fixed = {"max_iter": max(rounds, 1), "early_stopping": False, "warm_start": True, "random_state": self.seed, "monotonic_cst": bounds}
+        fixed = {"max_iter": max(rounds, 1), "early_stopping": False, "warm_start": True, "random_state": self.seed}
+        own["monotonic_cst"] = bounds
         if self.loss == "probability":
             return HistGradientBoostingClassifier(**own, **fixed)
-        loss: Mapping[str, Any] = {"loss": "quantile", "quantile": self.alpha} if self.loss == "quantile" else {"loss": "squared_error"}
+        loss: Mapping[str, object] = {"loss": "quantile", "quantile": self.alpha} if self.loss == "quantile" else {"loss": "squared_error"}
         return HistGradientBoostingRegressor(**loss, **own, **fixed)
 
-    def _more(self, trees: Any, rounds: int) -> None:
+    def _more(self, trees: Trees, rounds: int) -> None:
         trees.max_iter = rounds
 
     def _gain(self) -> np.ndarray:
@@ -255,14 +256,14 @@ class _ExactTrees(_SklearnTrees):
 
     seed: int
 
-    def _new(self, rounds: int) -> Any:
+    def _new(self, rounds: int) -> Trees:
         own = {k: getattr(self, k) for k in ("learning_rate", "max_depth", "min_samples_leaf", "subsample", "max_features")}
         fixed = {"n_estimators": max(rounds, 1), "warm_start": True, "random_state": self.seed}
         if self.loss == "probability":
             return GradientBoostingClassifier(**own, **fixed)
         return GradientBoostingRegressor(loss="quantile" if self.loss == "quantile" else "squared_error", alpha=self.alpha, **own, **fixed)
 
-    def _more(self, trees: Any, rounds: int) -> None:
+    def _more(self, trees: Trees, rounds: int) -> None:
         trees.n_estimators = rounds
 
     def _learn_fill(self, values: np.ndarray) -> None:
@@ -313,7 +314,7 @@ class _StandardRidge(TailModel):
     penalty: float
     clip: float
 
-    def _standard(self, fitted: dict[str, Any], values: np.ndarray) -> np.ndarray:
+    def _standard(self, fitted: Trees, values: np.ndarray) -> np.ndarray:
         "Standardise and clip features; NaN becomes the mean."
         scale = np.array([np.inf if v is None else v for v in fitted["scale"]])
         return np.nan_to_num(((values - np.array(fitted["mean"])) / scale).clip(-self.clip, self.clip), nan=0.0)
@@ -330,17 +331,18 @@ class _RidgeFit(_StandardRidge):
         if self.loss == "quantile":
             raise SchemaError("expected a ridge of the loss mean or probability; found quantile. Use one of the boosters")
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         mean, scale = _scaling(rows.values)
-        fitted: dict[str, Any] = {"mean": mean.tolist(), "scale": [None if np.isinf(v) else float(v) for v in scale]}
+        fitted: dict[str, object] = {"mean": mean.tolist(), "scale": [None if np.isinf(v) else float(v) for v in scale]}
         Z = self._standard(fitted, rows.values)
         if self.loss == "probability":
-            model: Any = LogisticRegression(C=1 / self.penalty, max_iter=1000).fit(Z, rows.outcome.astype(int), sample_weight=rows.weight)
-            return fitted | {"coef": model.coef_[0].tolist(), "intercept": float(model.intercept_[0])}, 0
+            logistic = LogisticRegression(C=1 / self.penalty, max_iter=1000)
+            logistic.fit(Z, rows.outcome.astype(int), sample_weight=rows.weight)
+            return fitted | {"coef": logistic.coef_[0].tolist(), "intercept": float(logistic.intercept_[0])}, 0
         model = Ridge(alpha=self.penalty, solver="cholesky").fit(Z, rows.outcome, sample_weight=rows.weight)
         return fitted | {"coef": model.coef_.tolist(), "intercept": float(model.intercept_)}, 0
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         raw = self._standard(trees, values) @ np.array(trees["coef"]) + trees["intercept"]
         return 1 / (1 + np.exp(-raw)) if self.loss == "probability" else raw
 
@@ -363,7 +365,7 @@ class RidgeModel(_RidgeFit):
     def _dump(self) -> bytes:
         return json.dumps(self.booster_).encode()
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         return json.loads(data)
 
 # %% ../../nbs/models/04_estimators.ipynb #c4521e74

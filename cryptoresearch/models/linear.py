@@ -13,7 +13,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LinearRegression, Ridge
 
 from ..errors import ConfigError, InputError, problem, SchemaError
-from .boosting import column_names, keep_params, Loss, Rows, TailModel
+from .boosting import column_names, keep_params, Loss, Rows, TailModel, Trees
 from .estimators import MODELS
 
 # %% ../../nbs/models/05_linear.ipynb #9c7cd41c
@@ -31,11 +31,12 @@ def _places(names: Sequence[str], needs: Sequence[str], model: str) -> list[int]
     if list(names) == column_names(len(names)):
         return list(range(len(names)))
     if missing := [n for n in needs if n not in names]:
-        raise ConfigError(problem(f"the features of the model {model}", f"no {', '.join(missing)}", f"Add them: {' '.join(f'--feature {n}' for n in missing)}"))
+        advice = f"Add them: {' '.join(f'--feature {n}' for n in missing)}"
+        raise ConfigError(problem(f"the features of the model {model}", f"no {', '.join(missing)}", advice))
     return [list(names).index(n) for n in needs]
 
 
-MOST_PATTERNS = 12  # submodels of a model, besides the full and the empty one: the most frequent patterns
+MOST_PATTERNS = 12  # submodels of a model, in addition to the full and the empty one: the most frequent patterns
 RAREST = 0.001  # least share of the training rows that shows a pattern
 
 # %% ../../nbs/models/05_linear.ipynb #6de0f7d4
@@ -69,7 +70,7 @@ class _Chosen(TailModel):
     def _dump(self) -> bytes:
         return json.dumps(self.booster_).encode()
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         return json.loads(data)
 
 # %% ../../nbs/models/05_linear.ipynb #c39e9396
@@ -77,10 +78,10 @@ class _Submodels(_Chosen):
     "Fit one submodel per pattern of known columns."
 
     @abstractmethod
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Any:
+    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
         "Fit the outcome on standardised columns of `_design`."
 
-    def _submodel(self, design: np.ndarray, pattern: np.ndarray, rows: Rows) -> dict[str, Any]:
+    def _submodel(self, design: np.ndarray, pattern: np.ndarray, rows: Rows) -> dict[str, object]:
         "Fit the columns of a pattern on all rows that have them."
         if not pattern.any():
             return {"columns": [], "mean": [], "scale": [], "coef": [], "intercept": float(np.average(rows.outcome, weights=rows.weight))}
@@ -105,18 +106,19 @@ class _PatternModel(_Submodels):
         if (complete := int((~np.isnan(design)).all(axis=1).sum())) <= least:
             raise SchemaError(f"expected more than {least} rows with all of {', '.join(self.needs)}; found {complete}. Load more bars")
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         design = self._design(rows.values)
         self._refuse_unknown(design, 0)
         return [self._submodel(design, pattern, rows) for pattern in _patterns(~np.isnan(design))], 0
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         design = self._design(values)
         known, out, pending = ~np.isnan(design), np.empty(len(design)), np.ones(len(design), dtype=bool)
         for sub in trees:  # the largest first
             columns = sub["columns"]
             rows = pending & known[:, columns].all(axis=1)
-            out[rows] = (design[rows][:, columns] - np.array(sub["mean"])) / np.array(sub["scale"]) @ np.array(sub["coef"]) + sub["intercept"]
+            Z = (design[rows][:, columns] - np.array(sub["mean"])) / np.array(sub["scale"])
+            out[rows] = Z @ np.array(sub["coef"]) + sub["intercept"]
             pending &= ~rows
         return out
 
@@ -136,7 +138,7 @@ class HARModel(_PatternModel):
     ) -> None:
         keep_params(self, locals())
 
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Any:
+    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
         return LinearRegression().fit(Z, outcome, sample_weight=weight)
 
     def _gain(self) -> np.ndarray:
@@ -154,7 +156,7 @@ class _Calendar(_PatternModel):
         chosen = super()._design(values)
         return np.c_[chosen[:, :-1], (chosen[:, -1:] == np.arange(168)).astype(float)]
 
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Any:
+    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
         return Ridge(alpha=self.penalty, solver="cholesky").fit(Z, outcome, sample_weight=weight)
 
     def _gain(self) -> np.ndarray:
@@ -210,7 +212,7 @@ class DecayRidgeModel(_Calendar):
 _NO_MEMBERS = {"ensemble", "garch"}  # garch needs the horizon of the run
 
 
-def _check_members(members: Any, member_params: Mapping[str, Any] | None) -> None:
+def _check_members(members: Sequence[str], member_params: Mapping[str, object] | None) -> None:
     "Refuse members that are not models, or cannot be averaged."
     allowed = [m for m in MODELS if m not in _NO_MEMBERS]
     wrong = not members or isinstance(members, str)
@@ -221,8 +223,8 @@ def _check_members(members: Any, member_params: Mapping[str, Any] | None) -> Non
 
 def _member(
     name: str,  # in MODELS
-    given: Mapping[str, Any],  # parameters that differ from the defaults
-    common: Mapping[str, Any],  # loss and seed, where the member has them
+    given: Mapping[str, object],  # parameters that differ from the defaults
+    common: Mapping[str, object],  # loss and seed, where the member has them
 ) -> TailModel:  # not fitted
     "Construct a member of an ensemble."
     has = inspect.signature(MODELS[name].__init__).parameters
@@ -238,7 +240,7 @@ class _Members(TailModel):
     members: Sequence[str]
     seeds: int
     folds: int
-    member_params: Mapping[str, Mapping[str, Any]] | None
+    member_params: Mapping[str, Mapping[str, object]] | None
     seed: int
 
     def _check_params(self) -> None:
@@ -251,8 +253,9 @@ class _Members(TailModel):
 
     def _copies(self) -> list[tuple[str, TailModel, int]]:
         "List name, unfitted model and fold of each copy."
-        wanted = [(name, seed, fold) for name in self.members for seed in range(self.seed, self.seed + self.seeds) for fold in range(self.folds)]
-        out = [(name, _member(name, (self.member_params or {}).get(name, {}), {"loss": self.loss, "seed": seed}), fold) for name, seed, fold in wanted]
+        seeds, given = range(self.seed, self.seed + self.seeds), self.member_params or {}
+        wanted = [(name, seed, fold) for name in self.members for seed in seeds for fold in range(self.folds)]
+        out = [(name, _member(name, given.get(name, {}), {"loss": self.loss, "seed": seed}), fold) for name, seed, fold in wanted]
         for _, made, _ in out:
             made.names_ = self.names_
         return out
@@ -264,7 +267,7 @@ class _Averaged(_Members):
     best_: list[int]  # position of the last tree of each member
 
     def _of_fold(self, rows: Rows, fold: int) -> Rows:
-        "Leave out the stretch of time of a fold."
+        "Leave out the period of a fold."
         n = len(rows.outcome)
         return rows if self.folds == 1 else rows.take(np.setdiff1d(np.arange(n), np.array_split(np.arange(n), self.folds)[fold]))
 
@@ -276,7 +279,7 @@ class _Averaged(_Members):
         self.best_ = [made.n_estimators - 1 for _, made, _ in self._copies()]
         return super()._fit_small(rows)
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         grown = []
         for k, (name, made, fold) in enumerate(self._copies()):
             trees = made.n_estimators if tail is not None else self.best_[k] + 1
@@ -290,14 +293,17 @@ class _Averaged(_Members):
 class _EnsembleFile(_Averaged):
     "Forecasts and stored form of an ensemble."
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         return np.mean([made._raw(made.booster_, values, own) for _, made, own in trees], axis=0)
 
     def _dump(self) -> bytes:
-        rows = [{"model": name, "params": made.get_params(), "best": best, "trees": base64.b64encode(made._dump()).decode()} for name, made, best in self.booster_]
+        rows = [
+            {"model": name, "params": made.get_params(), "best": best, "trees": base64.b64encode(made._dump()).decode()}
+            for name, made, best in self.booster_
+        ]
         return json.dumps({"features": self.names_, "members": rows}).encode()
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         stored, out = json.loads(data), []
         for row in stored["members"]:
             made = MODELS[row["model"]](**row["params"])
@@ -318,8 +324,8 @@ class EnsembleModel(_EnsembleFile):
         self,
         members: Sequence[str] = ("ridge", "lightgbm"),  # names in MODELS
         seeds: int = 1,  # copies of each member with another seed
-        folds: int = 1,  # copies of each member that leave out another stretch of time; 1 leaves out none
-        member_params: Mapping[str, Mapping[str, Any]] | None = None,  # by member, where they differ from the defaults
+        folds: int = 1,  # copies of each member that leave out another period; 1 leaves out none
+        member_params: Mapping[str, Mapping[str, object]] | None = None,  # by member, where they differ from the defaults
         validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y); for volatility
         loss: Loss = "mean",  # mean or probability
@@ -405,33 +411,46 @@ def log_line(
     residual = np.log(total[rows]) - start - slope * raw[rows]
     return float(start), float(slope), float(np.log(np.mean(np.exp(residual))))
 
+# %% ../../nbs/models/05_linear.ipynb #d859a71e-1
+def _check_horizon(horizon: int) -> None:
+    "Refuse a horizon of less than one bar."
+    if horizon < 1:
+        raise SchemaError(f"expected a horizon of 1 bar or more; found {horizon}. Correct horizon")
+
+
+def _mapped(variance: np.ndarray, start: float, slope: float, lift: float) -> np.ndarray:
+    "Map forecasts of the variance by the regression of `log_line`."
+    return np.exp(start + slope * np.log(variance) + lift)
+
 # %% ../../nbs/models/05_linear.ipynb #d859a71e
 class Garch(BaseEstimator):
     "GARCH(1,1) of `arch` as a forecast of the variance of the next bars (Bollerslev 1986)."
 
-    def __init__(self, horizon: int = 24, log_linear: bool = True) -> None:  # bars to forecast; match the realised variance
+    def __init__(
+        self,
+        horizon: int = 24,  # bars to forecast
+        log_linear: bool = True,  # map the log forecast to the log of the realised variance
+    ) -> None:
         keep_params(self, locals())
 
     def fit(
         self,
         returns: pd.Series | np.ndarray,  # log returns in time order, NaN in gaps, n bars
-        y: Any = None,  # ignored; for scikit-learn
+        y: object = None,  # ignored; for scikit-learn
     ) -> Self:  # the fitted estimator
         "Estimate by maximum likelihood on the known returns; SchemaError with fewer than 500."
         r = np.asarray(returns, dtype=np.float64)
-        if self.horizon < 1:
-            raise SchemaError(f"expected a horizon of 1 bar or more; found {self.horizon}. Correct horizon")
+        _check_horizon(self.horizon)
         self.path_ = estimate_garch(r)
         self.line_ = log_line(self.path_.variance(r, self.horizon), r, self.horizon) if self.log_linear else (0.0, 1.0, 0.0)
         return self
 
     def predict(
         self,
-        returns: pd.Series | np.ndarray,  # m log returns in time order, NaN in gaps; start some hundred bars before the first row of interest
+        returns: pd.Series | np.ndarray,  # m log returns in time order, NaN in gaps; begin some hundred bars early
     ) -> np.ndarray:  # variance of the next `horizon` bars at each close, m values
-        "Forecast at each bar from the returns until its close."
-        start, slope, lift = self.line_
-        return np.exp(start + slope * np.log(self.path_.variance(np.asarray(returns, dtype=np.float64), self.horizon)) + lift)
+        "Compute a forecast at each bar from the returns until its close."
+        return _mapped(self.path_.variance(np.asarray(returns, dtype=np.float64), self.horizon), *self.line_)
 
 # %% ../../nbs/models/05_linear.ipynb #4afe0381
 PATH_BARS = 168  # returns that the filter uses
@@ -466,7 +485,8 @@ class _Path(TailModel):
     def _returns(self, values: np.ndarray) -> np.ndarray:
         "Select the path of each row, newest return first."
         if missing := [name for name in self.needs if name not in self.names_]:
-            raise ConfigError(problem("the returns that the model garch filters", f"no {missing[0]}", f"Add them: --feature ret_1_lags_{PATH_BARS - 1}"))
+            advice = f"Add them: --feature ret_1_lags_{PATH_BARS - 1}"
+            raise ConfigError(problem("the returns that the model garch filters", f"no {missing[0]}", advice))
         place = {name: k for k, name in enumerate(self.names_)}
         return np.ascontiguousarray(values[:, [place[name] for name in self.needs]])
 
@@ -474,20 +494,20 @@ class _Path(TailModel):
 class _GarchFit(_Path):
     "GARCH's part of the model."
 
-    def _level(self, fitted: Mapping[str, Any], returns: np.ndarray) -> np.ndarray:
+    def _level(self, fitted: Trees, returns: np.ndarray) -> np.ndarray:
         "Forecast the volatility of the next bars by GARCH alone; its logarithm with a log target."
         after = _filter_rows(returns, *(fitted[k] for k in ("omega", "alpha", "beta", "mean")))
         variance = over_bars(after, fitted["omega"], fitted["alpha"] + fitted["beta"], self.horizon)
         return np.log(variance) / 2 if self.log_target else np.sqrt(variance)
 
-    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Any, int]:
+    def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         returns = self._returns(rows.values)
         path = estimate_garch(returns[:, 0])
         fitted = {"omega": path.omega, "alpha": path.alpha, "beta": path.beta, "mean": path.mean}
         slope, start = np.polyfit(self._level(fitted, returns), rows.outcome, 1, w=None if rows.weight is None else np.sqrt(rows.weight))
         return fitted | {"start": float(start), "slope": float(slope)}, 0
 
-    def _raw(self, trees: Any, values: np.ndarray, best: int) -> np.ndarray:
+    def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         return trees["start"] + trees["slope"] * self._level(trees, self._returns(values))
 
 # %% ../../nbs/models/05_linear.ipynb #bf8edbfb
@@ -508,7 +528,7 @@ class GarchModel(_GarchFit):
     def _dump(self) -> bytes:
         return json.dumps(self.booster_).encode()
 
-    def _restore(self, data: bytes) -> Any:
+    def _restore(self, data: bytes) -> Trees:
         return json.loads(data)
 
     def _gain(self) -> np.ndarray:  # weight of each return's square in the variance of the next bar

@@ -101,18 +101,30 @@ def _section(title: str, entries: list[Entry]) -> list[str]:
     return lines
 
 
-def _parts(node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]]) -> list[tuple[str, list[Entry]]]:
+def _constructor(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> ast.FunctionDef | None:
+    "Find the `__init__` of a class; a public class may inherit it from a private base class of the same module."
+    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    while init is None and node.bases and (base := classes.get(_text(node.bases[0]), node)).name.startswith("_") and base is not node:
+        node = base
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    return init
+
+
+def _parts(
+    node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]], classes: dict[str, ast.ClassDef]
+) -> list[tuple[str, list[Entry]]]:
     "List the sections of a function or a class; the parameters of a class are those of its `__init__`."
     if isinstance(node, ast.ClassDef):
-        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        init = _constructor(node, {} if node.name.startswith("_") else classes)
         return [("Parameters", signature(init, comments) if init is not None else []), ("Attributes", attributes(node, comments))]
     entries = signature(node, comments)
     return [("Parameters", [e for e in entries if e.name != "return"]), ("Returns", [e for e in entries if e.name == "return"])]
 
 
-def _sections(node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]]) -> list[str]:
+def _sections(node: Function | ast.ClassDef, comments: dict[int, tuple[str, bool]], classes: dict[str, ast.ClassDef]) -> list[str]:
     "Write the sections that have at least one comment, in numpydoc's form."
-    return [line for title, entries in _parts(node, comments) if any(e.comment for e in entries) for line in ("", *_section(title, entries))]
+    parts = [(title, entries) for title, entries in _parts(node, comments, classes) if any(e.comment for e in entries)]
+    return [line for title, entries in parts for line in ("", *_section(title, entries))]
 
 
 def shows_docstrings(tree: ast.Module) -> bool:
@@ -126,12 +138,13 @@ def with_sections(source: str) -> str:
     tree, comments = ast.parse(source), comments_by_line(source)
     if shows_docstrings(tree):
         return source
+    classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
     lines = [f"{line}\n" for line in source.split("\n")]  # as the tree counts; `splitlines` also splits at form feeds
     edits: list[tuple[int, int, str]] = []  # first and last line of a docstring, and what replaces them
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
-        sections = _sections(node, comments)
+        sections = _sections(node, comments, classes)
         if not sections:
             continue
         first = node.body[0]

@@ -129,6 +129,30 @@ class C:
     assert doc(source, "C") == "A thing.\n\nParameters\n----------\na : int\n    start value"
 
 
+def test_a_public_class_shows_the_constructor_of_its_private_base() -> None:
+    source = '''
+class _Options:
+    "Hold options."
+
+    def __init__(self, a: int) -> None:  # start value
+        self.a = a
+
+
+class _Middle(_Options):
+    "Use them."
+
+
+class C(_Middle):
+    "A thing."
+
+
+class D(C):
+    "Another thing."
+'''
+    assert doc(source, "C") == "A thing.\n\nParameters\n----------\na : int\n    start value"
+    assert doc(source, "_Middle") == "Use them." and doc(source, "D") == "Another thing."
+
+
 def test_dataclass_fields_are_attributes() -> None:
     source = '''
 from dataclasses import dataclass, field

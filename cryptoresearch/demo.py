@@ -42,7 +42,11 @@ class DemoData:
     files: tuple[Path, ...]  # in order of days
 
     def __str__(self) -> str:
-        what = "SIMULATED trades (the public archive does not answer here)" if self.source == "simulated" else "real trades from the public archive"
+        what = (
+            "SIMULATED trades (the public archive does not answer here)"
+            if self.source == "simulated"
+            else "real trades from the public archive"
+        )
         return f"{len(self.files)} days of {self.symbol}: {what}"
 
 
@@ -67,7 +71,9 @@ def demo_data(
     today = datetime.now(UTC).date()
     try:
         days = [today - timedelta(days=back) for back in (3, 2)]
-        return DemoData("BTCUSDT", "trades", tuple(fetch_day("BTCUSDT", day, folder=folder, settings=settings, timeout_s=timeout_s) for day in days))
+        return DemoData(
+            "BTCUSDT", "trades", tuple(fetch_day("BTCUSDT", day, folder=folder, settings=settings, timeout_s=timeout_s) for day in days)
+        )
     except DataNotFound:
         return DemoData("SIMUSDT", "simulated", tuple(simulate_trades(folder, "SIMUSDT", "2024-01-01", 3, trades_per_day)))
 
@@ -81,7 +87,15 @@ def demo_configs(
     live_from: pd.Timestamp,  # UTC; nothing from here on is used in training
 ) -> list[RunConfig]:  # volatility, return
     "The two runs of the demo."
-    common = dict(symbol=data.symbol, source=data.source, spec=SPEC, horizon=HORIZON, end=live_from.isoformat(), refit_every="6h", features=("default", "flow"))
+    common = dict(
+        symbol=data.symbol,
+        source=data.source,
+        spec=SPEC,
+        horizon=HORIZON,
+        end=live_from.isoformat(),
+        refit_every="6h",
+        features=("default", "flow"),
+    )
     return [RunConfig(target=target, **common) for target in ("volatility", "return")]  # type: ignore[arg-type]
 
 # %% ../nbs/91_demo.ipynb #0000000e
@@ -101,7 +115,13 @@ def replay_and_predict(
         follower.start()
         try:
             if not server.done.wait(LIVE_MINUTES * 60 / speed + 60):
-                raise FeedError(problem("the replay to end", f"{feed.stats.trades:,} trades after a minute more than it takes", "Run: cryptoresearch demo again"))
+                raise FeedError(
+                    problem(
+                        "the replay to end",
+                        f"{feed.stats.trades:,} trades after a minute more than it takes",
+                        "Run: cryptoresearch demo again",
+                    )
+                )
             _settle(feed, server)
         finally:
             feed.stop()
@@ -144,7 +164,11 @@ def run_demo(
     "The whole way, in six steps; an earlier demo's results are used again."
     s, out = settings or get_settings(), console or Console()
     done = _step(out, 1, "trade files")
-    data = demo_data(s.path(s.duckdb_path if "://" not in s.duckdb_path and ":" not in s.duckdb_path else "data").parent / "demo", s, trades_per_day=trades_per_day)
+    data = demo_data(
+        s.path(s.duckdb_path if "://" not in s.duckdb_path and ":" not in s.duckdb_path else "data").parent / "demo",
+        s,
+        trades_per_day=trades_per_day,
+    )
     done(str(data))
     con = init_duckdb(s)
     _load_and_build(con, data, s, out)
@@ -171,14 +195,18 @@ def _train(con: duckdb.DuckDBPyConnection, configs: list[RunConfig], settings: S
     reports = []
     for config in configs:
         with out.status(config.target) as status:
-            reports.append(train_report(config, settings, progress=lambda part, what, c=config, s=status: s.update(f"{c.target}: {what} ({part:.0%})")))  # type: ignore[misc]
+            reports.append(
+                train_report(config, settings, progress=lambda part, what, c=config, s=status: s.update(f"{c.target}: {what} ({part:.0%})"))
+            )  # type: ignore[misc]
         run = load_run(reports[-1].run_id, settings)
         out.print(f"    {config.target}: {run.info['verdict']}", soft_wrap=True)
     done(f"{len(reports)} runs" + (", trained before" if all(r.reused for r in reports) else ""))
     return reports
 
 # %% ../nbs/91_demo.ipynb #1116cb5e
-def _predict(con: duckdb.DuckDBPyConnection, data: DemoData, run_id: str, live_from: pd.Timestamp, settings: Settings, out: Console) -> None:
+def _predict(
+    con: duckdb.DuckDBPyConnection, data: DemoData, run_id: str, live_from: pd.Timestamp, settings: Settings, out: Console
+) -> None:
     done = _step(out, 5, f"the last {LIVE_MINUTES} minutes as a live feed (replayed at 240 times their speed)")
     if before := _predicted(con, run_id):
         done(f"{before} predictions, made before")

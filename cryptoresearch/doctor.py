@@ -66,10 +66,19 @@ def machine(
     "The machine and the versions that a measurement was made with."
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
+    )
     memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     versions = {name: importlib.metadata.version(name) for name in ("cryptoresearch", "duckdb", *libraries)}
-    return {"processor": model, "cores": str(os.cpu_count()), "memory": memory, "load, last minute": f"{os.getloadavg()[0]:.1f}", "Python": platform.python_version(), **versions}
+    return {
+        "processor": model,
+        "cores": str(os.cpu_count()),
+        "memory": memory,
+        "load, last minute": f"{os.getloadavg()[0]:.1f}",
+        "Python": platform.python_version(),
+        **versions,
+    }
 
 # %% ../nbs/90_doctor.ipynb #00000009
 def check_store(settings: Settings) -> Check:
@@ -84,7 +93,11 @@ def check_store(settings: Settings) -> Check:
     except (CryptoResearchError, duckdb.Error) as e:
         return Check("store", "failed", str(e).splitlines()[0], "Check DUCKDB_PATH and DUCKDB_DATA_PATH")
     trades, symbols = row or (0, 0)
-    return Check("store", "ok", f"{where}: {trades:,} trades of {symbols} symbol(s), {size['bytes'] / 1e6:,.1f} MB in {size['files']} files, snapshot {size['snapshot']}")
+    return Check(
+        "store",
+        "ok",
+        f"{where}: {trades:,} trades of {symbols} symbol(s), {size['bytes'] / 1e6:,.1f} MB in {size['files']} files, snapshot {size['snapshot']}",
+    )
 
 # %% ../nbs/90_doctor.ipynb #fa5dec53
 def check_minio(settings: Settings) -> Check:
@@ -95,7 +108,12 @@ def check_minio(settings: Settings) -> Check:
         names = {b.name for b in minio_client(settings).list_buckets()}
     except Exception as e:  # whatever the network says is the finding
         text = str(e).splitlines()[0][:160]
-        return Check("MinIO", "failed", f"{settings.minio_endpoint}: {text}", "Check MINIO_ENDPOINT and the keys; start one with: docker compose up -d minio")
+        return Check(
+            "MinIO",
+            "failed",
+            f"{settings.minio_endpoint}: {text}",
+            "Check MINIO_ENDPOINT and the keys; start one with: docker compose up -d minio",
+        )
     missing = {settings.minio_bucket_raw, settings.minio_bucket_lake} - names
     found = f"{settings.minio_endpoint}: {len(names)} bucket(s)" + (f", not yet: {', '.join(sorted(missing))}" if missing else "")
     return Check("MinIO", "ok", found)
@@ -104,7 +122,12 @@ def check_minio(settings: Settings) -> Check:
 def check_token(settings: Settings) -> Check:
     "Whether a Finnhub token is set; never which."
     if settings.finnhub_token is None:
-        return Check("Finnhub", "absent", "FINNHUB_TOKEN is not set", "Only needed for the live feed (free at finnhub.io); cryptoresearch replay works without")
+        return Check(
+            "Finnhub",
+            "absent",
+            "FINNHUB_TOKEN is not set",
+            "Only needed for the live feed (free at finnhub.io); cryptoresearch replay works without",
+        )
     return Check("Finnhub", "ok", "a token is set (not shown)")
 
 
@@ -115,7 +138,11 @@ def check_disk(settings: Settings) -> Check:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
-    return Check("disk", "ok", f"{free:,.0f} GB free") if free > 2 else Check("disk", "failed", f"{free:,.1f} GB free", "Free some space, or move DUCKDB_PATH")
+    return (
+        Check("disk", "ok", f"{free:,.0f} GB free")
+        if free > 2
+        else Check("disk", "failed", f"{free:,.1f} GB free", "Free some space, or move DUCKDB_PATH")
+    )
 
 
 def check_memory(settings: Settings) -> Check:
@@ -136,7 +163,14 @@ def check_runs(settings: Settings) -> Check:
 
 # %% ../nbs/90_doctor.ipynb #0000000c
 CHECKS: tuple[Callable[[Settings], Check], ...] = (
-    check_versions, check_extensions, check_store, check_minio, check_token, check_disk, check_memory, check_runs,
+    check_versions,
+    check_extensions,
+    check_store,
+    check_minio,
+    check_token,
+    check_disk,
+    check_memory,
+    check_runs,
 )
 
 
@@ -150,5 +184,12 @@ def examine(
         try:
             found.append(check(s))
         except Exception as e:  # the other checks shall still run
-            found.append(Check(check.__name__.removeprefix("check_"), "failed", f"{type(e).__name__}: {str(e).splitlines()[0][:160]}", "See the text on the left"))
+            found.append(
+                Check(
+                    check.__name__.removeprefix("check_"),
+                    "failed",
+                    f"{type(e).__name__}: {str(e).splitlines()[0][:160]}",
+                    "See the text on the left",
+                )
+            )
     return found

@@ -21,8 +21,8 @@ from .errors import ConfigError, DataNotFound
 # %% ../nbs/02_settings.ipynb #220bd8c2
 def project_home(
     start: Path | None = None,  # where to begin the search; the working folder when None
-) -> Path:  # folder that relative paths of the settings are meant from
-    "Nearest folder upwards with a `.env` or this project's `settings.ini`, else `start`."
+) -> Path:  # base folder for relative paths in the settings
+    "Find the nearest parent folder with a `.env` or this project's `settings.ini`, else return `start`."
     if home := os.environ.get("CRYPTORESEARCH_HOME"):
         return Path(home).expanduser().resolve()
     here = (start or Path.cwd()).resolve()
@@ -37,14 +37,14 @@ _SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B|%)$", re.IGNORECASE)
 
 
 def _check_size(value: str) -> str:
-    "A memory size as DuckDB reads it."
+    "Check a memory size in DuckDB's format."
     if not _SIZE.match(value.strip()):
         raise ValueError("is not a size such as 4GB or 512MB")
     return value.strip()
 
 
 def _check_endpoint(value: str | None) -> str | None:
-    "`host`, `host:port`, optionally with http(s):// in front; nothing behind."
+    "Check an endpoint: `host` or `host:port`, optionally after http(s)://, without a path."
     if value is None or not value.strip():
         return None
     if not re.match(r"^(https?://)?[A-Za-z0-9.\-_\[\]:]+/?$", value.strip()):
@@ -53,7 +53,7 @@ def _check_endpoint(value: str | None) -> str | None:
 
 # %% ../nbs/02_settings.ipynb #66c5e0b7
 class _Fields(BaseSettings):
-    "The names, types and defaults."
+    "Declare names, types and defaults."
 
     model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
     # live feed
@@ -99,7 +99,16 @@ class Settings(_Fields):
             raise ValueError("is not one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
         return value.upper()
 
-    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", "minio_session_token", "minio_ca_file", "duckdb_data_path", "duckdb_temp_dir", mode="before")
+    @field_validator(
+        "finnhub_token",
+        "minio_access_key",
+        "minio_secret_key",
+        "minio_session_token",
+        "minio_ca_file",
+        "duckdb_data_path",
+        "duckdb_temp_dir",
+        mode="before",
+    )
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -119,8 +128,11 @@ class Settings(_Fields):
         except ValidationError as e:
             raise ConfigError(_explain(e)) from None
 
-    def path(self, value: str | Path) -> Path:
-        "A path of the settings, seen from the project's home."
+    def path(
+        self,
+        value: str | Path,  # absolute, or relative to the project folder
+    ) -> Path:  # absolute path
+        "Resolve a path against the project folder."
         return (project_home() / Path(value).expanduser()).resolve()
 
 # %% ../nbs/02_settings.ipynb #fbb28e23
@@ -139,7 +151,7 @@ _EXAMPLES = {
 
 
 def _explain(error: ValidationError) -> str:
-    "One line a wrong setting: the variable, its problem, an example; never its value."
+    "Format one line per invalid setting: variable, problem and example, never the value."
     lines = []
     for item in error.errors(include_input=False, include_url=False):
         field = str(item["loc"][0]) if item["loc"] else ""
@@ -155,9 +167,9 @@ def _read(home: Path, env: tuple[tuple[str, str], ...]) -> Settings:
 
 
 def get_settings(
-    **overrides: Any,  # field=value, stronger than environment and .env
+    **overrides: Any,  # field=value; override environment and .env
 ) -> Settings:  # checked settings
-    "Settings of this project; the environment is looked at anew each time, `.env` when it or the home changed."
+    "Return the settings of this project, read again when the environment or `.env` has changed."
     home = project_home()
     if overrides:
         return Settings(_env_file=home / ".env", **overrides)
@@ -171,11 +183,11 @@ def get_settings(
 def shared_data(
     settings: Settings | None = None,  # read from the environment when None
 ) -> Path:  # folder with real trades and candles
-    "Folder of real market data for tests and examples; `DataNotFound` where it is absent."
+    "Return the folder of real market data, or raise `DataNotFound`."
     s = settings or get_settings()
     folder = s.path(s.cryptoresearch_shared_data)
     if not folder.is_dir():
-        raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to where they lie")
+        raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to that folder")
     return folder
 
 # %% ../nbs/02_settings.ipynb #41be9eb0
@@ -183,7 +195,7 @@ _TOKEN = re.compile(r"((?:token|secret|password|access_key)=)[^\s&'\"]+", re.IGN
 
 
 class _Redact(logging.Filter):
-    "Replaces the value of token=, secret=, password= and access_key= in every record."
+    "Replace the value of token=, secret=, password= and access_key= in every record."
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _TOKEN.sub(r"\1***", record.getMessage()), ()
@@ -193,7 +205,7 @@ class _Redact(logging.Filter):
 def setup_logging(
     level: str | None = None,  # DEBUG … CRITICAL; the setting LOG_LEVEL when None
 ) -> logging.Logger:  # the package's logger
-    "Log to standard error in UTC, without secrets."
+    "Set up logging to standard error, in UTC and without secrets."
     import time
 
     logger = logging.getLogger("cryptoresearch")

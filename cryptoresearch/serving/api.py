@@ -56,7 +56,9 @@ class Problem(Answer):
     "An error: its type, and what was expected, found and to be done."
 
     error: str = Field(description="type of the error", examples=["DataNotFound"])
-    message: str = Field(description="what was expected, what was found, what to do", examples=["expected bars ETHUSDT 1h; found none at all. Build them: …"])
+    message: str = Field(
+        description="what was expected, what was found, what to do", examples=["expected bars ETHUSDT 1h; found none at all. Build them: …"]
+    )
 
 
 class Health(Answer):
@@ -83,7 +85,9 @@ class SymbolSource(Answer):
     "One symbol from one source."
 
     symbol: str = Field(examples=["BTCUSDT"])
-    source: str = Field(description="trades, aggTrades, klines: the exchange's archive; finnhub: live; replay: stored trades played again; simulated: not a market")
+    source: str = Field(
+        description="trades, aggTrades, klines: the exchange's archive; finnhub: live; replay: stored trades played again; simulated: not a market"
+    )
     first_ts: Time | None = Field(description="first trade or candle, UTC; null where only bars are left")
     last_ts: Time | None = Field(description="last trade or candle, UTC")
     trades: int = Field(description="stored trades")
@@ -155,7 +159,9 @@ class Prediction(Answer):
     run_id: str
     symbol: str
     spec: str
-    target: str = Field(description="return or volatility, as a fraction over `horizon` bars; scaled_return, in volatilities; direction, triple_barrier, trend, meta: an event")
+    target: str = Field(
+        description="return or volatility, as a fraction over `horizon` bars; scaled_return, in volatilities; direction, triple_barrier, trend, meta: an event"
+    )
     horizon: int = Field(description="bars")
     ts: Time = Field(description="open of the bar that the prediction was made on, UTC")
     close_ts: Time = Field(description="when it could be known: that bar's close, UTC")
@@ -167,7 +173,9 @@ class Prediction(Answer):
     upper: Number = Field(default=None, description="upper end of the interval")
     outcome: Number = Field(description="what came, the same unit; null unless matured")
     outcome_ts: Time | None = Field(description="when the outcome is known, UTC")
-    state: str = Field(description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time; unscored: a label whose outcome only its run can tell")
+    state: str = Field(
+        description="matured: outcome known; waiting: its time is not over; gap: the store misses trades of that time; unscored: a label whose outcome only its run can tell"
+    )
 
 # %% ../../nbs/serving/03_api.ipynb #76a982c9
 class PredictionPage(Answer):
@@ -237,7 +245,14 @@ Con = Annotated[duckdb.DuckDBPyConnection, Depends(_cursor)]
 
 # %% ../../nbs/serving/03_api.ipynb #00000012
 log = logging.getLogger(__name__)
-STATUS: dict[type[CryptoResearchError], int] = {DataNotFound: 404, ConfigError: 422, SchemaError: 422, RunMismatch: 409, FeedError: 502, StoreBusy: 503}
+STATUS: dict[type[CryptoResearchError], int] = {
+    DataNotFound: 404,
+    ConfigError: 422,
+    SchemaError: 422,
+    RunMismatch: 409,
+    FeedError: 502,
+    StoreBusy: 503,
+}
 
 
 def _problem(status: int, error: str, message: str) -> JSONResponse:
@@ -255,13 +270,19 @@ async def _on_refusal(request: Request, error: Exception) -> JSONResponse:
 async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
     "A parameter cannot be what was given: all of them in one sentence."
     items = error.errors() if isinstance(error, RequestValidationError) else []
-    return _problem(422, "ValidationError", "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}, found {str(item.get('input'))[:80]!r}" for item in items))
+    return _problem(
+        422,
+        "ValidationError",
+        "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}, found {str(item.get('input'))[:80]!r}" for item in items),
+    )
 
 # %% ../../nbs/serving/03_api.ipynb #1116cb5e
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     "No such path, or a method that does not exist."
     status = error.status_code if isinstance(error, HTTPException) else 500
-    return _problem(status, "HTTPError", f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /")
+    return _problem(
+        status, "HTTPError", f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /"
+    )
 
 
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
@@ -276,7 +297,10 @@ Start = Annotated[datetime | None, Query(description="first bar's open, UTC; wit
 End = Annotated[datetime | None, Query(description="bars that open before this, UTC")]
 Limit = Annotated[int, Query(description="rows at most", ge=1, le=MAX_ROWS)]
 Source = Annotated[str | None, Query(description="one of the symbol's sources; without it the most trustworthy that has such bars")]
-Names = Annotated[list[str] | None, Query(description="features or groups; repeat, or separate by commas; without it the default set", examples=[["default"]])]
+Names = Annotated[
+    list[str] | None,
+    Query(description="features or groups; repeat, or separate by commas; without it the default set", examples=[["default"]]),
+]
 
 
 def _time(value: datetime | None) -> pd.Timestamp | None:
@@ -293,7 +317,9 @@ def get_health(request: Request, con: Con) -> Health:
     settings: Settings = request.app.state.reader.settings
     names = ["duckdb", "pandas", "numpy", "scikit-learn", "xgboost", "fastapi"]
     versions = {"cryptoresearch": __version__, "python": platform.python_version()} | {name: _version(name) for name in names}
-    return Health(status="ok", time=datetime.now(UTC), versions=versions, catalog=catalog_kind(settings.duckdb_path), snapshot=snapshot(con))
+    return Health(
+        status="ok", time=datetime.now(UTC), versions=versions, catalog=catalog_kind(settings.duckdb_path), snapshot=snapshot(con)
+    )
 
 
 def _version(package: str) -> str:
@@ -307,7 +333,9 @@ def _version(package: str) -> str:
 def get_symbols(con: Con) -> list[SymbolSource]:
     "Symbols and sources: what is stored, from when to when, and which bars were built."
     raw, specs = read_symbols(con), read_specs(con)
-    keys = sorted({(str(symbol), str(source)) for frame in (raw, specs) for symbol, source in zip(frame["symbol"], frame["source"], strict=True)})
+    keys = sorted(
+        {(str(symbol), str(source)) for frame in (raw, specs) for symbol, source in zip(frame["symbol"], frame["source"], strict=True)}
+    )
     out = []
     for symbol, source in keys:
         mine, built = (part[(part["symbol"] == symbol) & (part["source"] == source)] for part in (raw, specs))
@@ -318,23 +346,46 @@ def get_symbols(con: Con) -> list[SymbolSource]:
     return out
 
 # %% ../../nbs/serving/03_api.ipynb #00000017
-def get_bars(con: Con, symbol: Symbol, spec: Spec = "1h", start: Start = None, end: End = None, limit: Limit = 1000, source: Source = None) -> BarPage:
+def get_bars(
+    con: Con, symbol: Symbol, spec: Spec = "1h", start: Start = None, end: End = None, limit: Limit = 1000, source: Source = None
+) -> BarPage:
     "Finished bars of one symbol, in order of time; a bar that met a gap is there, with nulls."
     frame, following = bars_page(con, symbol, spec, start=_time(start), end=_time(end), limit=limit, source=source)
     rows = records(frame.drop(columns="symbol"))
-    return BarPage(symbol=symbol, spec=spec, source=frame.attrs["source"], snapshot=snapshot(con), next_start=following, bars=[Bar(**row) for row in rows])
+    return BarPage(
+        symbol=symbol,
+        spec=spec,
+        source=frame.attrs["source"],
+        snapshot=snapshot(con),
+        next_start=following,
+        bars=[Bar(**row) for row in rows],
+    )
 
 
 def get_features(
-    con: Con, symbol: Symbol, spec: Spec = "1h", names: Names = None, start: Start = None, end: End = None, limit: Limit = 200, source: Source = None
+    con: Con,
+    symbol: Symbol,
+    spec: Spec = "1h",
+    names: Names = None,
+    start: Start = None,
+    end: End = None,
+    limit: Limit = 200,
+    source: Source = None,
 ) -> FeaturePage:
     "Feature values, each row computed with its full warm-up; the values a model of this symbol sees."
     wanted = [name.strip() for text in names or [] for name in text.split(",") if name.strip()]
-    values, bars, following = features_page(con, symbol, spec, names=wanted or None, start=_time(start), end=_time(end), limit=limit, source=source)
+    values, bars, following = features_page(
+        con, symbol, spec, names=wanted or None, start=_time(start), end=_time(end), limit=limit, source=source
+    )
     known = [REGISTRY[name] for name in values.columns]
     about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in known]
-    rows = [FeatureRow(ts=ts, known_ts=close, values=row) for ts, close, row in zip(bars.index, bars["close_ts"], records(values.reset_index(drop=True)), strict=True)]
-    return FeaturePage(symbol=symbol, spec=spec, source=bars.attrs["source"], snapshot=snapshot(con), next_start=following, features=about, rows=rows)
+    rows = [
+        FeatureRow(ts=ts, known_ts=close, values=row)
+        for ts, close, row in zip(bars.index, bars["close_ts"], records(values.reset_index(drop=True)), strict=True)
+    ]
+    return FeaturePage(
+        symbol=symbol, spec=spec, source=bars.attrs["source"], snapshot=snapshot(con), next_start=following, features=about, rows=rows
+    )
 
 # %% ../../nbs/serving/03_api.ipynb #00000018
 def get_runs(request: Request) -> list[RunInfo]:
@@ -370,7 +421,13 @@ def create_app(
     about = "Bars, features, runs and predictions. Read-only; times in UTC; fractions as decimals; `null` for what is not known."
     app = FastAPI(title="cryptoresearch", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.reader = Reader(settings or get_settings())
-    for kind, handler in ((CryptoResearchError, _on_refusal), (RequestValidationError, _on_bad_request), (404, _on_http_error), (405, _on_http_error), (Exception, _on_surprise)):
+    for kind, handler in (
+        (CryptoResearchError, _on_refusal),
+        (RequestValidationError, _on_bad_request),
+        (404, _on_http_error),
+        (405, _on_http_error),
+        (Exception, _on_surprise),
+    ):
         app.add_exception_handler(kind, handler)
     answers: dict[int | str, dict[str, Any]] = {code: {"model": Problem, "description": text} for code, text in _ANSWERS.items()}
     for path, endpoint, tag in _ROUTES:
@@ -394,7 +451,10 @@ def _index_page(app: FastAPI) -> str:
     items = []
     for path, methods in app.openapi()["paths"].items():
         what = methods["get"]
-        parameters = "".join(f"<li><code>{p['name']}</code>{' (required)' if p.get('required') else ''} {p.get('description', '')}</li>" for p in what.get("parameters", []))
+        parameters = "".join(
+            f"<li><code>{p['name']}</code>{' (required)' if p.get('required') else ''} {p.get('description', '')}</li>"
+            for p in what.get("parameters", [])
+        )
         link = path if "{" in path else f'<a href="{path}">{path}</a>'
         items.append(f"<dt>GET {link}</dt><dd>{what.get('description', '')}<ul>{parameters}</ul></dd>")
     docs = '<a href="/docs">Swagger UI</a> · ' if _swagger_folder() else ""
@@ -421,7 +481,9 @@ def _add_pages(app: FastAPI) -> None:
         if folder is None:
             return RedirectResponse("/")
         js, css, icon = (f"/static/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"))
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="cryptoresearch API", swagger_js_url=js, swagger_css_url=css, swagger_favicon_url=icon)
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json", title="cryptoresearch API", swagger_js_url=js, swagger_css_url=css, swagger_favicon_url=icon
+        )
 
     app.get("/", include_in_schema=False)(index)
     app.get("/docs", include_in_schema=False, response_model=None)(docs)

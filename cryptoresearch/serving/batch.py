@@ -52,8 +52,12 @@ def notebook_path(
     for place in places:
         if place.is_file() and place.suffix == ".ipynb":
             return place.resolve()
-    have = sorted(p.relative_to(root).as_posix() for root in (package / "notebooks", package.parent / "nbs") for p in root.glob("*/*.ipynb"))
-    raise DataNotFound(problem(f"a notebook named {name!r}", "none in the package, in nbs/ or at that path", f"There are: {', '.join(have) or 'none'}"))
+    have = sorted(
+        p.relative_to(root).as_posix() for root in (package / "notebooks", package.parent / "nbs") for p in root.glob("*/*.ipynb")
+    )
+    raise DataNotFound(
+        problem(f"a notebook named {name!r}", "none in the package, in nbs/ or at that path", f"There are: {', '.join(have) or 'none'}")
+    )
 
 # %% ../../nbs/serving/09_batch.ipynb #00000009
 def kernel_env(
@@ -125,9 +129,13 @@ class _Engine(Engine):
     "Papermill engine: this Python, these settings, progress handed on."
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, env: Mapping[str, str] | None = None, on_progress: Progress | None = None, **_: Any) -> None:
+    def execute_managed_notebook(
+        cls, nb_man: Any, kernel_name: str, env: Mapping[str, str] | None = None, on_progress: Progress | None = None, **_: Any
+    ) -> None:
         with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
-            kind = type("_Manager", (_ThisPython,), {"extra_env": env or {}, "sockets": sockets})  # made, and shut down in the end, by the client
+            kind = type(
+                "_Manager", (_ThisPython,), {"extra_env": env or {}, "sockets": sockets}
+            )  # made, and shut down in the end, by the client
             client = _Client(nb_man, kernel_manager_class=kind, kernel_name="python3", timeout=None, startup_timeout=120)
             client.on_progress = on_progress
             client.execute()
@@ -145,7 +153,13 @@ def check_parameters(
         cell.metadata.setdefault("tags", [])
     known = [p.name for p in infer_parameters(notebook, name="python3", language="python")]
     if not known:
-        raise ConfigError(problem("a cell tagged `parameters` in the template", "none, so defaults would run whatever is asked", "Tag the cell, and keep `tags` when notebooks are cleaned"))
+        raise ConfigError(
+            problem(
+                "a cell tagged `parameters` in the template",
+                "none, so defaults would run whatever is asked",
+                "Tag the cell, and keep `tags` when notebooks are cleaned",
+            )
+        )
     if unknown := sorted(set(parameters) - set(known)):
         raise ConfigError(problem(f"parameters among {', '.join(known)}", ", ".join(unknown), "Check the spelling"))
     if hidden := [name for name in parameters if re.search(r"token|secret|password|access_key", name, re.IGNORECASE)]:
@@ -212,7 +226,11 @@ def outside(
 ) -> list[str]:  # addresses the page would load by itself
     "List what a page would fetch from elsewhere."
     text = page.replace(plotly_js(), "")
-    found = re.findall(r"""<(?:script|img|iframe|link|source|video|audio|embed|object)\b[^>]*?(?:src|href|data)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)""", text, re.IGNORECASE)
+    found = re.findall(
+        r"""<(?:script|img|iframe|link|source|video|audio|embed|object)\b[^>]*?(?:src|href|data)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)""",
+        text,
+        re.IGNORECASE,
+    )
     return found + re.findall(r"""(?:@import\s+["']?|url\(\s*["']?)((?:https?:)?//[^"')\s]+)""", text, re.IGNORECASE)
 
 # %% ../../nbs/serving/09_batch.ipynb #0000001a
@@ -226,7 +244,15 @@ def _run(
     "Execute a template; errors of this package keep their type."
     try:
         return execute_notebook(
-            template, str(target), parameters=dict(parameters), engine_name="cryptoresearch", kernel_name="python3", language="python", progress_bar=False, env=kernel_env(settings), on_progress=progress
+            template,
+            str(target),
+            parameters=dict(parameters),
+            engine_name="cryptoresearch",
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            env=kernel_env(settings),
+            on_progress=progress,
         )
     except PapermillExecutionError as e:
         kind = getattr(errors, e.ename, CryptoResearchError)

@@ -46,11 +46,29 @@ class Predictor:
     ) -> None:
         self.events = by_events(run.config.spec)
         if self.events and event_spec(run.config.spec).mode:
-            raise ConfigError(problem("a run on time, tick, volume or dollar bars to predict live", run.config.spec, "Imbalance and run bars learn their threshold from all trades so far, which a session has not seen"))
+            raise ConfigError(
+                problem(
+                    "a run on time, tick, volume or dollar bars to predict live",
+                    run.config.spec,
+                    "Imbalance and run bars learn their threshold from all trades so far, which a session has not seen",
+                )
+            )
         if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
-            raise ConfigError(problem("a run whose features need its own bars alone", f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}", "Live bars have no columns of other symbols or of the trades inside them; train without such features"))
+            raise ConfigError(
+                problem(
+                    "a run whose features need its own bars alone",
+                    f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}",
+                    "Live bars have no columns of other symbols or of the trades inside them; train without such features",
+                )
+            )
         if run.config.interval == "adaptive":
-            raise ConfigError(problem("a run whose interval is known at the bar's close", "an adaptive one, which needs the outcomes of the forecasts before", "Train with --interval scaled, or another kind"))
+            raise ConfigError(
+                problem(
+                    "a run whose interval is known at the bar's close",
+                    "an adaptive one, which needs the outcomes of the forecasts before",
+                    "Train with --interval scaled, or another kind",
+                )
+            )
         self.run, self.source, self.clock, self.warmup = run, source, clock, int(run.info["warmup"])
         self.skipped: Counter[str] = Counter()  # bars without a prediction, by reason
         self._bars = history.tail(self.warmup).copy()
@@ -101,11 +119,20 @@ class Predictor:
         for k in range(begin, len(window)):
             if k not in predicted:
                 row = window.iloc[k]
-                self.skipped["gap" if row["gap"] else "warm-up" if k < self.warmup - 1 else "trained on" if row["close_ts"] < trained else "features"] += 1
+                self.skipped[
+                    "gap" if row["gap"] else "warm-up" if k < self.warmup - 1 else "trained on" if row["close_ts"] < trained else "features"
+                ] += 1
 
     def _rows(self, known: pd.DataFrame) -> pd.DataFrame:
         c = self.run.config
-        fixed = {"run_id": self.run.id, "symbol": c.symbol, "spec": c.spec if self.events else bar_spec(c.spec), "target": c.target, "horizon": c.horizon, "source": self.source}
+        fixed = {
+            "run_id": self.run.id,
+            "symbol": c.symbol,
+            "spec": c.spec if self.events else bar_spec(c.spec),
+            "target": c.target,
+            "horizon": c.horizon,
+            "source": self.source,
+        }
         numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
         times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), **numbers, "made_at": pd.Timestamp(self.clock())}
         ids = pd.Series(known["first_id"].to_numpy() if self.events else pd.NA, range(len(known)), dtype="Int64").array
@@ -210,7 +237,10 @@ class _Follower:
 
     def next_session(self) -> bool:  # True when there is one after the current
         "Go to the next session; at the start, to the newest."
-        rows = self.con.execute("SELECT session_id FROM live_sessions WHERE source = ? AND list_contains(symbols, ?) ORDER BY started_at", [self.source, self.symbol]).fetchall()
+        rows = self.con.execute(
+            "SELECT session_id FROM live_sessions WHERE source = ? AND list_contains(symbols, ?) ORDER BY started_at",
+            [self.source, self.symbol],
+        ).fetchall()
         ids = [r[0] for r in rows]
         later = ids[ids.index(self.session) + 1 :] if self.session in ids else ids[-1:]
         if later:
@@ -223,7 +253,9 @@ class _Follower:
         try:
             columns = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades"
             where = f"file_id = ? AND symbol = ? AND source = ? AND trade_id > ? ORDER BY trade_id LIMIT {_LIMIT}"
-            trades = self.con.execute(f"SELECT {columns} FROM trades WHERE {where}", [self.session, self.symbol, self.source, self.last_id]).df()
+            trades = self.con.execute(
+                f"SELECT {columns} FROM trades WHERE {where}", [self.session, self.symbol, self.source, self.last_id]
+            ).df()
             gaps = self.con.execute("SELECT start_ts, end_ts FROM gaps WHERE file_id = ? AND symbol = ?", [self.session, self.symbol]).df()
         finally:
             self.con.execute("ROLLBACK")
@@ -257,7 +289,10 @@ def _store(
     "Insert the predictions that are not there yet."
     con.register("_made", rows)
     names = ", ".join(ROW)
-    same = " AND ".join(f"m.{c} = p.{c}" for c in ("run_id", "symbol", "spec", "source", "ts")) + " AND m.first_id IS NOT DISTINCT FROM p.first_id"
+    same = (
+        " AND ".join(f"m.{c} = p.{c}" for c in ("run_id", "symbol", "spec", "source", "ts"))
+        + " AND m.first_id IS NOT DISTINCT FROM p.first_id"
+    )
     made = "SELECT * REPLACE (ts::TIMESTAMP AS ts, close_ts::TIMESTAMP AS close_ts, made_at::TIMESTAMP AS made_at) FROM _made"
     done = con.execute(f"INSERT INTO predictions ({names}) SELECT {names} FROM ({made}) m ANTI JOIN predictions p ON {same}").fetchone()
     con.unregister("_made")

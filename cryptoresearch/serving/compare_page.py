@@ -117,7 +117,7 @@ def _offer_runs(page: ComparePage) -> None:
     for k, box in enumerate((page.a, page.b)):
         box.options, box.value = runs, runs[k][1]
 
-
+# %% ../../nbs/serving/11_compare_page.ipynb #827c8abc
 def _draw(page: ComparePage, line: Lineup) -> None:
     "Draw the comparison."
     target, loss = line.config.target, loss_name(line.config.target)

@@ -34,6 +34,8 @@ from ..features.registry import REGISTRY
 from .batch import kernel_env, notebook_path
 from .figures import candles_figure, CONFIG, empty_figure, gap_stretches, prediction_figure, warning_text
 from .queries import bars_page, features_page, read_forecasts, read_run, read_runs, read_specs, read_symbols
+
+# %% ../../nbs/serving/10_dashboards.ipynb #fa0755e5
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000006
@@ -117,7 +119,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-
+# %% ../../nbs/serving/10_dashboards.ipynb #c2716ecb
 class PlotlyView(anywidget.AnyWidget):
     "Show a plotly figure on a page; `show` replaces it."
 
@@ -284,7 +286,7 @@ _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 """
 EXTENSIONS = ("anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8")
 
-
+# %% ../../nbs/serving/10_dashboards.ipynb #29d550be
 def write_template(
     folder: Path,  # becomes a Jupyter data folder
 ) -> Path:  # the same folder

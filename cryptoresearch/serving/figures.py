@@ -129,7 +129,7 @@ def stack_panels(
     )
     return fig
 
-
+# %% ../../nbs/serving/04_figures.ipynb #dc768c9f
 _LABEL = dict(size=11, color=COLORS["muted"])
 _TIME = dict(
     type="date",

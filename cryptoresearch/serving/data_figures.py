@@ -21,7 +21,8 @@ def _look(fig: go.Figure, title: str, height: int) -> go.Figure:
     "Apply the common style: light template, no fixed width, legend above the plot."
     fig.update_layout(
         title={"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xanchor": "left", "xref": "paper", "y": 0.98, "yanchor": "top"},
-        template="plotly_white", height=height, autosize=True, margin={"l": 8, "r": 8, "t": 64, "b": 8}, font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        template="plotly_white", height=height, autosize=True, margin={"l": 8, "r": 8, "t": 64, "b": 8},
+        font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}},
     )  # fmt: skip
     fig.update_xaxes(automargin=True)
@@ -34,6 +35,19 @@ def _plain(times: pd.Series) -> list[str]:
     return pd.DatetimeIndex(times).tz_convert(None).strftime("%Y-%m-%d %H:%M:%S.%f").tolist()
 
 # %% ../../nbs/serving/06_data_figures.ipynb #fa8a2e0b
+def _add_gaps(fig: go.Figure, kind: str, rows: pd.DataFrame) -> None:
+    "Add the gaps of one kind: a marker each, and a bar unless the gap is a silence."
+    text = [f"{kind}: {a:%Y-%m-%d %H:%M:%S}, {str(n).split('.')[0]}" for a, n in zip(rows["start"], rows["length"], strict=True)]
+    color, y = _KINDS.get(kind, BAD), ["missing"] * len(rows)
+    marker = {"color": color, "symbol": "line-ns-open", "size": 14, "line": {"width": 2}}
+    x = _plain(rows["start"] + rows["length"] / 2)
+    fig.add_scatter(x=x, y=y, mode="markers", name=kind, marker=marker, hovertext=text, hoverinfo="text")
+    if kind != "silence":
+        lengths = np.maximum(rows["length"].dt.total_seconds() * 1000, 1).tolist()
+        style = {"marker_color": color, "opacity": 0.35, "width": 0.5, "showlegend": False, "hoverinfo": "skip"}
+        fig.add_bar(base=_plain(rows["start"]), x=lengths, y=y, orientation="h", **style)
+
+# %% ../../nbs/serving/06_data_figures.ipynb #10e28d6e
 def coverage_figure(
     stretches: pd.DataFrame,  # of `coverage`, of one series
     gaps: pd.DataFrame,  # of `gap_table`, of the same series
@@ -41,34 +55,13 @@ def coverage_figure(
 ) -> go.Figure:  # two rows of bars, covered and missing, on a UTC axis
     "Draw covered and missing periods."
     fig = go.Figure()
-    lengths = (stretches["end"] - stretches["start"]).dt.total_seconds() * 1000
-    fig.add_bar(base=_plain(stretches["start"]), x=np.maximum(lengths, 1).tolist(), y=["covered"] * len(stretches), orientation="h", marker_color=MODEL, width=0.5, showlegend=False,
-                hovertext=[f"{a:%Y-%m-%d %H:%M:%S} to {b:%Y-%m-%d %H:%M:%S}" for a, b in zip(stretches["start"], stretches["end"], strict=True)], hoverinfo="text")  # fmt: skip
+    lengths = np.maximum((stretches["end"] - stretches["start"]).dt.total_seconds() * 1000, 1).tolist()
+    text = [f"{a:%Y-%m-%d %H:%M:%S} to {b:%Y-%m-%d %H:%M:%S}" for a, b in zip(stretches["start"], stretches["end"], strict=True)]
+    fig.add_bar(base=_plain(stretches["start"]), x=lengths, y=["covered"] * len(stretches), orientation="h", marker_color=MODEL)
+    fig.update_traces(width=0.5, showlegend=False, hovertext=text, hoverinfo="text")
     shown = gaps.nlargest(most, "length").sort_values("start")
     for kind, rows in shown.groupby("kind", sort=True):
-        text = [f"{kind}: {a:%Y-%m-%d %H:%M:%S}, {str(n).split('.')[0]}" for a, n in zip(rows["start"], rows["length"], strict=True)]
-        middle = rows["start"] + rows["length"] / 2
-        fig.add_scatter(
-            x=_plain(middle),
-            y=["missing"] * len(rows),
-            mode="markers",
-            name=str(kind),
-            marker={"color": _KINDS.get(str(kind), BAD), "symbol": "line-ns-open", "size": 14, "line": {"width": 2}},
-            hovertext=text,
-            hoverinfo="text",
-        )
-        if kind != "silence":
-            fig.add_bar(
-                base=_plain(rows["start"]),
-                x=np.maximum(rows["length"].dt.total_seconds() * 1000, 1).tolist(),
-                y=["missing"] * len(rows),
-                orientation="h",
-                marker_color=_KINDS.get(str(kind), BAD),
-                opacity=0.35,
-                width=0.5,
-                showlegend=False,
-                hoverinfo="skip",
-            )
+        _add_gaps(fig, str(kind), rows)
     fig = _look(fig, "Covered and missing periods", 190)
     fig.update_layout(barmode="overlay", hovermode="closest")
     fig.update_xaxes(type="date")
@@ -76,6 +69,14 @@ def coverage_figure(
     return fig
 
 # %% ../../nbs/serving/06_data_figures.ipynb #ba594ec1
+def _series_trace(shown: pd.DataFrame, column: str, name: str, color: str, days: int) -> go.Bar | go.Scatter:
+    "Draw a column as bars, or as a filled line when bars would be thinner than a pixel."
+    x, y = _plain(shown.index.to_series()), shown[column].tolist()
+    if len(shown) > 120:
+        return go.Scatter(x=x, y=y, name=name, line={"color": color, "width": 1, "shape": "hvh"}, fill="tozeroy")
+    return go.Bar(x=x, y=y, name=name, marker_color=color, xperiod=days * 86_400_000, xperiodalignment="middle")
+
+
 def daily_figure(
     days: pd.DataFrame,  # of `daily`
     noun: str = "trades",  # what one row of raw data is
@@ -83,36 +84,14 @@ def daily_figure(
     "Draw rows and volume per day."
     unit, every = ("week", 7) if len(days) > 1500 else ("day", 1)
     shown = days[["rows", "volume"]].resample("W-MON", label="left", closed="left").sum() if every == 7 else days
-    at = _plain(shown.index.to_series())
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
-    for number, (name, color) in enumerate((("rows", MODEL), ("volume", BASELINE)), start=1):
-        if len(shown) > 120:  # bars would be thinner than a pixel
-            fig.add_scatter(
-                x=at,
-                y=shown[name].tolist(),
-                name=noun if number == 1 else name,
-                line={"color": color, "width": 1, "shape": "hvh"},
-                fill="tozeroy",
-                row=number,
-                col=1,
-            )
-        else:
-            fig.add_bar(
-                x=at,
-                y=shown[name].tolist(),
-                name=noun if number == 1 else name,
-                marker_color=color,
-                xperiod=every * 86_400_000,
-                xperiodalignment="middle",
-                row=number,
-                col=1,
-            )
+    fig.add_trace(_series_trace(shown, "rows", noun, MODEL, every), row=1, col=1)
+    fig.add_trace(_series_trace(shown, "volume", "volume", BASELINE, every), row=2, col=1)
     fig = _look(fig, f"{noun[0].upper()}{noun[1:]} and volume per {unit}", 340)
     fig.update_layout(hovermode="x unified", showlegend=False, bargap=0.1, margin={"l": 8, "r": 8, "t": 40, "b": 8})
     fig.update_yaxes(title=noun, tickformat="~s", row=1, col=1)
     fig.update_yaxes(title="volume", tickformat="~s", row=2, col=1)
-    fig.update_xaxes(type="date", nticks=8)
-    return fig
+    return fig.update_xaxes(type="date", nticks=8)
 
 # %% ../../nbs/serving/06_data_figures.ipynb #fb9b5139
 def agreement_figure(

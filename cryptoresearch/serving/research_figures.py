@@ -29,7 +29,8 @@ def _look(fig: go.Figure, title: str, height: int = 320, legend: bool = True) ->
     "Apply the common style: light template, no fixed width, legend above the plot."
     fig.update_layout(
         title={"text": title, "font": {"size": 14, "color": INK}, "x": 0, "xanchor": "left", "xref": "paper", "y": 0.98, "yanchor": "top"},
-        template="plotly_white", height=height, autosize=True, width=None, showlegend=legend, margin={"l": 8, "r": 8, "t": 64 if legend else 40, "b": 8}, font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
+        template="plotly_white", height=height, autosize=True, width=None, showlegend=legend,
+        margin={"l": 8, "r": 8, "t": 64 if legend else 40, "b": 8}, font={"family": "system-ui, sans-serif", "size": 12, "color": INK},
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 11}, "title": {"text": ""}},
     )  # fmt: skip
     fig.update_xaxes(automargin=True)
@@ -56,6 +57,13 @@ def loss_difference_figure(
     return fig
 
 # %% ../../nbs/serving/07_research_figures.ipynb #6347083b
+def _add_band(fig: go.Figure, band: pd.DataFrame) -> None:
+    "Add the range of random signals."
+    fig.add_scatter(x=band.index, y=band["5 %"] - 1, line={"width": 0}, showlegend=False, hoverinfo="skip")
+    style = {"line": {"width": 0}, "fill": "tonexty", "fillcolor": "rgba(138,143,152,0.2)", "hoverinfo": "skip"}
+    fig.add_scatter(x=band.index, y=band["95 %"] - 1, name="random signals, 5 to 95 %", **style)
+
+
 def equities_figure(
     results: Mapping[str, StrategyResult],  # by name
     max_points: int = 1500,  # points per line at most
@@ -63,29 +71,18 @@ def equities_figure(
 ) -> go.Figure:  # return after costs over time, and that of buy and hold
     "Draw strategies after costs, buy and hold, and the range of random signals of the same turnover."
     results = {name: clocked(r) for name, r in results.items()}  # event bars may share a timestamp
-    lines = {name: (1 + r.returns).cumprod() - 1 for name, r in results.items()}
     longest = max(results.values(), key=lambda r: len(r.returns))
-    capital = pd.DataFrame({**lines, "buy and hold": (1 + longest.hold).cumprod() - 1})
-    shown, note = thin(capital, max_points)
+    lines = {name: (1 + r.returns).cumprod() - 1 for name, r in results.items()}
+    shown, note = thin(pd.DataFrame({**lines, "buy and hold": (1 + longest.hold).cumprod() - 1}), max_points)
     fig = go.Figure()
     if band is not None:
-        fig.add_scatter(x=band.index, y=band["5 %"] - 1, line={"width": 0}, showlegend=False, hoverinfo="skip")
-        fig.add_scatter(
-            x=band.index,
-            y=band["95 %"] - 1,
-            name="random signals, 5 to 95 %",
-            line={"width": 0},
-            fill="tonexty",
-            fillcolor="rgba(138,143,152,0.2)",
-            hoverinfo="skip",
-        )
+        _add_band(fig, band)
     for name, color in zip(lines, _COLORS[:1] + _COLORS[2:] * len(lines), strict=False):
         fig.add_scatter(x=shown.index, y=shown[name], name=name, line={"color": color, "width": 1.5})
-    fig.add_scatter(x=shown.index, y=shown["buy and hold"], name="buy and hold", line={"color": BASELINE, "width": 1, "dash": "dot"})
+    dotted = {"color": BASELINE, "width": 1, "dash": "dot"}
+    fig.add_scatter(x=shown.index, y=shown["buy and hold"], name="buy and hold", line=dotted)
     fig = _look(fig, f"Return after costs{note}", 340)
-    fig.update_layout(hovermode="x unified")
-    fig.update_yaxes(title="return", tickformat=".0%")
-    return fig
+    return fig.update_layout(hovermode="x unified").update_yaxes(title="return", tickformat=".0%")
 
 # %% ../../nbs/serving/07_research_figures.ipynb #670d280b
 def random_figure(
@@ -118,65 +115,61 @@ def intervals_figure(
 ) -> go.Figure:  # one row per label, the first on top
     "Draw values and their intervals."
     rows = table[["value", "lower", "upper"]].astype(float)
-    holds = (rows["lower"] <= zero) & (rows["upper"] >= zero)
+    holds, names = (rows["lower"] <= zero) & (rows["upper"] >= zero), [str(i) for i in rows.index]
     fig = go.Figure()
     for name, part, color in (("interval excludes zero", rows[~holds], MODEL), ("interval includes zero", rows[holds], OUTCOME)):
-        ends = {
-            "type": "data",
-            "symmetric": False,
-            "array": part["upper"] - part["value"],
-            "arrayminus": part["value"] - part["lower"],
-            "color": color,
-            "thickness": 1.5,
-            "width": 3,
-        }
-        fig.add_scatter(
-            x=part["value"], y=[str(i) for i in part.index], mode="markers", name=name, marker={"color": color, "size": 8}, error_x=ends
-        )
+        ends = {"type": "data", "symmetric": False, "color": color, "thickness": 1.5, "width": 3}
+        ends |= {"array": part["upper"] - part["value"], "arrayminus": part["value"] - part["lower"]}
+        y, marker = [str(i) for i in part.index], {"color": color, "size": 8}
+        fig.add_scatter(x=part["value"], y=y, mode="markers", name=name, marker=marker, error_x=ends)
     fig.add_vline(x=zero, line={"color": BASELINE, "width": 1, "dash": "dash"})
     fig = _look(fig, title, 110 + 22 * len(rows), legend=False)
     fig.update_xaxes(tickformat=form, nticks=5, tickangle=0)
-    fig.update_yaxes(type="category", categoryorder="array", categoryarray=[str(i) for i in rows.index][::-1])
-    return fig
+    return fig.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1])
 
 # %% ../../nbs/serving/07_research_figures.ipynb #e165916a
+def _history(study: optuna.Study, loss: str) -> go.Figure:
+    "Draw the loss of each trial and the best loss so far."
+    fig = _look(pictures.plot_optimization_history(study, target_name=loss), f"{loss} of each trial, and the best so far", 300)
+    fig.update_traces(selector={"mode": "markers"}, marker={"color": OUTCOME})
+    return fig.update_traces(selector={"mode": "lines"}, line={"color": MODEL})
+
+
+def _importances(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
+    "Draw the share of the variation of the loss that each parameter explains."
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    fig = pictures.plot_param_importances(study, evaluator=evaluator, target_name=loss)
+    fig = _look(fig, "Share of the variation explained by each parameter", 110 + 28 * len(names), legend=False)
+    fig.update_traces(marker={"color": MODEL}, cliponaxis=False)
+    fig.update_xaxes(title="share")
+    fig.update_yaxes(title="")
+    return fig.update_layout(margin={"l": 8, "r": 36, "t": 40, "b": 8})
+
+# %% ../../nbs/serving/07_research_figures.ipynb #3c2e93e8
+def _parallel(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
+    "Draw all parameters in parallel coordinates."
+    fig = pictures.plot_parallel_coordinate(study, params=names, target_name=loss)
+    fig = _look(fig, f"All parameters; dark is low {loss}", 360, legend=False)
+    fig.update_layout(margin={"l": 40, "r": 28, "t": 64, "b": 16})
+    return fig.update_traces(selector={"type": "parcoords"}, line={"showscale": False})
+
+# %% ../../nbs/serving/07_research_figures.ipynb #9cd22c0b
 def study_figures(
-    study: optuna.Study,
+    study: optuna.Study,  # study with any number of trials
     loss: str = "loss",  # name of the objective
-) -> dict[str, go.Figure]:  # history, importances, parallel, slices 1, 2, …, folds: those that the study can give
-    "The pictures of a study, as Optuna draws them."
+) -> dict[str, go.Figure]:  # history, importances, parallel, slices 1, 2, …, folds: those that the study supports
+    "Draw the figures of a study."
     done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     names = sorted({name for t in done for name, d in t.distributions.items() if len({u.params.get(name) for u in done}) > 1})
     found: dict[str, go.Figure] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if done:
-            found["history"] = _look(
-                pictures.plot_optimization_history(study, target_name=loss), f"{loss} of each trial, and the best so far", 300
-            )
-            found["history"].update_traces(selector={"mode": "markers"}, marker={"color": OUTCOME})
-            found["history"].update_traces(selector={"mode": "lines"}, line={"color": MODEL})
+            found["history"] = _history(study, loss)
         if len(done) > 2 and names and len({t.value for t in done}) > 1:
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            found["importances"] = _look(
-                pictures.plot_param_importances(study, evaluator=evaluator, target_name=loss),
-                "How much of the spread each parameter explains",
-                110 + 28 * len(names),
-                legend=False,
-            )
-            found["importances"].update_traces(marker={"color": MODEL}, cliponaxis=False)
-            found["importances"].update_xaxes(title="share")
-            found["importances"].update_yaxes(title="")
-            found["importances"].update_layout(margin={"l": 8, "r": 36, "t": 40, "b": 8})
+            found["importances"] = _importances(study, names, loss)
         if len(done) > 1 and len(names) > 1:
-            found["parallel"] = _look(
-                pictures.plot_parallel_coordinate(study, params=names, target_name=loss),
-                f"All parameters at once; dark is low {loss}",
-                360,
-                legend=False,
-            )
-            found["parallel"].update_layout(margin={"l": 40, "r": 28, "t": 64, "b": 16})
-            found["parallel"].update_traces(selector={"type": "parcoords"}, line={"showscale": False})
+            found["parallel"] = _parallel(study, names, loss)
         for k in range(0, len(names), 2) if len(done) > 1 else ():
             found[f"slices {k // 2 + 1}"] = _slices(study, names[k : k + 2], loss)
         found |= _pruning(study, loss)
@@ -193,34 +186,24 @@ def _slices(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     return fig
 
 # %% ../../nbs/serving/07_research_figures.ipynb #ad6249b4
+_WIDTHS = {"pruned": (BAD, 1.0), "best": (MODEL, 2.5), "complete": ("#c3c8cf", 1.0)}  # colour and line width
+
+
 def _pruning(study: optuna.Study, loss: str) -> dict[str, go.Figure]:
     "Draw the mean loss of each trial after each fold; pruned trials end early."
     trials = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
     if not trials:
         return {}
     fig, seen = go.Figure(), set()
+    best = study.best_trial.number if study.best_trials else None
     for t in trials:
-        pruned = t.state == TrialState.PRUNED
-        best = bool(study.best_trials) and t.number == study.best_trial.number
-        name = "pruned" if pruned else "best" if best else "complete"
-        x, y = [k + 1 for k in t.intermediate_values], list(t.intermediate_values.values())
-        line = {"color": BAD if pruned else MODEL if best else "#c3c8cf", "width": 2.5 if best else 1}
-        fig.add_scatter(
-            x=x,
-            y=y,
-            mode="lines+markers",
-            name=name,
-            legendgroup=name,
-            showlegend=name not in seen,
-            line=line,
-            marker={"size": 4},
-            hovertext=f"trial {t.number}",
-            zorder=2 if best else 0,
-        )
+        name = "pruned" if t.state == TrialState.PRUNED else "best" if t.number == best else "complete"
+        x, y, (color, width) = [k + 1 for k in t.intermediate_values], list(t.intermediate_values.values()), _WIDTHS[name]
+        fig.add_scatter(x=x, y=y, mode="lines+markers", name=name, legendgroup=name, showlegend=name not in seen, marker={"size": 4})
+        fig.data[-1].update(line={"color": color, "width": width}, hovertext=f"trial {t.number}", zorder=2 if name == "best" else 0)
         seen.add(name)
     count = sum(t.state == TrialState.PRUNED for t in trials)
-    fig = _look(fig, f"Trials fold by fold: {count} of {len(trials)} pruned", 320)
-    fig.update_layout(hovermode="closest")
+    fig = _look(fig, f"Trials fold by fold: {count} of {len(trials)} pruned", 320).update_layout(hovermode="closest")
     fig.update_xaxes(title="folds completed", dtick=1)
     fig.update_yaxes(title=f"mean {loss} so far")
     return {"folds": fig}
@@ -258,8 +241,10 @@ def heat_figure(
     "Draw a table as a heat map."
     x = [f"{c:%Y-%m-%d}" if isinstance(c, pd.Timestamp) else str(c) for c in table.columns]
     scale = "RdBu" if signed else [[0, "#f3f5f7"], [0.2, "#f9e3c8"], [0.5, BASELINE], [1, BAD]]
-    fig = go.Figure(go.Heatmap(z=table.to_numpy(dtype=float), x=x, y=[str(i) for i in table.index], colorscale=scale, zmin=limits[0], zmax=limits[1], xgap=1, ygap=1, hovertemplate=f"%{{y}}, %{{x}}: %{{z:{form}}}<extra></extra>",
-                               colorbar={"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 8, "len": 0.6, "x": 0, "xanchor": "left", "tickfont": {"size": 10}}))  # fmt: skip
+    colorbar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 8, "len": 0.6, "x": 0, "xanchor": "left"}
+    cells = go.Heatmap(z=table.to_numpy(dtype=float), x=x, y=[str(i) for i in table.index], xgap=1, ygap=1)
+    cells.update(colorscale=scale, zmin=limits[0], zmax=limits[1], hovertemplate=f"%{{y}}, %{{x}}: %{{z:{form}}}<extra></extra>")
+    fig = go.Figure(cells.update(colorbar=colorbar | {"tickfont": {"size": 10}}))
     fig = _look(fig, title, 130 + 18 * len(table), legend=False)
     fig.update_layout(margin={"l": 8, "r": 8, "t": 76, "b": 8})
     fig.update_xaxes(type="category", nticks=8, tickangle=0 if len("".join(x)) < 24 else -45)

@@ -115,13 +115,8 @@ def replay_and_predict(
         follower.start()
         try:
             if not server.done.wait(LIVE_MINUTES * 60 / speed + 60):
-                raise FeedError(
-                    problem(
-                        "the replay to end",
-                        f"{feed.stats.trades:,} trades after a minute more than it takes",
-                        "Run: cryptoresearch demo again",
-                    )
-                )
+                found = f"{feed.stats.trades:,} trades after a minute more than it takes"
+                raise FeedError(problem("the replay to end", found, "Run: cryptoresearch demo again"))
             _settle(feed, server)
         finally:
             feed.stop()

@@ -99,11 +99,8 @@ def check_store(
     except (CryptoResearchError, duckdb.Error) as e:
         return Check("store", "failed", str(e).splitlines()[0], "Check DUCKDB_PATH and DUCKDB_DATA_PATH")
     trades, symbols = row or (0, 0)
-    return Check(
-        "store",
-        "ok",
-        f"{where}: {trades:,} trades of {symbols} symbol(s), {size['bytes'] / 1e6:,.1f} MB in {size['files']} files, snapshot {size['snapshot']}",
-    )
+    space = f"{size['bytes'] / 1e6:,.1f} MB in {size['files']} files, snapshot {size['snapshot']}"
+    return Check("store", "ok", f"{where}: {trades:,} trades of {symbols} symbol(s), {space}")
 
 # %% ../nbs/90_doctor.ipynb #fa5dec53
 def check_minio(

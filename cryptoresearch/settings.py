@@ -52,14 +52,12 @@ def _check_endpoint(value: str | None) -> str | None:
     return value.strip().rstrip("/")
 
 # %% ../nbs/02_settings.ipynb #66c5e0b7
-class _Fields(BaseSettings):
-    "Declare names, types and defaults."
+class _ServerFields(BaseSettings):
+    "Declare the settings of the live feed and of MinIO or another S3 server."
 
     model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
-    # live feed
     finnhub_token: SecretStr | None = None
     finnhub_url: str = Field("wss://ws.finnhub.io", repr=False)
-    # MinIO or another S3 server
     minio_endpoint: str | None = None
     minio_access_key: SecretStr | None = None
     minio_secret_key: SecretStr | None = None
@@ -70,13 +68,17 @@ class _Fields(BaseSettings):
     minio_url_style: Literal["path", "virtual"] = "path"
     minio_bucket_raw: str = Field("btc", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
     minio_bucket_lake: str = Field("lake", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
-    # the store; `postgres:` catalogs may carry a password, so the path is not part of the repr
+
+# %% ../nbs/02_settings.ipynb #73e12c1e
+class _Fields(_ServerFields):
+    "Declare the settings of the store and of everything else."
+
+    # `postgres:` catalogs may carry a password, so the path is not part of the repr
     duckdb_path: str = Field("data/catalog.sqlite", repr=False, min_length=1)
     duckdb_data_path: str | None = None
     duckdb_memory_limit: str = "4GB"
     duckdb_threads: int = Field(0, ge=0, le=1024)
     duckdb_temp_dir: str | None = None
-    # everything else
     runs_dir: str = "runs"
     archive_url: str = Field("https://data.binance.vision", repr=False)
     api_host: str = "127.0.0.1"
@@ -86,8 +88,13 @@ class _Fields(BaseSettings):
     cryptoresearch_shared_data: str = "../shared/data"
 
 # %% ../nbs/02_settings.ipynb #8269aeb6
-class Settings(_Fields):
-    "Settings from arguments, the environment and `.env`; field names in upper case are the variables' names."
+_MAY_BE_EMPTY = (
+    "finnhub_token", "minio_access_key", "minio_secret_key", "minio_session_token", "minio_ca_file", "duckdb_data_path", "duckdb_temp_dir",
+)  # fmt: skip
+
+
+class _CheckedFields(_Fields):
+    "Check the values."
 
     _memory = field_validator("duckdb_memory_limit")(_check_size)
     _endpoint = field_validator("minio_endpoint")(_check_endpoint)
@@ -99,19 +106,14 @@ class Settings(_Fields):
             raise ValueError("is not one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
         return value.upper()
 
-    @field_validator(
-        "finnhub_token",
-        "minio_access_key",
-        "minio_secret_key",
-        "minio_session_token",
-        "minio_ca_file",
-        "duckdb_data_path",
-        "duckdb_temp_dir",
-        mode="before",
-    )
+    @field_validator(*_MAY_BE_EMPTY, mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
+
+# %% ../nbs/02_settings.ipynb #41ba7aff
+class Settings(_CheckedFields):
+    "Hold the settings from arguments, the environment and `.env`; variables are named like the fields, in upper case."
 
     @model_validator(mode="after")
     def _keys_in_pairs(self) -> Self:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS', 'Symbol', 'Spec', 'Start', 'End', 'Limit', 'Source', 'Names',
-           'Answer', 'Problem', 'Health', 'BuiltBars', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow',
-           'FeaturePage', 'Prediction', 'PredictionPage', 'RunInfo', 'records', 'Reader', 'get_health', 'get_symbols',
-           'get_bars', 'get_features', 'get_runs', 'get_run', 'get_predictions', 'create_app', 'serve']
+           'Wanted', 'Answer', 'Problem', 'Health', 'BuiltBars', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo',
+           'FeatureRow', 'FeaturePage', 'Prediction', 'PredictionPage', 'RunInfo', 'records', 'Reader', 'get_health',
+           'get_symbols', 'get_bars', 'get_features', 'get_runs', 'get_run', 'get_predictions', 'create_app', 'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
 import importlib.util
@@ -88,7 +88,7 @@ class SymbolSource(Answer):
 
     symbol: str = Field(examples=["BTCUSDT"])
     source: str = Field(
-        description="trades, aggTrades, klines: the exchange's archive; finnhub: live; replay: replay of stored trades; simulated: not a market"
+        description="trades, aggTrades, klines: the exchange's archive; finnhub: live; replay: of stored trades; simulated: not a market"
     )
     first_ts: Time | None = Field(description="first trade or candle, UTC; null where only bars are stored")
     last_ts: Time | None = Field(description="last trade or candle, UTC")
@@ -321,7 +321,10 @@ def _time(value: datetime | None) -> pd.Timestamp | None:
     return to_utc(value)
 
 # %% ../../nbs/serving/03_api.ipynb #00000015
-def get_health(request: Request, con: Con) -> Health:
+def get_health(
+    request: Request,  # gives the settings
+    con: Con,  # cursor of the request
+) -> Health:  # state, versions and snapshot
     "Report whether the store is reachable, and the installed versions."
     settings: Settings = request.app.state.reader.settings
     names = ["duckdb", "pandas", "numpy", "scikit-learn", "xgboost", "fastapi"]
@@ -339,12 +342,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 # %% ../../nbs/serving/03_api.ipynb #00000016
-def get_symbols(con: Con) -> list[SymbolSource]:
+def get_symbols(
+    con: Con,  # cursor of the request
+) -> list[SymbolSource]:  # one per symbol and source
     "List symbols and sources with their time range and bars."
     raw, specs = read_symbols(con), read_specs(con)
-    keys = sorted(
-        {(str(symbol), str(source)) for frame in (raw, specs) for symbol, source in zip(frame["symbol"], frame["source"], strict=True)}
-    )
+    both = pd.concat([frame[["symbol", "source"]].astype(str) for frame in (raw, specs)])
+    keys = sorted(set(both.itertuples(index=False, name=None)))
     out = []
     for symbol, source in keys:
         mine, built = (part[(part["symbol"] == symbol) & (part["source"] == source)] for part in (raw, specs))
@@ -356,61 +360,67 @@ def get_symbols(con: Con) -> list[SymbolSource]:
 
 # %% ../../nbs/serving/03_api.ipynb #00000017
 def get_bars(
-    con: Con, symbol: Symbol, spec: Spec = "1h", start: Start = None, end: End = None, limit: Limit = 1000, source: Source = None
-) -> BarPage:
+    con: Con,  # cursor of the request
+    symbol: Symbol,  # such as BTCUSDT
+    spec: Spec = "1h",  # bar length
+    start: Start = None,  # first bar's open, UTC; None: the latest rows
+    end: End = None,  # bars that open before this, UTC
+    limit: Limit = 1000,  # rows at most
+    source: Source = None,  # the most trustworthy one when None
+) -> BarPage:  # a page of bars
     "Return finished bars of one symbol in order of time; bars that met a gap contain nulls."
     frame, following = bars_page(con, symbol, spec, start=_time(start), end=_time(end), limit=limit, source=source)
-    rows = records(frame.drop(columns="symbol"))
-    return BarPage(
-        symbol=symbol,
-        spec=spec,
-        source=frame.attrs["source"],
-        snapshot=snapshot(con),
-        next_start=following,
-        bars=[Bar(**row) for row in rows],
-    )
+    bars, chosen = [Bar(**row) for row in records(frame.drop(columns="symbol"))], frame.attrs["source"]
+    return BarPage(symbol=symbol, spec=spec, source=chosen, snapshot=snapshot(con), next_start=following, bars=bars)
 
 # %% ../../nbs/serving/03_api.ipynb #784ebce9
 def get_features(
-    con: Con,
-    symbol: Symbol,
-    spec: Spec = "1h",
-    names: Names = None,
-    start: Start = None,
-    end: End = None,
-    limit: Limit = 200,
-    source: Source = None,
-) -> FeaturePage:
+    con: Con,  # cursor of the request
+    symbol: Symbol,  # such as BTCUSDT
+    spec: Spec = "1h",  # bar length
+    names: Names = None,  # features or groups; the default set when None
+    start: Start = None,  # first bar's open, UTC; None: the latest rows
+    end: End = None,  # bars that open before this, UTC
+    limit: Limit = 200,  # rows at most
+    source: Source = None,  # the most trustworthy one when None
+) -> FeaturePage:  # a page of feature values
     "Return feature values, each row computed with its full warm-up, as used by a model."
     wanted = [name.strip() for text in names or [] for name in text.split(",") if name.strip()]
-    values, bars, following = features_page(
-        con, symbol, spec, names=wanted or None, start=_time(start), end=_time(end), limit=limit, source=source
-    )
-    known = [REGISTRY[name] for name in values.columns]
-    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in known]
-    rows = [
-        FeatureRow(ts=ts, known_ts=close, values=row)
-        for ts, close, row in zip(bars.index, bars["close_ts"], records(values.reset_index(drop=True)), strict=True)
-    ]
-    return FeaturePage(
-        symbol=symbol, spec=spec, source=bars.attrs["source"], snapshot=snapshot(con), next_start=following, features=about, rows=rows
-    )
+    page = {"start": _time(start), "end": _time(end), "limit": limit, "source": source}
+    values, bars, following = features_page(con, symbol, spec, names=wanted or None, **page)
+    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in (REGISTRY[name] for name in values.columns)]
+    triples = zip(bars.index, bars["close_ts"], records(values.reset_index(drop=True)), strict=True)
+    rows = [FeatureRow(ts=ts, known_ts=close, values=row) for ts, close, row in triples]
+    chosen = bars.attrs["source"]
+    return FeaturePage(symbol=symbol, spec=spec, source=chosen, snapshot=snapshot(con), next_start=following, features=about, rows=rows)
 
 # %% ../../nbs/serving/03_api.ipynb #00000018
-def get_runs(request: Request) -> list[RunInfo]:
+def get_runs(
+    request: Request,  # gives the settings
+) -> list[RunInfo]:  # all runs
     "List stored runs, the latest first."
     return [RunInfo(**run) for run in read_runs(request.app.state.reader.settings)]
 
 
-def get_run(request: Request, run_id: str) -> RunInfo:
+def get_run(
+    request: Request,  # gives the settings
+    run_id: str,  # identity of the run, or a unique prefix of it
+) -> RunInfo:  # the run
     "Return one run with everything that is recorded about it."
     return RunInfo(**read_run(request.app.state.reader.settings, run_id))
 
+# %% ../../nbs/serving/03_api.ipynb #d5e8783b
+Wanted = Annotated[str | None, Query(description="all when absent")]
+
 
 def get_predictions(
-    con: Con, symbol: Annotated[str | None, Query(description="all when absent")] = None, run_id: Annotated[str | None, Query(description="all when absent")] = None,
-    start: Start = None, end: End = None, limit: Limit = 1000,
-) -> PredictionPage:  # fmt: skip
+    con: Con,  # cursor of the request
+    symbol: Wanted = None,  # all when None
+    run_id: Wanted = None,  # all when None
+    start: Start = None,  # first bar's open, UTC; None: the latest rows
+    end: End = None,  # bars that open before this, UTC
+    limit: Limit = 1000,  # bar times at most
+) -> PredictionPage:  # a page of predictions with outcomes
     "Return live predictions in order of time, with known outcomes. `limit` counts bar times; several runs may predict at one."
     frame, following = read_predictions(con, symbol=symbol, run_id=run_id, start=_time(start), end=_time(end), limit=limit)
     rows = records(frame.rename(columns={"y": "outcome", "end_ts": "outcome_ts"}))
@@ -454,23 +464,28 @@ _ROUTES: list[tuple[str, Any, str]] = [
 ]  # fmt: skip
 
 # %% ../../nbs/serving/03_api.ipynb #0000001b
-_STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1F2937}code{background:#F3F4F6;padding:.1em .3em}dt{margin-top:1.2rem;font-weight:600}dd{margin:.2rem 0 0 1rem}small{color:#6B7280}"
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1F2937}code{background:#F3F4F6;"
+    "padding:.1em .3em}dt{margin-top:1.2rem;font-weight:600}dd{margin:.2rem 0 0 1rem}small{color:#6B7280}"
+)
+_HEAD = (
+    "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    f"<title>cryptoresearch API</title><style>{_STYLE}</style>"
+)
 
 
 def _index_page(app: FastAPI) -> str:
     "Write the endpoints as a plain page, built from the OpenAPI description."
     items = []
     for path, methods in app.openapi()["paths"].items():
-        what = methods["get"]
-        parameters = "".join(
-            f"<li><code>{p['name']}</code>{' (required)' if p.get('required') else ''} {p.get('description', '')}</li>"
-            for p in what.get("parameters", [])
-        )
+        what, parts = methods["get"], []
+        for p in what.get("parameters", []):
+            parts.append(f"<li><code>{p['name']}</code>{' (required)' if p.get('required') else ''} {p.get('description', '')}</li>")
         link = path if "{" in path else f'<a href="{path}">{path}</a>'
-        items.append(f"<dt>GET {link}</dt><dd>{what.get('description', '')}<ul>{parameters}</ul></dd>")
+        items.append(f"<dt>GET {link}</dt><dd>{what.get('description', '')}<ul>{''.join(parts)}</ul></dd>")
     docs = '<a href="/docs">Swagger UI</a> · ' if _swagger_folder() else ""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>cryptoresearch API</title><style>{_STYLE}</style>"
-    return f"{head}<h1>cryptoresearch API</h1><p>{app.description}</p><p>{docs}<a href='/openapi.json'>openapi.json</a></p><dl>{''.join(items)}</dl>"
+    links = f"<p>{docs}<a href='/openapi.json'>openapi.json</a></p>"
+    return f"{_HEAD}<h1>cryptoresearch API</h1><p>{app.description}</p>{links}<dl>{''.join(items)}</dl>"
 
 # %% ../../nbs/serving/03_api.ipynb #0000001c
 def _swagger_folder() -> Path | None:

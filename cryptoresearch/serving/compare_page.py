@@ -65,8 +65,8 @@ def run_choices(
     return {configuration: runs for configuration, runs in found.items() if len(runs) > 1}
 
 # %% ../../nbs/serving/11_compare_page.ipynb #b64964c7
-class ComparePage:
-    "Hold the widgets `controls`, `verdict`, `settings_table`, `scores`, `losses`, `differences` and `equity`."
+class _CompareWidgets:
+    "Hold the widgets of the page and the selection."
 
     def __init__(
         self,
@@ -84,6 +84,16 @@ class ComparePage:
         for box in (self.a, self.b):
             box.observe(lambda _: None if self.busy else self.compare(), "value")
         self.refresh()
+
+    def refresh(self) -> None:
+        raise NotImplementedError
+
+    def compare(self) -> None:
+        raise NotImplementedError
+
+# %% ../../nbs/serving/11_compare_page.ipynb #c01f7990
+class ComparePage(_CompareWidgets):
+    "Show `controls`, `verdict`, `settings_table`, `scores`, `losses`, `differences` and `equity` of two runs."
 
     def refresh(self) -> None:
         "Offer the runs that are stored now, and compare."

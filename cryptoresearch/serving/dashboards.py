@@ -40,7 +40,8 @@ from ..settings import get_settings, Settings
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000006
 _SOURCES = {
-    "trades": "archived trades", "aggTrades": "archived trades, aggregated", "klines": "archived candles", "finnhub": "live trades from Finnhub",
+    "trades": "archived trades", "aggTrades": "archived trades, aggregated", "klines": "archived candles",
+    "finnhub": "live trades from Finnhub",
     "replay": "replay of stored trades", "simulated": "trades of the simulated exchange",
 }  # fmt: skip
 
@@ -149,17 +150,12 @@ class MarketPage:
     ) -> None:
         self.settings, self.busy = settings or get_settings(), True
         self.con: duckdb.DuckDBPyConnection | None = None
-        self.market, self.spec, self.run = _dropdown("Market"), _dropdown("Bars"), _dropdown("Model")
-        self.count = _dropdown("Show", COUNTS, 500)
         names = [("none", ""), *((name, name) for name in REGISTRY)]
-        self.first, self.second = _dropdown("Indicator", names, "rsi_14"), _dropdown("Second indicator", names, "")
-        self.reload = widgets.Button(
-            description="Reload", tooltip="Read the store again", layout=widgets.Layout(width="90px", margin="0 0 6px")
-        )
+        self.market, self.spec, self.run = _dropdown("Market"), _dropdown("Bars"), _dropdown("Model")
+        self.count, self.first = _dropdown("Show", COUNTS, 500), _dropdown("Indicator", names, "rsi_14")
+        self.second = _dropdown("Second indicator", names, "")
         self.lists = [self.market, self.spec, self.count, self.first, self.second, self.run]
-        self.controls = widgets.Box(
-            [*map(_labelled, self.lists), self.reload], layout=widgets.Layout(flex_flow="row wrap", align_items="flex-end", width="100%")
-        )
+        self.controls, self.reload = _controls(self.lists)
         self.note, self.candles, self.forecast = widgets.HTML(), PlotlyView(), PlotlyView()
         for box in self.lists:
             box.observe(lambda _: None if self.busy else self.refresh(), "value")
@@ -168,15 +164,28 @@ class MarketPage:
 
     def refresh(self) -> None:
         "Read the store and draw; an error is shown as text."
-        self.busy = True
-        try:
-            self.con = self.con or connect(self.settings, read_only=True)
-            fill_lists(self, self.con)
-            draw(self, self.con)
-        except (CryptoResearchError, duckdb.Error) as error:
-            say(self, str(error))
-        finally:
-            self.busy = False
+        _refresh(self)
+
+# %% ../../nbs/serving/10_dashboards.ipynb #eb314cd5
+def _controls(lists: list[widgets.Dropdown]) -> tuple[widgets.Box, widgets.Button]:
+    "Place the lists and a button in rows."
+    look = widgets.Layout(width="90px", margin="0 0 6px")
+    button = widgets.Button(description="Reload", tooltip="Read the store again", layout=look)
+    row = widgets.Layout(flex_flow="row wrap", align_items="flex-end", width="100%")
+    return widgets.Box([*map(_labelled, lists), button], layout=row), button
+
+
+def _refresh(page: MarketPage) -> None:
+    "Read the store and draw; an error is shown as text."
+    page.busy = True
+    try:
+        page.con = page.con or connect(page.settings, read_only=True)
+        fill_lists(page, page.con)
+        draw(page, page.con)
+    except (CryptoResearchError, duckdb.Error) as error:
+        say(page, str(error))
+    finally:
+        page.busy = False
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000010
 def _offer(box: widgets.Dropdown, options: list[tuple[str, Any]], default: int = 0) -> None:
@@ -307,7 +316,8 @@ def voila_command(
     "Build the command that serves one dashboard."
     path = notebook_path(f"dashboards/{notebook}")
     options = {
-        "Voila.ip": host, "port": settings.dashboard_port if port is None else port, "template": "cryptoresearch", "theme": "light", "strip_sources": True, "show_tracebacks": False,
+        "Voila.ip": host, "port": settings.dashboard_port if port is None else port, "template": "cryptoresearch",
+        "theme": "light", "strip_sources": True, "show_tracebacks": False,
         "Voila.log_level": "WARN", "Voila.port_retries": 0,
     }  # fmt: skip
     allowed = [f"--VoilaConfiguration.extension_allowlist={name}" for name in EXTENSIONS]

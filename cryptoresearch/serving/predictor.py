@@ -33,8 +33,23 @@ logger = logging.getLogger(__name__)
 ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "prediction", "lower", "upper", "source", "made_at", "first_id"]
 
 # %% ../../nbs/serving/02_predictor.ipynb #66b5d6b5
-class Predictor:
-    "Forecast bars as they finish."
+def _refuse_unsupported(run: Run) -> None:
+    "Raise for runs that cannot be predicted live."
+    spec, features = run.config.spec, run.pipeline.features
+    if by_events(spec) and event_spec(spec).mode:
+        remedy = "Imbalance and run bars derive their threshold from all earlier trades, which a live session has not seen"
+        raise ConfigError(problem("a run on time, tick, volume or dollar bars to predict live", spec, remedy))
+    if joined := [f.name for f in resolve(features) if not f.bars_suffice]:
+        remedy = "Live bars have no columns of other symbols or of the trades inside them; train without such features"
+        found = f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}"
+        raise ConfigError(problem("a run whose features need its own bars alone", found, remedy))
+    if run.config.interval == "adaptive":
+        found, remedy = "an adaptive one, which needs the outcomes of earlier forecasts", "Train with --interval scaled, or another kind"
+        raise ConfigError(problem("a run whose interval is known at the bar's close", found, remedy))
+
+# %% ../../nbs/serving/02_predictor.ipynb #6d54bac4
+class _Session:
+    "Hold the run, the history and the counts of a live session."
 
     def __init__(
         self,
@@ -45,102 +60,83 @@ class Predictor:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),  # for made_at
     ) -> None:
         self.events = by_events(run.config.spec)
-        if self.events and event_spec(run.config.spec).mode:
-            raise ConfigError(
-                problem(
-                    "a run on time, tick, volume or dollar bars to predict live",
-                    run.config.spec,
-                    "Imbalance and run bars derive their threshold from all earlier trades, which a live session has not seen",
-                )
-            )
-        if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
-            raise ConfigError(
-                problem(
-                    "a run whose features need its own bars alone",
-                    f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}",
-                    "Live bars have no columns of other symbols or of the trades inside them; train without such features",
-                )
-            )
-        if run.config.interval == "adaptive":
-            raise ConfigError(
-                problem(
-                    "a run whose interval is known at the bar's close",
-                    "an adaptive one, which needs the outcomes of the forecasts before",
-                    "Train with --interval scaled, or another kind",
-                )
-            )
+        _refuse_unsupported(run)
         self.run, self.source, self.clock, self.warmup = run, source, clock, int(run.info["warmup"])
         self.skipped: Counter[str] = Counter()  # bars without a prediction, by reason
-        self._bars = history.tail(self.warmup).copy()
-        if len(self._bars):
-            self._check(self._bars)
+        self.bars = history.tail(self.warmup).copy()
+        if len(self.bars):
+            (check_event_bars if self.events else check_bars)(self.bars)
 
     @property
-    def seen_until(self) -> pd.Timestamp | None:
+    def seen_until(self) -> pd.Timestamp | None:  # UTC; None before the first bar
         "Return the open time of the newest bar seen."
-        return self._bars.index[-1] if len(self._bars) else None
+        return self.bars.index[-1] if len(self.bars) else None
 
-    def _check(self, bars: pd.DataFrame) -> None:
-        (check_event_bars if self.events else check_bars)(bars)
+# %% ../../nbs/serving/02_predictor.ipynb #7b0a3e87
+def _order(live: _Session, frame: pd.DataFrame) -> pd.Index:
+    "Return the ordering key of bars: the time, or the id of the first trade of an event bar."
+    return pd.Index(frame["first_id"]) if live.events else frame.index
 
-    def _order(self, frame: pd.DataFrame) -> pd.Index:
-        "Return the ordering key of bars: the time, or the id of the first trade of an event bar."
-        return pd.Index(frame["first_id"]) if self.events else frame.index
+
+def _window(live: _Session, new: pd.DataFrame) -> pd.DataFrame:
+    "Join the required history and the new bars; unseen bars between them become gaps."
+    old, config = live.bars, live.run.config
+    if live.events:
+        return with_gap_rows(pd.concat([old.tail(live.warmup - 1), new]) if len(old) else new)
+    if len(old):
+        old = old[old.index >= new.index[0] - (live.warmup - 1) * bar_length(config.spec)]
+    return bar_frame(pd.concat([old, new]) if len(old) else new, config.spec, config.symbol)
+
+
+def _skip_reason(live: _Session, row: pd.Series, position: int) -> str:
+    "Return why a bar at this position of the window has no prediction."
+    if row["gap"]:
+        return "gap"
+    if position < live.warmup - 1:
+        return "warm-up"
+    return "trained on" if row["close_ts"] < pd.Timestamp(live.run.info["trained_until"]) else "features"
+
+# %% ../../nbs/serving/02_predictor.ipynb #2658a47c
+def _rows(live: _Session, known: pd.DataFrame) -> pd.DataFrame:
+    "Convert predictions of the run to rows of the table `predictions`."
+    if known.empty:
+        return pd.DataFrame(columns=ROW)
+    c = live.run.config
+    fixed = {"run_id": live.run.id, "symbol": c.symbol, "spec": c.spec if live.events else bar_spec(c.spec)}
+    fixed |= {"target": c.target, "horizon": c.horizon, "source": live.source}
+    numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
+    times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), "made_at": pd.Timestamp(live.clock())}
+    ids = pd.Series(known["first_id"].to_numpy() if live.events else pd.NA, range(len(known)), dtype="Int64").array
+    return pd.DataFrame(fixed | times | numbers | {"first_id": ids})[ROW]
+
+# %% ../../nbs/serving/02_predictor.ipynb #a83050e0
+class Predictor(_Session):
+    "Forecast bars as they finish."
 
     def update(
         self,
         bars: pd.DataFrame,  # frame of finished bars; those already seen are ignored
     ) -> pd.DataFrame:  # columns of the table `predictions`, one row for each new bar that can be predicted
         "Predict the new bars."
-        self._check(bars)
-        new = bars[self._order(bars) > self._order(self._bars)[-1]] if len(self._bars) else bars
+        (check_event_bars if self.events else check_bars)(bars)
+        new = bars[_order(self, bars) > _order(self, self.bars)[-1]] if len(self.bars) else bars
         if new.empty:
             return pd.DataFrame(columns=ROW)
-        window = self._window(new)
-        known, order = self.run.predict(window), self._order(window)
-        begin, at = int(order.get_indexer(self._order(new))[0]), order.get_indexer(self._order(known))
-        if self.events and len(self._bars):  # the gap between old and new bars counts as new
-            begin = int(order.get_indexer(self._order(self._bars)[-1:])[0]) + 1
-        fit = (at >= max(begin, self.warmup - 1)) & (known["known_ts"] >= pd.Timestamp(self.run.info["trained_until"])).to_numpy()
-        self._count(window, begin, set(at[fit].tolist()))
-        self._bars = window.tail(self.warmup)
-        return self._rows(known[fit])
-
-    def _window(self, new: pd.DataFrame) -> pd.DataFrame:
-        "Join the required history and the new bars; unseen bars between them become gaps."
-        if self.events:
-            return with_gap_rows(pd.concat([self._bars.tail(self.warmup - 1), new]) if len(self._bars) else new)
-        since = new.index[0] - (self.warmup - 1) * bar_length(self.run.config.spec)
-        old = self._bars[self._bars.index >= since] if len(self._bars) else self._bars
-        return bar_frame(pd.concat([old, new]) if len(old) else new, self.run.config.spec, self.run.config.symbol)
-
-    def _count(self, window: pd.DataFrame, begin: int, predicted: set[int]) -> None:
-        trained = pd.Timestamp(self.run.info["trained_until"])
-        for k in range(begin, len(window)):
-            if k not in predicted:
-                row = window.iloc[k]
-                self.skipped[
-                    "gap" if row["gap"] else "warm-up" if k < self.warmup - 1 else "trained on" if row["close_ts"] < trained else "features"
-                ] += 1
-
-    def _rows(self, known: pd.DataFrame) -> pd.DataFrame:
-        c = self.run.config
-        fixed = {
-            "run_id": self.run.id,
-            "symbol": c.symbol,
-            "spec": c.spec if self.events else bar_spec(c.spec),
-            "target": c.target,
-            "horizon": c.horizon,
-            "source": self.source,
-        }
-        numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
-        times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), **numbers, "made_at": pd.Timestamp(self.clock())}
-        ids = pd.Series(known["first_id"].to_numpy() if self.events else pd.NA, range(len(known)), dtype="Int64").array
-        return pd.DataFrame(fixed | times | {"first_id": ids})[ROW] if len(known) else pd.DataFrame(columns=ROW)
+        window = _window(self, new)
+        known, order = self.run.predict(window), _order(self, window)
+        begin, at = int(order.get_indexer(_order(self, new))[0]), order.get_indexer(_order(self, known))
+        if self.events and len(self.bars):  # the gap between old and new bars counts as new
+            begin = int(order.get_indexer(_order(self, self.bars)[-1:])[0]) + 1
+        since = pd.Timestamp(self.run.info["trained_until"])
+        fit = (at >= max(begin, self.warmup - 1)) & (known["known_ts"] >= since).to_numpy()
+        for k in sorted(set(range(begin, len(window))) - set(at[fit].tolist())):
+            self.skipped[_skip_reason(self, window.iloc[k], k)] += 1
+        self.bars = window.tail(self.warmup)
+        return _rows(self, known[fit])
 
 # %% ../../nbs/serving/02_predictor.ipynb #00000008
-class LiveBars:
-    "Build finished time bars of one live session."
+class _TradeBuffer:
+    "Hold the trades of bars that are not finished."
 
     def __init__(
         self,
@@ -151,9 +147,27 @@ class LiveBars:
         self.watermark: pd.Timestamp | None = None  # newest event time
         self.next_open: pd.Timestamp | None = None  # open of the first bar that is not finished
         self.late = 0  # trades for bars that had already been returned
-        self._start: pd.Timestamp | None = None  # all trades from here on are in the buffer
-        self._handed: pd.Timestamp | None = None  # bars before this time have been returned
-        self._trades = pd.DataFrame()
+        self.start: pd.Timestamp | None = None  # all trades from here on are in the buffer
+        self.returned: pd.Timestamp | None = None  # bars before this time have been returned
+        self.trades = pd.DataFrame()
+
+# %% ../../nbs/serving/02_predictor.ipynb #25bc1c97
+def _finish(buffer: _TradeBuffer, gaps: pd.DataFrame | None) -> pd.DataFrame:
+    "Build the bars that the watermark has passed and drop their trades from the buffer."
+    mark, first = buffer.watermark, buffer.next_open
+    if mark is None or first is None or mark < first + buffer.length or buffer.trades.empty:
+        return pd.DataFrame()
+    bars = trades_to_bars(buffer.trades, buffer.spec, symbol=buffer.symbol, start=buffer.start, end=mark, gaps=gaps)
+    buffer.next_open = buffer.returned = mark.floor(buffer.length)
+    before = buffer.trades.loc[buffer.trades["ts"] < buffer.next_open, "ts"]
+    if len(before):  # the last bar with trades stays: an empty bar after it carries its price
+        buffer.start = max(before.max().floor(buffer.length), buffer.start)
+        buffer.trades = buffer.trades[buffer.trades["ts"] >= buffer.start].reset_index(drop=True)
+    return bars[bars.index >= first]
+
+# %% ../../nbs/serving/02_predictor.ipynb #bead95b5
+class LiveBars(_TradeBuffer):
+    "Build finished time bars of one live session."
 
     def add(
         self,
@@ -163,27 +177,15 @@ class LiveBars:
         "Take trades in order of arrival."
         if trades.empty:
             return pd.DataFrame()
-        if self._start is None or self.next_open is None:
-            self._start = trades["ts"].iloc[0]
-            self.next_open = self._start.ceil(self.length)
-        late = trades["ts"] < (self._handed or self._start)
+        if self.start is None or self.next_open is None:
+            self.start = trades["ts"].iloc[0]
+            self.next_open = self.start.ceil(self.length)
+        late = trades["ts"] < (self.returned or self.start)
         self.late += int(late.sum())
         trades = trades[~late]
-        self._trades = pd.concat([self._trades, trades], ignore_index=True) if len(self._trades) else trades.reset_index(drop=True)
-        self.watermark = max(t for t in (self.watermark, trades["ts"].max(), self._start) if t is not None and t is not pd.NaT)
-        return self._finish(gaps)
-
-    def _finish(self, gaps: pd.DataFrame | None) -> pd.DataFrame:
-        if self.watermark is None or self.next_open is None or self.watermark < self.next_open + self.length or self._trades.empty:
-            return pd.DataFrame()
-        bars = trades_to_bars(self._trades, self.spec, symbol=self.symbol, start=self._start, end=self.watermark, gaps=gaps)
-        done = bars[bars.index >= self.next_open]
-        self.next_open = self._handed = self.watermark.floor(self.length)
-        before = self._trades.loc[self._trades["ts"] < self.next_open, "ts"]
-        if len(before):  # the last bar with trades stays: an empty bar after it carries its price
-            self._start = max(before.max().floor(self.length), self._start)
-            self._trades = self._trades[self._trades["ts"] >= self._start].reset_index(drop=True)
-        return done
+        self.trades = pd.concat([self.trades, trades], ignore_index=True) if len(self.trades) else trades.reset_index(drop=True)
+        self.watermark = max(t for t in (self.watermark, trades["ts"].max(), self.start) if t is not None and t is not pd.NaT)
+        return _finish(self, gaps)
 
 # %% ../../nbs/serving/02_predictor.ipynb #ca95e19d
 class LiveEventBars:

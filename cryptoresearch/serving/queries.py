@@ -106,12 +106,8 @@ def bars_page(
     "Read one page of bars of a symbol."
     spec, length, chosen = bar_spec(spec), bar_length(spec), pick_source(con, symbol, spec, source)
     _clauses(start=start, end=end)  # raises if the end is before the start
-    least, most = (
-        to_utc(t)
-        for t in con.execute(
-            "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?", [symbol, spec, chosen]
-        ).fetchall()[0]
-    )
+    sql = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
+    least, most = (to_utc(t) for t in con.execute(sql, [symbol, spec, chosen]).fetchall()[0])
     stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
     first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None

@@ -161,10 +161,7 @@ class Prediction(Answer):
     run_id: str
     symbol: str
     spec: str
-    target: str = Field(
-        description="return or volatility: fraction over `horizon` bars; scaled_return: in volatilities; "
-        "direction, triple_barrier, trend, meta: an event"
-    )
+    target: str = Field(description="return, volatility: fraction over `horizon` bars; scaled_return: in volatilities; others: an event")
     horizon: int = Field(description="bars")
     ts: Time = Field(description="open of the bar that the prediction was made on, UTC")
     close_ts: Time = Field(description="when it could be known: that bar's close, UTC")

@@ -168,26 +168,36 @@ def check_parameters(
         raise ConfigError(problem("no secrets in a notebook's parameters", ", ".join(hidden), "Set them in the environment or in .env"))
 
 # %% ../../nbs/serving/09_batch.ipynb #00000013
-CSS = """
+_TEXT_CSS = """
 :root{color-scheme:light}*{box-sizing:border-box}
 body{margin:0 auto;max-width:60rem;padding:1rem 1.25rem 4rem;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#20242a;background:#fff}
-h1{font-size:1.6rem;line-height:1.25;margin:.6rem 0 .4rem}h2{font-size:1.2rem;margin:2.2rem 0 .3rem;padding-top:.9rem;border-top:1px solid #e3e6ea}
+h1{font-size:1.6rem;line-height:1.25;margin:.6rem 0 .4rem}
+h2{font-size:1.2rem;margin:2.2rem 0 .3rem;padding-top:.9rem;border-top:1px solid #e3e6ea}
 h3{font-size:1rem;margin:1.2rem 0 .2rem}p{margin:.5rem 0;max-width:46rem}blockquote{margin:.3rem 0;color:#5b626b}blockquote p{margin:0}
-a{color:#1f5fbf}a.anchor-link{display:none}code{font:.88em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#f3f5f7;padding:.05em .3em;border-radius:3px;overflow-wrap:anywhere}
+a{color:#1f5fbf}a.anchor-link{display:none}
+code{font:.88em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#f3f5f7;padding:.05em .3em;border-radius:3px;overflow-wrap:anywhere}
 pre{font:.85rem/1.45 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4rem 0}
 .output_html,.rendered_html{overflow-x:auto}.output_area{margin:.6rem 0}.prompt{display:none}
-table{border-collapse:collapse;font-size:.88rem;margin:.4rem 0;font-variant-numeric:tabular-nums}
+"""
+
+# %% ../../nbs/serving/09_batch.ipynb #b98724fd
+CSS = (
+    _TEXT_CSS
+    + """table{border-collapse:collapse;font-size:.88rem;margin:.4rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.32rem .7rem;border:0;border-bottom:1px solid #e8ebee;text-align:right;vertical-align:top}
-thead th{border-bottom:1.5px solid #b9c0c8;font-weight:600;color:#414852}tbody th,td:first-child,th:first-child{text-align:left;font-weight:500}
+thead th{border-bottom:1.5px solid #b9c0c8;font-weight:600;color:#414852}
+tbody th,td:first-child,th:first-child{text-align:left;font-weight:500}
 tbody tr:last-child>*{border-bottom:0}table.text td,table.text th{text-align:left}
 .verdict{border-left:5px solid #8a8f98;background:#f5f6f8;padding:.9rem 1.1rem;margin:1rem 0;border-radius:0 6px 6px 0;font-size:1.08rem}
 .verdict b{display:block;font-size:.78rem;letter-spacing:.06em;text-transform:uppercase;color:#5b626b;margin-bottom:.15rem}
-.verdict.good{border-color:#1a7f4b;background:#eef8f2}.verdict.weak{border-color:#d9822b;background:#fdf5ea}.verdict.bad{border-color:#b3261e;background:#fcefee}
+.verdict.good{border-color:#1a7f4b;background:#eef8f2}.verdict.weak{border-color:#d9822b;background:#fdf5ea}
+.verdict.bad{border-color:#b3261e;background:#fcefee}
 .figure-title{font-size:.92rem;font-weight:600;margin:1.1rem 0 .2rem;color:#414852}
 .note{color:#5b626b;font-size:.88rem}.figure{width:100%;min-width:0}
 @media(max-width:560px){body{font-size:15px;padding:.6rem .8rem 3rem}h1{font-size:1.3rem}th,td{padding:.28rem .45rem}table{font-size:.8rem}}
 @media print{body{max-width:none}h2{break-after:avoid}}
 """
+)
 
 # %% ../../nbs/serving/09_batch.ipynb #00000014
 def _plain(
@@ -317,11 +327,33 @@ def _holds(notebook: Path, asked: Mapping[str, Any]) -> bool:
     return all(given.get(name) == value for name, value in asked.items())
 
 # %% ../../nbs/serving/09_batch.ipynb #1ebb7339
+def _execute(
+    config: RunConfig,  # configuration of the run
+    template: str,  # path of the notebook
+    asked: Mapping[str, Any],  # further parameters
+    settings: Settings,  # store and runs
+    progress: Progress | None,  # receives the fraction done and the current step
+) -> str:  # name of the run
+    "Run the template and move notebook and report to the folder of the run."
+    root = runs_folder(settings)
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=root) as tmp:
+        parameters = json.loads(json.dumps(asdict(config))) | dict(asked)
+        paths = run_notebook(template, parameters, tmp, report=False, progress=progress, settings=settings)
+        done = nbformat.read(paths["notebook"], as_version=4)
+        run_id = told_run(done)  # the data may have grown since
+        page = Path(tmp) / "report.html"
+        page.write_text(report_html(done, title=run_id), encoding="utf-8")
+        for path in (paths["notebook"], page):  # the report last: its presence means that both exist
+            path.replace(root / run_id / path.name)
+    return run_id
+
+# %% ../../nbs/serving/09_batch.ipynb #20d609a8
 def train_report(
     config: RunConfig,  # configuration of the run
     settings: Settings | None = None,  # store and runs; from the environment when None
-    progress: Progress | None = None,  # told the fraction done and what is being done
-    template: str = TRAIN,  # place below `nbs/`, or a path
+    progress: Progress | None = None,  # receives the fraction done and the current step
+    template: str = TRAIN,  # path below `nbs/`, or a path
     audit: bool = False,  # audit the pipeline in the report; a report without it is written again
     split: str = "walk",  # or cpcv: add scores over the paths of a combinatorial split; a report without them is written again
 ) -> TrainReport:  # the run, its executed notebook and its report
@@ -332,20 +364,10 @@ def train_report(
     root, name = runs_folder(s), Path(template).name
     with connect(s) as con:
         run_id, there = find_run(con, config, s)
+    reused = there and (root / run_id / "report.html").is_file() and _holds(root / run_id / name, asked)
+    if not reused:
+        run_id = _execute(config, template, asked, s, progress)
+    elif progress:
+        progress(1.0, "the same run was trained before: nothing to do")
     folder = root / run_id
-    if there and (folder / "report.html").is_file() and _holds(folder / name, asked):
-        if progress:
-            progress(1.0, "the same run was trained before: nothing to do")
-        return TrainReport(run_id, folder, folder / name, folder / "report.html", True)
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=root) as tmp:
-        parameters = json.loads(json.dumps(asdict(config))) | asked
-        paths = run_notebook(template, parameters, tmp, report=False, progress=progress, settings=s)
-        done = nbformat.read(paths["notebook"], as_version=4)
-        run_id = told_run(done)  # the data may have grown since
-        page = Path(tmp) / "report.html"
-        page.write_text(report_html(done, title=run_id), encoding="utf-8")
-        for path in (paths["notebook"], page):  # the report last: its presence means that both exist
-            path.replace(root / run_id / path.name)
-    folder = root / run_id
-    return TrainReport(run_id, folder, folder / name, folder / "report.html", False)
+    return TrainReport(run_id, folder, folder / name, folder / "report.html", reused)

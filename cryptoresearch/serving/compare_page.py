@@ -27,10 +27,14 @@ from ..settings import get_settings, Settings
 
 # %% ../../nbs/serving/11_compare_page.ipynb #56077961
 _STYLE = """<style>
-.cr-compare{overflow-x:auto;font-size:14px;line-height:1.45}.cr-compare table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin:4px 0}
-.cr-compare th,.cr-compare td{padding:4px 9px;text-align:right;vertical-align:top;border-bottom:1px solid #e8ebee}.cr-compare thead th{font-weight:600;border-bottom:1.5px solid #b9c0c8}
-.cr-compare tbody th,.cr-compare table.text td,.cr-compare table.text th{text-align:left}.cr-compare .note{color:#5b626b;font-size:13px;position:sticky;left:0;max-width:min(860px,calc(100vw - 24px))}
-.cr-compare .verdict{border-left:5px solid #8a8f98;background:#f5f6f8;padding:10px 14px;font-size:15px}.cr-compare .verdict b{display:block;font-size:12px;text-transform:uppercase;color:#5b626b}
+.cr-compare{overflow-x:auto;font-size:14px;line-height:1.45}
+.cr-compare table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin:4px 0}
+.cr-compare th,.cr-compare td{padding:4px 9px;text-align:right;vertical-align:top;border-bottom:1px solid #e8ebee}
+.cr-compare thead th{font-weight:600;border-bottom:1.5px solid #b9c0c8}
+.cr-compare tbody th,.cr-compare table.text td,.cr-compare table.text th{text-align:left}
+.cr-compare .note{color:#5b626b;font-size:13px;position:sticky;left:0;max-width:min(860px,calc(100vw - 24px))}
+.cr-compare .verdict{border-left:5px solid #8a8f98;background:#f5f6f8;padding:10px 14px;font-size:15px}
+.cr-compare .verdict b{display:block;font-size:12px;text-transform:uppercase;color:#5b626b}
 .cr-compare .verdict.good{border-color:#1a7f4b;background:#eef8f2}.cr-compare .verdict.weak{border-color:#d9822b;background:#fdf5ea}
 </style>"""
 

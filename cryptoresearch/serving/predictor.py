@@ -35,11 +35,11 @@ ROW = ["run_id", "symbol", "spec", "target", "horizon", "ts", "close_ts", "predi
 # %% ../../nbs/serving/02_predictor.ipynb #66b5d6b5
 def _refuse_unsupported(run: Run) -> None:
     "Raise for runs that cannot be predicted live."
-    spec, features = run.config.spec, run.pipeline.features
+    spec = run.config.spec
     if by_events(spec) and event_spec(spec).mode:
         remedy = "Imbalance and run bars derive their threshold from all earlier trades, which a live session has not seen"
         raise ConfigError(problem("a run on time, tick, volume or dollar bars to predict live", spec, remedy))
-    if joined := [f.name for f in resolve(features) if not f.bars_suffice]:
+    if joined := [f.name for f in resolve(run.pipeline.features) if not f.bars_suffice]:
         remedy = "Live bars have no columns of other symbols or of the trades inside them; train without such features"
         found = f"{', '.join(joined[:3])}{' …' * (len(joined) > 3)}"
         raise ConfigError(problem("a run whose features need its own bars alone", found, remedy))
@@ -199,7 +199,7 @@ class LiveEventBars:
         self.symbol, self.folder = symbol, EventFolder(spec)
         self.watermark: pd.Timestamp | None = None  # newest event time
         self.late = 0  # trades that arrived after one of a later time
-        self._closed_us: int | None = None  # close of the last bar
+        self.closed_us: int | None = None  # close of the last bar
 
     def add(
         self,
@@ -207,23 +207,28 @@ class LiveEventBars:
         gaps: pd.DataFrame | None = None,  # start_ts, end_ts (UTC) of the session's gaps so far
     ) -> pd.DataFrame:  # frame of complete event bars; may be empty
         "Take trades in order of arrival."
-        if trades.empty:
-            return pd.DataFrame()
-        newest = trades["ts"].cummax()
-        newest = newest if self.watermark is None else newest.where(newest > self.watermark, self.watermark)
-        late = (trades["ts"] < newest).to_numpy()
-        self.late, self.watermark = self.late + int(late.sum()), newest.iloc[-1]
-        if gaps is not None:
-            self.folder.holes = np.unique(pd.DatetimeIndex(gaps["end_ts"].dropna()).as_unit("us").asi8)
-        bars = self.folder.add(complete_trades(trades[~late]))
-        return self._numbered(bars) if len(bars["ts"]) else pd.DataFrame()
+        return _add_trades(self, trades, gaps) if len(trades) else pd.DataFrame()
 
-    def _numbered(self, bars: dict[str, np.ndarray]) -> pd.DataFrame:
-        "Number bars so that a gap is visible in their ids."
-        before = np.r_[bars["ts"][0] if self._closed_us is None else self._closed_us, bars["close_ts"][:-1]]
-        hole = np.searchsorted(self.folder.holes, bars["ts"], "right") > np.searchsorted(self.folder.holes, before, "right")
-        self._closed_us = int(bars["close_ts"][-1])
-        return to_event_frame(bars | {"first_id": 2 * bars["first_id"] + hole, "last_id": 2 * bars["last_id"] + 1}, self.symbol)
+# %% ../../nbs/serving/02_predictor.ipynb #ed627df5
+def _add_trades(live: LiveEventBars, trades: pd.DataFrame, gaps: pd.DataFrame | None) -> pd.DataFrame:
+    "Drop late trades and build the bars that the others complete."
+    newest = trades["ts"].cummax()
+    newest = newest if live.watermark is None else newest.where(newest > live.watermark, live.watermark)
+    late = (trades["ts"] < newest).to_numpy()
+    live.late, live.watermark = live.late + int(late.sum()), newest.iloc[-1]
+    if gaps is not None:
+        live.folder.holes = np.unique(pd.DatetimeIndex(gaps["end_ts"].dropna()).as_unit("us").asi8)
+    bars = live.folder.add(complete_trades(trades[~late]))
+    return _numbered(live, bars) if len(bars["ts"]) else pd.DataFrame()
+
+
+def _numbered(live: LiveEventBars, bars: dict[str, np.ndarray]) -> pd.DataFrame:
+    "Number bars so that a gap is visible in their ids."
+    holes = live.folder.holes
+    before = np.r_[bars["ts"][0] if live.closed_us is None else live.closed_us, bars["close_ts"][:-1]]
+    hole = np.searchsorted(holes, bars["ts"], "right") > np.searchsorted(holes, before, "right")
+    live.closed_us = int(bars["close_ts"][-1])
+    return to_event_frame(bars | {"first_id": 2 * bars["first_id"] + hole, "last_id": 2 * bars["last_id"] + 1}, live.symbol)
 
 # %% ../../nbs/serving/02_predictor.ipynb #00000010
 _LIMIT = 200_000  # trades per read
@@ -239,31 +244,29 @@ class _Follower:
 
     def next_session(self) -> bool:  # True when there is one after the current
         "Switch to the next session; at the start, to the newest."
-        rows = self.con.execute(
-            "SELECT session_id FROM live_sessions WHERE source = ? AND list_contains(symbols, ?) ORDER BY started_at",
-            [self.source, self.symbol],
-        ).fetchall()
-        ids = [r[0] for r in rows]
+        sql = "SELECT session_id FROM live_sessions WHERE source = ? AND list_contains(symbols, ?) ORDER BY started_at"
+        ids = [row[0] for row in self.con.execute(sql, [self.source, self.symbol]).fetchall()]
         later = ids[ids.index(self.session) + 1 :] if self.session in ids else ids[-1:]
         if later:
             self.session, self.last_id = later[0], -1
         return bool(later)
 
-    def read(self) -> tuple[pd.DataFrame, pd.DataFrame]:  # new trades in order of arrival, all gaps of the session
-        "Read the trades and gaps since the last call."
-        self.con.execute("BEGIN")
-        try:
-            columns = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades"
-            where = f"file_id = ? AND symbol = ? AND source = ? AND trade_id > ? ORDER BY trade_id LIMIT {_LIMIT}"
-            trades = self.con.execute(
-                f"SELECT {columns} FROM trades WHERE {where}", [self.session, self.symbol, self.source, self.last_id]
-            ).df()
-            gaps = self.con.execute("SELECT start_ts, end_ts FROM gaps WHERE file_id = ? AND symbol = ?", [self.session, self.symbol]).df()
-        finally:
-            self.con.execute("ROLLBACK")
-        if len(trades):
-            self.last_id = int(trades["trade_id"].iloc[-1])
-        return _in_utc(trades, "ts"), _in_utc(gaps, "start_ts", "end_ts")
+# %% ../../nbs/serving/02_predictor.ipynb #f41c0a03
+def _read_new(follow: _Follower) -> tuple[pd.DataFrame, pd.DataFrame]:  # new trades in order of arrival, all gaps of the session
+    "Read the trades and gaps since the last call."
+    con, where = follow.con, "file_id = ? AND symbol = ?"
+    con.execute("BEGIN")
+    try:
+        columns = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades"
+        new = f"{where} AND source = ? AND trade_id > ? ORDER BY trade_id LIMIT {_LIMIT}"
+        values = [follow.session, follow.symbol, follow.source, follow.last_id]
+        trades = con.execute(f"SELECT {columns} FROM trades WHERE {new}", values).df()
+        gaps = con.execute(f"SELECT start_ts, end_ts FROM gaps WHERE {where}", values[:2]).df()
+    finally:
+        con.execute("ROLLBACK")
+    if len(trades):
+        follow.last_id = int(trades["trade_id"].iloc[-1])
+    return _in_utc(trades, "ts"), _in_utc(gaps, "start_ts", "end_ts")
 
 # %% ../../nbs/serving/02_predictor.ipynb #ec4f68b3
 def _in_utc(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -312,64 +315,93 @@ class _Live:
         self.predictor: Predictor | None = None
         self.unsaved: list[pd.DataFrame] = []
 
-    def _begin(self) -> LiveBars | LiveEventBars:
-        "Start a session; event bars start again, because earlier trades were not seen."
-        c = self.run.config
-        if not by_events(c.spec):
-            return LiveBars(c.symbol, c.spec)
-        self.predictor = Predictor(self.run, pd.DataFrame(), source=self.source)
-        return LiveEventBars(c.symbol, c.spec)
-
-    def look(self) -> tuple[pd.DataFrame, bool]:  # predictions of newly finished bars, whether there were new trades
-        "Read once and predict the finished bars."
-        if self.bars is None:
-            if not self.follow.next_session():
-                return pd.DataFrame(), False
-            self.bars = self._begin()
-        trades, gaps = self.follow.read()
-        if trades.empty:
-            if self.follow.next_session():
-                self.bars = self._begin()
-                return pd.DataFrame(), True
-            return pd.DataFrame(), False
-        done = self.bars.add(trades, gaps)
-        return self._predict(done) if len(done) else pd.DataFrame(), True
-
-    def _predict(self, done: pd.DataFrame) -> pd.DataFrame:
-        if self.predictor is not None and self.predictor.events:
-            return self.predictor.update(done)
-        seen = self.predictor.seen_until if self.predictor else None
-        if self.predictor is None or (seen is not None and done.index[0] <= seen):  # the start, or a replay that goes back in time
-            history = _history(self.con, self.run, done.index[0], int(self.run.info["warmup"]))
-            self.predictor = Predictor(self.run, history, source=self.source)
-        return self.predictor.update(done)
-
     def account(self) -> str:
         "Summarise bars without a prediction by reason, and late trades."
         skipped = dict(self.predictor.skipped) if self.predictor else {}
         return f"bars without one: {skipped or 0}; late trades: {self.bars.late if self.bars else 0}"
 
-    def save(self, rows: pd.DataFrame, last: bool = False) -> int:  # predictions that were new
-        "Write predictions; while the store is busy, keep them for the next call."
-        self.unsaved += [rows] if len(rows) else []
-        if not self.unsaved:
-            return 0
-        try:
-            count = write(self.con, _store, pd.concat(self.unsaved), timeout_s=30.0 if last else 5.0)
-        except StoreBusy:
-            if last:
-                raise
-            logger.warning("the store is busy; %d predictions are kept for later", sum(map(len, self.unsaved)))
-            return 0
-        self.unsaved = []
-        return count
+# %% ../../nbs/serving/02_predictor.ipynb #7fd1950f
+def _begin(live: _Live) -> LiveBars | LiveEventBars:
+    "Start a session; event bars start again, because earlier trades were not seen."
+    c = live.run.config
+    if not by_events(c.spec):
+        return LiveBars(c.symbol, c.spec)
+    live.predictor = Predictor(live.run, pd.DataFrame(), source=live.source)
+    return LiveEventBars(c.symbol, c.spec)
+
+
+def _predict(live: _Live, done: pd.DataFrame) -> pd.DataFrame:
+    "Predict finished bars, with new history at the start of a session."
+    if live.predictor is not None and live.predictor.events:
+        return live.predictor.update(done)
+    seen = live.predictor.seen_until if live.predictor else None
+    if live.predictor is None or (seen is not None and done.index[0] <= seen):  # the start, or a replay that goes back in time
+        history = _history(live.con, live.run, done.index[0], int(live.run.info["warmup"]))
+        live.predictor = Predictor(live.run, history, source=live.source)
+    return live.predictor.update(done)
+
+# %% ../../nbs/serving/02_predictor.ipynb #2f58f358
+def _look(live: _Live) -> tuple[pd.DataFrame, bool]:  # predictions of newly finished bars, whether there were new trades
+    "Read once and predict the finished bars."
+    if live.bars is None:
+        if not live.follow.next_session():
+            return pd.DataFrame(), False
+        live.bars = _begin(live)
+    trades, gaps = _read_new(live.follow)
+    if trades.empty:
+        if live.follow.next_session():
+            live.bars = _begin(live)
+            return pd.DataFrame(), True
+        return pd.DataFrame(), False
+    done = live.bars.add(trades, gaps)
+    return _predict(live, done) if len(done) else pd.DataFrame(), True
+
+# %% ../../nbs/serving/02_predictor.ipynb #438df9fc
+def _save(live: _Live, rows: pd.DataFrame, last: bool = False) -> int:  # predictions that were new
+    "Write predictions; while the store is busy, keep them for the next call."
+    live.unsaved += [rows] if len(rows) else []
+    if not live.unsaved:
+        return 0
+    try:
+        count = write(live.con, _store, pd.concat(live.unsaved), timeout_s=30.0 if last else 5.0)
+    except StoreBusy:
+        if last:
+            raise
+        logger.warning("the store is busy; %d predictions are kept for later", sum(map(len, live.unsaved)))
+        return 0
+    live.unsaved = []
+    return count
 
 # %% ../../nbs/serving/02_predictor.ipynb #00000015
+def _follow_until(
+    live: _Live,  # the session
+    stop: threading.Event,  # set from outside
+    poll_s: float,  # pause between two reads of the store, seconds
+    end: pd.Timestamp | None,  # event time (UTC) at which to end
+    on_prediction: Callable[[pd.DataFrame], object] | None,  # called with the new rows
+) -> int:  # predictions that are new in the store
+    "Read, predict and save until stopped."
+    written = 0
+    while True:
+        last = stop.is_set()  # read first, so that the last read sees everything stored before it
+        rows, came = _look(live)
+        written += _save(live, rows, last=last and not came)
+        if len(rows) and on_prediction is not None:
+            on_prediction(rows)
+        mark = live.bars.watermark if live.bars is not None else None
+        if (end is not None and mark is not None and mark >= end) or (last and not came):
+            written += _save(live, pd.DataFrame(), last=True)
+            logger.info("%d new predictions; %s", written, live.account())
+            return written
+        if not came:
+            stop.wait(poll_s)
+
+# %% ../../nbs/serving/02_predictor.ipynb #034e685b
 def predict_live(
     settings: Settings | None,  # names the store; read from the environment when None
     run_id: str,  # run id, or another name that `load_run` accepts
     *,
-    source: str = "replay",  # live trades to follow: 'replay' or 'finnhub'
+    source: str = "replay",  # source of the live trades, such as replay or finnhub
     poll_s: float = 0.25,  # pause between two reads of the store, seconds
     stop: threading.Event | None = None,  # set it to stop, after a last read
     until: Any = None,  # event time (UTC) at which to end
@@ -377,25 +409,9 @@ def predict_live(
 ) -> int:  # number of predictions that are new in the store
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
-    end, stop, written = None if until is None else to_utc(until), stop or threading.Event(), 0
+    end, stop = None if until is None else to_utc(until), stop or threading.Event()
     con = init_duckdb(s)
     try:
-        live = _Live(con, load_run(run_id, s), source)
-        while True:
-            last = stop.is_set()  # read first, so that the last read sees everything stored before it
-            rows, came = live.look()
-            written += live.save(rows, last=last and not came)
-            if len(rows) and on_prediction is not None:
-                on_prediction(rows)
-            reached = end is not None and live.bars is not None and live.bars.watermark is not None and live.bars.watermark >= end
-            if reached or (last and not came):
-                written += live.save(pd.DataFrame(), last=True)
-                logger.info("%d new predictions; %s", written, live.account())
-                return written
-            if not came:
-                stop.wait(poll_s)
+        return _follow_until(_Live(con, load_run(run_id, s), source), stop, poll_s, end, on_prediction)
     finally:
         con.close()
-
-# %% ../../nbs/serving/02_predictor.ipynb #d27802eb
-#| export

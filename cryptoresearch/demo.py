@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 from rich.console import Console
+from rich.status import Status
 
 from .data.archive import fetch_day
 from .data.bars import read_bars
@@ -28,6 +29,7 @@ from .live.feed import FinnhubWebSocket
 from .live.replay import ReplayServer
 from .runs.config import RunConfig
 from .runs.run import load_run
+from .runs.walk_forward import Progress
 from .serving.batch import train_report, TrainReport
 from .serving.predictor import predict_live
 from .settings import get_settings, Settings
@@ -185,14 +187,17 @@ def _load_and_build(con: duckdb.DuckDBPyConnection, data: DemoData, settings: Se
     done(", ".join(f"{make_bars(con, data.symbol, spec, source=data.source):,} of {spec}" for spec in BAR_LENGTHS))
 
 
+def _shown(status: Status, target: str) -> Progress:
+    "Return a progress function that updates the status line of a run."
+    return lambda part, what: status.update(f"{target}: {what} ({part:.0%})")
+
+
 def _train(con: duckdb.DuckDBPyConnection, configs: list[RunConfig], settings: Settings, out: Console) -> list[TrainReport]:
     done = _step(out, 4, "features, two walk-forward models, their reports")
     reports = []
     for config in configs:
         with out.status(config.target) as status:
-            reports.append(
-                train_report(config, settings, progress=lambda part, what, c=config, s=status: s.update(f"{c.target}: {what} ({part:.0%})"))
-            )  # type: ignore[misc]
+            reports.append(train_report(config, settings, progress=_shown(status, config.target)))
         run = load_run(reports[-1].run_id, settings)
         out.print(f"    {config.target}: {run.info['verdict']}", soft_wrap=True)
     done(f"{len(reports)} runs" + (", trained before" if all(r.reused for r in reports) else ""))

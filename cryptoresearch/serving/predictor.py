@@ -102,7 +102,7 @@ def _rows(live: _Session, known: pd.DataFrame) -> pd.DataFrame:
     if known.empty:
         return pd.DataFrame(columns=ROW)
     c = live.run.config
-    fixed = {"run_id": live.run.id, "symbol": c.symbol, "spec": c.spec if live.events else bar_spec(c.spec)}
+    fixed: dict[str, Any] = {"run_id": live.run.id, "symbol": c.symbol, "spec": c.spec if live.events else bar_spec(c.spec)}
     fixed |= {"target": c.target, "horizon": c.horizon, "source": live.source}
     numbers = {name: known[name].to_numpy(dtype=float) for name in ("prediction", "lower", "upper")}
     times = {"ts": known.index, "close_ts": pd.DatetimeIndex(known["known_ts"]), "made_at": pd.Timestamp(live.clock())}

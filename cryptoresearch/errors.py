@@ -8,7 +8,7 @@ __all__ = ['CryptoResearchError', 'ConfigError', 'DataNotFound', 'SchemaError', 
 
 # %% ../nbs/01_errors.ipynb #00000004
 class CryptoResearchError(Exception):
-    "Whatever this package refuses to do, with the reason and the remedy."
+    "Base class of all errors that this package raises on purpose."
 
 # %% ../nbs/01_errors.ipynb #00000006
 class ConfigError(CryptoResearchError):
@@ -16,7 +16,7 @@ class ConfigError(CryptoResearchError):
 
 
 class DataNotFound(CryptoResearchError):
-    "What was asked for is not there: a file, an object, a symbol, an interval, a run."
+    "A requested file, object, symbol, interval or run does not exist."
 
 
 class SchemaError(CryptoResearchError):
@@ -28,11 +28,11 @@ class InputError(SchemaError, ValueError):
 
 
 class FeedError(CryptoResearchError):
-    "The live feed refused or broke in a way that a retry does not mend."
+    "The live feed refused or broke in a way that a retry does not fix."
 
 
 class StoreBusy(CryptoResearchError):
-    "Others held the store for longer than the retries last; nothing was written."
+    "The store stayed locked for longer than the retries last; nothing was written."
 
 
 class RunMismatch(CryptoResearchError):
@@ -44,5 +44,5 @@ def problem(
     found: str,  # what was there instead
     remedy: str,  # what to run or change
 ) -> str:  # the text for an error
-    "Text of an error in its three parts: expected, found, remedy."
+    "Format an error message from its three parts."
     return f"expected {expected}; found {found}. {remedy}"

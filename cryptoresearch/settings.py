@@ -21,8 +21,8 @@ from .errors import ConfigError, DataNotFound
 # %% ../nbs/02_settings.ipynb #220bd8c2
 def project_home(
     start: Path | None = None,  # where to begin the search; the working folder when None
-) -> Path:  # folder that relative paths of the settings are meant from
-    "Nearest folder upwards with a `.env` or this project's `settings.ini`, else `start`."
+) -> Path:  # base folder for relative paths in the settings
+    "Find the nearest parent folder with a `.env` or this project's `settings.ini`, else return `start`."
     if home := os.environ.get("CRYPTORESEARCH_HOME"):
         return Path(home).expanduser().resolve()
     here = (start or Path.cwd()).resolve()
@@ -37,14 +37,14 @@ _SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B|%)$", re.IGNORECASE)
 
 
 def _check_size(value: str) -> str:
-    "A memory size as DuckDB reads it."
+    "Check a memory size in DuckDB's format."
     if not _SIZE.match(value.strip()):
         raise ValueError("is not a size such as 4GB or 512MB")
     return value.strip()
 
 
 def _check_endpoint(value: str | None) -> str | None:
-    "`host`, `host:port`, optionally with http(s):// in front; nothing behind."
+    "Check an endpoint: `host` or `host:port`, optionally after http(s)://, without a path."
     if value is None or not value.strip():
         return None
     if not re.match(r"^(https?://)?[A-Za-z0-9.\-_\[\]:]+/?$", value.strip()):
@@ -52,14 +52,12 @@ def _check_endpoint(value: str | None) -> str | None:
     return value.strip().rstrip("/")
 
 # %% ../nbs/02_settings.ipynb #66c5e0b7
-class _Fields(BaseSettings):
-    "The names, types and defaults."
+class _ServerFields(BaseSettings):
+    "Declare the settings of the live feed and of MinIO or another S3 server."
 
     model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
-    # live feed
     finnhub_token: SecretStr | None = None
     finnhub_url: str = Field("wss://ws.finnhub.io", repr=False)
-    # MinIO or another S3 server
     minio_endpoint: str | None = None
     minio_access_key: SecretStr | None = None
     minio_secret_key: SecretStr | None = None
@@ -70,13 +68,17 @@ class _Fields(BaseSettings):
     minio_url_style: Literal["path", "virtual"] = "path"
     minio_bucket_raw: str = Field("btc", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
     minio_bucket_lake: str = Field("lake", pattern=r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
-    # the store; `postgres:` catalogs may carry a password, so the path is not part of the repr
+
+# %% ../nbs/02_settings.ipynb #73e12c1e
+class _Fields(_ServerFields):
+    "Declare the settings of the store and of everything else."
+
+    # `postgres:` catalogs may carry a password, so the path is not part of the repr
     duckdb_path: str = Field("data/catalog.sqlite", repr=False, min_length=1)
     duckdb_data_path: str | None = None
     duckdb_memory_limit: str = "4GB"
     duckdb_threads: int = Field(0, ge=0, le=1024)
     duckdb_temp_dir: str | None = None
-    # everything else
     runs_dir: str = "runs"
     archive_url: str = Field("https://data.binance.vision", repr=False)
     api_host: str = "127.0.0.1"
@@ -86,8 +88,13 @@ class _Fields(BaseSettings):
     cryptoresearch_shared_data: str = "../shared/data"
 
 # %% ../nbs/02_settings.ipynb #8269aeb6
-class Settings(_Fields):
-    "Settings from arguments, the environment and `.env`; field names in upper case are the variables' names."
+_MAY_BE_EMPTY = (
+    "finnhub_token", "minio_access_key", "minio_secret_key", "minio_session_token", "minio_ca_file", "duckdb_data_path", "duckdb_temp_dir",
+)  # fmt: skip
+
+
+class _CheckedFields(_Fields):
+    "Check the values."
 
     _memory = field_validator("duckdb_memory_limit")(_check_size)
     _endpoint = field_validator("minio_endpoint")(_check_endpoint)
@@ -99,10 +106,14 @@ class Settings(_Fields):
             raise ValueError("is not one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
         return value.upper()
 
-    @field_validator("finnhub_token", "minio_access_key", "minio_secret_key", "minio_session_token", "minio_ca_file", "duckdb_data_path", "duckdb_temp_dir", mode="before")
+    @field_validator(*_MAY_BE_EMPTY, mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
+
+# %% ../nbs/02_settings.ipynb #41ba7aff
+class Settings(_CheckedFields):
+    "Hold the settings from arguments, the environment and `.env`; variables are named like the fields, in upper case."
 
     @model_validator(mode="after")
     def _keys_in_pairs(self) -> Self:
@@ -119,8 +130,11 @@ class Settings(_Fields):
         except ValidationError as e:
             raise ConfigError(_explain(e)) from None
 
-    def path(self, value: str | Path) -> Path:
-        "A path of the settings, seen from the project's home."
+    def path(
+        self,
+        value: str | Path,  # absolute, or relative to the project folder
+    ) -> Path:  # absolute path
+        "Resolve a path against the project folder."
         return (project_home() / Path(value).expanduser()).resolve()
 
 # %% ../nbs/02_settings.ipynb #fbb28e23
@@ -139,7 +153,7 @@ _EXAMPLES = {
 
 
 def _explain(error: ValidationError) -> str:
-    "One line a wrong setting: the variable, its problem, an example; never its value."
+    "Format one line per invalid setting: variable, problem and example, never the value."
     lines = []
     for item in error.errors(include_input=False, include_url=False):
         field = str(item["loc"][0]) if item["loc"] else ""
@@ -155,9 +169,9 @@ def _read(home: Path, env: tuple[tuple[str, str], ...]) -> Settings:
 
 
 def get_settings(
-    **overrides: Any,  # field=value, stronger than environment and .env
+    **overrides: Any,  # field=value; override environment and .env
 ) -> Settings:  # checked settings
-    "Settings of this project; the environment is looked at anew each time, `.env` when it or the home changed."
+    "Return the settings of this project, read again when the environment or `.env` has changed."
     home = project_home()
     if overrides:
         return Settings(_env_file=home / ".env", **overrides)
@@ -171,11 +185,11 @@ def get_settings(
 def shared_data(
     settings: Settings | None = None,  # read from the environment when None
 ) -> Path:  # folder with real trades and candles
-    "Folder of real market data for tests and examples; `DataNotFound` where it is absent."
+    "Return the folder of real market data, or raise `DataNotFound`."
     s = settings or get_settings()
     folder = s.path(s.cryptoresearch_shared_data)
     if not folder.is_dir():
-        raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to where they lie")
+        raise DataNotFound(f"expected real market data in {folder}; found no such folder. Set CRYPTORESEARCH_SHARED_DATA to that folder")
     return folder
 
 # %% ../nbs/02_settings.ipynb #41be9eb0
@@ -183,7 +197,7 @@ _TOKEN = re.compile(r"((?:token|secret|password|access_key)=)[^\s&'\"]+", re.IGN
 
 
 class _Redact(logging.Filter):
-    "Replaces the value of token=, secret=, password= and access_key= in every record."
+    "Replace the value of token=, secret=, password= and access_key= in every record."
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _TOKEN.sub(r"\1***", record.getMessage()), ()
@@ -193,7 +207,7 @@ class _Redact(logging.Filter):
 def setup_logging(
     level: str | None = None,  # DEBUG … CRITICAL; the setting LOG_LEVEL when None
 ) -> logging.Logger:  # the package's logger
-    "Log to standard error in UTC, without secrets."
+    "Set up logging to standard error, in UTC and without secrets."
     import time
 
     logger = logging.getLogger("cryptoresearch")

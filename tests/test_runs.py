@@ -572,7 +572,7 @@ def test_what_has_no_meaning_on_event_bars_is_refused(events):
     with connect(events) as con:
         bars = question.read_data(con, EVENTS).bars
     learned = SimpleNamespace(config=replace(EVENTS, spec="tick_imbalance:50"))
-    with pytest.raises(ConfigError, match="learn their threshold"):
+    with pytest.raises(ConfigError, match="derive their threshold"):
         Predictor(learned, pd.DataFrame())
     for asked in ("frames", "realised"):
         with pytest.raises(SchemaError, match="no common one"):

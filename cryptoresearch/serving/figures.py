@@ -23,7 +23,8 @@ from .queries import match_outcomes
 
 # %% ../../nbs/serving/04_figures.ipynb #00000006
 COLORS = {
-    "up": "#0072B2", "down": "#D55E00", "model": "#CC4C02", "outcome": "#4B5563", "band": "rgba(213,94,0,0.14)", "gap": "rgba(107,114,128,0.16)",
+    "up": "#0072B2", "down": "#D55E00", "model": "#CC4C02", "outcome": "#4B5563",
+    "band": "rgba(213,94,0,0.14)", "gap": "rgba(107,114,128,0.16)",
     "line": "#009E73", "text": "#1F2937", "muted": "#6B7280", "grid": "#EEF1F4", "warning": "#B42318",
 }  # fmt: skip
 _AXIS = dict(gridcolor=COLORS["grid"], zeroline=False, linecolor="#D1D5DB", ticks="", automargin=False)
@@ -32,7 +33,8 @@ TEMPLATE = go.layout.Template(
         font=dict(family="Inter, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", size=12, color=COLORS["text"]),
         paper_bgcolor="white", plot_bgcolor="white", colorway=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B5563"],
         title=dict(x=0, xref="paper", xanchor="left", y=1, yref="container", yanchor="top", pad=dict(t=14), font=dict(size=16)),
-        xaxis=_AXIS, yaxis=_AXIS | dict(side="right"), hovermode="x unified", hoverlabel=dict(bgcolor="rgba(255,255,255,0.94)", font=dict(size=11)),
+        xaxis=_AXIS, yaxis=_AXIS | dict(side="right"), hovermode="x unified",
+        hoverlabel=dict(bgcolor="rgba(255,255,255,0.94)", font=dict(size=11)),
         legend=dict(orientation="h", x=0, xanchor="left", yanchor="top", font=dict(size=11)), margin=dict(l=12, r=64, t=74, b=36),
     )
 )  # fmt: skip
@@ -44,8 +46,8 @@ _HOW = {"open": "first", "high": "max", "low": "min", "close": "last", "volume":
 def thin_bars(
     bars: pd.DataFrame,  # frame of time bars, n rows on a regular grid
     max_bars: int = 5000,  # bars that a figure may carry
-) -> tuple[pd.DataFrame, int]:  # bars with open, high, low, close, volume, gap, close_ts; how many were merged into one
-    "Merge neighbouring bars until at most `max_bars` are left; (bars, 1) where there are few enough."
+) -> tuple[pd.DataFrame, int]:  # bars with open, high, low, close, volume, gap, close_ts; number of bars merged into one
+    "Merge neighbouring bars until at most `max_bars` are left."
     if len(bars) <= max_bars:
         return bars, 1
     length = (bars["close_ts"] - bars.index).iloc[0]
@@ -59,8 +61,8 @@ def thin_bars(
 # %% ../../nbs/serving/04_figures.ipynb #0000000d
 def gap_stretches(
     bars: pd.DataFrame,  # frame of bars with `gap` and `close_ts`
-) -> pd.DataFrame:  # one row a run of gap bars: start, end (UTC), bars
-    "Stretches for which the frame has no data."
+) -> pd.DataFrame:  # one row per run of consecutive gap bars: start, end (UTC), bars
+    "Find the periods for which the frame has no data."
     gap = bars["gap"].to_numpy(dtype=bool)
     starts = np.flatnonzero(gap & ~np.r_[False, gap[:-1]])
     ends = np.flatnonzero(gap & ~np.r_[gap[1:], False])
@@ -69,25 +71,25 @@ def gap_stretches(
 
 
 def _gap_shapes(stretches: pd.DataFrame, limit: int = 200) -> list[dict[str, Any]]:
-    "Shaded rectangles over all panels, the longest `limit` stretches."
+    "Build shaded rectangles over all panels for the longest `limit` gaps."
     rows = stretches.nlargest(limit, "bars")
     style = dict(type="rect", xref="x", yref="paper", y0=0, y1=1, line_width=0, fillcolor=COLORS["gap"], layer="below")
     return [style | dict(x0=_plain(row.start), x1=_plain(row.end)) for row in rows.itertuples()]
 
 
 def _plain(times: Any) -> Any:
-    "UTC times without their zone: plotly.js draws what it is given, and must not shift it."
+    "Drop the UTC zone of times, because plotly.js would convert them to local time."
     times = pd.DatetimeIndex(times) if not isinstance(times, pd.Timestamp) else times
     return times.tz_convert("UTC").tz_localize(None) if times.tz is not None else times
 
 # %% ../../nbs/serving/04_figures.ipynb #00000011
 class Panel(NamedTuple):
-    "One strip of a figure: its label, its share of the height, its traces, how its axis prints numbers."
+    "Describe one horizontal strip of a figure."
 
-    label: str
-    share: float
-    traces: list[Any]
-    axis: dict[str, Any]
+    label: str  # text in the upper left corner; empty for none
+    share: float  # height relative to the other panels
+    traces: list[Any]  # plotly traces
+    axis: dict[str, Any]  # properties of the y axis
 
 # %% ../../nbs/serving/04_figures.ipynb #ed0ad9cc
 def stack_panels(
@@ -96,31 +98,37 @@ def stack_panels(
     subtitle: str = "",  # second line, small
     height: int | None = None,  # pixels; grows with the number of panels when None
 ) -> go.Figure:  # panels above each other on one x axis
-    "A figure of panels that share one x axis."
+    "Stack panels on one shared x axis."
     spare = 0.028
     total, top = sum(p.share for p in panels), 1.0
-    fig = go.Figure(layout=dict(template=TEMPLATE, title=dict(text=title, subtitle=dict(text=subtitle, font=dict(size=12, color=COLORS["muted"])))))
+    small = dict(text=subtitle, font=dict(size=12, color=COLORS["muted"]))
+    fig = go.Figure(layout=dict(template=TEMPLATE, title=dict(text=title, subtitle=small)))
     for number, panel in enumerate(panels, start=1):
         suffix = "" if number == 1 else str(number)
         bottom = top - (panel.share / total) * (1 - spare * (len(panels) - 1))
         fig.update_layout({f"yaxis{suffix}": dict(domain=[max(bottom, 0), top], anchor="x") | panel.axis})
         fig.add_traces([trace.update(xaxis="x", yaxis=f"y{suffix}") for trace in panel.traces])
         if panel.label:
-            fig.add_annotation(text=panel.label, x=0, xref="paper", y=top, yref="paper", xanchor="left", yanchor="top", showarrow=False, font=_LABEL, bgcolor="rgba(255,255,255,0.75)")
+            fig.add_annotation(text=panel.label, y=top, yanchor="top", bgcolor="rgba(255,255,255,0.75)", **_LABEL)
         top = bottom - spare
     # by default 250 pixels for the candles' share of 1, and the rest in proportion
-    fig.update_layout(height=height or int(150 + 300 * total), hoversubplots="axis", xaxis=_TIME | dict(anchor=f"y{len(panels)}" if len(panels) > 1 else "y"))
-    return fig
+    time = _TIME | dict(anchor=f"y{len(panels)}" if len(panels) > 1 else "y")
+    return fig.update_layout(height=height or int(150 + 300 * total), hoversubplots="axis", xaxis=time)
 
-
-_LABEL = dict(size=11, color=COLORS["muted"])
-_TIME = dict(type="date", hoverformat="%Y-%m-%d %H:%M:%S", rangeslider_visible=False, showspikes=True, spikemode="across", spikethickness=1, spikedash="dot", spikecolor="#9CA3AF", spikesnap="cursor")
+# %% ../../nbs/serving/04_figures.ipynb #dc768c9f
+_LABEL: dict[str, Any] = dict(
+    x=0, xref="paper", yref="paper", xanchor="left", showarrow=False, font=dict(size=11, color=COLORS["muted"])
+)  # fmt: skip
+_TIME = dict(
+    type="date", hoverformat="%Y-%m-%d %H:%M:%S", rangeslider_visible=False,
+    showspikes=True, spikemode="across", spikethickness=1, spikedash="dot", spikecolor="#9CA3AF", spikesnap="cursor",
+)  # fmt: skip
 
 # %% ../../nbs/serving/04_figures.ipynb #00000013
 def finish(
     fig: go.Figure,  # a stack of panels
 ) -> go.Figure:  # the same figure
-    "Give title and legend the room they need on a narrow page."
+    "Set the margins that title and legend need on a narrow page."
     entries = sum(1 for trace in fig.data if trace.showlegend is not False and trace.name)
     titles = fig.layout.title.text.count("<br>"), (fig.layout.title.subtitle.text or "").count("<br>")
     top, bottom = 74 + 20 * titles[0] + 16 * titles[1], 40 + 20 * -(-entries // 2)
@@ -131,7 +139,7 @@ def finish(
 def warning_text(
     source: str | None,  # source of the bars: klines, trades, simulated, finnhub, replay, "replay of simulated" …
 ) -> str:  # "" for a real market
-    "What a reader must know before anything else about data that are not a market as it happens."
+    "Return the warning for data that do not come from a live market."
     words = (source or "").lower()
     if "simulated" in words:
         return "REPLAY OF SIMULATED DATA, not a market" if "replay" in words else "SIMULATED DATA, not a market"
@@ -139,7 +147,7 @@ def warning_text(
 
 
 def _heading(bars: pd.DataFrame, merge: int, source: str | None, title: str | None) -> tuple[str, str]:
-    "Title and subtitle of a figure of bars."
+    "Return title and subtitle of a figure of bars."
     length = (bars["close_ts"] - bars.index).iloc[0]
     name = title or f"{bars['symbol'].iloc[0]} · {_span(length)} bars"
     day = "%Y-%m-%d %H:%M"
@@ -156,29 +164,39 @@ def _heading(bars: pd.DataFrame, merge: int, source: str | None, title: str | No
 
 # %% ../../nbs/serving/04_figures.ipynb #d27802eb
 def _span(length: pd.Timedelta) -> str:
-    "A length as people write it: 1s, 5m, 4h, 1d, and 2d 6h where one unit does not do."
+    "Format a length as 1s, 5m, 4h or 1d, or as 2d 6h if it needs several units."
     names = {"d": length.components.days, "h": length.components.hours, "m": length.components.minutes, "s": length.components.seconds}
     return " ".join(f"{value}{unit}" for unit, value in names.items() if value) or f"{length.total_seconds():g}s"
 
 # %% ../../nbs/serving/04_figures.ipynb #00000018
-def _candle_panels(bars: pd.DataFrame, overlays: pd.DataFrame) -> list[Panel]:
-    "The panels for price (with overlays) and volume."
-    bars = bars[bars["close"].notna()]  # plotly.js 3 draws a candle of NaN as a broken path, and says so in the console
-    x, color = _plain(bars.index), np.where(bars["close"] >= bars["open"], COLORS["up"], COLORS["down"])
-    style = {way: dict(line=dict(color=COLORS[key], width=1), fillcolor=COLORS[key]) for way, key in (("increasing", "up"), ("decreasing", "down"))}
-    price: list[Any] = [go.Candlestick(x=x, open=bars["open"], high=bars["high"], low=bars["low"], close=bars["close"], name="price", showlegend=False, whiskerwidth=0, **style)]
-    lines = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+def _price_traces(bars: pd.DataFrame, overlays: pd.DataFrame) -> list[Any]:
+    "Build the candles and the lines over them."
+    ways = (("increasing", "up"), ("decreasing", "down"))
+    style: dict[str, Any] = {way: dict(line=dict(color=COLORS[key], width=1), fillcolor=COLORS[key]) for way, key in ways}
+    prices = {name: bars[name] for name in ("open", "high", "low", "close")}
+    traces: list[Any] = [go.Candlestick(x=_plain(bars.index), name="price", showlegend=False, whiskerwidth=0, **prices, **style)]
+    colors = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     for number, (name, values) in enumerate(overlays.reindex(bars.index).items()):
-        price.append(go.Scatter(x=x, y=values, name=str(name), mode="lines", line=dict(width=1.4, color=lines[number % len(lines)])))
-    volume = go.Bar(x=x, y=bars["volume"], name="volume", marker=dict(color=color, opacity=0.55, line_width=0), showlegend=False, hovertemplate="%{y:,.4~f}")
-    return [Panel("", 1.0, price, {}), Panel("volume", 0.26, [volume], dict(rangemode="tozero", nticks=4))]
+        line = dict(width=1.4, color=colors[number % len(colors)])
+        traces.append(go.Scatter(x=_plain(bars.index), y=values, name=str(name), mode="lines", line=line))
+    return traces
+
+# %% ../../nbs/serving/04_figures.ipynb #88a23b1d
+def _candle_panels(bars: pd.DataFrame, overlays: pd.DataFrame) -> list[Panel]:
+    "Build the panels for price (with overlays) and volume."
+    bars = bars[bars["close"].notna()]  # plotly.js 3 draws a candle of NaN as a broken path and logs an error
+    color = np.where(bars["close"] >= bars["open"], COLORS["up"], COLORS["down"])
+    volume = go.Bar(x=_plain(bars.index), y=bars["volume"], name="volume", showlegend=False, hovertemplate="%{y:,.4~f}")
+    volume.update(marker=dict(color=color, opacity=0.55, line_width=0))
+    lower = Panel("volume", 0.26, [volume], dict(rangemode="tozero", nticks=4))
+    return [Panel("", 1.0, _price_traces(bars, overlays), {}), lower]
 
 # %% ../../nbs/serving/04_figures.ipynb #00000019
 def indicator_frame(
     bars: pd.DataFrame,  # frame of bars, n rows
     indicators: Any = None,  # names of registered features, or a frame or mapping of Series with the bars' index
-) -> pd.DataFrame:  # one column an indicator, n rows, float; NaN before its warm-up and over gaps
-    "Values of indicators for the rows of `bars`."
+) -> pd.DataFrame:  # one column per indicator, n rows, float; NaN during its warm-up and over gaps
+    "Compute indicators for the rows of `bars`."
     if indicators is None or len(indicators) == 0:
         return pd.DataFrame(index=bars.index)
     if isinstance(indicators, pd.DataFrame | Mapping):
@@ -187,132 +205,169 @@ def indicator_frame(
 
 
 def _unit(name: str) -> str:
-    "The label of an indicator's panel."
+    "Return the label of an indicator's panel."
     known = REGISTRY.get(name)
     return f"{name} ({known.unit})" if known and known.unit else name
 
 # %% ../../nbs/serving/04_figures.ipynb #0000001a
+def _indicator_panels(values: pd.DataFrame) -> list[Panel]:
+    "Build one panel per indicator."
+    panels = []
+    for number, (name, series) in enumerate(values.items()):
+        line = dict(width=1.3, color=TEMPLATE.layout.colorway[number % 7])
+        trace = go.Scatter(x=_plain(values.index), y=series, name=str(name), mode="lines", line=line, showlegend=False)
+        panels.append(Panel(_unit(str(name)), 0.3, [trace], dict(nticks=4)))
+    return panels
+
+
+def _merge_like(frame: pd.DataFrame | None, bars: pd.DataFrame, shown: pd.DataFrame) -> pd.DataFrame:
+    "Reduce a frame with the index of `bars` to the merged bars `shown`."
+    if frame is None or len(shown) == len(bars):
+        return pd.DataFrame(index=shown.index) if frame is None else frame
+    return frame.reindex(bars.index).resample(shown.index[1] - shown.index[0], origin="epoch").last()
+
+# %% ../../nbs/serving/04_figures.ipynb #cab90948
 def candles_figure(
     bars: pd.DataFrame,  # frame of bars
     indicators: Any = None,  # one panel each: names of registered features, or a frame or mapping of Series
-    predictions: pd.DataFrame | None = None,  # a panel of predictions: index ts; prediction, y (what came), lower, upper
+    predictions: pd.DataFrame | None = None,  # a panel of predictions: index ts; prediction, y (outcome), lower, upper
     *,
     overlays: pd.DataFrame | None = None,  # lines over the candles, in quote currency
-    target: str = "return",  # what the predictions are of: return or volatility
-    source: str | None = None,  # where the bars came from; bars.attrs["source"] when None
+    target: str = "return",  # target of the predictions, such as return or volatility
+    source: str | None = None,  # source of the bars; bars.attrs["source"] when None
     title: str | None = None,  # the first line; symbol and bar length when None
-    max_bars: int = 5000,  # bars drawn at most; more are merged and the title says so
+    max_bars: int = 5000,  # bars drawn at most; more are merged, as the title then states
     height: int | None = None,  # pixels
 ) -> go.Figure:  # candles above volume above indicators above predictions, on one UTC axis
-    "Candles with volume, gaps shaded; indicators and predictions below on the same axis."
+    "Draw candles and volume with shaded gaps, and indicators and predictions below on the same axis."
     if bars.empty:
         return empty_figure("No bars in this interval")
-    values = indicator_frame(bars, indicators)
-    shown, merge = thin_bars(bars, max_bars)
-    at = (lambda frame: frame) if merge == 1 else (lambda frame: frame.reindex(bars.index).resample(shown.index[1] - shown.index[0], origin="epoch").last())
-    panels = _candle_panels(shown, at(overlays) if overlays is not None else pd.DataFrame(index=shown.index))
-    for number, (name, series) in enumerate(at(values).items()):
-        color = TEMPLATE.layout.colorway[number % 7]
-        panels.append(Panel(_unit(str(name)), 0.3, [go.Scatter(x=_plain(shown.index), y=series, name=str(name), mode="lines", line=dict(width=1.3, color=color), showlegend=False)], dict(nticks=4)))
+    values, (shown, merge) = indicator_frame(bars, indicators), thin_bars(bars, max_bars)
+    panels = _candle_panels(shown, _merge_like(overlays, bars, shown)) + _indicator_panels(_merge_like(values, bars, shown))
     if predictions is not None and len(predictions):
-        panels.append(Panel(f"{target}: prediction and what came", 0.42, prediction_traces(predictions), dict(tickformat=".2~%", nticks=5)))
+        axis = dict(tickformat=".2~%", nticks=5)
+        panels.append(Panel(f"{target}: prediction and outcome", 0.42, prediction_traces(predictions), axis))
     fig = stack_panels(panels, *_heading(bars, merge, source or bars.attrs.get("source"), title), height=height)
     ends = [_plain(bars.index[0]), _plain(bars["close_ts"].iloc[-1])]
     return finish(fig.update_layout(shapes=_gap_shapes(gap_stretches(bars)), xaxis_range=ends))
 
 # %% ../../nbs/serving/04_figures.ipynb #0000001c
 def _states(predictions: pd.DataFrame) -> pd.Series:
-    "The state of each row; where nobody said, a row without an outcome is waiting."
+    "Return the state of each row; without the column `state`, a row without an outcome is waiting."
     outcome = predictions["y"] if "y" in predictions else pd.Series(np.nan, predictions.index)
     return predictions["state"] if "state" in predictions else pd.Series(np.where(outcome.notna(), "matured", "waiting"), predictions.index)
 
 # %% ../../nbs/serving/04_figures.ipynb #0000001d
-def prediction_traces(
-    predictions: pd.DataFrame,  # index ts; prediction, and y, state, lower, upper where known
-) -> list[Any]:  # traces: interval, what came, prediction, and predictions without an outcome
-    "Lines of predictions and outcomes through time."
-    x, state = _plain(predictions.index), _states(predictions).to_numpy()
-    mode = "lines+markers" if len(x) <= 150 else "lines"
-    known: list[Any] = []
-    if {"lower", "upper"} <= set(predictions) and predictions["lower"].notna().any():
-        edge = dict(mode="lines", line_width=0, showlegend=False, hoverinfo="skip")
-        known += [go.Scatter(x=x, y=predictions["lower"], **edge), go.Scatter(x=x, y=predictions["upper"], fill="tonexty", fillcolor=COLORS["band"], name="interval", **(edge | dict(showlegend=True)))]
-    if "y" in predictions:
-        known.append(go.Scatter(x=x, y=predictions["y"], name="what came", mode=mode, line=dict(color=COLORS["outcome"], width=1.2), marker_size=4))
-    known.append(go.Scatter(x=x, y=predictions["prediction"], name="prediction", mode=mode, line=dict(color=COLORS["model"], width=1.6), marker_size=4))
-    for word, label in (("waiting", "not matured yet"), ("gap", "no outcome: gap")):
+def _interval_traces(predictions: pd.DataFrame) -> list[Any]:
+    "Build the band of the prediction interval; empty without one."
+    if not {"lower", "upper"} <= set(predictions) or predictions["lower"].isna().all():
+        return []
+    x, edge = _plain(predictions.index), dict(mode="lines", line_width=0, hoverinfo="skip")
+    upper = go.Scatter(x=x, y=predictions["upper"], fill="tonexty", fillcolor=COLORS["band"], name="interval", showlegend=True, **edge)
+    return [go.Scatter(x=x, y=predictions["lower"], showlegend=False, **edge), upper]
+
+
+def _open_traces(predictions: pd.DataFrame, state: np.ndarray) -> list[Any]:
+    "Mark the predictions that have no outcome."
+    x, traces = _plain(predictions.index), []
+    for word, label, symbol in (("waiting", "not matured yet", "diamond-open"), ("gap", "no outcome: gap", "x-thin-open")):
         rows = state == word
         if rows.any():
-            marker = dict(symbol="diamond-open" if word == "waiting" else "x-thin-open", size=7, color=COLORS["model"], line_width=1.3)
-            known.append(go.Scatter(x=x[rows], y=predictions["prediction"][rows], name=label, mode="markers", marker=marker, hoverinfo="skip"))
-    return known
+            marker = dict(symbol=symbol, size=7, color=COLORS["model"], line_width=1.3)
+            y = predictions["prediction"][rows]
+            traces.append(go.Scatter(x=x[rows], y=y, name=label, mode="markers", marker=marker, hoverinfo="skip"))
+    return traces
+
+# %% ../../nbs/serving/04_figures.ipynb #64a6644f
+def prediction_traces(
+    predictions: pd.DataFrame,  # index ts; prediction, and y, state, lower, upper where known
+) -> list[Any]:  # traces: interval, outcome, prediction, and predictions without an outcome
+    "Build the traces of predictions and outcomes over time."
+    x, traces = _plain(predictions.index), _interval_traces(predictions)
+    style: dict[str, Any] = dict(mode="lines+markers" if len(x) <= 150 else "lines", marker_size=4)
+    if "y" in predictions:
+        traces.append(go.Scatter(x=x, y=predictions["y"], name="outcome", line=dict(color=COLORS["outcome"], width=1.2), **style))
+    line = dict(color=COLORS["model"], width=1.6)
+    traces.append(go.Scatter(x=x, y=predictions["prediction"], name="prediction", line=line, **style))
+    return traces + _open_traces(predictions, _states(predictions).to_numpy())
 
 # %% ../../nbs/serving/04_figures.ipynb #0000001f
 def _scatter_traces(matured: pd.DataFrame, limit: int = 3000) -> tuple[list[Any], str]:
-    "Outcome against prediction: points, means of the tenths, the diagonal; and the panel's label."
+    "Build points, decile means and the diagonal of outcome against prediction, and the panel's label."
     step = -(-len(matured) // limit)
     points, p = matured.iloc[::step], matured["prediction"]
     tenth = pd.qcut(p.rank(method="first"), min(10, len(matured)), labels=False)
     means = matured.groupby(tenth.to_numpy())[["prediction", "y"]].mean()
-    ends = [p.min(), p.max()]
+    ends, hover = [p.min(), p.max()], "%{x:.4%} → %{y:.4%}<extra></extra>"
     color = dict(color=COLORS["outcome"], opacity=0.3, size=4, line_width=0)
-    dots = go.Scatter(x=points["prediction"], y=points["y"], mode="markers", marker=color, name="one prediction", showlegend=False, hovertemplate="%{x:.4%} → %{y:.4%}<extra></extra>")
-    diagonal = go.Scatter(x=ends, y=ends, mode="lines", line=dict(color=COLORS["muted"], width=1, dash="dot"), name="calibrated", hoverinfo="skip")
-    mean = go.Scatter(x=means["prediction"], y=means["y"], mode="lines+markers", line=dict(color=COLORS["up"], width=2), marker_size=7, name="mean of a tenth", hovertemplate="%{x:.4%} → %{y:.4%}<extra></extra>")
+    dots = go.Scatter(x=points["prediction"], y=points["y"], mode="markers", marker=color, name="one prediction", showlegend=False)
+    dotted = dict(color=COLORS["muted"], width=1, dash="dot")
+    diagonal = go.Scatter(x=ends, y=ends, mode="lines", line=dotted, name="perfect calibration", hoverinfo="skip")
+    mean = go.Scatter(x=means["prediction"], y=means["y"], mode="lines+markers", name="decile mean", hovertemplate=hover)
+    mean.update(line=dict(color=COLORS["up"], width=2), marker_size=7)
     every = f", every {step}th point drawn" if step > 1 else ""
-    return [dots, diagonal, mean], f"what came (upwards) against prediction: IC {p.corr(matured['y']):.3f}, {len(matured):,} matured{every}"
+    label = f"outcome (vertical) against prediction: IC {p.corr(matured['y']):.3f}, {len(matured):,} matured{every}"
+    return [dots.update(hovertemplate=hover), diagonal, mean], label
 
 # %% ../../nbs/serving/04_figures.ipynb #00000020
+def _add_scatter(fig: go.Figure, matured: pd.DataFrame, axis: dict[str, Any]) -> None:
+    "Add the panel of outcomes against predictions below the panel over time."
+    traces, label = _scatter_traces(matured)
+    below = _AXIS | dict(domain=[0, 1], anchor="y2", tickformat=".2~%", hoverformat=".4%")
+    fig.update_layout(yaxis_domain=[0.56, 1], xaxis2=below, yaxis2=axis | dict(domain=[0, 0.4], anchor="x2"))
+    fig.add_traces([trace.update(xaxis="x2", yaxis="y2") for trace in traces])
+    fig.add_annotation(text=label, y=0.41, yanchor="bottom", **_LABEL)
+
+# %% ../../nbs/serving/04_figures.ipynb #d7e6c33f
 def prediction_figure(
     predictions: pd.DataFrame,  # index ts; prediction, and y, state, lower, upper where known
     target: str = "return",  # name of a kind of label
     *,
     bars: pd.DataFrame | None = None,  # frame to compute the outcomes from, where predictions lack them
     horizon: int = 1,  # bars; needed with `bars`
-    source: str | None = None,  # where the bars came from
+    source: str | None = None,  # source of the bars
     title: str | None = None,  # first line
     height: int = 620,  # pixels
-) -> go.Figure:  # above: through time; below: outcome against prediction, once two have matured
-    "Predictions against what came."
+) -> go.Figure:  # above: over time; below: outcome against prediction, once two have matured
+    "Draw predictions and their outcomes."
     if predictions.empty:
         return empty_figure("No predictions in this interval")
     rows = match_outcomes(predictions, bars, target, horizon) if bars is not None else predictions
-    state = _states(rows)
-    counts = " · ".join(f"{int((state == word).sum()):,} {text}" for word, text in (("matured", "matured"), ("waiting", "waiting"), ("gap", "lost to gaps")) if (state == word).any())
+    state, words = _states(rows), (("matured", "matured"), ("waiting", "waiting"), ("gap", "lost to gaps"))
+    counts = " · ".join(f"{int((state == word).sum()):,} {text}" for word, text in words if (state == word).any())
     warning = f"<br><b style='color:{COLORS['warning']}'>{warning_text(source)}</b>" if warning_text(source) else ""
     axis = dict(tickformat=".2~%", nticks=6)
-    fig = stack_panels([Panel("", 1.0, prediction_traces(rows), axis)], (title or f"Predictions of {target}") + warning, counts, height)
-    matured = rows[state == "matured"]
-    if len(matured) > 1:
-        traces, label = _scatter_traces(matured)
-        fig.update_layout(yaxis_domain=[0.56, 1], xaxis2=_AXIS | dict(domain=[0, 1], anchor="y2", tickformat=".2~%", hoverformat=".4%"), yaxis2=axis | dict(domain=[0, 0.4], anchor="x2"))
-        fig.add_traces([trace.update(xaxis="x2", yaxis="y2") for trace in traces])
-        fig.add_annotation(text=label, x=0, xref="paper", y=0.41, yref="paper", xanchor="left", yanchor="bottom", showarrow=False, font=_LABEL)
+    name = (title or f"Predictions of {target}") + warning
+    fig = stack_panels([Panel("", 1.0, prediction_traces(rows), axis)], name, counts, height)
+    if (state == "matured").sum() > 1:
+        _add_scatter(fig, rows[state == "matured"], axis)
     return finish(fig)
 
 # %% ../../nbs/serving/04_figures.ipynb #00000022
 def empty_figure(
     text: str,  # what is missing, and what to do about it
     height: int = 260,  # pixels
-) -> go.Figure:  # a figure that holds one sentence
-    "A sentence in place of a figure."
+) -> go.Figure:  # a figure with one sentence
+    "Show a sentence instead of a figure."
     hidden = dict(visible=False)
     fig = go.Figure(layout=dict(template=TEMPLATE, height=height, xaxis=hidden, yaxis=hidden, margin=dict(t=20)))
-    return fig.add_annotation(text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font=dict(size=14, color=COLORS["muted"]))
+    return fig.add_annotation(
+        text=text, x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False, font=dict(size=14, color=COLORS["muted"])
+    )
 
 # %% ../../nbs/serving/04_figures.ipynb #00000024
 CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 
 def plotly_js() -> str:  # a script element that holds all of plotly.js
-    "Plotly's library, inline; once a page, before the first figure."
+    "Return plotly's library as an inline script, to be placed once per page, before the first figure."
     return f'<script type="text/javascript">{get_plotlyjs()}</script>'
 
 
 def embed(
     fig: go.Figure,  # any figure
     div_id: str | None = None,  # id of the element; from the figure's content when None
-) -> str:  # HTML snippet that asks for nothing from the network
-    "A figure as HTML for a page that carries `plotly_js()`."
+) -> str:  # HTML snippet that loads nothing from the network
+    "Write a figure as HTML for a page that includes `plotly_js()`."
     name = div_id or f"figure-{hashlib.sha256(fig.to_json().encode()).hexdigest()[:16]}"
     return fig.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=CONFIG)

@@ -123,7 +123,9 @@ def feature_report(
     return FeatureReport(config, data, samples, outer, X, y, filters, mi, found, *models, drift, *proof)
 
 # %% ../../nbs/serving/08c_feature_sections.ipynb #6d83afb3
-_COLORS: dict[str, Literal["good", "weak", "bad", ""]] = {"leak": "bad", "suspicious": "bad", "something": "good", "weak": "weak", "nothing found": ""}
+_COLORS: dict[str, Literal["good", "weak", "bad", ""]] = {
+    "leak": "bad", "suspicious": "bad", "something": "good", "weak": "weak", "nothing found": "",
+}  # fmt: skip
 _RULES = {
     "leak": "a feature changed when the future was removed or changed",
     "suspicious": f"returns and events of bars shorter than a day: a rank IC above {SUSPICIOUS_IC} with t above {LEAK_T:g}",

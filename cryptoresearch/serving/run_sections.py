@@ -547,7 +547,7 @@ def reproduce_section(
     pins |= {"code": info["identity"]["code"], "seed": report.config.seed} | info["identity"]["libraries"]
     return section("Reproduce", (text, facts_table(pins)))
 
-
+# %% ../../nbs/serving/08a_run_sections.ipynb #23852b0f
 def origin_section(
     report: RunReport,  # run and bars
 ) -> Section:  # snapshot, code, forecasts

@@ -120,7 +120,7 @@ def test_the_wheel_makes_the_same_runs(empty: Path, tmp_path: Path) -> None:
     "Docstrings of the wheel differ from those of the checkout; the identity of the code does not."
     from cryptoresearch.runs.identity import code_version
 
-    assert run([empty / "python", "-c", "from cryptoresearch.runs.config import code_version; print(code_version())"], tmp_path).strip() == code_version()
+    assert run([empty / "python", "-c", "from cryptoresearch.runs.identity import code_version; print(code_version())"], tmp_path).strip() == code_version()
 
 
 def test_the_command_line_starts(empty: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(research_app)
 console = Console()
 
-
+# %% ../nbs/94_cli.ipynb #d1fb5301
 def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
     "Print rows as a table that fits the terminal; missing values are empty."
     table = Table(title=title or None, title_justify="left", header_style="bold")

@@ -93,7 +93,7 @@ def maintain(
     keep: Annotated[str, typer.Option(help="Keep snapshots younger than this, such as 12h or 7d; snapshots that a run pins are kept too.")] = "1d",
     delete_after: Annotated[str, typer.Option(help="Remove files that have not been needed for this long.")] = "1d",
 ) -> None:
-    "Expire old snapshots, merge small files and free the space; snapshots that runs pin are kept."
+    "Remove old snapshots, merge small files and free the space; snapshots that runs pin are kept."
     from cryptoresearch.data.maintenance import tidy
     from cryptoresearch.data.store import init_duckdb
 

@@ -21,18 +21,18 @@ from docments import Entry, Function, attributes, comments_by_line, is_dataclass
 
 # How many findings each check may have. A number only ever goes down; the goal is 0 everywhere.
 ALLOWED = {
-    "docments": 598,  # parameters, fields and returns of public functions without a comment
-    "docstring missing": 7,  # public functions and classes without a docstring
-    "docstring question": 185,  # a docstring that begins like a question or a noun clause: What, Whether, How …
-    "docstring noun": 1137,  # a function's docstring that begins with no imperative verb
-    "long cell": 102,  # exported cells above 25 lines
+    "docments": 0,  # parameters, fields and returns of public functions without a comment
+    "docstring missing": 0,  # public functions and classes without a docstring
+    "docstring question": 0,  # a docstring that begins like a question or a noun clause: What, Whether, How …
+    "docstring noun": 0,  # a function's docstring that begins with no imperative verb
+    "long cell": 0,  # exported cells above 25 lines
     "many cells": 0,  # notebooks above 75 code cells
-    "long line": 1728,  # code lines above 140 characters
-    "conditional": 88,  # conditional expressions in cells of the research templates
-    "words": 1033,  # words and phrases that STYLE replaces
-    "module name": 9,  # modules named by a figure of speech
-    "any": 450,  # `Any` in annotations of exported code
-    "no picture": 15,  # exporting notebooks of PICTURES without one
+    "long line": 64,  # code lines above 140 characters
+    "conditional": 0,  # conditional expressions in cells of the research templates
+    "words": 49,  # words and phrases that STYLE replaces
+    "module name": 0,  # modules named by a figure of speech
+    "any": 254,  # `Any` in annotations of exported code
+    "no picture": 6,  # exporting notebooks of PICTURES without one
 }
 # Counted and shown, never a failure.
 REPORTED = ("str option",)
@@ -376,7 +376,7 @@ def check_signatures(tree: ast.Module, nodes: list[ast.AST], source: str, module
             if ast.get_docstring(node) is None:
                 yield "docstring missing", node.lineno, f"{node.name} has no docstring"
             if is_dataclass(node):
-                fields = attributes(node, comments)
+                fields = [e for e in attributes(node, comments) if not e.default.startswith("option(")]  # `option` has the help as an argument
                 totals.entries[module] += len(fields)
                 totals.documented[module] += sum(bool(e.comment) for e in fields)
                 for e in fields:

@@ -34,21 +34,21 @@ from ..settings import Settings
 class Comparison:
     "Two runs on the rows that both forecast; shows itself as tables."
 
-    a: str  # name of a run
-    b: str
+    a: str  # name of the first run
+    b: str  # name of the second run
     settings: pd.DataFrame  # what differs: index setting; columns a, b
     scores: pd.DataFrame  # on the common rows: index score; columns a, b
     test: DieboldMariano  # negative favours a
     losses: pd.DataFrame  # index ts, columns a, b: losses on the common rows
 
     @property
-    def n(self) -> int:
-        "Rows that both forecast."
+    def n(self) -> int:  # rows
+        "Count the rows that both forecast."
         return len(self.losses)
 
     @property
-    def verdict(self) -> str:
-        "The comparison in one sentence."
+    def verdict(self) -> str:  # one sentence
+        "Summarise the comparison."
         if np.isnan(self.test.p_value):
             return f"{self.a} and {self.b} forecast the same on {self.n:,} common rows"
         better, p = (self.a if self.test.stat < 0 else self.b), self.test.p_value

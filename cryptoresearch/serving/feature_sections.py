@@ -135,7 +135,7 @@ _RULES = {
     "nothing found": "neither",
 }  # fmt: skip
 
-
+# %% ../../nbs/serving/08c_feature_sections.ipynb #6d83af01
 def _high(report: FeatureReport) -> list[str]:
     "List the features whose rank IC is too high to be plausible."
     order, config = report.order, report.config

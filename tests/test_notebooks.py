@@ -209,6 +209,23 @@ def test_outputs_are_fit_to_be_read() -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_widget_state_is_stored() -> None:
+    "The state of widgets holds whole libraries of JavaScript; nbdev_clean leaves it."
+    found = [path for path in ALL if "widgets" in json.loads((ROOT / path).read_text(encoding="utf-8"))["metadata"]]
+    assert not found, f"remove metadata.widgets from {found}"
+
+
+def test_the_module_map_is_complete() -> None:
+    "CONTRIBUTING.md lists every module in the row of its package."
+    rows = [line.split("|") for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    listed = {(row[1].strip(" `"), name) for row in rows if len(row) == 5 for name in re.findall(r"`(\w+)`", row[3])}
+    there = {(module.parent.name if module.parent != LIB else "top level", module.stem) for module in LIB.rglob("*.py")}
+    there = {m for m in there if m[1] not in ("__init__", "_modidx")}
+    assert there <= listed, f"not in the module map: {sorted(there - listed)}"
+    packages = {p for p, _ in there}
+    assert not (gone := {m for m in listed if m[0] in packages} - there), f"in the module map, but gone: {sorted(gone)}"
+
+
 def test_readme_is_the_index_notebook() -> None:
     "README.md has not drifted from nbs/index.ipynb."
     done = subprocess.run([sys.executable, ROOT / "scripts/readme.py", "--check"], capture_output=True, text=True, check=False)

@@ -397,16 +397,6 @@ def regime_table(
 
     return by_regime(scores, rows, regimes(pd.DatetimeIndex(rows.index), sigma))
 
-# %% ../../nbs/evaluation/03_comparison.ipynb #18b5cbb0
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    "Sort the parts of regimes: terciles from low to high, the others by name."
-    kinds, levels = ("all", "volatility", "hour", "year"), ("calm", "low", "middle", "medium", "storm", "high")
-
-    def place(key: tuple[str, str]) -> tuple[int, int, str]:
-        return kinds.index(key[0]), levels.index(key[1]) if key[1] in levels else 0, str(key[1])
-
-    return table.loc[sorted(table.index, key=place)]
-
 # %% ../../nbs/evaluation/03_comparison.ipynb #b8f833f3
 def interval_table(
     predictions: pd.DataFrame,  # of a run

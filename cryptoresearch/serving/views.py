@@ -45,7 +45,6 @@ class Table:
 
 # %% ../../nbs/serving/08_views.ipynb #7e1ac000
 _NAMES = {"last": "persistence"}  # of forecasters, where a report uses another name than the column
-_LEVELS = {"calm": "low", "middle": "medium", "storm": "high"}  # of volatility
 
 
 def _forecaster(name: object) -> str:
@@ -58,7 +57,7 @@ def regime_name(
     part: str,  # of the regime, such as a tercile
 ) -> str:  # such as 'volatility: high'
     "Return the name of a part of a regime as reports show it."
-    return "all" if regime == "all" else f"{regime}: {_LEVELS.get(part, part) if regime == 'volatility' else part}"
+    return "all" if regime == "all" else f"{regime}: {part}"
 
 
 def _p_texts(column: pd.Series) -> list[str]:

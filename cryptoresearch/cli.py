@@ -288,12 +288,14 @@ def reproduce(
     ] = None,
 ) -> None:
     "Train a run again from the same data and compare it bit for bit; exit code 2 and the first difference if they differ."
-    from cryptoresearch.runs.reproduce import reproduce as again
+    from cryptoresearch.runs.reproduce import changed_code, reproduce as again
 
     with _progress("reproducing") as progress:
         checks = again(run, progress=progress, modules=modules or [])
     short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)
     _show(short, "the same, bit for bit")
+    if text := changed_code(checks):
+        console.print(text, soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #51ee8fea
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cryptoresearch.runs.identity import code_version
-from cryptoresearch.runs.reproduce import reproduce
+from cryptoresearch.runs.reproduce import changed_code, reproduce
 from cryptoresearch.runs.run import load_run
 from cryptoresearch.runs.stored import list_runs
 
@@ -84,3 +84,5 @@ def test_reproduce_names_the_changed_code(old, kind="volatility"):
     else:  # other code, the same bits
         assert checks.loc["code", ["expected", "found", "same"]].tolist() == [then, code_version(), False]
         assert checks.drop(["code", "snapshot"])["same"].all(), checks[~checks["same"]]
+        text = changed_code(checks)  # one sentence names both versions
+        assert then in text and code_version() in text and text.count(". ") == 0, text

@@ -146,7 +146,7 @@ def test_a_tampered_interval_is_named(store, tmp_path):
 def test_the_report_shows_the_interval_by_regime_and_over_time(store):
     done = train_report(replace(CALM, **INTERVALS["scaled"]), store)
     page = done.report.read_text()
-    assert all(text in page for text in ("Winkler score", "volatility: high", "Does the interval hold 90", "scaled, given log_sigma, volatility ridge"))
+    assert all(text in page for text in ("Winkler score", "volatility: high", "Coverage (90% nominal)", "scaled, given log_sigma, volatility ridge"))
 
 
 CALIBRATED = {"direction": {}, "triple_barrier": {"label": {"window": 48}}, "meta": {"label": {"window": 48, "primary": "ret_6"}}}
@@ -239,7 +239,7 @@ def test_paths_of_a_combinatorial_split_stand_in_the_report_and_leave_the_run_al
     done = train_report(CALM, store, split="cpcv")
     page = done.report.read_text()
     assert done.run_id == before.id and not done.reused
-    assert all(f"path {k}" in page for k in range(1, 6)) and "path 6" not in page and "walk forward" in page
+    assert all(f"path {k}" in page for k in range(1, 6)) and "path 6" not in page and "walk-forward" in page
     assert train_report(CALM, store, split="cpcv").reused and train_report(CALM, store).reused
     with pytest.raises(ConfigError, match="walk or cpcv"):
         train_report(CALM, store, split="kfold")

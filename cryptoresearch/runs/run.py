@@ -352,10 +352,12 @@ def _read_calibrator(file: Path) -> Calibrator:
     "Read a stored calibrator; RunMismatch if it is not valid."
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
+        if info["method"] not in ("isotonic", "platt"):
+            raise ValueError
         x, y = (np.asarray(info[k], dtype=np.float64) for k in ("x", "y"))
         made = Calibrator(info["method"], tuple(x.tolist()), tuple(y.tolist()))
         finite = np.isfinite([*x, *y]).all() and np.isfinite(made(np.array([0.1, 0.9]))).all()
-        if made.method not in ("isotonic", "platt") or not finite:
+        if not finite:
             raise ValueError
     except (ValueError, KeyError, TypeError, SchemaError):
         raise RunMismatch(problem(f"a calibrator in {file.parent.name}", "something else", "Delete the folder and train again")) from None

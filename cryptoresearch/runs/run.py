@@ -67,11 +67,16 @@ class Run(RunParts):
         names = [*(f["name"] for f in self.info["features"]), *self.info.get("interval_features", [])]
         return DataProcessing(features=self.config.resolved.named(names))
 
+    @property
+    def warmup(self) -> int:  # bars, counting the one to forecast
+        "Return how many bars a forecast and its interval depend on."
+        return int(self.info["warmup"])
+
     def predict(
         self,
-        bars: pd.DataFrame,  # bar frame with at least the warm-up before the first bar of interest
-    ) -> pd.DataFrame:  # index ts, one row per usable bar: columns of `predict_run`
-        "Forecast new bars with the final model."
+        bars: pd.DataFrame,  # bar frame, at least `warmup` rows
+    ) -> pd.DataFrame:  # index ts, one row per usable bar after the warm-up: columns of `predict_run`
+        "Forecast new bars with the final model; SchemaError with fewer bars than the warm-up."
         return predict_run(self, bars)
 
     @property
@@ -85,12 +90,13 @@ class Run(RunParts):
 # %% ../../nbs/runs/05_run.ipynb #8b2e61a3
 def predict_run(
     run: Run,  # trained
-    bars: pd.DataFrame,  # bar frame with at least the warm-up before the first bar of interest
+    bars: pd.DataFrame,  # bar frame, at least as many rows as the warm-up
 ) -> pd.DataFrame:  # index ts, per usable bar: known_ts, prediction, lower, upper (NaN: probability, adaptive), first_id of event bars
-    "Forecast new bars with the final model of a run."
+    "Forecast the bars after the warm-up with the final model of a run; SchemaError with fewer bars than that."
     values = run.pipeline.process_data(bars)
+    _check_history(run, bars)
     X = values[[f["name"] for f in run.info["features"]]]
-    rows = usable_rows(X, bars)
+    rows = usable_rows(X, bars) & (np.arange(len(bars)) >= run.warmup - 1)
     kept = ["close_ts", *bar_kind(bars).id_columns]
     out = bars.loc[rows, kept].rename(columns={"close_ts": "known_ts"})
     if not rows.any():
@@ -101,6 +107,15 @@ def predict_run(
     if run.config.interval == "adaptive":  # its ends need the outcomes of earlier forecasts
         found |= {"lower": np.nan, "upper": np.nan}
     return out.assign(**{name: found[name] for name in ("prediction", "lower", "upper")})
+
+
+def _check_history(run: Run, bars: pd.DataFrame) -> None:
+    "Refuse fewer bars than the warm-up of a run."
+    if len(bars) >= run.warmup:
+        return
+    expected = f"at least {run.warmup} bars, the warm-up of run {run.id}"
+    remedy = f"Give {run.warmup - len(bars)} more bars before these; bars.tail({run.warmup}) of a longer frame forecasts its last bar"
+    raise SchemaError(problem(expected, f"{len(bars)} bars", remedy))
 
 # %% ../../nbs/runs/05_run.ipynb #6acceb74
 def _mimebundle(run: Run) -> dict[str, Any]:
@@ -126,6 +141,7 @@ def summary(
         "data": f"{origin}; {d['bars']:,} bars, {d['gap_bars']:,} missing, {d['first'][:10]} to {d['last_close'][:10]}",
         "method": f"{c['model']} on {len(info['features'])} features, seed {c['seed']}, {folds}",
         "interval": interval,
+        "warm-up": f"{info['warmup']:,} bars up to the one to forecast; with fewer there is no forecast",
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
     } | _hour_warning(info)
 

@@ -123,7 +123,8 @@ class Predictor(_Session):
         if new.empty:
             return pd.DataFrame(columns=ROW)
         window = _window(self, new)
-        known, order = self.run.predict(window), _order(self, window)
+        nothing, order = window.iloc[:0].rename(columns={"close_ts": "known_ts"}), _order(self, window)
+        known = self.run.predict(window) if len(window) >= self.warmup else nothing
         begin, at = int(order.get_indexer(_order(self, new))[0]), order.get_indexer(_order(self, known))
         if self.events and len(self.bars):  # the gap between old and new bars counts as new
             begin = int(order.get_indexer(_order(self, self.bars)[-1:])[0]) + 1

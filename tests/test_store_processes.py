@@ -160,6 +160,14 @@ def test_a_duckdb_catalog_serves_one_process(tmp_path: Path) -> None:
     assert "PostgreSQL" in err
 
 
+def test_a_duckdb_catalog_serves_one_connection_of_a_process(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, **options(tmp_path, str(tmp_path / "one.duckdb")))
+    con = init_duckdb(settings)
+    with pytest.raises(StoreBusy, match="set DUCKDB_PATH to an SQLite file"):
+        init_duckdb(settings)
+    con.close()
+
+
 def test_postgres_catalog_keeps_snapshots(tmp_path: Path, postgres: str) -> None:
     settings = Settings(_env_file=None, **options(tmp_path, postgres))
     con = init_duckdb(settings)

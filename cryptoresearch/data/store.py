@@ -229,8 +229,9 @@ def _attach_error(error: duckdb.Error, settings: Settings, snapshot: int | None)
     text = str(error).strip().splitlines()[0][:300]
     if snapshot is not None and "snapshot" in text.lower():
         return _no_snapshot(settings, snapshot)
-    if "lock" in text.lower():
-        remedy = "A *.duckdb catalog serves one process; use an SQLite or PostgreSQL catalog for more"
+    if "lock" in text.lower() or "already attached" in text:
+        remedy = "A *.duckdb catalog serves one connection at a time; for training, and for more processes, "
+        remedy += "set DUCKDB_PATH to an SQLite file, such as data/catalog.sqlite, or to a PostgreSQL catalog"
         return StoreBusy(problem("a catalog that is free", text, remedy))
     remedy = "Check DUCKDB_PATH and DUCKDB_DATA_PATH; cryptoresearch doctor says more"
     return ConfigError(problem("a DuckLake catalog at DUCKDB_PATH", text, remedy))

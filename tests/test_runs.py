@@ -259,6 +259,14 @@ def test_nothing_is_pickled(trained):
         assert "pickle" not in Path(module.__file__).read_text().replace("without pickle", "").replace("is a pickle", "").replace("no pickle", "")
 
 
+def test_an_unknown_name_gets_the_closest(tmp_path):
+    settings = Settings(_env_file=None, runs_dir=str(tmp_path))
+    (tmp_path / "btcusdt-1h-volatility24-d353293e5a").mkdir()
+    (tmp_path / "btcusdt-1h-volatility24-d353293e5a" / "run.json").write_text("{}")
+    with pytest.raises(DataNotFound, match="1 other runs, the closest btcusdt-1h-volatility24"):
+        load_run("btcusdt-1h-volatilty24", settings)
+
+
 def test_a_name_is_not_a_path(trained):
     settings, _ = trained
     for name in ("../runs", "/etc", "", ".tmp-x", "a/b"):

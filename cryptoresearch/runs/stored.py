@@ -6,6 +6,7 @@
 __all__ = ['Record', 'runs_folder', 'find_folder', 'read_info', 'stored_runs', 'list_runs']
 
 # %% ../../nbs/runs/03a_stored.ipynb #90d3b7ea
+import difflib
 import json
 import re
 from pathlib import Path
@@ -37,7 +38,8 @@ def find_folder(
         raise DataNotFound(problem("the name of a run", repr(run_id), "See them: cryptoresearch runs"))
     fits = [run_id] if run_id in names else [n for n in names if n.startswith(run_id)]
     if len(fits) != 1:
-        found = f"{len(fits)} runs that begin so" if fits else f"{len(names)} other runs"
+        near = difflib.get_close_matches(run_id, fits or [*names, *(n.rpartition("-")[0] for n in names)], 1)
+        found = f"{len(fits)} runs that begin so" if fits else f"{len(names)} other runs" + (f", the closest {near[0]}" if near else "")
         raise DataNotFound(problem(f"a run {run_id}", found, "See them: cryptoresearch runs"))
     return root / fits[0]
 

@@ -317,3 +317,12 @@ def test_a_week_may_begin_before_its_month(tmp_path: Path) -> None:
 def test_spec_has_defaults() -> None:
     spec = FileSpec("BTCUSDT", "trades", None, "text", LAYOUTS["trades"][7], False)
     assert (spec.market, spec.period) == ("spot", None)
+
+
+def test_a_path_may_be_text_and_seconds_get_their_remedy(tmp_path: Path) -> None:
+    path = tmp_path / f"{NAME}.csv"
+    path.write_bytes(data(trades(3)))
+    assert inspect_file(str(path)) == inspect_file(path)
+    path.write_text(f"1,100.5,2,201.0,{FIRST_MS // 1000},True,True\n")
+    with pytest.raises(SchemaError, match="Multiply the times by 1000"):
+        inspect_file(path)

@@ -318,7 +318,7 @@ def _layout_of(
         widths, shown = " or ".join(map(str, layouts)), shown[:60] + ("…" if len(shown) > 60 else "")
         raise SchemaError(
             f"expected {kind} with {widths} columns in {name}; found lines such as {shown!r}{why}. "
-            "Is this the right file, and the right kind?"
+            + ("Multiply the times by 1000" if "counts seconds" in why else "Is this the right file, and the right kind?")
         )
     return layout, False
 
@@ -367,7 +367,7 @@ def _named(
 
 # %% ../../nbs/ingest/02_formats.ipynb #02f7a036
 def inspect_file(
-    path: Path,  # a local file
+    path: str | Path,  # a local file
     uri: str | None = None,  # name to read symbol and kind from; the path's when None
     *,
     symbol: str | None = None,  # such as BTCUSDT; overrides the name
@@ -376,7 +376,7 @@ def inspect_file(
     market: Market | None = None,  # overrides path and content
 ) -> FileSpec:  # symbol, kind, layout, market and period
     "Recognise a file by arguments, name and content. Errors: `DataNotFound`, `SchemaError` with what is missing."
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise DataNotFound(f"expected a file at {uri or path.name}; found none. Check the path")
     name = re.split(r"[/\\]", uri or str(path))[-1]
     parquet = _is_parquet(path)

@@ -203,7 +203,7 @@ def show_audit(
 # %% ../nbs/93_cli_research.ipynb #b6e611e6
 _AUDITED = (
     "symbol", "spec", "target", "label", "horizon", "source", "start", "end", "test_start", "refit_every", "mode", "train_window", "features",
-    "modules", "model", "params", "embargo", "weights", "seed",
+    "modules", "model", "params", "embargo", "weights", "seed", "leaks",
 )  # fmt: skip
 _OWN = {"refit_every": "the run's own, or 365D without a run", "fee_bps": "the run's own"}
 
@@ -217,9 +217,11 @@ def audit(
 ) -> None:
     "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 unless it passes."
     from cryptoresearch.data.store import connect
+    from cryptoresearch.features.user_modules import import_modules, whole_paths
     from cryptoresearch.runs.identity import read_data
-    from cryptoresearch.runs.run import load_run
+    from cryptoresearch.runs.run import load_run, refuse_leaks
 
+    import_modules(whole_paths(given["modules"]))
     stored, refit = None if run is None else load_run(run, get_settings()), given["refit_every"]
     if stored is None:
         asked = asked_config(given | {"refit_every": refit or "365D"})
@@ -228,10 +230,11 @@ def audit(
     pinned = None if stored is None else int(stored.info["snapshot"])
     with connect(snapshot=pinned, read_only=True) as con:
         data = read_data(con, asked)
+    refuse_leaks(replace(asked, leaks=given["leaks"]), data.bars)
     show_audit(data.bars, asked, given["seed"], draws, stored)
 
 # %% ../nbs/93_cli_research.ipynb #095c68cd
-_FEE = (replace(o, none=_OWN["fee_bps"]) for o in options(RunOptions, ["fee_bps"], fee_bps=None))
+_FEE = (replace(o, none=_OWN["fee_bps"]) for o in options(RunOptions, ["fee_bps", "modules"], fee_bps=None))
 
 
 @research_app.command()
@@ -245,7 +248,10 @@ def evaluate(
     "Write a page about a stored run: scores with intervals, baselines, regimes, strategies, capacity, overfitting, audit."
     from cryptoresearch.runs.run import load_run
 
+    from cryptoresearch.features.user_modules import whole_paths
+
     found = load_run(run, get_settings())
+    given["modules"] = list(whole_paths(given["modules"]))
     make_report("evaluate", found.id, given | {"run": found.id, "with_audit": with_audit}, output, get_settings())
 
 # %% ../nbs/93_cli_research.ipynb #73308072

@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
 import pytest
 
 import cryptoresearch
-from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.config import config_record, RunConfig
 from cryptoresearch.runs.identity import canonical
 from cryptoresearch.runs.options import parameters_cell, TEMPLATES
 from cryptoresearch.runs.trials import model_text
@@ -43,7 +42,7 @@ def short_digest(text: str) -> str:
 @pytest.mark.parametrize("name", KNOWN)
 def test_stored_runs_keep_their_identity(name):
     config, of_config, of_model = KNOWN[name]
-    assert short_digest(canonical(asdict(config))) == of_config
+    assert short_digest(canonical(config_record(config))) == of_config
     assert short_digest(model_text(config)) == of_model
 
 

@@ -1,6 +1,8 @@
-"""Check on real runs that a forecast does not depend on how much history is given, whatever the model."""
+"""Check on real runs that a forecast does not depend on how much history is given, and that a leak does not train."""
 
 import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +11,17 @@ import pandas as pd
 import pytest
 from cryptoresearch.runs.config import RunConfig
 from test_runs import put_bars, random_walk
+from typer.testing import CliRunner
 
+from cryptoresearch.cli import app
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.errors import SchemaError
+from cryptoresearch.errors import ConfigError, SchemaError
+from cryptoresearch.features.registry import REGISTRY
 from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.runs.identity import read_data
+from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.run import load_run, train_run
+from cryptoresearch.runs.tuning import tune
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 
@@ -94,3 +101,77 @@ def test_a_live_session_waits_for_the_warmup(store: Settings, tmp_path: Path) ->
     assert live.skipped["warm-up"] == run.warmup - 1 - 30 and [len(m) for m in made[-4:]] == [0, 1, 1, 1]
     whole = run.predict(bars)["prediction"].tail(3)
     assert np.allclose(pd.concat(made[-3:])["prediction"], whole, rtol=1e-9, atol=0)
+
+
+LEAKS = """
+import numpy as np, pandas as pd
+from cryptoresearch.features.registry import feature
+
+def ahead(b):
+    return np.log(b["close"]).diff().shift(-1)
+
+@feature(name="own_zscore_all", inputs="close", warmup=1)
+def own_zscore_all(b):
+    return (b["close"] - b["close"].mean()) / b["close"].std()
+
+@feature(name="own_centred", inputs="close", warmup=25)
+def own_centred(b):
+    return np.log(b["close"]).diff().abs().rolling(25, center=True).mean()
+
+@feature(name="own_peek", inputs="close", warmup=2)
+def own_peek(b):
+    noise = np.sin(1e6 * b["close"])
+    return 0.1 * ahead(b).fillna(0.0) + 0.01 * noise
+
+@feature(name="own_expanding", inputs="close", warmup=5)
+def own_expanding(b):
+    return b["close"] / b["close"].expanding().mean()
+
+@feature(name="own_body", inputs=("open", "close"), warmup=1)
+def own_body(b):
+    return np.log(b["close"] / b["open"])
+"""
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    file = tmp_path_factory.mktemp("own") / "own_leaks.py"
+    file.write_text(LEAKS)
+    known = dict(REGISTRY)
+    yield str(file)
+    REGISTRY.clear()
+    REGISTRY.update(known)
+
+
+def asked(module: str, *features: str, **more: object) -> RunConfig:
+    return replace(PLAIN, target="return", model="ridge", features=(*features, "ret_1", "ret_6"), modules=(module,), **more)
+
+
+@pytest.mark.parametrize("name", ["own_zscore_all", "own_centred", "own_peek", "own_expanding"])
+@pytest.mark.parametrize("train", [train_run, tune])
+def test_a_leak_does_not_train(store: Settings, module: str, name: str, train: Callable) -> None:
+    config, where = asked(module, name, "own_body"), r" at 2024-\d\d-\d\d \d\d:\d\d" if name != "own_expanding" else ""
+    with connect(store) as con, pytest.raises(ConfigError, match=rf"found {name} \([^()]+{where}\)\..* --leaks allow") as told:
+        train(con, config, settings=store)
+    assert "own_body" not in str(told.value)
+
+
+def test_an_allowed_leak_is_in_the_verdict(store: Settings, module: str) -> None:
+    with connect(store) as con:
+        run = train_run(con, asked(module, "own_zscore_all", leaks="allow"), store)
+        honest = train_run(con, asked(module, "own_body"), store)
+    assert run.info["level"] == "suspicious" and run.info["leaks"].keys() == {"own_zscore_all"}
+    assert "look ahead: own_zscore_all (reads the whole sample" in run.info["verdict"]
+    assert "look ahead" not in honest.info["verdict"]
+    assert reproduce(run.id, store, modules=[module])["same"].all()
+
+
+def test_commands_refuse_leaks_and_import_modules(store: Settings, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("duckdb_path", "runs_dir"):
+        monkeypatch.setenv(name.upper(), getattr(store, name))
+    monkeypatch.setenv("COLUMNS", "400")
+    REGISTRY.pop("own_zscore_all", None), sys.modules.pop("own_features.own_leaks", None)
+    flags = ["--symbol", "WALKUSDT", "--source", "simulated", "--module", module, "--feature", "own_zscore_all", "--model", "ridge"]
+    for command in ("audit", "tune"):
+        done = CliRunner().invoke(app, [command, *flags])
+        assert isinstance(done.exception, ConfigError) or "own_zscore_all (reads the whole sample" in done.output, done.output

@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +38,7 @@ from ..features.registry import Feature, REGISTRY, resolve
 from ..features.user_modules import import_modules
 from ..labels.barriers import covered_bars, doubtful_bars
 from ..labels.targets import known_volatility, primary_side
-from .config import by_events, RunConfig
+from .config import by_events, config_record, RunConfig
 
 # %% ../../nbs/runs/02_identity.ipynb #32d80b9d
 def canonical(
@@ -280,7 +280,7 @@ def identity(
 ) -> dict[str, Any]:  # everything that the result depends on, as JSON
     "Collect everything that the numbers of a run depend on."
     return {
-        "config": json.loads(canonical(asdict(config) | {"modules": [Path(m).name for m in config.modules]})),  # wherever they are stored
+        "config": json.loads(canonical(config_record(config) | {"modules": [Path(m).name for m in config.modules]})),  # wherever they are stored
         "bars": frame_digest(data.bars.drop(columns="symbol")),
         "files": list(data.ledger),
         "own_features": own_features(config.resolved.all) | import_modules(config.modules),

@@ -25,7 +25,7 @@ from ..data.store import write
 from ..errors import problem, SchemaError
 from ..metrics.scores import qlike_loss, REFERENCE, squared_loss
 from ..metrics.strategy import CLOCK, return_moments
-from .config import RunConfig
+from .config import config_record, RunConfig
 
 # %% ../../nbs/runs/03_trials.ipynb #ff88988e
 Kind = Literal["return", "loss"]
@@ -63,7 +63,7 @@ def model_text(
     config: RunConfig,  # of the run
 ) -> str:  # JSON with sorted keys
     "Write the model of a configuration: everything but what is forecast and the range of the data."
-    model = {k: v for k, v in asdict(config).items() if k not in _ASKED}
+    model = {k: v for k, v in config_record(config).items() if k not in _ASKED}
     return json.dumps(model, sort_keys=True, separators=(",", ":"))
 
 # %% ../../nbs/runs/03_trials.ipynb #a5ba5365

@@ -34,7 +34,7 @@ from ..models.linear import EnsembleModel
 from ..models.splits import WalkForward
 from .config import by_events, RunConfig
 from .identity import canonical, identity, read_data, RunData
-from .run import run_strategy
+from .run import refuse_leaks, run_strategy
 from .stored import runs_folder
 from .trials import Kind, model_text, question_of, record_trial, saved_loss
 from .walk_forward import first_test, fit_rows, Fitted, forecast_fold, prepare, Progress, Samples
@@ -305,6 +305,7 @@ def tune(
     _check_space(config)
     import_modules(config.modules)
     data = read_data(con, config)
+    refuse_leaks(config, data.bars)
     samples, test_start = prepare(data.bars, config, data.trades), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)
     study = open_study(name, storage, settings, config.seed)

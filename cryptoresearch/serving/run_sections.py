@@ -35,7 +35,7 @@ from ..metrics.strategy import bar_seconds, StrategyResult
 from ..metrics.verdict import deflate, judge, Judgement, verdict_rules
 from ..runs.config import least_length, RunConfig
 from ..runs.identity import read_data, RunData
-from ..runs.run import Run, run_strategy
+from ..runs.run import Run, run_strategy, with_leaks
 from ..runs.walk_forward import prepare, Progress
 from . import report_figures, research_figures
 from cryptoresearch.serving.views import (
@@ -197,7 +197,7 @@ def current_verdict(
         score_table(report.predictions, config.target, config.horizon), signs, config.target, horizon=config.horizon,
         intraday=least_length(config.spec) < pd.Timedelta("1D"), deflated=deflated, n_trials=max(n_trials, 1), simulated=simulated,
     )  # fmt: skip
-    return audited(said, found, report.run.id)
+    return audited(with_leaks(said, report.run.info.get("leaks", {})), found, report.run.id)
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #74e13a6d
 def audit_section(

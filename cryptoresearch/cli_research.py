@@ -200,14 +200,14 @@ def show_audit(
     if not found.passed:
         raise typer.Exit(code=2)
 
-# %% ../nbs/93_cli_research.ipynb #b6e611e6
+# %% ../nbs/93_cli_research.ipynb #5c0a1e04
 _AUDITED = (
-    "symbol", "spec", "target", "label", "horizon", "source", "start", "end", "test_start", "refit_every", "mode", "train_window", "features",
-    "modules", "model", "params", "embargo", "weights", "seed", "leaks",
+    "symbol", "spec", "target", "label", "horizon", "source", "start", "end", "test_start", "refit_every", "mode", "train_window",
+    "features", "modules", "model", "params", "embargo", "weights", "seed", "leaks",
 )  # fmt: skip
 _OWN = {"refit_every": "the run's own, or 365D without a run", "fee_bps": "the run's own"}
 
-
+# %% ../nbs/93_cli_research.ipynb #b6e611e6
 @research_app.command()
 @takes(*(replace(o, none=_OWN.get(o.name, o.none)) for o in options(RunOptions, _AUDITED, refit_every=None)))
 def audit(

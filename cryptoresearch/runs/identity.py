@@ -279,8 +279,9 @@ def identity(
     data: RunData,  # of `read_data`
 ) -> dict[str, Any]:  # everything that the result depends on, as JSON
     "Collect everything that the numbers of a run depend on."
+    modules = {"modules": [Path(m).name for m in config.modules]}  # wherever they are stored
     return {
-        "config": json.loads(canonical(config_record(config) | {"modules": [Path(m).name for m in config.modules]})),  # wherever they are stored
+        "config": json.loads(canonical(config_record(config) | modules)),
         "bars": frame_digest(data.bars.drop(columns="symbol")),
         "files": list(data.ledger),
         "own_features": own_features(config.resolved.all) | import_modules(config.modules),

@@ -111,7 +111,7 @@ def predict_run(
         found |= {"lower": np.nan, "upper": np.nan}
     return out.assign(**{name: found[name] for name in ("prediction", "lower", "upper")})
 
-
+# %% ../../nbs/runs/05_run.ipynb #5c0a1e05
 def _check_history(run: Run, bars: pd.DataFrame) -> None:
     "Refuse fewer bars than the warm-up of a run."
     if len(bars) >= run.warmup:
@@ -239,7 +239,8 @@ def find_leaks(
         warnings.simplefilter("ignore")  # about data that a feature holds
         table = prove_causal(own, bars.tail(rows), cuts=6, search=16)
     wrong = table[table["causal"].eq(False).fillna(False).astype(bool)]
-    return {str(name): row["note"] + (f" at {row['where']:%Y-%m-%d %H:%M}" if pd.notna(row["where"]) else "") for name, row in wrong.iterrows()}
+    at = [f" at {t:%Y-%m-%d %H:%M}" if pd.notna(t) else "" for t in wrong["where"]]
+    return {str(name): note + t for name, note, t in zip(wrong.index, wrong["note"], at, strict=True)}
 
 
 def _named_leaks(leaks: Mapping[str, str]) -> str:

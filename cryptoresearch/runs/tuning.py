@@ -315,7 +315,6 @@ def tune(
         if progress:
             done = len(study.get_trials(deepcopy=False, states=_DONE))
             progress(min(done / n_trials, 1.0), f"{done} of {n_trials} trials, best {_best(study):.4f}")
-
     if len(study.get_trials(deepcopy=False, states=_DONE)) < n_trials:
         study.optimize(lambda t: _objective(t, search, record), callbacks=[MaxTrialsCallback(n_trials, states=_DONE), told])
     return _finished(config, study)

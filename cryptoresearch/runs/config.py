@@ -95,7 +95,7 @@ def config_from(
 
 def config_record(
     config: RunConfig,  # checked
-) -> dict[str, Any]:  # options by name, as JSON and digests take them
+) -> dict[str, object]:  # options by name, as JSON and digests take them
     "List the options of a run as they are stored; `leaks` only where it is not the default, so that older runs keep their names."
     found = asdict(config)
     return {k: v for k, v in found.items() if k != "leaks" or v != "refuse"}

@@ -310,7 +310,6 @@ def tune(
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)
     study = open_study(name, storage, settings, config.seed)
     record = partial(_record_trial, con, data, test_start)
-
     def told(study: optuna.Study, trial: FrozenTrial) -> None:
         if progress:
             done = len(study.get_trials(deepcopy=False, states=_DONE))

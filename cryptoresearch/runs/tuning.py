@@ -308,8 +308,7 @@ def tune(
     refuse_leaks(config, data.bars)
     samples, test_start = prepare(data.bars, config, data.trades), first_test(config, data.bars)
     search, name = inner_search(samples, config, test_start, n_folds), study_name(config, data, n_folds)
-    study = open_study(name, storage, settings, config.seed)
-    record = partial(_record_trial, con, data, test_start)
+    study, record = open_study(name, storage, settings, config.seed), partial(_record_trial, con, data, test_start)
     def told(study: optuna.Study, trial: FrozenTrial) -> None:
         if progress:
             done = len(study.get_trials(deepcopy=False, states=_DONE))

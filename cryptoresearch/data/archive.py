@@ -38,6 +38,7 @@ from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from tenacity import retry_if_exception_type, RetryCallState, Retrying, sleep_using_event, wait_random
 
+# %% ../../nbs/data/02_archive.ipynb #5c0bc075
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError
 from ..settings import get_settings, Settings
 

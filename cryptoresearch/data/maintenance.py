@@ -32,6 +32,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+# %% ../../nbs/data/15_maintenance.ipynb #5c0b3fa8
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
 from .ledger import DIGEST_VERSION, stored_digest

@@ -26,6 +26,7 @@ import numpy as np
 from duckdb import DuckDBPyConnection
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+# %% ../../nbs/ingest/06_files.ipynb #5c0be3f1
 from .. import __version__
 from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files

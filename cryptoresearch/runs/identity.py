@@ -26,6 +26,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/runs/02_identity.ipynb #5c0b9b27
 import cryptoresearch.features.pipeline  # registers all features
 from ..data.bars import read_bars, source_market
 from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows

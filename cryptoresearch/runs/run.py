@@ -24,6 +24,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+# %% ../../nbs/runs/05_run.ipynb #5c0be379
 from ..data.bars import bar_kind, bar_length
 from ..errors import ConfigError, problem, RunMismatch, SchemaError
 from ..features.causality import prove_causal

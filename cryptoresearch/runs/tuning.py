@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import MaxTrialsCallback
 from optuna.trial import FrozenTrial, TrialState
 
+# %% ../../nbs/runs/07_tuning.ipynb #5c0b42cd
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.user_modules import import_modules
 from ..labels.targets import is_event

@@ -7,6 +7,7 @@ __all__ = ['run_choices', 'ComparePage']
 
 # %% ../../nbs/serving/11_compare_page.ipynb #135d3036
 import html
+from abc import ABC, abstractmethod
 from typing import Any
 
 import ipywidgets as widgets
@@ -69,7 +70,7 @@ def run_choices(
     return {configuration: runs for configuration, runs in found.items() if len(runs) > 1}
 
 # %% ../../nbs/serving/11_compare_page.ipynb #b64964c7
-class _CompareWidgets:
+class _CompareWidgets(ABC):
     "Hold the widgets of the page and the selection."
 
     def __init__(
@@ -89,11 +90,13 @@ class _CompareWidgets:
             box.observe(lambda _: None if self.busy else self.compare(), "value")
         self.refresh()
 
+    @abstractmethod
     def refresh(self) -> None:
-        raise NotImplementedError
+        "Offer the runs that are stored now, and compare."
 
+    @abstractmethod
     def compare(self) -> None:
-        raise NotImplementedError
+        "Compare the two selected runs."
 
 # %% ../../nbs/serving/11_compare_page.ipynb #c01f7990
 class ComparePage(_CompareWidgets):

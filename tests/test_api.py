@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -57,8 +58,8 @@ def settings(tmp_path_factory) -> Settings:
     return chosen
 
 
-@pytest.fixture(scope="module")
-def client(settings) -> Iterator[httpx.Client]:
+@contextmanager
+def served(settings: Settings) -> Iterator[httpx.Client]:
     "A client of a real server on a port of its own."
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="warning"))
@@ -71,6 +72,12 @@ def client(settings) -> Iterator[httpx.Client]:
     server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(settings) -> Iterator[httpx.Client]:
+    with served(settings) as http:
+        yield http
 
 
 def test_health_tells_versions_and_snapshot(client):
@@ -114,7 +121,35 @@ def test_errors_are_typed_and_say_what_to_do(client, path, status, error, words)
 
 def test_nothing_can_be_written(client):
     for method in ("POST", "PUT", "DELETE", "PATCH"):
-        assert client.request(method, "/bars").status_code == 405
+        answer = client.request(method, "/bars")
+        assert answer.status_code == 405 and answer.headers["allow"] == "GET"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/bars?symbol=TESTUSD&spec=1m", "/docs"])
+def test_a_page_elsewhere_that_takes_this_machines_address_reads_nothing(client, path):
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.7"):
+        answer = client.get(path, headers={"Host": host})
+        assert answer.status_code in (400, 421) and "TESTUSD" not in answer.text, host
+    assert "ALLOWED_HOSTS" in client.get("/health", headers={"Host": "evil.example"}).json()["message"]
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000"):
+        assert client.get(path, headers={"Host": host}).status_code == 200, host
+
+
+def test_other_names_are_allowed_by_the_setting(settings):
+    for allowed, fine in (("desk.example, 10.0.0.7", {"desk.example", "10.0.0.7", "localhost"}), ("*", {"evil.example", "desk.example", "10.0.0.7", "localhost"})):
+        with served(settings.model_copy(update={"allowed_hosts": allowed})) as client:
+            for host in ("evil.example", "desk.example", "10.0.0.7", "localhost"):
+                assert client.get("/health", headers={"Host": host}).status_code == (200 if host in fine else 421), (allowed, host)
+
+
+def test_a_service_without_data_is_healthy_and_says_so(tmp_path):
+    empty = Settings(_env_file=None, duckdb_path=str(tmp_path / "none" / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"))
+    with served(empty) as client:
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"], answer.json()["snapshot"]) == (200, "no data yet", None)
+        with init_duckdb(empty):
+            pass
+        assert client.get("/health").json()["status"] == "ok"
 
 
 def test_injection_is_only_a_strange_symbol(client):

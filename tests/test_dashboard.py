@@ -88,6 +88,7 @@ def test_market_page_draws_and_changes_without_internet(page, process, settings,
     wait_for(page, "BTCUSDT · 1h bars")
     assert any("return, 24 bars" in title for title in titles(page))
     assert "archived candles" in page.locator(".cr-provenance").inner_text()
+    assert page.locator(".modebar-btn").count() > 0 and page.locator(".modebar-btn[data-title*='hare chart']").count() == 0  # it would upload the figure
     candles = page.evaluate("document.querySelector('.js-plotly-plot').data[0].x.length")
     assert candles == 500
 
@@ -116,7 +117,12 @@ def test_market_page_draws_and_changes_without_internet(page, process, settings,
 
 
 def test_without_a_store_the_page_says_what_to_run(page, process, settings):
-    page.goto(start(process, settings), timeout=120_000)
+    address = start(process, settings)
+    for host, status in (("evil.example", 403), ("10.0.0.7", 403), ("localhost", 200)):  # a page elsewhere that takes this machine's address
+        assert httpx.get(address, headers={"Host": host}, timeout=120).status_code == status
+        upgrade = {"Host": host, "Origin": f"http://{host}", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+        assert httpx.get(f"{address}api/kernels/{'0' * 8}-0000-0000-0000-{'0' * 12}/channels", headers=upgrade, timeout=60).status_code == (403 if status == 403 else 404)
+    page.goto(address, timeout=120_000)
     page.wait_for_selector(".cr-provenance", timeout=120_000)
     assert "cryptoresearch demo" in page.locator(".cr-provenance").inner_text()
     assert "Traceback" not in page.content()

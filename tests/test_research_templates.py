@@ -231,6 +231,8 @@ def test_the_pages_in_a_browser(pages: dict[str, tuple[Path, str, str]], page: A
             page.set_viewport_size({"width": width, "height": 900})
             fits = f"document.documentElement.scrollWidth <= {width} && [...document.querySelectorAll('.js-plotly-plot .main-svg')].every(e => e.getBoundingClientRect().right <= {width} + 1)"
             page.wait_for_function(fits, timeout=20_000)
+        assert text.count('"showSendToCloud": false') == text.count('Plotly.newPlot("figure-')  # no button that uploads a figure
+        assert page.locator("[data-title*='hare chart']").count() == 0
     assert not page.errors and not page.outside
 
 

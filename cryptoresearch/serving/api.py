@@ -9,17 +9,17 @@ __all__ = ['MAX_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS', 'Symbol', 'Spec
            'get_symbols', 'get_bars', 'get_features', 'get_runs', 'get_run', 'get_predictions', 'create_app', 'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
+import contextlib
 import importlib.util
 import logging
 import math
 import platform
 import threading
-from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from datetime import datetime, UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import duckdb
 import pandas as pd
@@ -31,16 +31,17 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.types import ExceptionHandler
 
 from .. import __version__
 from ..data.series import to_utc
 from ..data.store import catalog_kind, connect, cursor, snapshot
-from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, RunMismatch, SchemaError, StoreBusy
+from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
 
 # %% ../../nbs/serving/03_api.ipynb #fa0755e5
 from ..features.registry import REGISTRY
 from .queries import bars_page, features_page, read_predictions, read_run, read_runs, read_specs, read_symbols
-from ..settings import get_settings, Settings
+from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/03_api.ipynb #00000006
 MAX_ROWS = 10_000
@@ -66,11 +67,11 @@ class Problem(Answer):
 class Health(Answer):
     "Report that the service and its store work."
 
-    status: str = Field(description="ok", examples=["ok"])
+    status: Literal["ok", "no data yet"] = Field(description="no data yet: nothing has been ingested", examples=["ok"])
     time: Time
     versions: dict[str, str] = Field(description="versions of cryptoresearch, Python and the libraries that numbers depend on")
     catalog: str = Field(description="kind of catalog: sqlite, duckdb or postgres")
-    snapshot: int = Field(description="the store's current snapshot; pin it to read the same data again")
+    snapshot: int | None = Field(description="the store's current snapshot, null without data; pin it to read the same data again")
 
 # %% ../../nbs/serving/03_api.ipynb #00000007
 class BuiltBars(Answer):
@@ -261,9 +262,9 @@ STATUS: dict[type[CryptoResearchError], int] = {
 }
 
 
-def _problem(status: int, error: str, message: str) -> JSONResponse:
+def _problem(status: int, error: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     "Format an error as JSON."
-    headers = {"Retry-After": "1"} if status == 503 else None
+    headers = {"Retry-After": "1"} if status == 503 else headers
     return JSONResponse(Problem(error=error, message=message).model_dump(), status_code=status, headers=headers)
 
 
@@ -286,9 +287,8 @@ async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     "Answer an unknown path or method."
     status = error.status_code if isinstance(error, HTTPException) else 500
-    return _problem(
-        status, "HTTPError", f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /"
-    )
+    where = "" if status == 421 else f": {request.method} {request.url.path}. The paths are listed at /"
+    return _problem(status, "HTTPError", f"{getattr(error, 'detail', error)}{where}", getattr(error, "headers", None))
 
 
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
@@ -320,15 +320,25 @@ def _time(value: datetime | None) -> pd.Timestamp | None:
 # %% ../../nbs/serving/03_api.ipynb #00000015
 def get_health(
     request: Request,  # gives the settings
-    con: Con,  # cursor of the request
 ) -> Health:  # state, versions and snapshot
     "Report whether the store is reachable, and the installed versions."
     settings: Settings = request.app.state.reader.settings
     names = ["duckdb", "pandas", "numpy", "scikit-learn", "xgboost", "fastapi"]
     versions = {"cryptoresearch": __version__, "python": platform.python_version()} | {name: _version(name) for name in names}
+    now = _snapshot(request.app.state.reader)
     return Health(
-        status="ok", time=datetime.now(UTC), versions=versions, catalog=catalog_kind(settings.duckdb_path), snapshot=snapshot(con)
-    )
+        status="no data yet" if now is None else "ok", time=datetime.now(UTC), versions=versions,
+        catalog=catalog_kind(settings.duckdb_path), snapshot=now,
+    )  # fmt: skip
+
+# %% ../../nbs/serving/03_api.ipynb #5c0b0005
+def _snapshot(reader: Reader) -> int | None:
+    "Return the current snapshot, None before the first ingestion."
+    try:
+        with contextlib.closing(reader.cursor()) as con:
+            return snapshot(con)
+    except DataNotFound:
+        return None
 
 
 def _version(package: str) -> str:
@@ -423,27 +433,32 @@ def get_predictions(
     rows = records(frame.rename(columns={"y": "outcome", "end_ts": "outcome_ts"}))
     return PredictionPage(snapshot=snapshot(con), next_start=following, predictions=[Prediction(**row) for row in rows])
 
+# %% ../../nbs/serving/03_api.ipynb #5c0b0002
+def _known_host(request: Request) -> None:
+    "Refuse a request for a name that is not one of this server's."
+    settings: Settings = request.app.state.reader.settings
+    names, asked = served_names(settings, settings.api_host), (request.url.hostname or "").lower()
+    if asked not in names and "*" not in names:
+        raise HTTPException(421, problem(f"a Host header of {', '.join(sorted(names))}", repr(asked), "Add the name to ALLOWED_HOSTS"))
+
 # %% ../../nbs/serving/03_api.ipynb #0000001a
 def create_app(
     settings: Settings | None = None,  # read from the environment when None
 ) -> FastAPI:  # an application that reads the settings' store and runs
     "Create the REST API as an ASGI application."
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> Any:
         yield
         app.state.reader.close()
 
     about = "Bars, features, runs and predictions. Read-only; times in UTC; fractions as decimals; `null` for unknown values."
-    app = FastAPI(title="cryptoresearch", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="cryptoresearch", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None,
+        dependencies=[Depends(_known_host)],
+    )  # fmt: skip
     app.state.reader = Reader(settings or get_settings())
-    for kind, handler in (
-        (CryptoResearchError, _on_refusal),
-        (RequestValidationError, _on_bad_request),
-        (404, _on_http_error),
-        (405, _on_http_error),
-        (Exception, _on_surprise),
-    ):
+    for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     answers: dict[int | str, dict[str, Any]] = {code: {"model": Problem, "description": text} for code, text in _ANSWERS.items()}
     for path, endpoint, tag in _ROUTES:
@@ -451,8 +466,12 @@ def create_app(
     _add_pages(app)
     return app
 
-
+# %% ../../nbs/serving/03_api.ipynb #5c0b0004
 _ANSWERS = {404: "not found", 422: "invalid request", 503: "the store is busy; try again"}
+_HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
+    CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, 404: _on_http_error, 405: _on_http_error,
+    421: _on_http_error, Exception: _on_surprise,
+}  # fmt: skip
 
 # %% ../../nbs/serving/03_api.ipynb #29d550be
 _ROUTES: list[tuple[str, Any, str]] = [
@@ -522,4 +541,4 @@ def serve(
     host, port = host or chosen.api_host, chosen.api_port if port is None else port
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("the API listens at %s without a password: anyone who can reach this address can read the store", host)
-    uvicorn.run(create_app(chosen), host=host, port=port, log_level=chosen.log_level.lower())
+    uvicorn.run(create_app(chosen.model_copy(update={"api_host": host})), host=host, port=port, log_level=chosen.log_level.lower())

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .figures import candles_figure, CONFIG, empty_figure, gap_stretches, predic
 from .queries import bars_page, features_page, read_forecasts, read_run, read_runs, read_specs, read_symbols
 
 # %% ../../nbs/serving/10_dashboards.ipynb #fa0755e5
-from ..settings import get_settings, Settings
+from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000006
 _SOURCES = {
@@ -297,13 +298,16 @@ EXTENSIONS = ("anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashbo
 
 # %% ../../nbs/serving/10_dashboards.ipynb #29d550be
 def write_template(
-    folder: Path,  # becomes a Jupyter data folder
+    folder: Path,  # becomes a Jupyter data folder, and one of configuration
+    names: Collection[str] = ("localhost",),  # that requests may give in their Host header; "*" for any
 ) -> Path:  # the same folder
-    "Write a page template that loads nothing from the internet."
+    "Write a page template that loads nothing from the internet, and a configuration that refuses the names of others."
     place = folder / "voila" / "templates" / "cryptoresearch"
     place.mkdir(parents=True, exist_ok=True)
     (place / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
     (place / "index.html.j2").write_text(_TEMPLATE.replace("CSS", _CSS), encoding="utf-8")
+    hosts = {"allow_remote_access": "*" in names, "local_hostnames": sorted(names)}
+    (folder / "voila.json").write_text(json.dumps({"Voila": {"tornado_settings": hosts}}), encoding="utf-8")
     return folder
 
 # %% ../../nbs/serving/10_dashboards.ipynb #0000001b
@@ -329,8 +333,8 @@ def voila_env(
     folder: Path,  # of write_template
 ) -> dict[str, str]:  # environment for the command
     "Build the environment that gives Voila the template and its kernels these settings."
-    paths = [str(folder), *([os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else [])]
-    return {**os.environ, **kernel_env(settings), "JUPYTER_PATH": os.pathsep.join(paths)}
+    paths = {name: os.pathsep.join(filter(None, (str(folder), os.environ.get(name)))) for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH")}
+    return {**os.environ, **kernel_env(settings), **paths}
 
 # %% ../../nbs/serving/10_dashboards.ipynb #0000001d
 log = logging.getLogger(__name__)
@@ -348,7 +352,7 @@ def dashboards(
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("the dashboard listens at %s without a password: anyone who can reach this address can read the store", host)
     with tempfile.TemporaryDirectory(prefix="cryptoresearch-voila-") as folder:
-        env = voila_env(chosen, write_template(Path(folder)))
+        env = voila_env(chosen, write_template(Path(folder), served_names(chosen, host)))
         log.info("dashboard %s at http://%s:%d/ (stop with Ctrl-C)", Path(notebook).stem, host, number)
         process = subprocess.Popen(voila_command(chosen, host, number, notebook), env=env)  # noqa: S603  (our own command line)
         if threading.current_thread() is threading.main_thread():

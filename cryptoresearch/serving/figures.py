@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from ..features.pipeline import DataProcessing
@@ -356,7 +357,15 @@ def empty_figure(
     )
 
 # %% ../../nbs/serving/04_figures.ipynb #00000024
-CONFIG: dict[str, Any] = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+CONFIG: dict[str, Any] = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+    "showSendToCloud": False,  # no button that uploads the figure
+    "plotlyServerURL": "",
+}
+for _name in ("plotly_mimetype", "notebook", "notebook_connected", "browser"):
+    pio.renderers[_name].config = CONFIG  # figures that a notebook displays
 
 
 def plotly_js() -> str:  # a script element that holds all of plotly.js

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from ..metrics.strategy import StrategyResult
+from .figures import CONFIG
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000006
 OUTCOME, MODEL, BASELINE, BAD, BAND, INK = "#8a8f98", "#1f5fbf", "#d9822b", "#b3261e", "rgba(31,95,191,0.15)", "#20242a"
@@ -74,7 +75,7 @@ def figure_html(
     if title and "margin" in layout:  # the line above the plot is text of the page now
         layout["margin"] = layout["margin"] | {"t": max(layout["margin"].get("t", 0) - 30, 8)}
     data, look = (json.dumps(part).replace("</", "<\\/") for part in (spec.get("data", []), layout))
-    config = '{"responsive":true,"displaylogo":false,"displayModeBar":false}'
+    config = json.dumps(CONFIG | {"displayModeBar": False})
     height = int(layout.get("height", 360))
     caption = f'<p class="figure-title">{html.escape(title)}</p>' if title else ""
     return (

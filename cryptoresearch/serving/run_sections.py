@@ -18,6 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import display, Markdown
 
+# %% ../../nbs/serving/08a_run_sections.ipynb #5c0bb996
 from ..data.store import connect
 from ..evaluation.audit import audit, Audit, audited
 from ..evaluation.comparison import baseline_table, interval_table, regime_table

@@ -16,6 +16,7 @@ from cryptoresearch.data.bars import bar_length, check_bars, NUMBERS, read_bars,
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import make_event_bars, read_event_bars
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb, snapshot
 from cryptoresearch.errors import DataNotFound
 from cryptoresearch.settings import Settings
@@ -298,3 +299,13 @@ def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: P
     assert unsigned > stores["whole"].sql("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchone()[0]
     for read, spec in ((read_bars, "1s"), (read_event_bars, "tick_imbalance:50")):
         equal(read(stores["cut"], "BTCUSDT", spec), read(stores["whole"], "BTCUSDT", spec))
+
+
+def test_an_unknown_symbol_is_told_with_the_closest(tmp_path):
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"))) as con:
+        for file in simulate_trades(tmp_path, "SIMUSDT", days=1, trades_per_day=500):
+            process_file(con, str(file))
+        with pytest.raises(DataNotFound, match="no trades or candles of SIMUSD, the closest is SIMUSDT"):
+            make_bars(con, "SIMUSD", "1h")
+        with pytest.raises(DataNotFound, match=r"no trades or candles of XRPETH\. Load"):
+            make_bars(con, "XRPETH", "1h")

@@ -16,10 +16,13 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.ingest import formats
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.ingest.formats import FileSpec, inspect_file, open_text, read_blocks
 from cryptoresearch.ingest.parsing import BadRow, check_values, LAYOUTS, parse_piece, possible_time, read_row
 from cryptoresearch.errors import DataNotFound, SchemaError
+from cryptoresearch.settings import Settings
 
 NAME = "BTCUSDT-trades-2024-01-05"
 FIRST_MS = 1_704_412_800_000
@@ -326,3 +329,37 @@ def test_a_path_may_be_text_and_seconds_get_their_remedy(tmp_path: Path) -> None
     path.write_text(f"1,100.5,2,201.0,{FIRST_MS // 1000},True,True\n")
     with pytest.raises(SchemaError, match="Multiply the times by 1000"):
         inspect_file(path)
+
+
+HEADERS = {  # of candles, with what must become of open and close, or a word of the refusal
+    "Datetime,Close,High,Low,Open,Volume": (95.0, 105.0),
+    "date,close,high,low,open,volume": (95.0, 105.0),
+    "Zeit,Close,High,Low,Open,Volume": "not understood Zeit",
+    "date,close,high,low,open,vol": "missing volume, not understood vol",
+    "when,last,top,bottom,first,amount": "missing",
+    '"When","Close","High","Low","Open","Volume"': "When",
+    "time,timestamp,high,low,open,volume": "time and timestamp",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_is_never_read_by_position(tmp_path, header):
+    file = tmp_path / "ABCUSD-1h.csv"
+    rows = [f"2024-01-{1 + h // 24:02}T{h % 24:02}:00:00+00:00,105,110,90,95,10" for h in range(240)]
+    file.write_text("\n".join([header, *rows]) + "\n")
+    wanted = HEADERS[header]
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"))) as con:
+        if isinstance(wanted, str):
+            with pytest.raises(SchemaError, match=wanted):
+                process_file(con, str(file), symbol="ABCUSD", kind="klines", interval="1h")
+            assert con.execute("SELECT count(*) FROM candles").fetchone() == (0,)
+        else:
+            found = process_file(con, str(file), symbol="ABCUSD", kind="klines", interval="1h")
+            assert (found.rows, found.rejected) == (240, 0)
+            assert con.execute("SELECT DISTINCT open, close FROM candles").fetchall() == [wanted]
+
+
+def test_a_kind_that_does_not_exist_is_told_with_the_nearest(tmp_path):
+    (tmp_path / "a.csv").write_text("date,open,high,low,close,volume\n")
+    with pytest.raises(SchemaError, match=r"found 'candels'\. Did you mean candles\?"):
+        inspect_file(tmp_path / "a.csv", symbol="ABCUSD", kind="candels", interval="1h")

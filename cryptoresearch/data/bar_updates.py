@@ -6,6 +6,7 @@
 __all__ = ['read_ordered', 'fold_ordered', 'Input', 'Change', 'changed_since', 'record_build', 'record_rebuilt', 'grow_bars']
 
 # %% ../../nbs/data/08_bar_updates.ipynb #b7f97b87
+import difflib
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -692,6 +693,13 @@ def _grow(con: DuckDBPyConnection, key: Series, candles: bool, length_us: int) -
         con.execute("DROP TABLE IF EXISTS temp.new_bars")
         con.execute("DROP TABLE IF EXISTS temp.old_bars")
 
+# %% ../../nbs/data/08_bar_updates.ipynb #5c0c0008
+def _near(con: DuckDBPyConnection, symbol: str) -> str:
+    "Name the stored symbol that is written most like this one, if there is one."
+    stored = [str(row[0]) for row in con.execute("SELECT DISTINCT symbol FROM coverage").fetchall()]
+    near = difflib.get_close_matches(symbol.upper(), stored, 1)
+    return f", the closest is {near[0]}" if near else ""
+
 # %% ../../nbs/data/08_bar_updates.ipynb #9aec7c30
 _SOURCES = """SELECT source, bool_or(candles) FROM (SELECT source, interval IS NOT NULL AS candles FROM coverage WHERE symbol = $1
   UNION ALL SELECT DISTINCT source, true FROM candles WHERE symbol = $1
@@ -704,7 +712,7 @@ def _sources(con: DuckDBPyConnection, symbol: str, spec: str, source: str | None
     chosen = [(str(name), bool(candles)) for name, candles in found if source in (None, name)]
     if not chosen:
         names = ", ".join(str(f[0]) for f in found)
-        what = f"{symbol} from the sources {names}" if names else f"no trades or candles of {symbol}"
+        what = f"{symbol} from the sources {names}" if names else f"no trades or candles of {symbol}{_near(con, symbol)}"
         raise DataNotFound(
             f"expected trades or candles of {symbol}{f' from {source}' if source else ''} in the store; found {what}. "
             "Load some: cryptoresearch ingest FILE, or process_file(con, uri)"

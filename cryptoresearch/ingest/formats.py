@@ -7,6 +7,7 @@ __all__ = ['Market', 'MARKETS', 'Named', 'parse_name', 'parse_period', 'interval
            'inspect_file', 'read_blocks']
 
 # %% ../../nbs/ingest/02_formats.ipynb #da570e9d
+import difflib
 import errno
 import io
 import re
@@ -31,8 +32,8 @@ from isal import igzip, isal_zlib
 
 from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (
-    BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, Kind, KINDS, LAYOUTS, MICROSECONDS_FROM,
-    parse_piece, pieces, possible_time, read_row, Stream, TIME, TYPES, WHOLE,
+    BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, doubled, explain_header, is_header, Kind, KINDS, LAYOUTS,
+    MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TIME, TYPES, WHOLE,
 )
 
 # %% ../../nbs/ingest/02_formats.ipynb #3dfeeafd
@@ -306,9 +307,13 @@ def _layout_of(
     name: str,  # for the message
 ) -> tuple[Columns, bool]:  # layout, and whether the first line is a header
     "Find the layout of a file of a known kind; raise `SchemaError` where it is not of that kind."
-    by_name = columns_by_name(lines[0].split(","), kind)
-    if by_name:
+    names = lines[0].split(",")
+    if twice := doubled(names, kind):
+        raise SchemaError(f"expected one column of each meaning in {name}; found {' and '.join(twice)}. Remove or rename those not meant")
+    if by_name := columns_by_name(names, kind):
         return by_name, True
+    if is_header(names):
+        raise SchemaError(explain_header(names, kind))
     layouts = LAYOUTS[kind]
     layout = max(layouts.values(), key=lambda columns: _share(lines, columns))
     if not _share(lines, layout):
@@ -384,13 +389,23 @@ def inspect_file(
         known = _named(name, None if parquet else _member_name(path))
         lines = [",".join(pq.read_schema(path).names)] if parquet else _sample(path)
     what = cast(Kind, "klines" if kind == "candles" else kind or known[1] or _kind_of(lines))
-    if what not in KINDS:
-        raise SchemaError(f"expected a file of {', '.join(KINDS)}; found {name}, whose name and content do not say ({what}). Pass kind=")
+    _check_kind(name, what, given=kind is not None)
     _check_arguments(name, what, symbol or known[0], interval or known[2], market)
     columns, header = _layout_of(lines, what, name)
     where = market or _market_of(uri or str(path), lines, columns, header)
     length = (interval or known[2]) if what == "klines" else None
     return FileSpec(symbol or known[0] or "", what, length, "parquet" if parquet else "text", columns, header, where, known[3])
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0c0007
+def _check_kind(name: str, kind: str | None, given: bool) -> None:
+    "Raise `SchemaError` for a kind that does not exist, or is not known."
+    kinds = ", ".join(KINDS)
+    if given and kind not in KINDS:
+        near = difflib.get_close_matches(str(kind), [*KINDS, "candles"], 1)
+        remedy = f"Did you mean {near[0]}?" if near else "Pass one of them"
+        raise SchemaError(f"expected a kind of {kinds} or candles; found {kind!r}. {remedy}")
+    if kind not in KINDS:
+        raise SchemaError(f"expected a file of {kinds}; found {name}, whose name and content do not say. Pass --kind, or kind=")
 
 # %% ../../nbs/ingest/02_formats.ipynb #33d74b16
 def _check_arguments(name: str, kind: str, symbol: str | None, interval: str | None, market: str | None) -> None:

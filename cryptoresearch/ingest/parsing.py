@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TYPES', 'Columns', 'LAYOUTS', 'MICROSECONDS_FROM',
-           'Check', 'LIMITS', 'CHECKS', 'columns_by_name', 'BadRow', 'read_row', 'Block', 'possible_time',
-           'check_values', 'Stream', 'pieces', 'parse_piece']
+           'Check', 'LIMITS', 'CHECKS', 'columns_by_name', 'is_header', 'doubled', 'explain_header', 'BadRow',
+           'read_row', 'Block', 'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
 
 # %% ../../nbs/ingest/01_parsing.ipynb #b35d43ca
 import re
@@ -60,6 +60,7 @@ _ALIASES = {
     "price": "price", "qty": "qty", "quantity": "qty", "amount": "qty", "quote_qty": "quote_qty", "quoteqty": "quote_qty",
     "first_trade_id": "first_id", "first_id": "first_id", "last_trade_id": "last_id", "last_id": "last_id",
     "time": "ts", "transact_time": "ts", "timestamp": "ts", "open_time": "ts", "ts": "ts",
+    "date": "ts", "datetime": "ts",
     "is_buyer_maker": "buyer_maker", "isbuyermaker": "buyer_maker",
     "open": "open", "high": "high", "low": "low", "close": "close", "volume": "volume",
     "quote_volume": "quote_volume", "quote_asset_volume": "quote_volume",
@@ -82,6 +83,50 @@ def columns_by_name(
     known = [_name_of(name) for name in names]
     columns = tuple(name if name in wanted and known.index(name) == i else None for i, name in enumerate(known))
     return columns if set(_NEEDED[kind]) <= set(columns) else None
+
+# %% ../../nbs/ingest/01_parsing.ipynb #5c0c0001
+def is_header(
+    names: list[str],  # the fields of a line
+) -> bool:  # true for names alone
+    "Check whether a line names columns, known or not: every row of data has a number."
+    texts = [name.strip().strip('"') for name in names]
+    return sum(bool(re.search(r"[^\W\d_]", text)) for text in texts) > 1 and not any(_is_value(text) for text in texts)
+
+
+def _is_value(text: str) -> bool:
+    if text in _BOOLEANS:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return bool(re.match(r"\d{4}-\d\d", text))
+    return True
+
+
+def doubled(
+    names: list[str],  # a header
+    kind: Kind,  # of the file
+) -> list[str]:  # names of columns that mean the same; empty if there are none
+    "Find columns of one meaning, of which a reader would have to guess the right one."
+    known = [_name_of(name) for name in names]
+    twice = [what for what in _NEEDED[kind] if known.count(what) > 1]
+    return [name for name, what in zip(names, known, strict=True) if what in twice]
+
+# %% ../../nbs/ingest/01_parsing.ipynb #5c0c0004
+def explain_header(
+    names: list[str],  # a header that `columns_by_name` cannot use
+    kind: Kind,  # of the file
+) -> str:  # what was expected, what was found and the remedy
+    "Say which columns a file needs, which it has, and which were not understood."
+    known = {_name_of(name) for name in names}
+    wanted = {what: next(alias for alias, meaning in _ALIASES.items() if meaning == what) for what in _NEEDED[kind]}
+    missing = [alias for what, alias in wanted.items() if what not in known]
+    strange = [name.strip() for name in names if name.strip() and _name_of(name) is None]
+    return (
+        f"expected a header with the columns {', '.join(wanted.values())}; found {', '.join(name.strip() for name in names)}: "
+        f"missing {', '.join(missing)}, not understood {', '.join(strange) or 'nothing'}. "
+        "Rename the columns; they are never read by position"
+    )
 
 # %% ../../nbs/ingest/01_parsing.ipynb #599d304a
 MICROSECONDS_FROM = 10**14  # a bare number from here on counts microseconds, below it milliseconds

@@ -89,7 +89,7 @@ class _ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
         env = {name: value.replace("$", "$$") for name, value in self.extra_env.items()}  # kernel specs expand $NAME
         return KernelSpec(argv=argv, env=env, display_name="Python", language="python")
 

@@ -61,7 +61,10 @@ INTERVALS = {
 }
 
 
-@pytest.mark.parametrize("kind", INTERVALS)
+ALWAYS = ("scaled", "quantile", "adaptive of scaled")  # the others: make test-all
+
+
+@pytest.mark.parametrize("kind", [k if k in ALWAYS else pytest.param(k, marks=pytest.mark.heavy) for k in INTERVALS])
 def test_an_interval_is_stored_made_again_and_had_live(store, bars, kind):
     asked = replace(CALM, **INTERVALS[kind])
     with connect(store) as con:
@@ -152,7 +155,7 @@ def test_the_report_shows_the_interval_by_regime_and_over_time(store):
 CALIBRATED = {"direction": {}, "triple_barrier": {"label": {"window": 48}}, "meta": {"label": {"window": 48, "primary": "ret_6"}}}
 
 
-@pytest.mark.parametrize("target", CALIBRATED)
+@pytest.mark.parametrize("target", [t if t == "direction" else pytest.param(t, marks=pytest.mark.heavy) for t in CALIBRATED])
 def test_a_probability_is_calibrated_stored_and_had_live(store, bars, target):
     method = "isotonic" if target == "meta" else "platt"
     plain = replace(CALM, target=target, **CALIBRATED[target])

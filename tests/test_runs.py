@@ -433,7 +433,7 @@ def test_a_digest_is_the_same_in_another_process():
 LABELS = {"scaled_return": {"window": 48}, "direction": {}, "triple_barrier": {"window": 48, "up": 2.0}, "trend": {"least": 3}, "meta": {"window": 48, "primary": "-ret_24", "cost_bps": 10.0}}
 
 
-@pytest.mark.parametrize("target", LABELS)
+@pytest.mark.parametrize("target", [t if t == "triple_barrier" else pytest.param(t, marks=pytest.mark.heavy) for t in LABELS])
 def test_every_kind_of_label_is_trained_reported_and_made_again(trained, tmp_path, target):
     settings, _ = trained
     mine = settings.model_copy(update={"runs_dir": str(tmp_path / "runs")})

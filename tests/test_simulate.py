@@ -118,7 +118,7 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Corruption, rows: list[Any]) -> 
     assert [g for g in gaps if g[0] <= have[-1][0]] == list(dirt.lost)
 
 
-@pytest.mark.parametrize("layout", ["trades", "aggTrades", "klines"])
+@pytest.mark.parametrize("layout", ["trades", pytest.param("aggTrades", marks=pytest.mark.heavy), "klines"])
 @pytest.mark.parametrize("kind", [k for k in DIRT if k not in ("corrected", "renamed", "other_prices", "ends_early")])
 def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
     dirt = soil(clean[layout], kind, tmp_path / "dirty", seed=3, other=clean[f"other {layout}"])
@@ -191,7 +191,7 @@ def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, cle
         assert stored(con) == before
 
 
-@pytest.mark.parametrize("layout", ["trades", "klines"])
+@pytest.mark.parametrize("layout", ["trades", pytest.param("klines", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("kind", DIRT)
 def test_dirt_is_deterministic_and_says_so(kind: str, layout: str, clean: dict[str, Path], tmp_path: Path) -> None:
     made = [soil(clean[layout], kind, tmp_path / str(i), seed=5, other=clean[f"other {layout}"]) for i in (1, 2)]

@@ -63,7 +63,11 @@ def page_of(done: subprocess.CompletedProcess[str]) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>|<style.*?</style>", " ", page, flags=re.DOTALL))).split())
 
 
-@pytest.mark.parametrize("kind", ["hours", "money"])
+HEAVY = pytest.mark.heavy
+KINDS = [pytest.param("hours", marks=HEAVY), "money"]  # hours: test_research_templates evaluates and audits runs on them
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_probability_is_evaluated_in_full(floor: Floor, kind: str) -> None:
     text = page_of(floor.call("evaluate", getattr(floor, kind).id, "--no-audit"))
     for part in ("Brier score", "AUC", "log loss", "base", "half", "persistence", "volatility: high", "hour: 18-23", "slope", "reliability", "resolution", "in proportion", "expected return clears the cost", "and one bar late"):
@@ -71,7 +75,7 @@ def test_a_probability_is_evaluated_in_full(floor: Floor, kind: str) -> None:
     assert ("and no impact" in text) == (kind == "money")  # event bars have no day
 
 
-@pytest.mark.parametrize("kind", ["hours", "money"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_probability_is_audited(floor: Floor, kind: str) -> None:
     run: Run = getattr(floor, kind)
     done = floor.call("audit", run.id, "--draws", "1")
@@ -80,7 +84,7 @@ def test_a_probability_is_audited(floor: Floor, kind: str) -> None:
     assert ("walk of constant volatility" in done.stdout) == (kind == "money") and " auc " in done.stdout
 
 
-@pytest.mark.parametrize("question", [["--target", "triple_barrier", "--label", "window=100", "--horizon", "4", "--start", "2021-01-01", "--test-start", "2021-04-01"], ["--symbol", "SIMUSDT", "--bars", "dollar:100000", "--target", "direction", "--horizon", "4"]])
+@pytest.mark.parametrize("question", [["--target", "triple_barrier", "--label", "window=100", "--horizon", "4", "--start", "2021-01-01", "--test-start", "2021-04-01"], pytest.param(["--symbol", "SIMUSDT", "--bars", "dollar:100000", "--target", "direction", "--horizon", "4"], marks=HEAVY)])
 def test_every_target_is_searched_and_its_features_reported(floor: Floor, question: list[str]) -> None:
     few = ["--feature", "ret_1", "--feature", "ret_6", "--feature", "ret_24"]  # short warm-ups
     done = floor.call("tune", *question, *few, "--model", "ridge", "--refit", "12h", "--trials", "3", "--folds", "2", "--report")

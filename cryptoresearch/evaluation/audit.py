@@ -28,7 +28,9 @@ from ..runs.config import RunConfig
 from ..runs.walk_forward import first_test, prepare, Samples, walk_forward
 
 # %% ../../nbs/evaluation/07_audit.ipynb #2e6d8a63
-def _shapes(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:  # positions of the m bars that are no gap; m x 4 log prices relative to the close before
+def _shapes(
+    bars: pd.DataFrame,
+) -> tuple[np.ndarray, np.ndarray]:  # positions of the m bars that are no gap; m x 4 log prices relative to the close before
     "Compute each bar's open, high, low and close relative to the previous close."
     whole = np.flatnonzero(~bars["gap"].to_numpy())
     logs = np.log(bars[PRICES].to_numpy()[whole])
@@ -296,11 +298,17 @@ class Audit(_Worlds):
     def verdict(self) -> str:  # one sentence
         "Summarise the audit."
         if self.leaks:
-            return f"audit failed: something was found in {', '.join(self.leaks)}, where nothing is; do not believe this pipeline's scores, hunt for the leak"
+            return (
+                f"audit failed: something was found in {', '.join(self.leaks)}, where nothing is; "
+                "do not believe this pipeline's scores, hunt for the leak"
+            )
         if self._failed("found"):
             return "audit gave no result: it would have missed a planted leak on these rows; audit more bars or another model"
         if self._failed("recovered"):
-            return f"audit found no leak, but the planted signal was not recovered (t = {number(self.table.loc['planted signal'].to_dict()['t'], '.1f')}): this pipeline would miss a weak signal"
+            return (
+                f"audit found no leak, but the planted signal was not recovered "
+                f"(t = {number(self.table.loc['planted signal'].to_dict()['t'], '.1f')}): this pipeline would miss a weak signal"
+            )
         return "audit passed: nothing where nothing is, the planted signal was recovered, a planted leak was found"
 
     def __repr__(self) -> str:
@@ -337,7 +345,11 @@ def empty_worlds(
     blocks = max(2 * int(len(actual.X) / (40 * max(h, 12))), 2) if calm else 20  # of about 20 horizons where the level wanders
     yield "labels in reversed blocks", reversed_blocks(actual, blocks, seed, level=calm), None
     walk = (shuffled_bars if calm else coin_tossed)(bars, seed)
-    yield "random walk", make(walk, config), twin_outcomes(walk, turned(walk, -np.ones(len(walk))), config) if is_event(config.target) else None
+    yield (
+        "random walk",
+        make(walk, config),
+        twin_outcomes(walk, turned(walk, -np.ones(len(walk))), config) if is_event(config.target) else None,
+    )
     if "up" in config.label:
         flat, other = (coin_tossed(shuffled_bars(bars, seed + k), seed + k) for k in (2_000_000, 3_000_000))
         yield "walk of constant volatility", make(flat, config), twin_outcomes(flat, other, config)

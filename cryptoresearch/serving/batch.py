@@ -170,12 +170,14 @@ def check_parameters(
 # %% ../../nbs/serving/09_batch.ipynb #00000013
 _TEXT_CSS = """
 :root{color-scheme:light}*{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:1rem 1.25rem 4rem;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#20242a;background:#fff}
+body{margin:0 auto;max-width:60rem;padding:1rem 1.25rem 4rem;
+      font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#20242a;background:#fff}
 h1{font-size:1.6rem;line-height:1.25;margin:.6rem 0 .4rem}
 h2{font-size:1.2rem;margin:2.2rem 0 .3rem;padding-top:.9rem;border-top:1px solid #e3e6ea}
 h3{font-size:1rem;margin:1.2rem 0 .2rem}p{margin:.5rem 0;max-width:46rem}blockquote{margin:.3rem 0;color:#5b626b}blockquote p{margin:0}
 a{color:#1f5fbf}a.anchor-link{display:none}
-code{font:.88em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#f3f5f7;padding:.05em .3em;border-radius:3px;overflow-wrap:anywhere}
+code{font:.88em ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;background:#f3f5f7;
+      padding:.05em .3em;border-radius:3px;overflow-wrap:anywhere}
 pre{font:.85rem/1.45 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:.4rem 0}
 .output_html,.rendered_html{overflow-x:auto}.output_area{margin:.6rem 0}.prompt{display:none}
 """

@@ -14,9 +14,12 @@ from test_runs import put_bars, random_walk
 from typer.testing import CliRunner
 
 from cryptoresearch.cli import app
+from cryptoresearch.data.event_bars import event_bars
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, SchemaError
-from cryptoresearch.features.registry import REGISTRY
+from cryptoresearch.features.pipeline import DataProcessing
+from cryptoresearch.features.proof import find_leaks
+from cryptoresearch.features.registry import Feature, REGISTRY
 from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.reproduce import reproduce
@@ -175,3 +178,16 @@ def test_commands_refuse_leaks_and_import_modules(store: Settings, module: str, 
     for command in ("audit", "tune"):
         done = CliRunner().invoke(app, [command, *flags])
         assert isinstance(done.exception, ConfigError) or "own_zscore_all (reads the whole sample" in done.output, done.output
+
+
+def test_event_bars_that_share_an_open_are_proven_too() -> None:
+    "A leak in an own feature is found on tick bars of which several open in one second."
+    rng, n = np.random.default_rng(0), 3_000
+    times = pd.to_datetime(1_700_000_000 + np.sort(rng.integers(0, 200, n)), unit="s", utc=True)
+    trades = pd.DataFrame({"ts": times, "price": 100 + 0.01 * rng.normal(size=n).cumsum(), "qty": 1.0, "quote_qty": 100.0, "trade_id": np.arange(n)})
+    bars = event_bars(trades.assign(side_tick=1, side_reported=1, n_trades=1), "tick:3", symbol="X")
+    mean = {name: Feature(name, ("close",), 5, "1", "own", "own", lambda b, c=c: b["close"] / b["close"].rolling(5, center=c).mean()) for name, c in (("centred", True), ("trailing", False))}
+    assert bars.index.has_duplicates and list(find_leaks(mean.values(), bars)) == ["centred"]
+    with pytest.raises(ConfigError, match="centred"):
+        DataProcessing(list(mean.values())).process_data(bars)
+    assert DataProcessing(list(mean.values()), leaks="allow").process_data(bars).shape == (1_000, 2)

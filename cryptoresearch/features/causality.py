@@ -22,7 +22,7 @@ from sklearn.utils import get_tags
 
 from ..errors import ConfigError, CryptoResearchError, problem, SchemaError
 from .captured import Held, held_data, swap_held
-from .pipeline import DataProcessing
+from .pipeline import DataProcessing, under_proof
 from .registry import Feature, resolve
 
 # %% ../../nbs/features/20_causality.ipynb #616e0638
@@ -177,11 +177,12 @@ def _values(
         out = pd.DataFrame(out, index=bars.index) if len(out) == len(bars) else None
     if isinstance(out, pd.Series):
         out = out.to_frame(out.name if out.name is not None else "value")
-    if not isinstance(out, pd.DataFrame) or out.index.has_duplicates:
-        raise SchemaError(
-            problem("a series, frame or array with one row per bar", type(out).__name__, "Return values on the index of the bars")
-        )
-    out = out.set_axis([str(c) for c in out.columns], axis=1).reindex(bars.index)
+    same = isinstance(out, pd.DataFrame) and out.index.equals(bars.index)  # event bars may share an open
+    if not isinstance(out, pd.DataFrame) or (out.index.has_duplicates and not same):
+        expected = "a series, frame or array with one row per bar"
+        raise SchemaError(problem(expected, type(out).__name__, "Return values on the index of the bars"))
+    out = out.set_axis([str(c) for c in out.columns], axis=1)
+    out = out if same else out.reindex(bars.index)
     return pd.DataFrame({i: _numbers(out.iloc[:, i], str(c)) for i, c in enumerate(out)}, index=bars.index).set_axis(out.columns, axis=1)
 
 # %% ../../nbs/features/20_causality.ipynb #40c4baf6
@@ -814,16 +815,17 @@ def prove_causal(
     tolerance: float = 1e-9,  # relative
 ) -> pd.DataFrame:  # by column: causal, each test, worst_error, looks_ahead (bars), size (relative), through, where (ts), unseen, note
     "Check that no value changes when the future is removed or changed, nor when older history is removed."
-    proof = _prepared(features, bars, train_bars, y, others or {}, tolerance, seed)
-    again = _errors(proof.full.to_numpy(), proof.subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
-    chosen = set(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else (int(c) for c in cuts))
-    for number, at in enumerate(sorted(chosen | _behind(train_bars, len(bars)))):
-        _cut(proof, at)
-        for kind in KINDS[:2] if number % 2 else KINDS[2:]:
-            _future(proof, at, kind)
-    if search and proof.names and np.isfinite(again).all() and again.max(initial=0.0) <= tolerance:
-        _search(proof, search)
-    return _table(proof, again, np.random.default_rng(seed))
+    with under_proof():
+        proof = _prepared(features, bars, train_bars, y, others or {}, tolerance, seed)
+        again = _errors(proof.full.to_numpy(), proof.subject.values(proof.scene).reindex(columns=proof.names).to_numpy(), proof.size)
+        chosen = set(choose_cuts(bars, cuts, seed) if isinstance(cuts, int) else (int(c) for c in cuts))
+        for number, at in enumerate(sorted(chosen | _behind(train_bars, len(bars)))):
+            _cut(proof, at)
+            for kind in KINDS[:2] if number % 2 else KINDS[2:]:
+                _future(proof, at, kind)
+        if search and proof.names and np.isfinite(again).all() and again.max(initial=0.0) <= tolerance:
+            _search(proof, search)
+        return _table(proof, again, np.random.default_rng(seed))
 
 # %% ../../nbs/features/20_causality.ipynb #17d24037
 def _behind(train_bars: int | None, n: int) -> set[int]:

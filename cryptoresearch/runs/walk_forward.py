@@ -62,7 +62,7 @@ def prepare(
     trades: pd.DataFrame | None = None,  # of RunData, for barriers within one bar
 ) -> Samples:  # rows of the usable bars
     "Make the samples of a configuration from bars."
-    raw = DataProcessing(features=list(config.resolved.model)).process_data(bars)
+    raw = DataProcessing(features=list(config.resolved.model), leaks="allow").process_data(bars)
     known = raw.notna().any()
     if not known.any():
         raise DataNotFound(problem("features with values", f"none in {len(bars):,} bars", "Load more bars, or choose other features"))
@@ -85,7 +85,7 @@ def prepare(
 def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[Feature, ...], rows: np.ndarray) -> Samples:
     "Make samples of the same rows with the volatility as outcome; their spans begin at the decision."
     labels = fixed_horizon(bars, horizon, "volatility")
-    X = DataProcessing(features=list(features)).process_data(bars)
+    X = DataProcessing(features=list(features), leaks="allow").process_data(bars)
     return Samples(X[rows], labels[rows], sample_intervals(labels, bars, 1)[rows], labels.loc[rows, []], ())
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #1ce45ad8

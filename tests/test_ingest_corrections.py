@@ -225,7 +225,7 @@ def test_a_stray_id_of_an_older_store_is_grown_out_of(con: Con, tmp_path: Path, 
     first = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
     assert (first.rows, one(con, "SELECT max(last_id) FROM ingest_ledger")[0]) == (299, 10_350)
     second = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-02.csv", day(1)))
-    assert (second.rows, second.corrected) == (299, 1)
+    assert (second.rows, second.corrected) == (299, 0)  # one id on two days is two trades
     repaired = process_file(con, put(tmp_path / "repaired" / "AAAUSDT-trades-2024-01-01.csv", day(0)))
     assert (repaired.rows, repaired.replaced) == (299, first.sha256)
     assert one(con, "SELECT count(*), max(trade_id) FROM trades") == (598, 10_598)
@@ -361,3 +361,33 @@ def test_a_corrected_day_of_candles_takes_back_one(con: Con, tmp_path: Path) -> 
     assert one(con, "SELECT count(*) FROM candles") == (1999,)
     assert one(con, "SELECT kind, start_ts::VARCHAR, end_ts::VARCHAR FROM gaps") == ("time", "2024-01-01 11:40:00", "2024-01-01 11:41:00")
     assert verify(con).ok
+
+
+# --- one id, two trades ---------------------------------------------------------------------------------------------------------------------
+
+SHARED_DAYS = {  # the exchange gave the aggregate id 101 to two trades, on both sides of midnight
+    "ABCBTC-aggTrades-2021-02-28.csv": ["100,2.38,10.0,500,500,1614556740100,True,True", "101,2.38,20.0,501,501,1614556740101,True,True"],
+    "ABCBTC-aggTrades-2021-03-01.csv": ["101,2.38,40.0,502,502,1614556800101,True,True", "102,2.38,80.0,503,503,1614556800102,True,True"],
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("split", [True, False])
+def test_an_id_that_two_days_share_is_two_trades(con: Con, tmp_path: Path, order: int, split: bool) -> None:
+    "Two files in either order, or one file with all rows in either order."
+    files = list(SHARED_DAYS.items())[::order] if split else [("ABCBTC-aggTrades.csv", [r for rows in SHARED_DAYS.values() for r in rows][::order])]
+    results = [process_file(con, put(tmp_path / name, rows), symbol="ABCBTC", progress=False) for name, rows in files]
+    assert [(r.rejected, r.duplicates, r.corrected) for r in results] == [(0, 0, 0)] * len(files)
+    assert one(con, "SELECT count(*), sum(qty) FROM trades") == (4, 150)
+    again = process_file(con, put(tmp_path / "both" / "ABCBTC-aggTrades.csv", [*files[-1][1], *files[0][1]]), symbol="ABCBTC", progress=False)
+    assert (again.rows, one(con, "SELECT count(*), sum(qty) FROM trades")) == (0, (4, 150))
+    assert verify(con).ok
+
+
+def test_a_correction_of_a_shared_id_changes_its_own_day_only(con: Con, tmp_path: Path) -> None:
+    for name, rows in SHARED_DAYS.items():
+        process_file(con, put(tmp_path / name, rows), progress=False)
+    rows = [changed(SHARED_DAYS["ABCBTC-aggTrades-2021-03-01.csv"][0], 2, 41.0), SHARED_DAYS["ABCBTC-aggTrades-2021-03-01.csv"][1]]
+    result = process_file(con, put(tmp_path / "part" / "ABCBTC-aggTrades.csv", rows), symbol="ABCBTC", progress=False)
+    assert (result.corrected, result.duplicates) == (1, 1)
+    assert con.execute("SELECT qty FROM trades ORDER BY ts").fetchall() == [(10,), (20,), (41,), (80,)]

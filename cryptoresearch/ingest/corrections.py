@@ -36,6 +36,11 @@ def _equal_sql(
     return " AND ".join(same + [f"(n.{c} IS NULL OR n.{c} IS NOT DISTINCT FROM s.{c})" for c in known])
 
 # %% ../../nbs/ingest/05_corrections.ipynb #996bbe2a
+def _same_key(series: Series) -> str:
+    "Write the condition under which rows `n` (new) and `s` (stored) have one key."
+    return "s.trade_id = n.trade_id AND s.ts::DATE = n.ts::DATE" if series.table == "trades" else "s.ts = n.ts"
+
+
 @dataclass(frozen=True)
 class Met:
     "Describe how the rows of a new file compare with stored ones."
@@ -76,7 +81,7 @@ def compare(
     cur.execute(f"""CREATE OR REPLACE TEMP TABLE met AS
         SELECT {digest_sql(table, *DIGESTED)}, file_id, new_ts, equal, strange, false AS lacking FROM (
         SELECT s.*, epoch_us(n.ts) AS new_ts, {_equal_sql(table, unsaid)} AS equal, {_FAR[table]} AS strange
-        FROM read_parquet({quote(file)}) n JOIN ({stored}) s ON s.{key} = n.{key})""")
+        FROM read_parquet({quote(file)}) n JOIN ({stored}) s ON {_same_key(series)})""")
     counts = "count(*) FILTER (equal), count(*) FILTER (NOT equal), count(*) FILTER (NOT equal AND strange)"
     row = cur.execute(f"SELECT {counts} FROM met").fetchone()
     assert row is not None  # noqa: S101  (an aggregate has one row)
@@ -120,12 +125,13 @@ def taken_back(
     folder: Path,  # for notes
 ) -> Met:  # with `lacking` or `kept`
     "Add the stored rows that a file takes back to `met`."
-    table, key, files = series.table, series.key, ", ".join(quote(o.file_id) for o in met.others)
+    table, files = series.table, ", ".join(quote(o.file_id) for o in met.others)
     cur.register("passed_over", pa.table({"key": keys}))
-    which = f"{series.number} IN (SELECT key FROM passed_over)"
+    new = f"FROM read_parquet({quote(file)})"
+    which = f"{series.number} IN (SELECT key FROM passed_over) AND ts BETWEEN (SELECT min(ts) {new}) AND (SELECT max(ts) {new})"
     if period:
-        in_file = f"SELECT {key} FROM read_parquet({quote(file)})"
-        which = f"epoch_us(ts) >= {period[0]} AND epoch_us(ts) < {period[1]} AND {key} NOT IN ({in_file})"
+        key, day = series.key, "ts::DATE"
+        which = f"epoch_us(ts) >= {period[0]} AND epoch_us(ts) < {period[1]} AND ({key}, {day}) NOT IN (SELECT ({key}, {day}) {new})"
     cur.execute(f"""INSERT INTO temp.met BY NAME
         SELECT {digest_sql(table, *DIGESTED)}, file_id, epoch_us(ts) AS new_ts, false AS equal, false AS strange, true AS lacking
         FROM lake.main.{table} WHERE {where_rows(series)} AND file_id IN ({files}) AND {which}""")
@@ -149,9 +155,11 @@ def _limit_lacking(
 # %% ../../nbs/ingest/05_corrections.ipynb #86e2604d
 def _delete_changed(con: DuckDBPyConnection, series: Series, changed: str) -> None:
     "Delete the stored rows that a note lists."
-    key = "trade_id" if series.table == "trades" else "make_timestamp(ts)"
+    stored, noted = "ts", "make_timestamp(ts)"
+    if series.table == "trades":
+        stored, noted = "(trade_id, ts::DATE)", "(trade_id, make_timestamp(ts)::DATE)"
     files = f"file_id IN (SELECT DISTINCT file_id FROM {changed})"
-    where = f"{where_rows(series)} AND {files} AND {series.key} IN (SELECT {key} FROM {changed})"
+    where = f"{where_rows(series)} AND {files} AND {stored} IN (SELECT {noted} FROM {changed})"
     con.execute(f"DELETE FROM lake.main.{series.table} WHERE {where}")
 
 # %% ../../nbs/ingest/05_corrections.ipynb #206a5b75

@@ -304,10 +304,10 @@ def _without_known(
         return _Left(file, facts.rows, facts.digest, facts.first, facts.last)
     if met.duplicates == facts.rows:
         return _Left("", 0, 0, facts.first, facts.last)
-    s, key = job.series, "trade_id" if job.series.table == "trades" else "epoch_us(ts)"
-    known = f"SELECT {'trade_id' if s.table == 'trades' else 'ts'} FROM temp.met WHERE equal"
+    s = job.series
     order = "ts, trade_id" if s.table == "trades" else "ts"
-    new = copy_rows(cur, job, f"FROM read_parquet({quote(file)}) WHERE {key} NOT IN ({known}) ORDER BY {order}")
+    known = f"SELECT {order.replace('ts', 'make_timestamp(ts) AS ts')} FROM temp.met WHERE equal"
+    new = copy_rows(cur, job, f"FROM read_parquet({quote(file)}) ANTI JOIN ({known}) USING ({order}) ORDER BY {order}")
     ids = "min(trade_id), max(trade_id)" if s.table == "trades" else "0, 0"
     row = cur.execute(f"SELECT count(*), epoch_us(min(ts)), epoch_us(max(ts)), {ids} FROM read_parquet({quote(new)})").fetchone()
     assert row is not None  # noqa: S101  (an aggregate has one row)

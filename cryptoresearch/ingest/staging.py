@@ -135,6 +135,7 @@ def _note_holes(
 
 # %% ../../nbs/ingest/04_staging.ipynb #253c62bc
 _ID, _TS, _SIGN, _LINE, _BEGUN, _FELL = range(6)  # places in the state
+_DAY_US = 86_400_000_000  # an id of two days is that of two trades
 
 
 @njit(cache=True, nogil=True)
@@ -166,7 +167,7 @@ def _follow(  # type: ignore[no-untyped-def]
     holes, repeats = 0, 0
     for i in range(len(ids)):
         begun = state[_BEGUN] == 1
-        repeat[i] = begun and ids[i] == state[_ID]
+        repeat[i] = begun and ids[i] == state[_ID] and ts[i] // _DAY_US == state[_TS] // _DAY_US
         if repeat[i]:
             side[i] = state[_SIGN]
             repeats += 1
@@ -575,7 +576,8 @@ def _write_staged(
     staged = folder / "staged.parquet"
     if not _stage(staged, blocks(), facts):
         return ""
-    ordered = _sort(cur, staged, f"{job.series.key}, line")
+    order = f"trade_id, ts // {_DAY_US}, line" if job.series.table == "trades" else "ts, line"
+    ordered = _sort(cur, staged, order)
     wrong = wrong_ids(_ids_and_times(ordered)) if job.series.table == "trades" else np.empty(0, np.int64)
     stream = _Stream(job, facts, careful=True, wrong=wrong)
     file = _write_stream(cur, stream, _sorted_blocks(ordered), folder)

@@ -11,10 +11,11 @@ import pytest
 from cryptoresearch.data.bars import read_bars, trades_to_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.ledger import DIGESTED, stored_digest
-from cryptoresearch.data.event_bars import event_bars
+from cryptoresearch.data.event_bars import event_bars, make_event_bars
 from cryptoresearch.ingest.folders import process_files
-from cryptoresearch.ingest.files import process_file
+from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.data.maintenance import verify
+from cryptoresearch.data.status import coverage, gap_table
 from cryptoresearch.data.store import init_duckdb, write
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.settings import Settings
@@ -391,3 +392,52 @@ def test_a_correction_of_a_shared_id_changes_its_own_day_only(con: Con, tmp_path
     result = process_file(con, put(tmp_path / "part" / "ABCBTC-aggTrades.csv", rows), symbol="ABCBTC", progress=False)
     assert (result.corrected, result.duplicates) == (1, 1)
     assert con.execute("SELECT qty FROM trades ORDER BY ts").fetchall() == [(10,), (20,), (41,), (80,)]
+
+
+def listed(first: int, last: int, day: str, missing: int = 0) -> list[str]:
+    start = pd.Timestamp(day, tz="UTC").value // 10**6
+    return [f"{i},9.0,1.0,9.0,{start + i * 1000},true,true" for i in range(first, last + 1) if i != missing]
+
+
+MAY_10, MAY_31, JUNE_1 = ("ABCUSDT-trades-2022-05-10.csv", "ABCUSDT-trades-2022-05-31.csv", "ABCUSDT-trades-2022-06-01.csv")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0)])
+def test_ids_that_begin_again_delete_nothing(con: Con, tmp_path: Path, order: tuple[int, ...]) -> None:
+    files = [(MAY_10, listed(1, 5, "2022-05-10")), (MAY_31, listed(1, 3, "2022-05-31")), (JUNE_1, listed(4, 9, "2022-06-01"))]
+    for i in order:
+        assert process_file(con, put(tmp_path / files[i][0], files[i][1]), progress=False).corrected == 0
+    assert con.execute("SELECT ts::DATE::VARCHAR, count(*) FROM trades GROUP BY 1 ORDER BY 1").fetchall() == [
+        ("2022-05-10", 5), ("2022-05-31", 3), ("2022-06-01", 6)]
+    assert verify(con).ok
+    assert [(s.start.day, s.end.day, s.rows) for s in coverage(con).itertuples()] == [(10, 10, 5), (31, 1, 9)]
+    between = gap_table(con, silences=False).query("kind == 'between'")
+    assert [(g.start.day, g.end.day) for g in between.itertuples()] == [(10, 31)]
+    assert make_bars(con, "ABCUSDT", "1d")
+    assert list(read_bars(con, "ABCUSDT", "1d")["gap"]) == [True] * 21  # from May 11; no day is complete
+    assert make_event_bars(con, "ABCUSDT", "tick:3") == 4  # 1 to 3 of May 10, then 1 to 9
+
+
+def test_ids_that_begin_again_inside_a_month(con: Con, tmp_path: Path) -> None:
+    lines = [*listed(1, 50, "2022-05-10", missing=20), *listed(1, 30, "2022-05-31", missing=7)]
+    result = process_file(con, put(tmp_path / "ABCUSDT-trades-2022-05.csv", lines), progress=False)
+    assert (result.rows, result.rejected) == (78, 0)
+    rows = con.execute("SELECT kind, first_missing_id, start_ts::DATE::VARCHAR, end_ts::DATE::VARCHAR FROM gaps ORDER BY start_ts").fetchall()
+    assert rows == [("id", 20, *["2022-05-10"] * 2), ("restart", None, "2022-05-10", "2022-05-31"), ("id", 7, *["2022-05-31"] * 2)]
+    day = process_file(con, put(tmp_path / MAY_31, listed(1, 30, "2022-05-31")), progress=False)  # it has the id 7
+    assert (day.rows, day.duplicates, day.corrected) == (1, 29, 0)
+    assert con.execute("SELECT kind, first_missing_id FROM gaps ORDER BY start_ts").fetchall() == [("id", 20), ("restart", None)]
+    assert one(con, "SELECT count(*) FROM trades") == (79,)
+    forget_file(con, day.sha256)
+    assert con.execute("SELECT kind, first_missing_id FROM gaps ORDER BY start_ts").fetchall() == [("id", 20), ("restart", None), ("id", 7)]
+
+
+def test_the_advice_for_ids_of_another_listing_deletes_nothing(con: Con, tmp_path: Path) -> None:
+    "The first trades of the new listing are missing, so that it could be a file of another symbol."
+    process_file(con, put(tmp_path / MAY_10, listed(1, 50, "2022-05-10")), progress=False)
+    later = put(tmp_path / MAY_31, listed(8, 30, "2022-05-31"))
+    with pytest.raises(SchemaError, match="check_symbol=False"):
+        process_file(con, later, progress=False)
+    assert process_file(con, later, progress=False, check_symbol=False).rows == 23
+    assert one(con, "SELECT count(*) FROM trades") == (73,)
+    assert [(s.start.day, s.rows) for s in coverage(con).itertuples()] == [(10, 50), (31, 23)]

@@ -76,6 +76,20 @@ def _continues(new: Stretch, before: Stretch) -> bool:
     return new.start <= before.end
 
 # %% ../../nbs/data/05_coverage.ipynb #a1cc2732
+_DAY_US, _KNOWN = 86_400_000_000, ("first_id", "last_id", "rows")
+
+
+def _listings(claims: pd.DataFrame) -> list[int]:
+    "Number the listings of a symbol: ids begin again where a later claim has ids that belong to another day of an earlier one."
+    out, reach, low, high = [0], int(claims["end"].iloc[0]), claims["first_id"].iloc[0], claims["last_id"].iloc[0]
+    for start, end, first_id, last_id in claims[["start", "end", "first_id", "last_id"]].iloc[1:].itertuples(index=False):
+        next_day = start // _DAY_US - reach // _DAY_US <= 1  # two days that adjoin may share a few ids
+        out.append(out[-1] + bool(start > reach and (first_id < low if next_day else first_id <= high)))
+        if end >= reach:
+            reach, low, high = end, first_id, last_id
+    return out
+
+
 def _extended(before: Stretch, new: Stretch) -> Stretch:
     "Extend a stretch by a claim that continues it."
     last = new.last_id if new.end >= before.end else before.last_id
@@ -90,15 +104,17 @@ def join_claims(
 ) -> list[Stretch]:  # by id if all ids are known, else in order of time
     "Join the claims of one series into stretches."
     out: list[Stretch] = []
+    claims, before = claims.assign(listing=0), 0
     if claims["first_id"].notna().all():  # by id: a file whose first rows were stored before still claims their time
-        claims = claims.sort_values("first_id", kind="stable")
-    for start, end, *known in zip(*(claims[name] for name in ("start", "end", "first_id", "last_id", "rows")), strict=True):
+        claims = claims.assign(listing=_listings(claims)).sort_values(["listing", "first_id"], kind="stable")
+    for start, end, listing, *known in zip(*(claims[name] for name in ("start", "end", "listing", *_KNOWN)), strict=True):
         first, last, rows = (None if pd.isna(v) else int(v) for v in known)
         new = Stretch(start, end, first, last, rows=rows or 0)
-        if out and _continues(new, out[-1]):
+        if out and listing == before and _continues(new, out[-1]):
             out[-1] = _extended(out[-1], new)
         else:
             out.append(new)
+        before = listing
     return out
 
 # %% ../../nbs/data/05_coverage.ipynb #45caea96

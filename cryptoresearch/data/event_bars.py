@@ -173,9 +173,10 @@ def _pass(  # type: ignore[no-untyped-def]
     threshold = _threshold(s, mode, size)
     for i in range(len(ts)):
         cut = _missed(s[19], trade_id[i], missing)
-        s[19] = max(s[19], float(trade_id[i]))
         while h < len(holes) and holes[h] <= ts[i]:
             cut, h = True, h + 1
+        # the ids of a symbol that is listed again begin again
+        s[19] = trade_id[i] if cut and ts[i] // 86_400_000_000 > s[17] // 86_400_000_000 else max(s[19], float(trade_id[i]))
         if cut or s[15] == 0:
             s[7:15] = 0.0
             s[15], s[18] = 1.0, ts[i]

@@ -184,6 +184,11 @@ def _recorded(
     return gaps[~(gaps["missing"] <= 0).fillna(False).astype(bool)].reindex(columns=_GAP)
 
 # %% ../../nbs/data/13_status.ipynb #e36347ab
+# trades may be a minute out of the order of their ids; far from the gap, an id is that of another listing
+_INSIDE = """SELECT count(DISTINCT trade_id) FROM trades WHERE symbol = ? AND source = ? AND trade_id BETWEEN ? AND ?
+  AND ts BETWEEN make_timestamp(?) - INTERVAL 1 MINUTE AND make_timestamp(?) + INTERVAL 1 MINUTE"""
+
+
 def _filled(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     gaps: pd.DataFrame,  # of kind id
@@ -196,10 +201,8 @@ def _filled(
         for gap in _each(group):
             overlaps = (files["first_id"] <= gap.last_missing_id) & (files["last_id"] >= gap.first_missing_id)
             if ((files["file_id"] != gap.file_id) & overlaps).any():
-                found = con.execute(
-                    "SELECT count(DISTINCT trade_id) FROM trades WHERE symbol = ? AND source = ? AND trade_id BETWEEN ? AND ?",
-                    [*key, int(gap.first_missing_id), int(gap.last_missing_id)],
-                ).fetchone()
+                inside = [int(gap.first_missing_id), int(gap.last_missing_id), gap.start, gap.end]
+                found = con.execute(_INSIDE, [*key, *inside]).fetchone()
                 out[gap.Index] = int(found[0]) if found else 0
     return out
 
@@ -215,7 +218,7 @@ def _between(
         if ((recorded["start"] <= a.end) & (recorded["end"] >= b.start)).any():
             continue
         end = max(a.end, b.start)
-        if a.last_id is not None and b.first_id is not None:
+        if a.last_id is not None and b.first_id is not None and b.first_id > a.last_id:
             first, last = a.last_id + 1, b.first_id - 1
             out.append(_Gap(*_values(key), "between", a.end, end, last - first + 1, first, last))
         else:

@@ -227,14 +227,35 @@ def replace_older(
     log_event(con, "replaced", series.symbol, series.source, old.file_id, uri, old.span(), detail)
 
 # %% ../../nbs/ingest/05_corrections.ipynb #24195a84
+_SLACK_US = 60_000_000  # by which the times of trades may be out of the order of their ids
+
+
+def _near(
+    con: DuckDBPyConnection,
+    series: Series,
+    claims: list[tuple[str, int, int]],  # of `_claims`
+    span: tuple[int, int],  # time in which rows changed, µs
+) -> str:  # SQL condition on ts, without parameters
+    "Limit trades to the claims that a change meets, and to one numbering, since ids begin again when a symbol is listed again."
+    if series.table == "candles":
+        return "true"
+    low = min([span[0], *(a for _, a, b in claims if b >= span[0] and a <= span[1])]) - _SLACK_US
+    high = max([span[1], *(b for _, a, b in claims if b >= span[0] and a <= span[1])]) + _SLACK_US
+    query = f"SELECT epoch_us(start_ts), epoch_us(end_ts) FROM lake.main.gaps WHERE {where_rows(series)} AND kind = 'restart'"
+    for start, end in con.execute(query).fetchall():
+        low, high = max(low, end) if end <= span[0] else low, min(high, start) if start >= span[1] else high
+    return f"ts BETWEEN make_timestamp({low}) AND make_timestamp({high})"
+
+
 def _window(
     con: DuckDBPyConnection,
     series: Series,
     bounds: tuple[int, int],  # first and last key that changed
+    near: str,  # condition of `_near`
 ) -> tuple[int, int]:  # keys of the stored rows next to them, or the bounds
     "Find the keys between which holes may have changed."
     low, high = (str(k) if series.table == "trades" else f"make_timestamp({k})" for k in bounds)
-    rows, number = f"FROM lake.main.{series.table} WHERE {where_rows(series)} AND {series.key}", series.number
+    rows, number = f"FROM lake.main.{series.table} WHERE {where_rows(series)} AND {near} AND {series.key}", series.number
     row = con.execute(f"SELECT (SELECT max({number}) {rows} < {low}), (SELECT min({number}) {rows} > {high})").fetchone()
     below, above = row or (None, None)
     return (bounds[0] if below is None else below), (bounds[1] if above is None else above)
@@ -245,11 +266,12 @@ def _holes(
     series: Series,
     window: tuple[int, int],  # keys
     step_us: int,  # length of a candle; 0 for trades
+    near: str,  # condition of `_near`
 ) -> list[tuple[int, int, int | None, int | None]]:  # start and end (µs), first and last missing id
     "Find the holes between stored rows."
     key, inside = series.key, "{} AND {}".format(*(str(k) if series.table == "trades" else f"make_timestamp({k})" for k in window))
     rows = f"""(SELECT {key}, ts, lag(ts) OVER w AS before, lag({series.number}) OVER w AS k FROM lake.main.{series.table}
-        WHERE {where_rows(series)} AND {key} BETWEEN {inside} WINDOW w AS (ORDER BY {key}))"""
+        WHERE {where_rows(series)} AND {near} AND {key} BETWEEN {inside} WINDOW w AS (ORDER BY {key}))"""
     columns, where = f"k + {step_us}, epoch_us(ts), NULL, NULL", f"epoch_us(ts) > k + {step_us} ORDER BY 1"
     if series.table == "trades":
         columns = "epoch_us(least(before, ts)), epoch_us(greatest(before, ts)), k + 1, trade_id - 1"
@@ -300,8 +322,10 @@ def refit(
     "Find the gaps again where rows were added or removed, and correct the claims of files."
     if gone:
         _trim_claims(con, series, span, step_us)
-    claims, window = _claims(con, series), _window(con, series, keys)
-    holes, rejected = _holes(con, series, window, step_us), _drop_gaps(con, series, window)
+    claims = _claims(con, series)
+    near = _near(con, series, claims, span)
+    window = _window(con, series, keys, near)
+    holes, rejected = _holes(con, series, window, step_us, near), _drop_gaps(con, series, window, near)
     rows: list[tuple[str, str, int, int, int | None, int | None]] = []
     for start, end, first, last in holes:
         owner = next((f for f, a, b in claims if a <= start and end <= b), None)
@@ -327,9 +351,10 @@ def _drop_gaps(
     con: DuckDBPyConnection,
     series: Series,
     window: tuple[int, int],  # keys
+    near: str,  # condition of `_near`
 ) -> list[tuple[int, int]]:  # first and last ids of those that came from refused rows
     "Remove the gaps of a window."
-    inside = f"last_missing_id >= {window[0]} AND first_missing_id <= {window[1]}"
+    inside = f"last_missing_id >= {window[0]} AND first_missing_id <= {window[1]} AND {near.replace('ts ', 'start_ts ', 1)}"
     if series.table == "candles":
         inside = f"kind = 'time' AND end_ts > make_timestamp({window[0]}) AND start_ts < make_timestamp({window[1]})"
     own = f"{where_recorded(series) if series.spec else where_rows(series)} AND kind IN ('id', 'rejected', 'time') AND {inside}"
@@ -343,7 +368,7 @@ def insert_gaps(
     series: Series,  # in which rows are missing
     rows: Sequence[tuple[str, str, int, int, int | None, int | None]],  # file_id, kind, start, end (µs), first, last missing id
 ) -> None:
-    "Record missing stretches: kind 'id' (trades of no file), 'rejected' (trades whose rows were refused) or 'time' (candles)."
+    "Record missing stretches: kind 'id' (in no file), 'rejected' (rows refused), 'restart' (ids begin again) or 'time' (candles)."
     if not rows:
         return
     names, types = ("file_id", "kind", "start_us", "end_us", "first_id", "last_id"), (pa.string(), pa.string(), *[pa.int64()] * 4)

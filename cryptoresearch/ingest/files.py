@@ -172,12 +172,15 @@ def _check_ids(
     job: Job,  # of trades
     facts: Facts,
     old: Older,  # a file of the same series
+    starts: list[tuple[int, int]],  # ts (µs) and id of the first trade of all files
 ) -> None:
     "Raise `SchemaError` where a file is later than a stored one but its ids are not higher, or the reverse."
     assert facts.first and facts.last  # noqa: S101  (checked before)
     before, after = old.last[0] < facts.first[0] - 60_000_000, old.first[0] > facts.last[0] + 60_000_000
     crossed = (before and old.last[1] >= facts.first[1]) or (after and old.first[1] <= facts.last[1])
-    if crossed and _beyond(cur, job.series, old, facts, before) > max(1, old.rows // 1000):
+    between = (old.last[0], facts.first[0]) if before else (facts.last[0], old.first[0])
+    listed_again = any(between[0] < ts <= between[1] and first_id <= 1 for ts, first_id in starts)
+    if crossed and not listed_again and _beyond(cur, job.series, old, facts, before) > max(1, old.rows // 1000):
         raise SchemaError(
             f"expected in {job.name} ids {'above' if before else 'below'} {old.last[1] if before else old.first[1]}, "
             f"as those of {old.uri.rsplit('/', 1)[-1]}; found {facts.first[1]} to {facts.last[1]}. {_CHECK_FILE}"
@@ -195,8 +198,9 @@ def _check_symbol(
     near = _neighbours(cur, job)
     _check_price(cur, job, near, facts.first[0], facts.prices[0], before=True)
     _check_price(cur, job, near, facts.last[0], facts.prices[1], before=False)
+    starts = [facts.first, *(old.first for old in stored)]
     for old in stored if job.series.table == "trades" else ():
-        _check_ids(cur, job, facts, old)
+        _check_ids(cur, job, facts, old, starts)
 
 # %% ../../nbs/ingest/06_files.ipynb #154956ef
 _FEWER = 0.99  # share of the older version's rows that a newer one has at least
@@ -488,7 +492,8 @@ def _gap_rows(job: Job, facts: Facts) -> list[tuple[str, str, int, int, int | No
     if job.series.table == "candles":
         return [(job.sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
     kinds = ["rejected" if refused else "id" for refused in refused_holes(facts, holes)]
-    return [(job.sha256, kind, int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, kind in zip(holes, kinds, strict=True)]
+    restarts = [(job.sha256, "restart", start, end, None, None) for start, end in facts.restarts]
+    return restarts + [(job.sha256, kind, int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, kind in zip(holes, kinds, strict=True)]
 
 
 def _insert_ledger(con: DuckDBPyConnection, job: Job, facts: Facts, plan: _Plan, gaps: int) -> _LedgerRow:

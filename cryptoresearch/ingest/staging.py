@@ -9,7 +9,7 @@ __all__ = ['Report', 'close_refused', 'Facts', 'refused_holes', 'Job', 'OutOfOrd
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -110,6 +110,7 @@ class Facts:
     prices: tuple[float, float] = (0.0, 0.0)  # of the first and last row
     holes: list[np.ndarray] = field(default_factory=list)  # as `_follow` fills them
     hole_count: int = 0  # rows in `holes`
+    restarts: list[tuple[int, int]] = field(default_factory=list)  # last and next trade (µs) where the ids begin again
 
     def all_holes(self) -> np.ndarray:  # int64, m x 6
         "Return all holes."
@@ -324,6 +325,7 @@ class _Stream:
     facts: Facts  # filled
     careful: bool = False  # rows come sorted; those that are refused are noted by line
     wrong: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # ids that do not belong to their rows
+    restarts: Sequence[int] = ()  # times (µs) from which the ids begin again, where careful
     refused: dict[str, list[np.ndarray]] = field(default_factory=dict)  # lines by reason, where careful
     kept: dict[str, np.generic] = field(default_factory=dict)  # the last row that was kept, by column
     state: np.ndarray = field(default_factory=lambda: np.zeros(6, np.int64))
@@ -336,6 +338,17 @@ class _Stream:
         block.keep(good, None if self.careful or reason is None else lambda i: reason)
 
 # %% ../../nbs/ingest/04_staging.ipynb #7405b071
+def _begin_listing(
+    stream: _Stream,
+    block: Block,  # the next rows, all before the same restart
+) -> None:
+    "Forget the trades before a restart of the ids."
+    ts, last = block.columns["ts"], int(stream.state[_TS])
+    if stream.state[_BEGUN] and len(ts) and any(last < start <= ts[0] for start in stream.restarts):
+        stream.facts.restarts.append((last, int(ts[0])))
+        stream.state[[_ID, _TS, _SIGN, _LINE, _BEGUN]], stream.last_price[:] = 0, 0.0
+
+
 def _followed(
     stream: _Stream,
     block: Block,  # the next rows; refused and repeated ones are removed
@@ -344,6 +357,7 @@ def _followed(
     trades, step = stream.job.series.table == "trades", stream.job.step_us or 1
     if len(stream.wrong):
         stream.refuse(block, ~np.isin(block.columns["trade_id"], stream.wrong), _WRONG_ID)
+    _begin_listing(stream, block)
     c, n = block.columns, len(block.line)
     side, repeat, hole = np.empty(n, np.int8), np.empty(n, np.bool_), np.empty((n, 6), np.int64)
     ids, price = (c["trade_id"], c["price"]) if trades else (c["ts"], c["close"])
@@ -378,8 +392,8 @@ def _note(
     low, high = (at[0], at[1]) if not (stream.careful and trades) else ((int(c["ts"].min()), at[0][1]), (int(c["ts"].max()), at[1][1]))
     price = c["open"][0] if not trades else c["price"][0], c["close"][-1] if not trades else c["price"][-1]
     facts.prices = (facts.prices[0] if facts.first else float(price[0])), float(price[1])
-    facts.first = low if facts.first is None else (min(facts.first[0], low[0]), facts.first[1])
-    facts.last = high if facts.last is None else (max(facts.last[0], high[0]), high[1])
+    facts.first = low if facts.first is None else (min(facts.first[0], low[0]), min(facts.first[1], low[1]))
+    facts.last = high if facts.last is None else (max(facts.last[0], high[0]), max(facts.last[1], high[1]))
     facts.rows += len(block.line)
     facts.digest = (facts.digest + rows_digest(_digested(block, side, stream.job.step_us))) % 2**64
 
@@ -553,15 +567,28 @@ def _ids_and_times(
             yield group["trade_id"].to_numpy(), group["ts"].to_numpy()
 
 # %% ../../nbs/ingest/04_staging.ipynb #a88e4527
+def _restarts(
+    cur: DuckDBPyConnection,  # of its own
+    staged: Path,  # Parquet: trades
+) -> list[int]:  # µs, in order
+    "Find the days from which ids begin again: the median id of a day's trades is lower than that of the day before."
+    days = f"SELECT min(ts) AS start, median(trade_id) AS middle, count(*) AS n FROM read_parquet({quote(staged)}) GROUP BY ts // {_DAY_US}"
+    rows = cur.execute(f"SELECT start FROM ({days}) QUALIFY n > 1 AND middle < lag(middle) OVER (ORDER BY start) ORDER BY 1").fetchall()
+    return [int(row[0]) for row in rows]
+
+
 def _sorted_blocks(
     ordered: Path,  # Parquet, in the order of the key, rows with one key in the file's order; removed afterwards
-) -> Iterator[Block]:  # without the rows' text
+    restarts: Sequence[int] = (),  # times (µs) from which the ids begin again
+) -> Iterator[Block]:  # without the rows' text; a restart begins a block
     "Read sorted rows as blocks."
     with pq.ParquetFile(ordered) as source:
         for i in range(source.num_row_groups):  # iter_batches keeps what it has read
             group = source.read_row_group(i)
             columns = {name: group[name].to_numpy() for name in group.column_names}
-            yield Block(columns, columns.pop("line"), lambda i: "")
+            for rows in np.split(np.arange(len(group)), np.flatnonzero(np.diff(np.searchsorted(restarts, columns["ts"], "right"))) + 1):
+                some = {name: column[rows] for name, column in columns.items()}
+                yield Block(some, some.pop("line"), lambda i: "")
     ordered.unlink()
 
 # %% ../../nbs/ingest/04_staging.ipynb #49e7ebbc
@@ -576,11 +603,15 @@ def _write_staged(
     staged = folder / "staged.parquet"
     if not _stage(staged, blocks(), facts):
         return ""
-    order = f"trade_id, ts // {_DAY_US}, line" if job.series.table == "trades" else "ts, line"
-    ordered = _sort(cur, staged, order)
-    wrong = wrong_ids(_ids_and_times(ordered)) if job.series.table == "trades" else np.empty(0, np.int64)
-    stream = _Stream(job, facts, careful=True, wrong=wrong)
-    file = _write_stream(cur, stream, _sorted_blocks(ordered), folder)
+    if job.series.table == "candles":
+        ordered, stream = _sort(cur, staged, "ts, line"), _Stream(job, facts, careful=True)
+    else:
+        restarts = _restarts(cur, staged)
+        listing = " + ".join(f"(ts >= {start})::INT" for start in restarts)
+        ordered = _sort(cur, staged, f"{listing or 'true'}, trade_id, ts // {_DAY_US}, line")
+        wrong = np.empty(0, np.int64) if restarts else wrong_ids(_ids_and_times(ordered))
+        stream = _Stream(job, facts, careful=True, wrong=wrong, restarts=restarts)
+    file = _write_stream(cur, stream, _sorted_blocks(ordered, stream.restarts), folder)
     _add_refused(stream, blocks, facts)
     return file
 

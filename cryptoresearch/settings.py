@@ -79,6 +79,7 @@ class _Fields(_ServerFields):
     duckdb_memory_limit: str = "4GB"
     duckdb_threads: int = Field(0, ge=0, le=1024)
     duckdb_temp_dir: str | None = None
+    harmless_missing_ids: int = Field(1, ge=0, le=1_000_000)  # in a row, without effect on bars
     runs_dir: str = "runs"
     archive_url: str = Field("https://data.binance.vision", repr=False)
     api_host: str = "127.0.0.1"
@@ -151,6 +152,7 @@ def served_names(
 _EXAMPLES = {
     "duckdb_memory_limit": "4GB",
     "duckdb_threads": "2 (0 means all cores)",
+    "harmless_missing_ids": "1 (0: any missing id is a gap)",
     "minio_endpoint": "127.0.0.1:9000",
     "minio_secure": "true",
     "minio_url_style": "path",

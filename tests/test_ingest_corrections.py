@@ -11,11 +11,11 @@ import pytest
 from cryptoresearch.data.bars import read_bars, trades_to_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.ledger import DIGESTED, stored_digest
-from cryptoresearch.data.event_bars import event_bars, make_event_bars
+from cryptoresearch.data.event_bars import event_bars, make_event_bars, read_event_bars
 from cryptoresearch.ingest.folders import process_files
 from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.data.maintenance import verify
-from cryptoresearch.data.status import coverage, gap_table
+from cryptoresearch.data.status import coverage, gap_table, source_intervals, status
 from cryptoresearch.data.store import init_duckdb, write
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.settings import Settings
@@ -441,3 +441,59 @@ def test_the_advice_for_ids_of_another_listing_deletes_nothing(con: Con, tmp_pat
     assert process_file(con, later, progress=False, check_symbol=False).rows == 23
     assert one(con, "SELECT count(*) FROM trades") == (73,)
     assert [(s.start.day, s.rows) for s in coverage(con).itertuples()] == [(10, 50), (31, 23)]
+
+
+# --- ids that the exchange never published ---------------------------------------------------------------------------------------------------
+
+NEVER = (31, 92, 153, 214, 275, 336)
+
+
+def unpublished(kind: str, never: tuple[int, ...] = NEVER, last: int = 366) -> list[str]:
+    "One trade each ten seconds; the ids of `never` were not published. Aggregates are numbered without a hole, over the same trades."
+    ids = [i for i in range(1, last + 1) if i not in never]
+    if kind == "trades":
+        return ["id,price,qty,quote_qty,time,is_buyer_maker", *(f"{i},100,1,100,{BEGIN_MS + n * 10_000},true" for n, i in enumerate(ids))]
+    header = "agg_trade_id,price,quantity,first_trade_id,last_trade_id,transact_time,is_buyer_maker"
+    return [header, *(f"{n + 1},100,1,{i},{i},{BEGIN_MS + n * 10_000},true" for n, i in enumerate(ids))]
+
+
+@pytest.mark.parametrize("kind", ["trades", "aggTrades"])
+def test_single_missing_ids_are_reported_and_void_no_bar(con: Con, tmp_path: Path, kind: str) -> None:
+    result = process_file(con, put(tmp_path / f"ABCUSDT-{kind}-2024-01-01.csv", unpublished(kind)), market="um", progress=False)
+    assert (result.rows, result.gaps) == (360, 6)
+    assert make_bars(con, "ABCUSDT", "5m") and not read_bars(con, "ABCUSDT", "5m")["gap"].any()
+    assert make_bars(con, "ABCUSDT", "tick:50") == 7
+    row = status(con, silences=False).iloc[0]
+    assert (row["gaps"], row["missing"], row["missing_share"]) == (7, 6, 0)  # the day is cut short, too
+    assert "6 ids missing in 6 short holes without effect on bars" in row["verdict"]
+    assert gap_table(con, silences=False).groupby("kind")["harmless"].agg(["size", "all"]).loc["id" if kind == "trades" else "inner"].tolist() == [6, True]
+    assert len(source_intervals(con, "ABCUSDT")) == 1
+
+
+@pytest.mark.parametrize("kind", ["trades", "aggTrades"])
+@pytest.mark.parametrize(("limit", "bad"), [(0, 6), (1, 1), (2, 0)])
+def test_the_setting_decides_for_every_kind_of_data(tmp_path: Path, kind: str, limit: int, bad: int) -> None:
+    "Five single ids and two ids in a row are missing."
+    file = put(tmp_path / f"ABCUSDT-{kind}-2024-01-01.csv", unpublished(kind, (*NEVER, 32)))
+    where: dict[str, Any] = {"_env_file": None, "duckdb_path": str(tmp_path / "store" / "catalog.sqlite"), "duckdb_threads": 2}
+    with init_duckdb(Settings(**where, harmless_missing_ids=limit)) as con:
+        process_file(con, file, market="um", progress=False)
+        make_bars(con, "ABCUSDT", "1m")
+        bars = read_bars(con, "ABCUSDT", "1m")
+        assert (bars["gap"].sum() > 0, int((~gap_table(con, silences=False).query("kind != 'bounds'")["harmless"]).sum())) == (bad > 0, bad)
+        make_bars(con, "ABCUSDT", "tick:17")
+        cut = len(read_event_bars(con, "ABCUSDT", "tick:17"))
+    with init_duckdb(Settings(**where, harmless_missing_ids=9)) as con:  # the bars follow the setting
+        make_bars(con, "ABCUSDT", "1m")
+        make_bars(con, "ABCUSDT", "tick:17")
+        assert not read_bars(con, "ABCUSDT", "1m")["gap"].any()
+        assert (cut == 21) == (bad == 0) and len(read_event_bars(con, "ABCUSDT", "tick:17")) == 21
+
+
+def test_a_single_id_missing_between_two_days_voids_no_bar(con: Con, tmp_path: Path) -> None:
+    for number, (first, last) in enumerate([(10_000, 10_298), (10_300, 10_598)], 1):
+        lines = trades(first, last, BEGIN_MS + (number - 1) * DAY_MS - first * 1000 + (DAY_MS - 300_000 if number == 1 else 0))
+        process_file(con, put(tmp_path / f"AAAUSDT-trades-2024-01-0{number}.csv", lines), progress=False)
+    make_bars(con, "AAAUSDT", "1m")
+    assert not read_bars(con, "AAAUSDT", "1m")["gap"].any()
+    assert status(con, silences=False)["missing"].sum() == 1

@@ -28,7 +28,7 @@ from .aggregation import combine_bars, fold_trades, NUMBERS, place_bars, TRADE_C
 from .bars import bar_length, bar_spec
 from .coverage import missing_bars
 from .series import BARS_OF, Series
-from .store import cursor, exclusive, write
+from .store import cursor, exclusive, harmless_ids, write
 from ..errors import DataNotFound, StoreBusy
 
 # %% ../../nbs/data/08_bar_updates.ipynb #dd95d8bc
@@ -281,6 +281,7 @@ _STRETCHES = """SELECT c.file_id, coalesce(l.rows, 0), l.digest, epoch_us(c.star
   WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0"""
 _GAPS = """SELECT g.kind, g.file_id, g.first_missing_id, epoch_us(g.start_ts), epoch_us(g.end_ts)
   FROM gaps g WHERE symbol = $1 AND source = $2
+  AND NOT coalesce(kind IN ('id', 'inner') AND last_missing_id - first_missing_id < $3, false)
   AND NOT EXISTS (FROM ingest_ledger l WHERE l.file_id = g.file_id AND l.symbol = $1 AND l.source = $2 AND l.rows = 0)"""
 
 
@@ -291,7 +292,7 @@ def _inputs_now(
     rows = con.execute(_STRETCHES, [symbol, source]).fetchall()
     inputs = [Input(*row[:5]) for row in rows if row[5]]
     inputs += _live_inputs(con, symbol, source, [(row[0] or "", row[3], row[4]) for row in rows if not row[5]], before, built_at)
-    for kind, file_id, first_id, a, b in con.execute(_GAPS, [symbol, source]).fetchall():
+    for kind, file_id, first_id, a, b in con.execute(_GAPS, [symbol, source, harmless_ids(con)]).fetchall():
         inputs.append(Input(f"gap {kind} {file_id} {first_id}", None, None, a, b))
     if not rows:
         inputs += _loose_candles(con, symbol, source)
@@ -501,7 +502,7 @@ def _trade_span(con: DuckDBPyConnection, key: Series, change: Change, length_us:
     if not rows or change.start is None or change.end is None:
         return None
     gaps = [(i.start, i.end, i.file_id.split()[1]) for i in change.inputs if i.file_id.startswith("gap ")]
-    holes, whole = missing_bars(rows, gaps, length_us)
+    holes, whole = missing_bars(rows, gaps, length_us, harmless_ids(con))
     a, b = change.start // length_us, change.end // length_us
     if change.never:
         return _Span(whole["first"], whole["first"], whole["whole"], whole["last"], max(b, whole["last"]), holes)

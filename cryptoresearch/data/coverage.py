@@ -15,6 +15,7 @@ import pandas as pd
 # %% ../../nbs/data/05_coverage.ipynb #547fb3f8
 def covered_spans(
     coverage: list[tuple[int, int, int | None, int | None]],  # start and end, µs since 1970; first and last trade id, None if unknown
+    harmless: int = 0,  # ids that may be missing in a row
 ) -> list[tuple[int, int]]:  # disjoint, in order of time
     "Join covered stretches that touch or whose trade ids are consecutive."
     parts: list[tuple[int, int, int | None, int | None]] = []
@@ -26,7 +27,7 @@ def covered_spans(
             parts.append((start, end, first, last))
     out, so_far = [parts[0][:2]] if parts else [], parts[0][3] if parts else None
     for start, end, first, last in parts[1:]:
-        if first is not None and so_far is not None and first == so_far + 1:
+        if first is not None and so_far is not None and so_far < first <= so_far + 1 + harmless:
             out[-1] = out[-1][0], end
         else:
             out.append((start, end))
@@ -43,15 +44,16 @@ def missing_bars(
     coverage: list[tuple[int, int, int | None, int | None]],  # as for `covered_spans`, not empty
     gaps: list[tuple[int, int, str]],  # start and end in µs, kind of gap
     length_us: int,  # bar length
+    harmless: int = 0,  # ids that may be missing in a row between files
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # holes by bar number: first_bar, last_bar, end_us; first, first whole and last finished bar
     "Find the bars that meet a hole, and the range of bars between the first and last covered time."
-    parts = covered_spans(coverage)
+    parts = covered_spans(coverage, harmless)
     start, end = parts[0][0], parts[-1][1]
     before = start // length_us * length_us - 1  # the first bar may begin before the first covered time
     missing = [(before, start, "start"), *((a, b, "between") for (_, a), (b, _) in pairwise(parts)), *gaps]
-    missing = [(a, b, kind) for a, b, kind in missing if b > a or kind == "id"]
+    missing = [(a, b, kind) for a, b, kind in missing if b > a or kind in ("id", "inner")]
     first = start // length_us
-    holes = [(max(a // length_us, first), b // length_us if kind == "id" else -(-b // length_us) - 1, b) for a, b, kind in missing]
+    holes = [(max(a // length_us, first), b // length_us if kind in ("id", "inner") else -(-b // length_us) - 1, b) for a, b, kind in missing]
     frame = pd.DataFrame(holes, columns=["first_bar", "last_bar", "end_us"], dtype="int64")
     bars = {"first": first, "whole": -(-start // length_us), "last": end // length_us - 1}
     return frame[frame["first_bar"] <= frame["last_bar"]], bars
@@ -69,10 +71,10 @@ class Stretch:
     rows: int = 0  # of the files; sessions count none
 
 
-def _continues(new: Stretch, before: Stretch) -> bool:
+def _continues(new: Stretch, before: Stretch, harmless: int) -> bool:
     "Tell whether a claim continues a stretch: by ids where both are known, else by time."
     if before.last_id is not None and new.first_id is not None:
-        return new.first_id <= before.last_id + 1
+        return new.first_id <= before.last_id + 1 + harmless
     return new.start <= before.end
 
 # %% ../../nbs/data/05_coverage.ipynb #a1cc2732
@@ -101,6 +103,7 @@ def _extended(before: Stretch, new: Stretch) -> Stretch:
 
 def join_claims(
     claims: pd.DataFrame,  # of one series, in order of time: start, end (µs), first_id, last_id, rows (NaN if unknown)
+    harmless: int = 0,  # ids that may be missing in a row
 ) -> list[Stretch]:  # by id if all ids are known, else in order of time
     "Join the claims of one series into stretches."
     out: list[Stretch] = []
@@ -110,7 +113,7 @@ def join_claims(
     for start, end, listing, *known in zip(*(claims[name] for name in ("start", "end", "listing", *_KNOWN)), strict=True):
         first, last, rows = (None if pd.isna(v) else int(v) for v in known)
         new = Stretch(start, end, first, last, rows=rows or 0)
-        if out and listing == before and _continues(new, out[-1]):
+        if out and listing == before and _continues(new, out[-1], harmless):
             out[-1] = _extended(out[-1], new)
         else:
             out.append(new)

@@ -26,7 +26,7 @@ from .bar_updates import Change, changed_since, fold_ordered, record_build, reco
 from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
 from .coverage import covered_spans
 from .series import BARS_OF, naive_utc, Series, TimeLike, to_us
-from .store import write
+from .store import harmless_ids, write
 from ..errors import DataNotFound, SchemaError
 
 # %% ../../nbs/data/09_event_bars.ipynb #6726b6ef
@@ -308,7 +308,7 @@ def _hole_ends(con: DuckDBPyConnection, symbol: str, source: str, change: Change
         """SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id
         FROM coverage c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
         WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0""", [symbol, source]).fetchall()
-    starts = [a for a, _ in covered_spans(rows)][1:] if rows else []
+    starts = [a for a, _ in covered_spans(rows, harmless_ids(con))][1:] if rows else []
     return [*starts, *(i.end for i in change.inputs if i.file_id.startswith("gap ") and i.start < i.end)]
 
 
@@ -465,11 +465,13 @@ def read_event_bars(
 # %% ../../nbs/data/09_event_bars.ipynb #1abaf4eb
 def with_gap_rows(
     bars: pd.DataFrame,  # event bars of a source that numbers its trades without a hole, n rows
+    harmless: int = 0,  # ids that may be missing in a row
 ) -> pd.DataFrame:  # the same with a gap row for each hole
     "Insert a gap row for each hole in the ids of event bars."
     check_event_bars(bars)
     first, last = bars["first_id"].to_numpy(), bars["last_id"].to_numpy()
-    hole = np.flatnonzero(first[1:] != last[:-1] + 1) if len(bars) else np.empty(0, np.int64)
+    missing = first[1:] - last[:-1] - 1
+    hole = np.flatnonzero((missing < 0) | (missing > harmless))
     hole = hole[~(bars["gap"].to_numpy()[hole] | bars["gap"].to_numpy()[hole + 1])]
     if not len(hole):
         return bars

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from .coverage import holes_between, join_claims, without_holes
 from .series import Series, TimeLike, to_us
-from .store import store_size
+from .store import harmless_ids, store_size
 from ..errors import ConfigError, DataNotFound, problem
 
 # %% ../../nbs/data/13_status.ipynb #16e21c4e
@@ -181,7 +181,16 @@ def _recorded(
     gaps["missing"] = gaps["missing"].fillna(pd.Series(candles, index=gaps.index, dtype="Float64"))
     filled = _filled(con, gaps[gaps["kind"] == "id"], claims)
     gaps["missing"] -= gaps.index.map(filled).fillna(0).astype("float64")
-    return gaps[~(gaps["missing"] <= 0).fillna(False).astype(bool)].reindex(columns=_GAP)
+    again = gaps.duplicated([*_KEY, "kind", "start", "end", "first_missing_id"]) & (gaps["kind"] == "inner")  # files that overlap
+    return gaps[~(again | (gaps["missing"] <= 0).fillna(False).astype(bool))].reindex(columns=_GAP)
+
+
+def _harmless(
+    gaps: pd.DataFrame,  # kind, missing
+    limit: int,  # of `harmless_ids`
+) -> pd.Series:  # bool
+    "Mark the holes of ids that are too short to have an effect on bars."
+    return gaps["kind"].isin(["id", "inner", "between"]) & gaps["first_missing_id"].notna() & (gaps["missing"] <= limit).fillna(False)
 
 # %% ../../nbs/data/13_status.ipynb #e36347ab
 # trades may be a minute out of the order of their ids; far from the gap, an id is that of another listing
@@ -285,7 +294,7 @@ def gap_table(
     source: str | None = None,  # one source only
     *,
     silences: bool = True,  # find silences too, which reads the times of all trades
-) -> pd.DataFrame:  # one row per gap: series, kind, start, end (UTC), length, missing (ids or candles; NaN if unknown), ids, file_id
+) -> pd.DataFrame:  # one row per gap: series, kind, start, end (UTC), length, missing (ids or candles; NaN if unknown), ids, file_id, harmless
     "List everything that is missing, and suspicious silences."
     claims = _claims(con, symbol, source)
     recorded = _recorded(con, claims, symbol, source)
@@ -301,7 +310,7 @@ def gap_table(
     frame = pd.concat(parts) if parts else fresh
     frame = _times(frame.sort_values([*_KEY, "start", "end"], ignore_index=True))
     frame.insert(6, "length", frame["end"] - frame["start"])
-    return frame
+    return frame.assign(harmless=_harmless(frame, harmless_ids(con)))
 
 # %% ../../nbs/data/13_status.ipynb #6556e926
 Level = Literal["empty", "holes", "usable", "complete"]
@@ -335,6 +344,7 @@ def judge_series(
     silences: int = 0,  # number of suspicious silences
     source: str = "trades",  # of the series; replayed and simulated data are marked
     edges: int = 0,  # gaps of the kind bounds
+    short: tuple[int, int] = (0, 0),  # harmless holes, which are not among the gaps, and ids missing in them
 ) -> Verdict:  # the first rule that fits
     "Judge a series by the rules above."
     name = f"{NO_MARKET[source]}: " if source in NO_MARKET else ""
@@ -345,12 +355,15 @@ def judge_series(
     lost = f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else ""
     level: Level = "complete"
     text = "complete"
+    extra += [f"{_count(short[1], 'id')} missing in {_count(short[0], 'short hole')} without effect on bars"] * bool(short[0])
     if missing_share > HOLES_SHARE:
         level, text = "holes", f"full of holes: {_count(gaps, 'gap')}{lost}"
     elif gaps or share > REJECTED_SHARE:
         level, text = "usable", f"usable with {_count(gaps, 'gap')}{lost}"
     elif edges:
         level, text = "usable", "complete inside, but the first or last day is cut short"
+    elif short[0]:
+        level, text = "usable", "usable"
     return Verdict(level, name + "; ".join([text, *extra]))
 
 # %% ../../nbs/data/13_status.ipynb #1ad9d7ef
@@ -387,12 +400,14 @@ def status(
 def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int) -> list[object]:
     "Summarise one series; values as _STATUS."
     real, quiet = gaps[gaps["kind"] != "silence"], int((gaps["kind"] == "silence").sum())
-    inside = real[real["kind"] != "bounds"]
+    short = real[real["harmless"]]
+    inside = real[(real["kind"] != "bounds") & ~real["harmless"]]
     stored = int(claims["rows"].sum()) if claims["rows"].notna().any() else live
     start, end = int(claims["start"].min()), int(claims["end"].max())
     share = inside["length"].dt.total_seconds().sum() * 1e6 / (end - start) if end > start else 0.0
     refused, duplicates = (int(claims[name].fillna(0).sum()) for name in ("rejected", "duplicates"))
-    verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, len(real) - len(inside))
+    holes = len(short), int(short["missing"].sum())
+    verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, int((real["kind"] == "bounds").sum()), holes)
     kinds = claims["kind"].dropna()
     kind = kinds.iloc[0] if len(kinds) else "trades"
     longest = real["length"].max() if len(real) else pd.Timedelta(0)
@@ -535,7 +550,8 @@ class DataStatus(_Tables):
     ) -> np.ndarray:  # as from `raster`
         "Compute the timeline of a series from its own start to its own end."
         gaps = self.of(self.gaps, row)
-        return raster(self.of(self.coverage, row), gaps[~gaps["kind"].isin(["silence", "bounds"])], row.start, row.end, count)
+        real = gaps[~gaps["kind"].isin(["silence", "bounds"]) & ~gaps["harmless"]]
+        return raster(self.of(self.coverage, row), real, row.start, row.end, count)
 
     def footer(self) -> str:  # for the user
         "Describe the size of the store."
@@ -651,9 +667,9 @@ def source_intervals(
     return _times(frame.assign(session=frame["session"].astype(object), interval="")).drop(columns="interval")
 
 # %% ../../nbs/data/13_status.ipynb #ad73f827
-def _net(claims: pd.DataFrame, gaps: pd.DataFrame) -> list[tuple[int, int]]:
+def _net(claims: pd.DataFrame, gaps: pd.DataFrame, harmless: int) -> list[tuple[int, int]]:
     "Compute the half-open pieces (µs) of joined claims, without the open intervals of gaps."
-    whole = [(part.start, part.end + 1) for part in join_claims(claims)]
+    whole = [(part.start, part.end + 1) for part in join_claims(claims, harmless)]
     return without_holes(whole, [(a + 1, b) for a, b in zip(gaps["start"], gaps["end"], strict=True)])
 
 
@@ -664,12 +680,13 @@ def _own_pieces(
     claims: pd.DataFrame,  # of this series
 ) -> list[tuple[str | None, list[tuple[int, int]]]]:  # half-open pieces (µs): of all files together, or of each session, latest first
     "Compute the stretches that a source has, without its gaps."
-    gaps = _recorded(con, claims, symbol, source)
+    gaps, limit = _recorded(con, claims, symbol, source), harmless_ids(con)
+    gaps = gaps[~_harmless(gaps, limit)]
     if claims["rows"].notna().any():
-        return [(None, _net(claims, gaps))]
+        return [(None, _net(claims, gaps, limit))]
     sessions: list[tuple[str | None, list[tuple[int, int]]]] = []
     for session, own in sorted(claims.groupby("file_id"), reverse=True):
-        sessions.append((str(session), _net(own, gaps[gaps["file_id"] == session])))
+        sessions.append((str(session), _net(own, gaps[gaps["file_id"] == session], limit)))
     return sessions
 
 # %% ../../nbs/data/13_status.ipynb #1be40b4f

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'INLINE_ROWS', 'MIGRATIONS', 'extension_file',
-           'catalog_kind', 'catalog_file', 'schema_version', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor',
-           'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain']
+           'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'write', 'exclusive', 'init_duckdb',
+           'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -193,8 +193,16 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
         con.execute("SET GLOBAL sqlite_disable_multithreaded_scans = true")
     con.execute("SET GLOBAL TimeZone = 'UTC'")
     con.execute("SET enable_progress_bar = false")  # in a notebook it would be a widget in the committed output
+    con.execute(f"CREATE MACRO memory.main.harmless_ids() AS {settings.harmless_missing_ids:d}")
     _s3_secret(con, settings)
     return con
+
+
+def harmless_ids(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+) -> int:  # ids
+    "Return how many trade ids may be missing in a row without effect on bars: the setting HARMLESS_MISSING_IDS."
+    return int(con.execute("SELECT memory.main.harmless_ids()").fetchall()[0][0])
 
 # %% ../../nbs/data/01_store.ipynb #eb3b1c8e
 def _data_path(settings: Settings, is_new: bool) -> str | None:

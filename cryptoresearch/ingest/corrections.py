@@ -368,7 +368,7 @@ def insert_gaps(
     series: Series,  # in which rows are missing
     rows: Sequence[tuple[str, str, int, int, int | None, int | None]],  # file_id, kind, start, end (µs), first, last missing id
 ) -> None:
-    "Record missing stretches: kind 'id' (in no file), 'rejected' (rows refused), 'restart' (ids begin again) or 'time' (candles)."
+    "Record missing stretches: kind 'id' (in no file), 'rejected' (rows refused), 'inner' (left out by aggregates), 'restart' (ids begin again) or 'time' (candles)."
     if not rows:
         return
     names, types = ("file_id", "kind", "start_us", "end_us", "first_id", "last_id"), (pa.string(), pa.string(), *[pa.int64()] * 4)

@@ -493,6 +493,7 @@ def _gap_rows(job: Job, facts: Facts) -> list[tuple[str, str, int, int, int | No
         return [(job.sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
     kinds = ["rejected" if refused else "id" for refused in refused_holes(facts, holes)]
     restarts = [(job.sha256, "restart", start, end, None, None) for start, end in facts.restarts]
+    restarts += [(job.sha256, "inner", *map(int, hole)) for part in facts.inner for hole in part]
     return restarts + [(job.sha256, kind, int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, kind in zip(holes, kinds, strict=True)]
 
 

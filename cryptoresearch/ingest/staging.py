@@ -110,6 +110,7 @@ class Facts:
     prices: tuple[float, float] = (0.0, 0.0)  # of the first and last row
     holes: list[np.ndarray] = field(default_factory=list)  # as `_follow` fills them
     hole_count: int = 0  # rows in `holes`
+    inner: list[np.ndarray] = field(default_factory=list)  # holes in the trades of aggregates, m x 4: start, end (µs), first, last id
     restarts: list[tuple[int, int]] = field(default_factory=list)  # last and next trade (µs) where the ids begin again
 
     def all_holes(self) -> np.ndarray:  # int64, m x 6
@@ -346,7 +347,23 @@ def _begin_listing(
     ts, last = block.columns["ts"], int(stream.state[_TS])
     if stream.state[_BEGUN] and len(ts) and any(last < start <= ts[0] for start in stream.restarts):
         stream.facts.restarts.append((last, int(ts[0])))
+        stream.kept = {}
         stream.state[[_ID, _TS, _SIGN, _LINE, _BEGUN]], stream.last_price[:] = 0, 0.0
+
+
+def _note_inner(
+    stream: _Stream,
+    block: Block,  # the next rows, each once
+) -> None:
+    "Note the trades that consecutive aggregates leave out: each row states the first and last of its own."
+    if not {"first_id", "last_id"} <= set(block.columns):
+        return
+    names = ("trade_id", "ts", "first_id", "last_id")
+    ids, ts, first, last = (np.r_[[stream.kept[name]] if stream.kept else [], block.columns[name]].astype(np.int64) for name in names)
+    holes = np.stack([np.minimum(ts[1:], ts[:-1]), np.maximum(ts[1:], ts[:-1]), last[:-1] + 1, first[1:] - 1], axis=1)
+    missing = holes[:, 3] - holes[:, 2] + 1
+    known = (ids[1:] == ids[:-1] + 1) & (last[:-1] >= 0) & ~too_far(missing, holes[:, 1] - holes[:, 0])  # -1: no ids are stated
+    stream.facts.inner.append(holes[known & (missing > 0)])
 
 
 def _followed(
@@ -373,6 +390,7 @@ def _followed(
         stream.refuse(block, ~same, None)
         stream.refuse(block, ~repeat[~same], _REPEATED.format(stream.job.series.key))
     if len(block.line):
+        _note_inner(stream, block)
         stream.kept = {name: values[-1] for name, values in block.columns.items()}
     return np.asarray(side[~repeat])
 

@@ -31,7 +31,7 @@ import cryptoresearch.features.pipeline  # registers all features
 from ..data.bars import read_bars, source_market
 from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
-from ..data.store import snapshot
+from ..data.store import harmless_ids, snapshot
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.derived import Lagged, lagged
 from ..features.inputs import join_needed
@@ -247,7 +247,7 @@ def _read_events(
         raise ConfigError(problem(expected, f"bars of {bars.attrs['source']}", "Choose another source, or time bars"))
     if bars.empty:
         raise DataNotFound(problem(f"{spec} bars of {symbol} from {start} to {end}", "none", "Choose another stretch of time"))
-    return with_gap_rows(bars)
+    return with_gap_rows(bars, harmless_ids(con))
 
 # %% ../../nbs/runs/02_identity.ipynb #a950c1bd
 _TRADES = {"trade_id": "int64", "ts": "datetime64[us, UTC]", "price": "float", "qty": "float"}

@@ -11,7 +11,8 @@ __all__ = ['Market', 'Level', 'HOLES_SHARE', 'REJECTED_SHARE', 'NO_MARKET', 'EMP
 import html
 import math
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -345,6 +346,8 @@ def judge_series(
     source: str = "trades",  # of the series; replayed and simulated data are marked
     edges: int = 0,  # gaps of the kind bounds
     short: tuple[int, int] = (0, 0),  # harmless holes, which are not among the gaps, and ids missing in them
+    cut: str = "",  # time that is missing at an edge, where it is a day or more
+    doubts: Sequence[str] = (),  # sentences about values that contradict each other
 ) -> Verdict:  # the first rule that fits
     "Judge a series by the rules above."
     name = f"{NO_MARKET[source]}: " if source in NO_MARKET else ""
@@ -361,10 +364,42 @@ def judge_series(
     elif gaps or share > REJECTED_SHARE:
         level, text = "usable", f"usable with {_count(gaps, 'gap')}{lost}"
     elif edges:
-        level, text = "usable", "complete inside, but the first or last day is cut short"
-    elif short[0]:
+        level, text = "usable", f"complete inside, but the first or last {f'file is cut short by {cut}' if cut else 'day is cut short'}"
+    elif short[0] or doubts:
         level, text = "usable", "usable"
-    return Verdict(level, name + "; ".join([text, *extra]))
+    return Verdict(level, name + "; ".join([text, *extra, *doubts]))
+
+# %% ../../nbs/data/13_status.ipynb #42be3bf9
+_ODD_TRADES = """SELECT symbol, source, NULL AS interval, count(*) FILTER (n >= 10) AS days, count(*) FILTER (n >= 10 AND abs(total) = n) AS one_sided,
+  sum(odd)::BIGINT AS odd, sum(n_rows)::BIGINT AS rows FROM (SELECT symbol, source, ts::DATE AS day, count(side_reported) AS n,
+    sum(side_reported) AS total, count(*) FILTER (abs(quote_qty - price * qty) > 0.01 * price * qty + 1e-6) AS odd, count(*) AS n_rows
+    FROM trades WHERE ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL) GROUP BY ALL"""
+_ODD_CANDLES = """SELECT symbol, source, interval, 0 AS days, 0 AS one_sided, count(*) FILTER (quote_volume > 1.01 * high * volume + 1e-6
+    OR quote_volume < 0.99 * low * volume - 1e-6) AS odd, count(*) AS rows
+  FROM candles WHERE ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
+_REPEATED = """WITH frames AS (SELECT symbol, source, file_id, received_at, count(*) AS n, hash(list((ts, price, qty) ORDER BY trade_id)) AS content
+    FROM trades WHERE received_at IS NOT NULL AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL)
+  SELECT symbol, source, sum(n) FILTER (k > 1)::BIGINT, sum(n)::BIGINT FROM (SELECT *, row_number() OVER
+    (PARTITION BY symbol, source, file_id, content ORDER BY received_at) AS k FROM frames) GROUP BY ALL"""
+_LEFT_OUT = """SELECT symbol, source, sum(regexp_extract(detail, '^\\d+')::BIGINT) FROM data_log
+  WHERE event = 'repeated' AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
+
+
+def _doubts(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    symbol: str | None,  # one symbol only
+    source: str | None,  # one source only
+) -> dict[tuple[str, str, str], list[str]]:  # sentences by symbol, source and interval ('' for trades)
+    "Describe the values of each series that contradict each other."
+    out: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for query in (_ODD_TRADES, _ODD_CANDLES):
+        for *key, interval, days, one_sided, odd, rows in con.execute(query, [symbol, source]).fetchall():
+            found = out[key[0], key[1], interval or ""]
+            found += [f"sides not usable: all trades of {_count(one_sided, 'day')} have one side"] * (one_sided > 0.05 * days)
+            found += [f"{_count(odd, 'quote amount')} of {rows:,} do not fit price and quantity"] * bool(odd)
+    for *key, again, rows in con.execute(_REPEATED, [symbol, source]).fetchall():
+        out[key[0], key[1], ""] += [f"{_count(again or 0, 'trade')} of {rows:,} in repeated live frames"] * ((again or 0) > 0.001 * rows)
+    return out
 
 # %% ../../nbs/data/13_status.ipynb #1ad9d7ef
 _STATUS = [
@@ -390,14 +425,15 @@ def status(
     symbol: str | None = None,  # one symbol only
     source: str | None = None,  # one source only
     *,
-    silences: bool = True,  # find silences too, which reads the times of all trades
+    silences: bool = True,  # find silences and contradictory values too, which reads all rows
 ) -> pd.DataFrame:  # one row per series: what there is (UTC), what is missing (ids or candles; share of time, 0 to 1), level and verdict
     "Summarise what there is of each series, what is missing, and whether it can be used."
     claims = _claims(con, symbol, source)
-    return _summed(claims, gap_table(con, symbol, source, silences=silences), _live_rows(con, claims))
+    doubts = _doubts(con, symbol, source) if silences else {}
+    return _summed(claims, gap_table(con, symbol, source, silences=silences), _live_rows(con, claims), doubts)
 
 # %% ../../nbs/data/13_status.ipynb #1a51ffec
-def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int) -> list[object]:
+def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int, doubts: list[str]) -> list[object]:
     "Summarise one series; values as _STATUS."
     real, quiet = gaps[gaps["kind"] != "silence"], int((gaps["kind"] == "silence").sum())
     short = real[real["harmless"]]
@@ -406,8 +442,9 @@ def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int) -
     start, end = int(claims["start"].min()), int(claims["end"].max())
     share = inside["length"].dt.total_seconds().sum() * 1e6 / (end - start) if end > start else 0.0
     refused, duplicates = (int(claims[name].fillna(0).sum()) for name in ("rejected", "duplicates"))
-    holes = len(short), int(short["missing"].sum())
-    verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, int((real["kind"] == "bounds").sum()), holes)
+    holes, edges = (len(short), int(short["missing"].sum())), real[real["kind"] == "bounds"]
+    cut = length_text(edges["length"].max()) if len(edges) and edges["length"].max() >= pd.Timedelta("1D") else ""
+    verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, len(edges), holes, cut, doubts)
     kinds = claims["kind"].dropna()
     kind = kinds.iloc[0] if len(kinds) else "trades"
     longest = real["length"].max() if len(real) else pd.Timedelta(0)
@@ -420,13 +457,14 @@ def _summed(
     claims: pd.DataFrame,  # of all series
     gaps: pd.DataFrame,  # of gap_table
     live: dict[tuple[str, str], int],  # trades of live sources
+    doubts: dict[tuple[str, str, str], list[str]],  # of `_doubts`
 ) -> pd.DataFrame:  # as `status`
     "Summarise all series, one row each."
     rows = []
     for key, group in _by_series(claims):
         symbol, source, interval = _values(key)
         same = (gaps["symbol"] == symbol) & (gaps["source"] == source) & (gaps["interval"].fillna("") == interval)
-        rows.append(_summary(key, group, gaps[same], live.get((symbol, source), 0)))
+        rows.append(_summary(key, group, gaps[same], live.get((symbol, source), 0), doubts.get((symbol, source, interval), [])))
     return _times(pd.DataFrame(rows, columns=_STATUS))
 
 # %% ../../nbs/data/13_status.ipynb #207a3e21
@@ -604,11 +642,12 @@ def data_status(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None = None,  # one symbol only
     *,
-    silences: bool = True,  # find silences too, which reads the times of all trades
+    silences: bool = True,  # find silences and contradictory values too, which reads all rows
 ) -> DataStatus:  # displays itself in a terminal and in a notebook
     "Collect everything that the store has, for display."
     claims, gaps = _claims(con, symbol), gap_table(con, symbol, silences=silences)
-    return DataStatus(_summed(claims, gaps, _live_rows(con, claims)), coverage(con, symbol), gaps, store_size(con))
+    doubts = _doubts(con, symbol, None) if silences else {}
+    return DataStatus(_summed(claims, gaps, _live_rows(con, claims), doubts), coverage(con, symbol), gaps, store_size(con))
 
 # %% ../../nbs/data/13_status.ipynb #b12c8bbb
 PREFERRED = {"spot": ("trades", "aggTrades", "finnhub"), "um": ("um.trades", "um.aggTrades")}

@@ -26,7 +26,7 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import serve, Server, ServerConnection
 
 from ..data.series import naive_utc
-from ..data.store import cursor
+from ..data.store import cursor, harmless_ids
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 
 # %% ../../nbs/live/04_replay.ipynb #00000006
@@ -102,8 +102,9 @@ def _bound(when: pd.Timestamp | str) -> datetime:
 
 def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: str) -> list[int]:
     "Return the times (ms) at which stored gaps end, latest first."
-    query = "SELECT DISTINCT epoch_ms(end_ts) FROM gaps WHERE list_contains(?, symbol) AND source = ? ORDER BY 1 DESC"
-    return [row[0] for row in cursor(con).execute(query, [list(symbols), source]).fetchall()]
+    query = """SELECT DISTINCT epoch_ms(end_ts) FROM gaps WHERE list_contains(?, symbol) AND source = ?
+      AND NOT coalesce(kind IN ('id', 'inner') AND last_missing_id - first_missing_id < ?, false) ORDER BY 1 DESC"""
+    return [row[0] for row in cursor(con).execute(query, [list(symbols), source, harmless_ids(con)]).fetchall()]
 
 # %% ../../nbs/live/04_replay.ipynb #0000000b
 class Item(TypedDict):

@@ -1,0 +1,84 @@
+"What `data status` warns of: sides, quote amounts, repeated live frames, files that are cut short."
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from cryptoresearch.data.status import data_status, status
+from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.ingest.files import process_file
+from cryptoresearch.settings import Settings
+
+BEGIN_MS, DAY_MS = 1_783_036_800_000, 86_400_000  # 2026-07-03
+Con = duckdb.DuckDBPyConnection
+
+
+@pytest.fixture
+def con(tmp_path: Path) -> Iterator[Con]:
+    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), duckdb_threads=2)) as con:
+        yield con
+
+
+def trades(n: int, sides: str, start_ms: int = BEGIN_MS, first: int = 1) -> list[str]:
+    rows = [f"{first + i},{100 + i % 7},1,{100 + i % 7},{start_ms + i * 100},{'true' if sides[i % len(sides)] == 's' else 'false'}" for i in range(n)]
+    return ["id,price,qty,quote_qty,time,is_buyer_maker", *rows]
+
+
+def load(con: Con, path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines) + "\n")
+    process_file(con, path, progress=False)
+
+
+def verdict(con: Con) -> tuple[str, str]:
+    row = status(con).iloc[0]
+    return str(row["level"]), str(row["verdict"])
+
+
+@pytest.mark.parametrize(("sides", "warned"), [("s", True), ("b", True), ("sb", False), ("ssssb", False)])
+def test_one_sided_trades_are_not_usable(con: Con, tmp_path: Path, sides: str, warned: bool) -> None:
+    load(con, tmp_path / "ABCUSDT-trades-2026-07-03.csv", trades(11, sides))
+    level, text = verdict(con)
+    assert ("sides not usable: all trades of 1 day have one side" in text) == warned
+    assert level != "complete" or not warned
+    assert (text in str(data_status(con)._repr_html_())) and "sides" not in status(con, silences=False)["verdict"].iloc[0]
+
+
+def test_one_sided_days_among_others_are_counted(con: Con, tmp_path: Path) -> None:
+    for day in range(5):
+        lines = trades(40, "s" if day == 2 else "sb", BEGIN_MS + day * DAY_MS, 1 + 40 * day)
+        load(con, tmp_path / f"ABCUSDT-trades-2026-07-{3 + day:02d}.csv", lines)
+    assert "sides not usable: all trades of 1 day have one side" in verdict(con)[1]
+
+
+def test_a_thin_market_has_one_sided_days(con: Con, tmp_path: Path) -> None:
+    load(con, tmp_path / "ABCUSDT-trades-2026-07-03.csv", trades(5, "s"))
+    assert "sides" not in verdict(con)[1]
+
+
+@pytest.mark.parametrize(("table", "change", "text"), [
+    ("trades", "quote_qty = 9e9 WHERE trade_id < 4", "3 quote amounts of 11 do not fit price and quantity"),
+    ("trades", "quote_qty = quote_qty * 1.02", "11 quote amounts of 11"),
+    ("trades", "quote_qty = quote_qty + 1e-7", None),
+    ("candles", "quote_volume = 9e9 WHERE ts = (SELECT min(ts) FROM candles)", "1 quote amount of 3"),
+    ("candles", "quote_volume = low * volume", None),
+])  # fmt: skip
+def test_quote_amounts_that_do_not_fit_are_counted(con: Con, tmp_path: Path, table: str, change: str, text: str | None) -> None:
+    "As in a store of an older version: such files are refused now."
+    if table == "trades":
+        load(con, tmp_path / "ABCUSDT-trades-2026-07-03.csv", trades(11, "sb"))
+    else:
+        lines = [f"{BEGIN_MS + i * 60_000},10,12,9,11,5.5,{BEGIN_MS + (i + 1) * 60_000 - 1},60.5,42,2.5,27.5,0" for i in range(3)]
+        load(con, tmp_path / "ABCUSDT-1m-2026-07-03.csv", lines)
+    write(con, lambda c: c.execute(f"UPDATE {table} SET {change}"))
+    assert (text in verdict(con)[1]) if text else "quote" not in verdict(con)[1]
+
+
+@pytest.mark.parametrize(("name", "days", "text"), [
+    ("ABCUSDT-trades-2026-07.csv", 7, "the first or last file is cut short by 25 d"),
+    ("ABCUSDT-trades-2026-07-03.csv", 1, "the first or last day is cut short"),
+])  # fmt: skip
+def test_a_month_that_is_cut_short_says_by_how_much(con: Con, tmp_path: Path, name: str, days: int, text: str) -> None:
+    lines = [line for day in range(days) for line in trades(40, "sb", BEGIN_MS - 2 * DAY_MS * (days > 1) + day * DAY_MS, 1 + 40 * day)[day > 0 :]]
+    load(con, tmp_path / name, lines)
+    assert text in verdict(con)[1]

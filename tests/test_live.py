@@ -24,11 +24,13 @@ import pytest
 import websocket
 from websockets.sync.server import ServerConnection, serve
 
+from cryptoresearch.data.status import status
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
+from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.collector import Collector
 from cryptoresearch.live.feed import FinnhubWebSocket
-from cryptoresearch.live.messages import Trade
+from cryptoresearch.live.messages import LIMIT, Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.settings import Settings, shared_data
 
@@ -128,6 +130,56 @@ def test_every_case_reaches_the_store_as_it_should(settings: Settings) -> None:
     assert reasons == ["unknown type news", "not JSON (JSONDecodeError)", "dated in the future", "not subscribed", "p is not a number"]
     order = [r[0] for r in con.execute("SELECT epoch_ms(ts) FROM trades WHERE symbol = 'BTCUSDT' ORDER BY trade_id LIMIT 8").fetchall()]
     assert order == [T0] * 6 + [T0 + 1000, T0 - 1000]  # by arrival, not by time
+
+
+def test_a_frame_that_is_delivered_again_counts_once(settings: Settings) -> None:
+    "Equal trades inside a frame, and an equal trade in a frame of another time, stay."
+    several = frame({}, {}, {"p": 101.0})
+    calls: list[Trade] = []
+
+    def script(c: ServerConnection, n: int) -> None:
+        for f in (frame({}), *[several] * (3 if n == 1 else 1), '{"type":"ping"}', '{"type":"ping"}', frame({"t": T0 + n})):
+            c.send(f)
+        if n == 2:
+            hold(c)
+
+    with stub(script) as (url, _):
+        feed = listen(url, settings, collect=True, on_trades=calls.extend).start()
+        wait_for(lambda: feed.stats.pings == 4 and len(calls) == 6)
+        feed.stop()
+    assert (feed.stats.trades, feed.stats.repeated, feed.stats.malformed) == (6, 4, 0)
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*), sum(qty) FROM trades").fetchall() == [(6, 3.0)]
+        assert con.execute("SELECT symbol, detail FROM data_log WHERE event = 'repeated'").fetchall() == [
+            ("BTCUSDT", "10 trades in frames that were received again, left out")]
+        assert "10 trades of repeated live frames left out" in status(con)["verdict"].iloc[0]
+
+
+def test_frames_that_an_older_version_stored_again_are_reported(settings: Settings) -> None:
+    collector = Collector([BTC], settings=settings).start()
+    trades = [Trade(BTC, 100.0 + i, 0.5, datetime.fromtimestamp(T0 / 1000, UTC)) for i in range(3)]
+    for _ in range(3):
+        collector.add(trades, datetime.now(UTC))
+        time.sleep(0.001)
+    collector.stop()
+    with init_duckdb(settings) as con:
+        assert "6 trades of 9 in repeated live frames" in status(con)["verdict"].iloc[0]
+
+
+@pytest.mark.parametrize(("price", "volume"), [(1e16, 1.0), (1.0, 1e19), (1e8, 1e8)])
+def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, volume: float) -> None:
+    assert LIMIT == LIMITS["price"] == LIMITS["qty"] == LIMITS["quote_qty"]
+    with stub(lambda c, n: (c.send(frame({"p": price, "v": volume}, {})), hold(c))) as (url, _):
+        feed = listen(url, settings, collect=True).start()
+        wait_for(lambda: feed.stats.trades == 1)
+        assert feed.collector is not None
+        feed.collector.add([Trade(BTC, price, volume, datetime.now(UTC))], datetime.now(UTC))  # not through a frame
+        feed.stop()
+    assert feed.stats.rejected == 1
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT price, qty FROM trades").fetchall() == [(100.0, 0.5)]
+        reasons = con.execute("SELECT reason FROM quarantine").fetchall()
+        assert reasons == [("price, volume or their product is not below 1e+15, which is beyond any market",)] * 2
 
 
 def test_a_frame_in_pieces_and_pings_of_the_protocol(settings: Settings) -> None:

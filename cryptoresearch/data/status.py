@@ -399,6 +399,9 @@ def _doubts(
             found += [f"{_count(odd, 'quote amount')} of {rows:,} do not fit price and quantity"] * bool(odd)
     for *key, again, rows in con.execute(_REPEATED, [symbol, source]).fetchall():
         out[key[0], key[1], ""] += [f"{_count(again or 0, 'trade')} of {rows:,} in repeated live frames"] * ((again or 0) > 0.001 * rows)
+    if con.execute("SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = 'data_log'").fetchall():
+        for *key, left_out in con.execute(_LEFT_OUT, [symbol, source]).fetchall():
+            out[key[0], key[1], ""].append(f"{_count(left_out, 'trade')} of repeated live frames left out")
     return out
 
 # %% ../../nbs/data/13_status.ipynb #1ad9d7ef

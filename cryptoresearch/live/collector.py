@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
@@ -24,10 +25,11 @@ import duckdb
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from ..data.ledger import log_event
 from ..data.series import to_us
 from ..data.store import cursor, init_duckdb, write
 from ..errors import CryptoResearchError, FeedError, problem, StoreBusy
-from .messages import Trade
+from .messages import impossible, shorten, Trade
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/live/02_collector.ipynb #170b5b72
@@ -113,6 +115,7 @@ class _SessionState:
         self.tracks: dict[str, _Track] = {}
         self.batch = Batch()
         self.refused = 0
+        self.repeated: Counter[str] = Counter()  # trades of repeated frames, by symbol
         self.last_at = started_at
 
 # %% ../../nbs/live/02_collector.ipynb #c2000003
@@ -325,6 +328,9 @@ def _session_row(
 ) -> None:
     "Replace the session's row in `live_sessions`."
     row = con.execute("SELECT count(*) FROM trades WHERE file_id = ?", [session.session_id]).fetchone() if ended_at else (0,)
+    for symbol, n in session.repeated.items() if ended_at else ():
+        span, detail = (session.started_at, ended_at), f"{n} trades in frames that were received again, left out"
+        log_event(con, "repeated", symbol, session.source, session.session_id, session.url, span, detail)
     con.execute("DELETE FROM live_sessions WHERE session_id = ?", [session.session_id])
     values = [session.session_id, session.source, session.url, session.symbols, session.started_at, ended_at, reason, row[0] if row else 0]
     con.execute("INSERT INTO live_sessions VALUES (?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?)", values)
@@ -503,15 +509,24 @@ class _Intake(_Recording):
         received_at: datetime,  # local clock, UTC
     ) -> None:
         "Add trades; they are in the journal when this returns."
-        rows = [[plain_symbol(t.symbol), t.price, t.volume, to_us(t.ts)] for t in trades]
+        reasons = [impossible(t.price, t.volume) for t in trades]
+        self.refuse([(shorten(str(t)), reason) for t, reason in zip(trades, reasons, strict=True) if reason])
+        rows = [[plain_symbol(t.symbol), t.price, t.volume, to_us(t.ts)] for t, reason in zip(trades, reasons, strict=True) if not reason]
         self._event({"e": "trades", "at": to_us(received_at), "d": rows})
+
+    def note_repeated(
+        self,
+        trades: Sequence[Trade],  # of a frame that was received before
+    ) -> None:
+        "Count trades that are left out, for the log of the session."
+        self.session.repeated.update(plain_symbol(t.symbol) for t in trades)
 
     def refuse(
         self,
         items: Sequence[tuple[str, str]],  # raw text, reason
     ) -> None:
         "Put items that are not valid trades into quarantine."
-        if self.session.refused < self.session.max_quarantine:
+        if items and self.session.refused < self.session.max_quarantine:
             self._event({"e": "refused", "d": [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]})
 
 # %% ../../nbs/live/02_collector.ipynb #c2000010

@@ -15,6 +15,7 @@ import re
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, UTC
@@ -228,6 +229,7 @@ class FeedStats:
     pings: int = 0  # messages of type ping
     rejected: int = 0  # items that are not valid trades
     malformed: int = 0  # frames that cannot be read, or of unknown type
+    repeated: int = 0  # frames of trades that equal an earlier one byte by byte; their trades are left out
     server_errors: int = 0  # messages of type error
     connections: int = 0  # opened
     reconnects: int = 0  # connections after the first one
@@ -247,6 +249,7 @@ class _FeedState:
         self._stats, self._stop, self._began = FeedStats(), threading.Event(), datetime.now(UTC)
         self._thread: threading.Thread | None = None
         self._connection: Connection | None = None
+        self._frames: OrderedDict[int, None] = OrderedDict()  # hashes of the last frames of trades
 
 
 def _symbols(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -338,11 +341,29 @@ def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
         feed.on_trades(trades)
 
 # %% ../../nbs/live/03_feed.ipynb #6ee50e53
+_FRAMES = 10_000  # that are remembered, across reconnects
+
+
+def _is_repeated(feed: _Feed, data: bytes) -> bool:
+    "Check whether a frame equals one of the last frames byte by byte, and remember it."
+    key = hash(data)
+    again = key in feed._frames
+    feed._frames[key] = None
+    feed._frames.move_to_end(key)
+    if len(feed._frames) > _FRAMES:
+        feed._frames.popitem(last=False)
+    return again
+
+
 def _take(feed: _Feed, data: bytes, at: datetime) -> None:
     "Count one frame and pass its trades on."
     stats = feed._stats
     stats.last_message_at = at
     match parse_message(data):
+        case Trades(trades) if trades and _is_repeated(feed, data):
+            stats.repeated += 1
+            if feed.collector is not None:
+                feed.collector.note_repeated(trades)
         case Trades() as message:
             _pass_on(feed, message, at)
         case Ping():

@@ -67,9 +67,10 @@ def report(
     "Write a page about one series: coverage, gaps, days, sides, candles, refused rows, history."
     import re
 
+    from cryptoresearch.data.series import normal_symbol
     from cryptoresearch.serving.batch import run_notebook
 
-    settings = get_settings()
+    settings, symbol = get_settings(), normal_symbol(symbol)
     folder = output or settings.path(settings.runs_dir).parent / "data_reports" / re.sub(r"[^A-Za-z0-9._-]", "-", symbol)
     parameters = {"symbol": symbol, "source": source, "start": start, "end": end}
     paths = run_notebook("research/data_report.ipynb", parameters, folder, settings=settings)

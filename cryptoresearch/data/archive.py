@@ -39,6 +39,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 from tenacity import retry_if_exception_type, RetryCallState, Retrying, sleep_using_event, wait_random
 
 # %% ../../nbs/data/02_archive.ipynb #5c0bc075
+from .series import normal_symbol
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError
 from ..settings import get_settings, Settings
 
@@ -499,10 +500,12 @@ def archive_name(
         if value not in known:
             expected = f"expected a{'n' if what == 'interval' else ''} {what} of {', '.join(known)}"
             raise ConfigError(f"{expected}; found {value!r}. Other data are not mirrored from the archive")
+    with contextlib.suppress(SchemaError):
+        symbol = normal_symbol(symbol)
     if not re.fullmatch(r"\w{2,40}", symbol):
         expected = "expected a symbol as the archive writes it, such as BTCUSDT"
-        raise ConfigError(f"{expected}; found {symbol!r}. Leave out the exchange and separators")
-    symbol, part = symbol.upper(), interval if kind == "klines" else kind
+        raise ConfigError(f"{expected}; found {symbol!r}. Leave out the exchange")
+    part = interval if kind == "klines" else kind
     folder = f"{symbol}/{interval}" if kind == "klines" else symbol
     period, when = ("monthly", f"{day:%Y-%m}") if monthly else ("daily", f"{day:%Y-%m-%d}")
     return f"data/{MARKETS[market]}/{period}/{kind}/{folder}/{symbol}-{part}-{when}.zip"

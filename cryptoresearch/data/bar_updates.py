@@ -27,7 +27,7 @@ from tenacity import retry_if_exception_type, Retrying, stop_after_attempt
 from .aggregation import combine_bars, fold_trades, NUMBERS, place_bars, TRADE_COLUMNS, Trades
 from .bars import bar_length, bar_spec
 from .coverage import missing_bars
-from .series import BARS_OF, Series
+from .series import BARS_OF, normal_symbol, Series
 from .store import cursor, exclusive, harmless_ids, write
 from ..errors import DataNotFound, StoreBusy
 
@@ -730,6 +730,7 @@ def grow_bars(
 ) -> int:  # bars that the store now holds of them, gap bars included
     "Bring the stored time bars of a symbol up to date with its trades and candles."
     length_us, spec, total, built = bar_length(spec) // pd.Timedelta("1us"), bar_spec(spec), 0, 0
+    symbol = normal_symbol(symbol)
     for name, candles in _sources(con, symbol, spec, source):
         if candles and not _candle_lengths(con, symbol, name, length_us):
             continue

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .aggregation import combine_bars, complete_trades, fold_trades, NUMBERS, place_bars, PRICES
 from .coverage import missing_bars
-from .series import naive_utc, TimeLike, to_us, to_utc, utc_index
+from .series import naive_utc, normal_symbol, TimeLike, to_us, to_utc, utc_index
 from ..errors import DataNotFound, problem, SchemaError
 
 # %% ../../nbs/data/07_bars.ipynb #40014f38
@@ -423,7 +423,7 @@ def read_bars(
     ids: bool = False,  # add first_id and last_id, the ids of the bar's first and last trade (Int64)
 ) -> pd.DataFrame:  # bar frame; attrs: closed_by, symbol, spec, source, sources (bars by source)
     "Read stored bars as one frame on the complete grid; raise `DataNotFound` with the bars that exist instead."
-    spec = bar_spec(spec)
+    symbol, spec = normal_symbol(symbol), bar_spec(spec)
     if market not in (None, *get_args(Market)):
         raise SchemaError(f"expected the market spot, um or played; found {market!r}. Choose one of them, or none")
     t0, t1 = (None if t is None else to_utc(t) for t in (start, end))

@@ -25,7 +25,7 @@ from cryptoresearch.data.aggregation import (
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
 from .coverage import covered_spans
-from .series import BARS_OF, naive_utc, Series, TimeLike, to_us
+from .series import BARS_OF, naive_utc, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, write
 from ..errors import DataNotFound, SchemaError
 
@@ -404,7 +404,7 @@ def make_event_bars(
     source: str | None = None,  # one source only; every source of trades when None
 ) -> int:  # bars that the store now holds of them
     "Build and store the event bars of a symbol from its trades; a repeated call follows only what is new."
-    e = event_spec(spec)
+    e, symbol = event_spec(spec), normal_symbol(symbol)
     rows = con.execute(
         """SELECT DISTINCT source FROM coverage WHERE symbol = $1 AND interval IS NULL
         AND source NOT IN (SELECT source FROM candles WHERE symbol = $1) ORDER BY 1""", [symbol]).fetchall()
@@ -450,7 +450,7 @@ def read_event_bars(
     source: str | None = None,  # None: the first of SOURCES that has them, numbered trades before others; never mixed
 ) -> pd.DataFrame:  # frame of the contract; attrs: closed_by, symbol, spec, source
     "Read stored event bars; raise `DataNotFound` where there are none."
-    e = event_spec(spec)
+    e, symbol = event_spec(spec), normal_symbol(symbol)
     chosen = _source_of(con, symbol, e, source)
     where, key = BARS_OF, list[object]([symbol, chosen, e.kind, e.spec])
     for condition, value in (("ts >= ?", start), ("ts < ?", end)):

@@ -142,7 +142,7 @@ def log_event(
 
 # %% ../../nbs/data/04_ledger.ipynb #2566b3b5
 _ARCHIVE_NAME = re.compile(
-    r"([A-Z0-9_]+-(?:trades|aggTrades|\d{1,3}(?:s|m|h|d|w|mo))-\d{4}-\d{2}(?:-\d{2})?)\.(?:zip|csv|csv\.gz|parquet)"
+    r"([^\Wa-z]+-(?:trades|aggTrades|\d{1,3}(?:s|m|h|d|w|mo))-\d{4}-\d{2}(?:-\d{2})?)\.(?:zip|csv|csv\.gz|parquet)"
 )
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from .bars import bar_length
-from .series import naive_utc, TimeLike
+from .series import naive_utc, normal_symbol, TimeLike
 from .status import coverage, gap_table, Level, PREFERRED, status, Verdict
 from ..errors import DataNotFound, problem
 
@@ -192,7 +192,7 @@ def happened(
         f"""SELECT * FROM ({_LOADED} {log})
         WHERE ($1 IS NULL OR symbol IS NULL OR symbol = $1) AND ($2 IS NULL OR source IS NULL OR source = $2)
         ORDER BY "at" DESC, file LIMIT $3""",
-        [symbol, source, last],
+        [symbol and normal_symbol(symbol), source, last],
     ).df()
     frame["file"] = [None if pd.isna(f) else str(f).rsplit("/", 1)[-1] for f in frame["file"]]
     for name in ("at", "start", "end"):

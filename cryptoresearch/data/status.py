@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .coverage import holes_between, join_claims, without_holes
-from .series import Series, TimeLike, to_us
+from .series import normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, store_size
 from ..errors import ConfigError, DataNotFound, problem
 
@@ -52,7 +52,8 @@ def _rows(
     source: str | None,  # one source only
 ) -> pd.DataFrame:  # the columns, in that order; times naive UTC
     "Read the rows of a table about the selected series."
-    known = {name: value for name, value in (("symbol", symbol), ("source", source)) if value is not None}
+    given = (("symbol", symbol and normal_symbol(symbol)), ("source", source))
+    known = {name: value for name, value in given if value is not None}
     where = " AND ".join(f"{name} = ?" for name in known) or "true"
     frame = con.execute(f"SELECT * FROM {table} WHERE {where}", list(known.values())).df()
     return frame.reindex(columns=columns)

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..data.aggregation import combine_bars
 from ..data.bars import bar_kind, bar_length, NUMBERS, PRICES
+from ..data.series import normal_symbol
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
 from .indicators import log_return
@@ -179,7 +180,7 @@ def symbol_prefix(
     symbol: str,  # such as ETHUSDT, BINANCE:ETHUSDT or 1000PEPEUSDT
 ) -> str:  # ethusdt, binance_ethusdt, _1000pepeusdt: what columns and features of the symbol begin with
     "Convert a symbol to a prefix of names."
-    name = re.sub(r"\W", "_", symbol.lower())
+    name = re.sub(r"\W", "_", normal_symbol(symbol).lower())
     return f"_{name}" if name[:1].isdigit() else name
 
 

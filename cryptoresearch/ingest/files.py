@@ -6,6 +6,7 @@
 __all__ = ['IngestResult', 'process_file', 'forget_file']
 
 # %% ../../nbs/ingest/06_files.ipynb #e3f1d9f3
+import hashlib
 import html
 import os
 import secrets
@@ -47,7 +48,7 @@ class IngestResult:
     "Describe what one file added to the store."
 
     uri: str  # as it was given
-    sha256: str  # of the file's bytes; the rows' file_id
+    sha256: str  # of the file's bytes, and of the symbol where a file of several symbols is loaded for one; the rows' file_id
     symbol: str  # such as BTCUSDT
     source: str  # 'trades', 'aggTrades', 'klines'; 'um.trades', … for futures; 'simulated', …
     kind: str  # 'trades', 'aggTrades' or 'klines'
@@ -681,9 +682,17 @@ def _straight(
         sample.write_bytes(head)
         with suppress(SchemaError, OutOfOrder):
             spec = inspect_file(sample, uri, **wanted.given)
+            if spec.picks:
+                return None
             source = wanted.source or _default_source(spec, False)
             return _load(con, Job(uri, text, text.bytes, text.sha256, source, spec, secrets.token_hex(32)), wanted)
     return None
+
+# %% ../../nbs/ingest/06_files.ipynb #5c0d0020
+def _identity(path: Path, digest: str | None, spec: FileSpec) -> str:
+    "Compute the file_id: the sha256 of the bytes, and of the symbol too where a file of several is loaded for one."
+    whole = digest or file_sha256(path)
+    return hashlib.sha256(f"{whole} {spec.symbol}".encode()).hexdigest() if spec.picks else whole
 
 # %% ../../nbs/ingest/06_files.ipynb #3ef10cc3
 def _load_local(
@@ -698,7 +707,7 @@ def _load_local(
         spec: FileSpec | None = None
         try:
             spec = inspect_file(path, name, **wanted.given)
-            hashing = pool.submit(file_sha256, path) if digest is None else pool.submit(str, digest)
+            hashing = pool.submit(_identity, path, digest, spec)
             source = wanted.source or _default_source(spec, _says_simulated(path, name))
             job = Job(name, path, path.stat().st_size, hashing, source, spec, secrets.token_hex(32))
             known = _loaded(con, job, wanted.replace) if _size_known(con, job.bytes) else None

@@ -30,10 +30,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from isal import igzip, isal_zlib
 
+from ..data.series import normal_symbol
 from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (
     BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, doubled, explain_header, is_header, Kind, KINDS, LAYOUTS,
-    MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TIME, TYPES, WHOLE,
+    MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TEXT, text_hash, TIME, TYPES, unquoted, WHOLE,
 )
 
 # %% ../../nbs/ingest/02_formats.ipynb #3dfeeafd
@@ -113,6 +114,7 @@ class FileSpec:
     header: bool  # whether the first line is one
     market: Market = "spot"  # of the exchange
     period: tuple[int, int] | None = None  # microseconds, [start, end), from an archive name
+    picks: bool = False  # whether rows of other symbols are left out; else they are an error
 
 # %% ../../nbs/ingest/02_formats.ipynb #1e6caeda
 _HIGHEST_RATIO, _RATIO_FROM = 200, 1 << 26  # bytes out for one in, checked from so many bytes on; real files reach 10
@@ -327,6 +329,93 @@ def _layout_of(
         )
     return layout, False
 
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0011
+def _head(path: Path, lines: list[str], spec: FileSpec) -> Block:
+    "Read the first rows of a file, checked; the symbol is not known yet."
+    text = "".join(f"{line}\n" for line in lines[spec.header :]).encode()
+    block = next(_parquet_blocks(path, spec) if spec.form == "parquet" else parse_piece(text, spec.columns, 1), None)
+    none = np.empty(0, np.int64)
+    return check_values(block or Block({name: none for name in spec.columns if name}, none, lambda i: ""), spec.kind)
+
+
+def _listed(symbols: list[str]) -> str:
+    "List the first of some symbols, and the number of the others."
+    return ", ".join(symbols[:5]) + (f" and {len(symbols) - 5} more" if len(symbols) > 5 else "")
+
+
+def _several(symbols: list[str], name: str) -> str:
+    "Explain that a file has several symbols, and how one is chosen."
+    return (
+        f"expected rows of one symbol in {name}; found {_listed(symbols)} in the column symbol. "
+        f"Choose one: cryptoresearch ingest {name} --symbol {symbols[0]}, or symbol="
+    )
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0013
+def _symbol_of(
+    head: Block,  # first rows
+    columns: Columns,  # layout
+    name: str,  # of the file
+    given: str | None,  # by the caller
+    named: str | None,  # by the file's name
+) -> str:  # '' where nothing states it
+    "Find the symbol of a file; raise `SchemaError` where name and content contradict each other."
+    wanted = normal_symbol(given or named or "") if given or named else ""
+    if given is not None or "symbol" not in columns or not len(head.line):
+        return wanted
+    found = sorted(set(_new_symbols(head, columns, {}).values()))
+    if wanted and found != [wanted]:
+        other = next(symbol for symbol in found if symbol != wanted)
+        raise SchemaError(
+            f"expected in {name} rows of {wanted}, as its name says; found {_listed(found)} in the column symbol. "
+            f"If the column is right, load it by name: --symbol {other}, or symbol={other!r}"
+        )
+    if len(found) > 1:
+        raise SchemaError(_several(found, name))
+    return found[0]
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0042
+_FEWEST = 4  # candles from which their distance is judged
+
+
+def _observed(head: Block) -> tuple[int, str]:  # length in µs, 0 where unknown; the sentence that explains it
+    "Find the length of candles from their times."
+    ts, close = np.sort(head.columns["ts"]), head.columns.get("close_time")
+    if close is not None and len(ts):
+        spans, counts = np.unique((close - head.columns["ts"] + 1_000) // 2_000 * 2_000, return_counts=True)
+        if spans[counts.argmax()] > 0 and 2 * counts.max() > len(ts):
+            return int(spans[counts.argmax()]), "from open to close_time"
+    steps, counts = np.unique(np.diff(ts), return_counts=True)
+    steps, counts = steps[steps > 0], counts[steps > 0]
+    if len(ts) < _FEWEST or not len(steps) or 2 * counts.max() <= counts.sum():
+        return 0, ""
+    return int(steps[counts.argmax()]), "from one candle to the next"
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0043
+def _in_words(us: int) -> str:  # such as 1h; '' where no unit fits
+    "Write a length of candles in its largest unit."
+    return next((f"{us // size}{unit}" for unit, s in reversed(_UNIT_S.items()) if us % (size := s * 1_000_000) == 0), "")
+
+
+def _length_of(
+    head: Block,  # first rows
+    name: str,  # of the file
+    given: str | None,  # by the caller
+    named: str | None,  # by the file's name
+) -> str | None:  # None where nothing states it
+    "Find the length of candles; raise `SchemaError` where the times contradict what is stated."
+    us, why = _observed(head)
+    stated, seen = given or named, _in_words(us) if us else ""
+    if not stated or not _INTERVAL.fullmatch(stated):
+        return stated or seen or None
+    length = interval_us(stated)
+    sparse = "next" in why and us > length and (np.diff(np.sort(head.columns["ts"])) == length).any()
+    if seen and us != length and not sparse:
+        by = "asked for" if given else "in its name"
+        raise SchemaError(
+            f"expected in {name} candles of {stated}, as {by}; found {seen} {why}. Pass --interval {seen}, or interval={seen!r}, if that is right"
+        )
+    return stated
+
 # %% ../../nbs/ingest/02_formats.ipynb #7f04211c
 _UM_HEADERS = {
     "id,price,qty,quote_qty,time,is_buyer_maker",
@@ -334,6 +423,18 @@ _UM_HEADERS = {
     "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore",
 }
 _UM_LAYOUTS = (LAYOUTS["trades"][6], LAYOUTS["aggTrades"][7])
+_COIN_MARGINED = re.compile(r"USD_(PERP|\d{6})")  # the end of a symbol
+
+
+def _check_contracts(uri: str, lines: list[str], header: bool, symbol: str) -> None:
+    "Raise `SchemaError` for coin-margined futures, whose quantities are contracts, by path, symbol or column."
+    names = lines[0].lower().replace('"', "").split(",") if header else []
+    why = "its folder, futures/cm" if ("futures", "cm") in set(pairwise(re.split(r"[/\\]", uri)[:-1])) else ""
+    why = why or (f"its symbol, {symbol}" if _COIN_MARGINED.search(symbol) else "")
+    why = why or next((f"its column {name.strip()}" for name in names if name.strip() in ("base_qty", "base_volume")), "")
+    if why:
+        found = f"coin-margined futures by {why}, which count contracts"
+        raise SchemaError(f"expected files of the spot market or of USD-M futures; found {found}. Load another market")
 
 
 def _market_of(
@@ -344,11 +445,7 @@ def _market_of(
 ) -> Market:
     "Find the market of a file; spot where neither path nor content is that of futures."
     folders = re.split(r"[/\\]", uri)[:-1]
-    pairs = set(pairwise(folders))
-    if ("futures", "cm") in pairs:
-        found = "coin-margined futures, which count contracts"
-        raise SchemaError(f"expected files of the spot market or of USD-M futures; found {found}. Load another market")
-    if ("futures", "um") in pairs:
+    if ("futures", "um") in set(pairwise(folders)):
         return "um"
     content = lines[0] in _UM_HEADERS if header else columns in _UM_LAYOUTS
     return "um" if content and "spot" not in folders else "spot"
@@ -390,11 +487,15 @@ def inspect_file(
         lines = [",".join(pq.read_schema(path).names)] if parquet else _sample(path)
     what = cast(Kind, "klines" if kind == "candles" else kind or known[1] or _kind_of(lines))
     _check_kind(name, what, given=kind is not None)
-    _check_arguments(name, what, symbol or known[0], interval or known[2], market)
     columns, header = _layout_of(lines, what, name)
+    head = _head(path, lines, FileSpec("", what, None, "parquet" if parquet else "text", columns, header))
+    series = _symbol_of(head, columns, name, symbol, known[0])
+    length = _length_of(head, name, interval, known[2]) if what == "klines" else None
+    _check_arguments(name, what, series, length, market)
+    _check_contracts(uri or str(path), lines, header, series)
     where = market or _market_of(uri or str(path), lines, columns, header)
-    length = (interval or known[2]) if what == "klines" else None
-    return FileSpec(symbol or known[0] or "", what, length, "parquet" if parquet else "text", columns, header, where, known[3])
+    picks = symbol is not None and "symbol" in columns
+    return FileSpec(series, what, length, "parquet" if parquet else "text", columns, header, where, known[3], picks)
 
 # %% ../../nbs/ingest/02_formats.ipynb #5c0c0007
 def _check_kind(name: str, kind: str | None, given: bool) -> None:
@@ -470,8 +571,43 @@ def read_blocks(
     period = spec.period
     if period and spec.interval and (length := interval_us(spec.interval)) > _UNIT_S["d"] * 1_000_000:
         period = (period[0] - length, period[1])
-    for block in _parquet_blocks(source, spec) if isinstance(source, Path) and spec.form == "parquet" else _text_blocks(source, spec):
-        yield check_values(block, spec.kind, period)
+    blocks = _parquet_blocks(source, spec) if isinstance(source, Path) and spec.form == "parquet" else _text_blocks(source, spec)
+    for block in _of_symbol(blocks, spec) if "symbol" in spec.columns else blocks:
+        yield _of_length(check_values(block, spec.kind, period), spec.interval)
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0044
+def _of_length(block: Block, interval: str | None) -> Block:  # the same block
+    "Move candles that close before they open or last longer than the others to `bad`; a halt of trading makes a candle shorter."
+    if interval and "close_time" in block.columns:
+        lasts = block.columns.pop("close_time") - block.columns["ts"]
+        block.keep((lasts > 0) & (lasts <= interval_us(interval)), lambda i: f"close_time is not within {interval} after ts")
+    return block
+
+# %% ../../nbs/ingest/02_formats.ipynb #5c0d0012
+def _of_symbol(blocks: Iterator[Block], spec: FileSpec) -> Iterator[Block]:
+    "Keep the rows of the symbol of a file; raise `SchemaError` where there are others and none was chosen, or no rows."
+    known: dict[int, str] = {}
+    kept = False
+    for block in blocks:
+        known |= _new_symbols(block, spec.columns, known)
+        same = [number for number, symbol in known.items() if symbol == spec.symbol]
+        good = np.isin(block.columns.pop("symbol"), same)
+        if not (spec.picks or good.all()):
+            raise SchemaError(_several(sorted(set(known.values())), "the file"))
+        kept = kept or bool(good.any())
+        block.keep(good, None)
+        yield block
+    if known and not kept:
+        found = _listed(sorted(set(known.values())))
+        raise SchemaError(f"expected rows of {spec.symbol}; found {found} in the column symbol. Pass the symbol that is meant")
+
+
+def _new_symbols(block: Block, columns: Columns, known: dict[int, str]) -> dict[int, str]:  # symbol by hash
+    "Read the symbols of a block that are not known yet."
+    numbers, rows = np.unique(block.columns["symbol"], return_index=True)
+    at = columns.index("symbol")
+    new = [(int(number), block.text(int(i)).split(",")[at]) for number, i in zip(numbers, rows, strict=True) if int(number) not in known]
+    return {number: normal_symbol(unquoted(text)) for number, text in new}
 
 # %% ../../nbs/ingest/02_formats.ipynb #1397accc
 def _text_blocks(source: Path | Stream, spec: FileSpec) -> Iterator[Block]:
@@ -524,7 +660,7 @@ def _parquet_blocks(path: Path, spec: FileSpec) -> Iterator[Block]:
             yield block
 
 
-_ARROW = {WHOLE: pa.int64(), DECIMAL: pa.float64(), TIME: pa.int64(), BOOLEAN: pa.int64()}
+_ARROW = {WHOLE: pa.int64(), DECIMAL: pa.float64(), TIME: pa.int64(), BOOLEAN: pa.int64(), TEXT: pa.int64()}
 
 # %% ../../nbs/ingest/02_formats.ipynb #43faa296
 def _plain(
@@ -533,6 +669,9 @@ def _plain(
 ) -> pa.Array:  # int64 or float64; times that had a unit in microseconds
     "Convert a Parquet column to plain numbers; raise `SchemaError` where its type does not allow it."
     try:
+        if TYPES[name] == TEXT:
+            texts = values.cast(pa.string()).dictionary_encode()
+            values = pa.array([text_hash(text) for text in texts.dictionary.to_pylist()], pa.int64()).take(texts.indices)
         if pa.types.is_timestamp(values.type):
             values = values.cast(pa.timestamp("us", values.type.tz), safe=False).cast(pa.int64())
             values = pc.if_else(pc.less(values, MICROSECONDS_FROM), -1, values)  # so early a time would be taken for milliseconds

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -26,9 +27,9 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from ..data.ledger import log_event
-from ..data.series import to_us
+from ..data.series import normal_symbol, to_us
 from ..data.store import cursor, init_duckdb, write
-from ..errors import CryptoResearchError, FeedError, problem, StoreBusy
+from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
 from .messages import impossible, shorten, Trade
 from ..settings import get_settings, Settings
 
@@ -421,11 +422,15 @@ def _new_session(
     return session
 
 # %% ../../nbs/live/02_collector.ipynb #e04549ea
+@lru_cache
 def plain_symbol(
     symbol: str,  # such as BINANCE:BTCUSDT
 ) -> str:  # such as BTCUSDT
-    "Return the symbol without its exchange."
-    return symbol.rpartition(":")[2]
+    "Return the symbol without its exchange, as the store writes it."
+    try:
+        return normal_symbol(symbol).rpartition(":")[2]
+    except SchemaError:  # from a server, which decides how it writes its own
+        return symbol.rpartition(":")[2]
 
 # %% ../../nbs/live/02_collector.ipynb #c2000009
 class _CollectorState:

@@ -27,7 +27,7 @@ import duckdb
 import websocket
 from pydantic import SecretStr
 
-from ..data.series import EPOCH
+from ..data.series import EPOCH, normal_symbol
 from ..errors import ConfigError, CryptoResearchError, FeedError, problem
 from .collector import Collector, Source
 from .messages import ErrorMessage, Malformed, parse_message, Ping, Rejected, shorten, Trade, Trades, Unknown
@@ -257,6 +257,8 @@ def _symbols(given: str | Sequence[str]) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
     if not names or not all(isinstance(n, str) and n.strip() for n in names):
         raise ConfigError(problem("symbols such as 'BINANCE:BTCUSDT'", repr(given), "Name at least one"))
+    for name in names:
+        normal_symbol(name)
     return names
 
 # %% ../../nbs/live/03_feed.ipynb #b3000006

@@ -25,7 +25,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import serve, Server, ServerConnection
 
-from ..data.series import naive_utc
+from ..data.series import naive_utc, normal_symbol
 from ..data.store import cursor, harmless_ids
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 
@@ -271,7 +271,7 @@ class _Replay(_Messages):
         super().__init__()
         self.speed, self.host, self.port = _checked_speed(speed), host, port
         self.ping_s, self.max_symbols, self.faults = ping_s, max_symbols, dict(faults or {})
-        names = [symbol] if isinstance(symbol, str) else list(symbol or [])
+        names = [normal_symbol(one) for one in ([symbol] if isinstance(symbol, str) else symbol or ())]
         chunks, self._gap_ends = _to_play(trades, names, start, end, source, exchange)
         self._frames = trade_frames(chunks, frame_ms)
 

@@ -21,7 +21,7 @@ import cryptoresearch.features.pipeline  # registers all features
 import cryptoresearch.models.linear  # noqa: F401  (adds its models to MODELS)
 from ..data.bars import bar_length
 from ..data.event_bars import event_spec
-from ..data.series import to_utc
+from ..data.series import normal_symbol, to_utc
 from ..errors import ConfigError, problem, SchemaError
 from ..features.registry import Feature, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
@@ -71,6 +71,7 @@ def _normalise(c: RunConfig) -> None:
     def put(name: str, value: object) -> None:
         object.__setattr__(c, name, value)  # the dataclass is frozen for its users
 
+    put("symbol", normal_symbol(c.symbol))
     put("features", (c.features,) if isinstance(c.features, str) else tuple(c.features))
     put("modules", (c.modules,) if isinstance(c.modules, str) else tuple(c.modules))
     put("params", dict(c.params or {}))

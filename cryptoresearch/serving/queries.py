@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
-from ..data.series import naive_utc, to_utc
+from ..data.series import naive_utc, normal_symbol, to_utc
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.pipeline import DataProcessing
 from ..labels.targets import make_labels
@@ -65,9 +65,8 @@ def pick_source(
     source: str | None = None,  # name as in SOURCES; the most trustworthy one available when None
 ) -> str:  # a source that has bars of this symbol and spec
     "Select the source of bars, or raise `DataNotFound` with the available ones."
-    rows = con.execute(
-        "SELECT DISTINCT source FROM bars WHERE kind = 'time' AND symbol = ? AND spec = ?", [symbol, bar_spec(spec)]
-    ).fetchall()
+    query = "SELECT DISTINCT source FROM bars WHERE kind = 'time' AND symbol = ? AND spec = ?"
+    rows = con.execute(query, [symbol := normal_symbol(symbol), bar_spec(spec)]).fetchall()
     found = [str(row[0]) for row in rows]
     if source in found or (source is None and found):
         return source or min(found, key=_trust)
@@ -104,7 +103,8 @@ def bars_page(
     source: str | None = None,  # as in pick_source
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # frame of bars with attrs source; where the next page starts, None at the end
     "Read one page of bars of a symbol."
-    spec, length, chosen = bar_spec(spec), bar_length(spec), pick_source(con, symbol, spec, source)
+    symbol, spec, length = normal_symbol(symbol), bar_spec(spec), bar_length(spec)
+    chosen = pick_source(con, symbol, spec, source)
     _clauses(start=start, end=end)  # raises if the end is before the start
     sql = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
     least, most = (to_utc(t) for t in con.execute(sql, [symbol, spec, chosen]).fetchall()[0])
@@ -148,7 +148,7 @@ def read_predictions(
     limit: int = 1000,  # bar times at most; several runs may have predicted at one time
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # index ts: the columns of `predictions`, y, end_ts, state; the next page's start
     "Read one page of live predictions with their outcomes."
-    where, values = _clauses(symbol=symbol, run_id=run_id, start=start, end=end)
+    where, values = _clauses(symbol=symbol and normal_symbol(symbol), run_id=run_id, start=start, end=end)
     order, more = ("DESC", 0) if start is None else ("ASC", 1)
     page = f"QUALIFY dense_rank() OVER (ORDER BY ts {order}) <= {int(limit) + more}"
     sql = f"SELECT * FROM predictions WHERE {where} {page} ORDER BY ts, run_id, source, first_id, made_at"

@@ -333,8 +333,9 @@ def replay(
     from cryptoresearch.data.store import connect
     from cryptoresearch.live.replay import ReplayServer
 
+    feed_symbol = symbol if ":" in symbol else f"BINANCE:{symbol}"
     with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port) as server:
-        console.print(f"{server.url}   now run: cryptoresearch stream --symbol BINANCE:{symbol} --url {server.url}", soft_wrap=True)
+        console.print(f"{server.url}   now run: cryptoresearch stream --symbol {feed_symbol} --url {server.url}", soft_wrap=True)
         try:
             while not server.done.wait(0.5) and not server.error:
                 pass

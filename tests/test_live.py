@@ -19,19 +19,26 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import fastapi.testclient
 import pandas as pd
 import pytest
 import websocket
 from websockets.sync.server import ServerConnection, serve
 
-from cryptoresearch.data.status import status
+from cryptoresearch.data.bars import read_bars
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.event_bars import read_event_bars
+from cryptoresearch.data.quality import daily
+from cryptoresearch.data.status import read_trades, status
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.collector import Collector
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import LIMIT, Trade
 from cryptoresearch.live.replay import ReplayServer
+from cryptoresearch.serving.api import create_app
 from cryptoresearch.settings import Settings, shared_data
 
 TOKEN = "c0ffee+secret/key"
@@ -164,6 +171,65 @@ def test_frames_that_an_older_version_stored_again_are_reported(settings: Settin
     collector.stop()
     with init_duckdb(settings) as con:
         assert "6 trades of 9 in repeated live frames" in status(con)["verdict"].iloc[0]
+
+
+BYBIT = "BYBIT:BTCUSDT"
+
+
+def two_exchanges(settings: Settings, minutes: int = 3) -> None:
+    "Collect trades of one pair at two exchanges, at the same times: prices of 100 and of 250."
+    items = [{"s": s, "p": p, "t": T0 // 60_000 * 60_000 + i * 10_000} for i in range(6 * minutes + 1) for s, p in ((BTC, 100.0), (BYBIT, 250.0))]
+
+    def script(c: ServerConnection, n: int) -> None:
+        for i in range(0, len(items), 2):
+            c.send(frame(*items[i : i + 2]))
+        hold(c)
+
+    with stub(script) as (url, _):
+        feed = listen(url, settings, symbols=(BTC, BYBIT), collect=True).start()
+        wait_for(lambda: feed.stats.trades == len(items))
+        feed.stop()
+
+
+def test_two_exchanges_of_one_pair_are_two_series(settings: Settings) -> None:
+    "In store, status, bars of both kinds, trades and the API; the plain symbol and BINANCE: name the same series."
+    two_exchanges(settings)
+    with init_duckdb(settings) as con:
+        rows = con.execute("SELECT symbol, count(*), min(price), max(price) FROM trades GROUP BY 1 ORDER BY 1").fetchall()
+        assert rows == [("BTCUSDT", 19, 100.0, 100.0), ("BYBIT:BTCUSDT", 19, 250.0, 250.0)]
+        for names, price in ((("BTCUSDT", BTC, "binance:btc/usdt"), 100.0), ((BYBIT, "bybit:btcusdt"), 250.0)):
+            for name in names:
+                assert make_bars(con, name, "1m") == 3 and make_bars(con, name, "tick:6") == 3
+                for spec, read in (("1m", read_bars), ("tick:6", read_event_bars)):
+                    bars = read(con, name, spec)
+                    assert set(bars["close"]) == {price} and set(bars["trades"]) == {6} and set(bars["symbol"]) == {names[0]}
+                assert set(read_trades(con, name)["price"]) == {price}
+                assert status(con, name)[["symbol", "rows"]].to_numpy().tolist() == [[names[0], 19]]
+                assert daily(con, name, "replay")["close"].tolist() == [price]
+    with fastapi.testclient.TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
+        for name, price in (("BTCUSDT", 100.0), (BTC, 100.0), (BYBIT, 250.0)):
+            answer = client.get("/bars", params={"symbol": name, "spec": "1m", "source": "replay"}).json()
+            assert {row["close"] for row in answer["bars"]} == {price}
+
+
+def test_a_replay_of_another_exchange_keeps_its_name(settings: Settings) -> None:
+    two_exchanges(settings, 1)
+    with init_duckdb(settings) as con, ReplayServer(con, BYBIT, speed=math.inf) as server:
+        feed = listen(server.url, settings, symbols=(BYBIT,)).start()
+        wait_for(lambda: feed.stats.trades == 7)
+        feed.stop()
+
+
+def test_files_of_another_exchange_are_a_series_of_their_own(settings: Settings, tmp_path: Path) -> None:
+    header = "id,price,qty,quote_qty,time,is_buyer_maker"
+    binance = [header, *(f"{i},100,1,100,{T0 + i},true" for i in range(5))]
+    other = [header + ",symbol", *(f"{i},250,1,250,{T0 + i},false,BTCUSDT" for i in range(5))]
+    with init_duckdb(settings) as con:
+        for name, rows, symbol in (("BTCUSDT-trades-2024-07-21.csv", binance, None), ("other.csv", other, BYBIT)):
+            (tmp_path / name).write_text("\n".join(rows) + "\n")
+            process_file(con, tmp_path / name, symbol=symbol, progress=False)
+        assert con.execute("SELECT symbol, min(price), count(*) FROM trades GROUP BY 1 ORDER BY 1").fetchall() == [
+            ("BTCUSDT", 100.0, 5), (BYBIT, 250.0, 5)]
 
 
 @pytest.mark.parametrize(("price", "volume"), [(1e16, 1.0), (1.0, 1e19), (1e8, 1e8)])

@@ -42,7 +42,7 @@ def _where(
 ) -> tuple[str, list[str | datetime]]:  # condition, its values
     "Build the SQL condition for the rows of a series."
     where = "symbol = ? AND source = ?"
-    values: list[str | datetime] = [symbol, source]
+    values: list[str | datetime] = [normal_symbol(symbol), source]
     for sign, time in ((">=", start), ("<", end)):
         if time is not None:
             where += f" AND ts {sign} ?"
@@ -56,7 +56,7 @@ def is_candles(
     source: str,  # as in `coverage`
 ) -> bool:  # False for trades and for unknown series
     "Check whether a series consists of candles."
-    return bool(con.execute("SELECT count(*) FROM candles WHERE symbol = ? AND source = ?", [symbol, source]).fetchall()[0][0])
+    return bool(con.execute("SELECT count(*) FROM candles WHERE symbol = ? AND source = ?", [normal_symbol(symbol), source]).fetchall()[0][0])
 
 
 _DAILY = {

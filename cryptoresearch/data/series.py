@@ -87,7 +87,7 @@ _SYMBOL = re.compile(r"(?:[^\W_]+:)?[^\W_]+(?:[_.][^\W_]+)*")
 
 def normal_symbol(
     text: str,  # as a user, a file or an exchange writes it
-) -> str:  # such as BTCUSDT; BTCUSD_PERP for a contract; with the exchange where the text has one
+) -> str:  # such as BTCUSDT, BTCUSD_PERP for a contract, BYBIT:BTCUSDT for an exchange other than Binance
     "Write a symbol in the one form that the store uses. Errors: `SchemaError` for text that is no symbol."
     wanted = text.strip().upper()
     contract = _CONTRACT.search(wanted)
@@ -97,7 +97,7 @@ def normal_symbol(
         near = re.sub(r"[\W_]", "", out.split(":")[0])
         remedy = f"Did you mean {near}?" if len(near) > 1 else "Pass one"
         raise SchemaError(f"expected a symbol such as BTCUSDT; found {text!r}. {remedy}")
-    return out
+    return out.removeprefix("BINANCE:")
 
 # %% ../../nbs/data/00_series.ipynb #74d469ad
 BARS_OF = "symbol = ? AND source = ? AND kind = ? AND spec = ?"  # condition for one series of bars; its parameters are `Series.values`

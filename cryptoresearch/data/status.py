@@ -393,6 +393,7 @@ def _doubts(
 ) -> dict[tuple[str, str, str], list[str]]:  # sentences by symbol, source and interval ('' for trades)
     "Describe the values of each series that contradict each other."
     out: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    symbol = symbol and normal_symbol(symbol)
     for query in (_ODD_TRADES, _ODD_CANDLES):
         for *key, interval, days, one_sided, odd, rows in con.execute(query, [symbol, source]).fetchall():
             found = out[key[0], key[1], interval or ""]
@@ -764,6 +765,7 @@ def read_trades(
     market: Market | None = None,  # spot if there is any, else um, when None
 ) -> pd.DataFrame:  # ordered by (ts, trade_id); columns of the table, times UTC, symbol and source categories; attrs['intervals']
     "Read trades, each period from exactly one source; `DataNotFound` if nothing is covered."
+    symbol = normal_symbol(symbol)
     pieces = source_intervals(con, symbol, start, end, source=source, market=market)
     if pieces.empty:
         have = source_intervals(con, symbol, source=source, market=market)

@@ -590,7 +590,8 @@ def _of_symbol(blocks: Iterator[Block], spec: FileSpec) -> Iterator[Block]:
     kept = False
     for block in blocks:
         known |= _new_symbols(block, spec.columns, known)
-        same = [number for number, symbol in known.items() if symbol == spec.symbol]
+        meant = (spec.symbol, spec.symbol.rpartition(":")[2])  # the caller may have named the exchange
+        same = [number for number, symbol in known.items() if symbol in meant]
         good = np.isin(block.columns.pop("symbol"), same)
         if not (spec.picks or good.all()):
             raise SchemaError(_several(sorted(set(known.values())), "the file"))

@@ -21,6 +21,7 @@ from datetime import datetime, UTC
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
+from urllib.parse import quote, unquote
 
 import duckdb
 import pyarrow as pa
@@ -391,7 +392,7 @@ class _Locks:
         try:
             lock.acquire()
         except Timeout:
-            found = f"another that collects {path.name.removesuffix('.symbol.lock')} into this store"
+            found = f"another that collects {unquote(path.name.removesuffix('.symbol.lock'))} into this store"
             raise FeedError(problem("one collector for a symbol and source", found, "Stop the other one first")) from None
         self._held.append(lock)
 
@@ -425,12 +426,12 @@ def _new_session(
 @lru_cache
 def plain_symbol(
     symbol: str,  # such as BINANCE:BTCUSDT
-) -> str:  # such as BTCUSDT
-    "Return the symbol without its exchange, as the store writes it."
+) -> str:  # such as BTCUSDT; BYBIT:BTCUSDT for an exchange other than Binance
+    "Return the symbol as the store writes it."
     try:
-        return normal_symbol(symbol).rpartition(":")[2]
+        return normal_symbol(symbol)
     except SchemaError:  # from a server, which decides how it writes its own
-        return symbol.rpartition(":")[2]
+        return symbol.removeprefix("BINANCE:")
 
 # %% ../../nbs/live/02_collector.ipynb #c2000009
 class _CollectorState:
@@ -467,7 +468,7 @@ class _Opening(_CollectorState):
         folder = journal_folder(self._own, self.settings)
         try:
             for symbol in self.symbols:
-                self._locks.hold(folder / f"{self.source}-{symbol}.symbol.lock")
+                self._locks.hold(folder / f"{self.source}-{quote(symbol, safe='')}.symbol.lock")
             recover(self._own, folder)
             self._begin(folder)
         except BaseException:

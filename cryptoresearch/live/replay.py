@@ -35,6 +35,11 @@ _CHUNK_ROWS = 50_000
 Chunk = tuple[list[str], list[int], list[float], list[float]]  # symbol, time (ms), price, volume
 
 
+def _with_exchange(symbol: str, exchange: str) -> str:
+    "Write a symbol as the feed does: BINANCE:BTCUSDT; a stored symbol of another exchange has its prefix."
+    return symbol if ":" in symbol else f"{exchange}:{symbol}"
+
+
 def _from_frame(
     trades: pd.DataFrame,  # columns ts, price, qty; symbol and trade_id where known
     symbol: str | None,  # for frames without a symbol column
@@ -52,7 +57,7 @@ def _from_frame(
     for i in range(0, len(ordered), _CHUNK_ROWS):
         part = slice(i, i + _CHUNK_ROWS)
         price, qty = ordered["price"].iloc[part].tolist(), ordered["qty"].iloc[part].tolist()
-        yield [f"{exchange}:{s}" for s in symbols.iloc[part]], ms.iloc[part].tolist(), price, qty
+        yield [_with_exchange(s, exchange) for s in symbols.iloc[part]], ms.iloc[part].tolist(), price, qty
 
 # %% ../../nbs/live/04_replay.ipynb #00000008
 def _choose_source(
@@ -89,7 +94,7 @@ def _from_store(
     own.execute(f"SELECT symbol, epoch_ms(ts) AS ms, price, qty FROM trades WHERE {where} ORDER BY ts, trade_id", args)
     while rows := own.fetchmany(_CHUNK_ROWS):
         names, ms, price, qty = zip(*rows, strict=True)
-        yield [f"{exchange}:{n}" for n in names], list(ms), list(price), list(qty)
+        yield [_with_exchange(n, exchange) for n in names], list(ms), list(price), list(qty)
 
 # %% ../../nbs/live/04_replay.ipynb #fa5dec53
 def _bound(when: pd.Timestamp | str) -> datetime:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.doctor import check_leftovers, examine
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.settings import Settings
 
 DRIVER = """
@@ -130,3 +133,63 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert sizes["large"][0] > 10 * sizes["small"][0]
     assert sizes["large"][1] < sizes["small"][1] + 250  # the file is 200 MB larger, its rows in memory would be 240 MB and their text more
     assert sizes["large"][1] < 1000
+
+
+LEAVE = """
+import os, signal, sys, time
+from pathlib import Path
+from cryptoresearch.ingest import files
+from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.settings import Settings
+
+con = init_duckdb(Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1))
+if sys.argv[3] == "committed":
+    real = files.write
+    files.write = lambda *a, **k: (real(*a, **k), os.kill(os.getpid(), signal.SIGKILL))
+elif sys.argv[3] == "written":
+    files.write = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+else:  # held
+    files.write = lambda *a, **k: (print("held", flush=True), time.sleep(60))
+files.process_file(con, sys.argv[2], progress=False)
+"""
+
+
+def parquet(store: Path) -> int:
+    return len(list(store.parent.glob("lake/**/*.parquet")))
+
+
+@pytest.mark.parametrize("by", ["ingest", "doctor"])
+def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Killed before and after the commit; a load that is still running, and one of another store, keep their files."
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    store, other = tmp_path / "store" / "catalog.sqlite", tmp_path / "other" / "catalog.sqlite"
+    one, two, three, four = simulate_trades(tmp_path / "files", days=4, trades_per_day=2000, seed=3)
+
+    def load(catalog: Path, file: Path, how: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", LEAVE, str(catalog), str(file), how], stdout=subprocess.PIPE, text=True)
+
+    assert load(store, one, "committed").wait(120) == load(other, two, "written").wait(120) == -9
+    held = load(store, two, "held")
+    assert held.stdout is not None and held.stdout.readline() == "held\n"
+    assert load(store, three, "written").wait(120) == -9
+    settings = Settings(_env_file=None, duckdb_path=str(store), duckdb_threads=1)
+    try:
+        left = {path.name for path in (tmp_path / "tmp").glob("cryptoresearch-work-*")}
+        assert (len(left), parquet(store), parquet(other)) == (3, 3, 1)  # the first one's folder was removed by the next load
+        if by == "ingest":
+            with init_duckdb(settings) as con:
+                assert process_file(con, four, progress=False).rows
+        else:
+            found = {c.name: c for c in examine(settings)}["leftovers"]
+            assert found.state == "ok" and found.found.startswith("removed what 1 killed processes left")
+            assert check_leftovers(settings).found == "none"
+        assert len(list((tmp_path / "tmp").glob("cryptoresearch-work-*"))) == 2  # of the running load and of the other store
+        assert (parquet(store), parquet(other)) == (2 + (by == "ingest"), 1)
+        with init_duckdb(settings) as con:
+            assert con.execute("SELECT count(*) FROM ingest_ledger").fetchall() == [(1 + (by == "ingest"),)]
+            assert verify(con).ok
+    finally:
+        held.kill()
+        held.wait()

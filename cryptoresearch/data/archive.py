@@ -40,6 +40,7 @@ from tenacity import retry_if_exception_type, RetryCallState, Retrying, sleep_us
 
 # %% ../../nbs/data/02_archive.ipynb #5c0bc075
 from .series import normal_symbol
+from .store import work_folder
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, SchemaError
 from ..settings import get_settings, Settings
 
@@ -475,8 +476,8 @@ def local_file(
             raise DataNotFound(f"expected a file at {path}; found {found}. Check the path; an object is addressed as s3://bucket/name")
         yield path, None
         return
-    with tempfile.TemporaryDirectory(prefix="cryptoresearch-") as folder:
-        yield _fetch(settings or get_settings(), str(uri), Path(folder), progress)
+    with work_folder() as folder:
+        yield _fetch(settings or get_settings(), str(uri), folder, progress)
 
 # %% ../../nbs/data/02_archive.ipynb #e7f44325
 Kind = Literal["trades", "aggTrades", "klines"]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Check', 'State', 'Found', 'FORMAT', 'MANIFEST', 'Opener', 'pinned_snapshots', 'length_of', 'expire', 'measure_store',
-           'Tidied', 'tidy', 'Verified', 'verify', 'ManifestFile', 'Manifest', 'Backup', 'backup', 'restore']
+           'Tidied', 'tidy', 'Verified', 'verify', 'clean_dead', 'ManifestFile', 'Manifest', 'Backup', 'backup',
+           'restore']
 
 # %% ../../nbs/data/15_maintenance.ipynb #3fa804e7
 import hashlib
@@ -38,7 +39,8 @@ from .archive import local_copy, minio_client, parse_s3
 from .ledger import DIGEST_VERSION, stored_digest
 from .series import quote, utc_now
 from cryptoresearch.data.store import (
-    catalog_file, catalog_kind, connect, extension_file, in_turn, init_duckdb, maintain, META, schema_version, turn, write,
+    catalog_file, catalog_kind, connect, data_path, dead_folders, extension_file, in_turn, init_duckdb, log, maintain, META,
+    schema_version, turn, write,
 )
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..settings import get_settings, Settings
@@ -385,7 +387,7 @@ def _check_orphans(
     older_than: str = "1d",  # ignore younger files
 ) -> Iterator[Found]:
     "Find files in the data folder that belong to nothing."
-    root = str(con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchall()[0][0]).rstrip("/") + "/"
+    root = data_path(con)
     known, latest = _known_files(con, root), datetime.now(UTC) - length_of(older_than).to_pytimedelta()
     if not con.execute("SELECT 1 FROM glob(?) LIMIT 1", [f"{root}**/*.parquet"]).fetchall():
         return  # read_blob fails without files
@@ -402,6 +404,27 @@ def verify(
     "Read everything again and compare it with the ledger."
     rows = [*_check_files(con), *_check_ledger(con), *_check_orphans(con)]
     return Verified(pd.DataFrame(rows, columns=["check", "what", "state", "detail"]))
+
+# %% ../../nbs/data/15_maintenance.ipynb #1b7b1b89
+def clean_dead(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+) -> tuple[int, int]:  # temporary folders removed, bytes freed
+    "Remove the temporary folders of killed processes, and the data files of this store that they had not committed."
+    root, known, folders, freed = data_path(con), set[str](), 0, 0
+    for folder, where, mark in dead_folders():
+        if where not in ("", root):
+            continue  # another store's data files are removed by its own ingestion
+        unfinished = list(Path(root).glob(f"main/*/*{mark}-*.parquet")) if mark and "://" not in root else []
+        known = known or ({file.rsplit("/", 1)[-1] for file in _known_files(con, root)} if unfinished else set())
+        for file in [*(f for f in unfinished if f.name not in known), *(f for f in folder.rglob("*") if f.is_file())]:
+            with suppress(OSError):  # another process removes the same
+                freed += file.stat().st_size
+                file.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        folders += 1
+    if folders:
+        log.warning("removed what %d killed processes left: %.1f MB", folders, freed / 1e6)
+    return folders, freed
 
 # %% ../../nbs/data/15_maintenance.ipynb #bf5a51de
 FORMAT, MANIFEST = 1, "manifest.json"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'INLINE_ROWS', 'MIGRATIONS', 'extension_file',
            'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'write', 'exclusive', 'init_duckdb',
-           'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain']
+           'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain', 'work_folder',
+           'dead_folders', 'data_path']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -15,6 +16,7 @@ import random
 import re
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -605,3 +607,35 @@ def maintain(
         pass
     in_turn(con, "CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")
     return store_size(con)
+
+# %% ../../nbs/data/01_store.ipynb #7a3ff768
+_WORK, _LOCK, _NOTE = "cryptoresearch-work-", "owner.lock", "note"
+
+
+@contextlib.contextmanager
+def work_folder(
+    root: str = "",  # data path of the store that is written to
+    mark: str = "",  # with which the names of unfinished data files begin
+) -> Iterator[Path]:  # removed after the block
+    "Provide a temporary folder with a lock, so that other processes can tell when its owner has died."
+    with tempfile.TemporaryDirectory(prefix=_WORK) as name, FileLock(Path(name) / _LOCK):
+        (Path(name) / _NOTE).write_text(f"{root}\n{mark}", encoding="utf-8")
+        yield Path(name)
+
+
+def dead_folders() -> list[tuple[Path, str, str]]:  # folder, data path and mark
+    "List the temporary folders whose owner has died."
+    out = []
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{_WORK}*")):
+        with contextlib.suppress(OSError, Timeout, ValueError):
+            root, mark = (folder / _NOTE).read_text(encoding="utf-8").split("\n")  # written after the lock was taken
+            with FileLock(folder / _LOCK, timeout=0):
+                out.append((folder, root, mark))
+    return out
+
+
+def data_path(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+) -> str:  # a folder or s3:// address, ends with a slash
+    "Return where the lake keeps its Parquet files."
+    return str(con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchall()[0][0]).rstrip("/") + "/"

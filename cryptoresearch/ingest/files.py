@@ -32,14 +32,15 @@ from .. import __version__
 from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
 from ..data.series import from_us, quote, Series, utc_now, where_rows
-from ..data.store import exclusive, write
+from ..data.maintenance import clean_dead
+from ..data.store import data_path, exclusive, work_folder, write
 from ..errors import DataNotFound, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
 )
 from .formats import FileSpec, Given, inspect_file, interval_us, Market
 from .parsing import Kind
-from .staging import close_refused, copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, write_rows
+from .staging import close_refused, copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, work_mark, write_rows
 from ..settings import Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725
@@ -608,16 +609,17 @@ def _load(
     wanted: _Wanted,
 ) -> IngestResult:
     "Write the rows to Parquet, work out the plan, commit."
-    files, kept, folder = set[str](), "", tempfile.TemporaryDirectory(prefix="cryptoresearch-")
+    clean_dead(con)
+    files, kept, folder = set[str](), "", work_folder(data_path(con), work_mark(job))
     try:
         with con.cursor() as cur, folder as name, _progress(job.name, wanted.progress) as report:
             cur.execute("SET enable_progress_bar = false")
-            facts, file = write_rows(cur, job, report, Path(name))
+            facts, file = write_rows(cur, job, report, name)
             close_refused(facts.refused)
             files.add(file)
             _check_share(job, facts, wanted.max_rejected)
             while True:
-                plan = _plan(cur, job, facts, file, Path(name), wanted)
+                plan = _plan(cur, job, facts, file, name, wanted)
                 files.add(plan.left.file)
                 with suppress(_Stale):
                     result = write(con, _commit, job, facts, plan, wanted.replace)

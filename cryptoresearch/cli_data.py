@@ -67,9 +67,10 @@ def report(
     "Write a page about one series: coverage, gaps, days, sides, candles, refused rows, history."
     import re
 
-    from cryptoresearch.data.series import normal_symbol
+    from cryptoresearch.data.series import check_range, normal_symbol
     from cryptoresearch.serving.batch import run_notebook
 
+    check_range(start, end)
     settings, symbol = get_settings(), normal_symbol(symbol)
     folder = output or settings.path(settings.runs_dir).parent / "data_reports" / re.sub(r"[^A-Za-z0-9._-]", "-", symbol)
     parameters = {"symbol": symbol, "source": source, "start": start, "end": end}

@@ -5,9 +5,16 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from cryptoresearch.data.status import data_status, status
+from cryptoresearch.data.bars import read_bars
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.event_bars import read_event_bars
+from cryptoresearch.data.quality import daily
+from cryptoresearch.data.status import data_status, read_trades, source_intervals, status
 from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.errors import ConfigError
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.live.replay import ReplayServer
+from cryptoresearch.serving.queries import bars_page, read_predictions
 from cryptoresearch.settings import Settings
 
 BEGIN_MS, DAY_MS = 1_783_036_800_000, 86_400_000  # 2026-07-03
@@ -82,3 +89,36 @@ def test_a_month_that_is_cut_short_says_by_how_much(con: Con, tmp_path: Path, na
     lines = [line for day in range(days) for line in trades(40, "sb", BEGIN_MS - 2 * DAY_MS * (days > 1) + day * DAY_MS, 1 + 40 * day)[day > 0 :]]
     load(con, tmp_path / name, lines)
     assert text in verdict(con)[1]
+
+
+READERS = {
+    "read_bars": lambda con, a, b: read_bars(con, "ABCUSDT", "1m", start=a, end=b),
+    "read_event_bars": lambda con, a, b: read_event_bars(con, "ABCUSDT", "tick:5", start=a, end=b),
+    "read_trades": lambda con, a, b: read_trades(con, "ABCUSDT", a, b),
+    "source_intervals": lambda con, a, b: source_intervals(con, "ABCUSDT", a, b),
+    "daily": lambda con, a, b: daily(con, "ABCUSDT", "um.trades", a, b),
+    "bars_page": lambda con, a, b: bars_page(con, "ABCUSDT", "1m", start=a, end=b),
+    "read_predictions": lambda con, a, b: read_predictions(con, start=a, end=b),
+    "ReplayServer": lambda con, a, b: ReplayServer(con, "ABCUSDT", a, b),
+}
+
+
+@pytest.mark.parametrize("reader", list(READERS))
+def test_an_empty_range_is_called_empty_and_a_reversed_one_reversed(con: Con, tmp_path: Path, reader: str) -> None:
+    load(con, tmp_path / "ABCUSDT-trades-2026-07-03.csv", trades(2000, "sb"))
+    make_bars(con, "ABCUSDT", "1m")
+    make_bars(con, "ABCUSDT", "tick:5")
+    a, b = "2026-07-03 00:01", "2026-07-03 00:02"
+    with pytest.raises(ConfigError, match=r"2026-07-03 00:01:00 UTC for both, an empty range.*Move the end") as empty:
+        READERS[reader](con, a, a)
+    assert "Swap" not in str(empty.value)
+    with pytest.raises(ConfigError, match="Swap them"):
+        READERS[reader](con, b, a)
+    READERS[reader](con, a, b)  # the remedies
+
+
+def test_a_page_outside_of_what_is_stored_is_empty(con: Con, tmp_path: Path) -> None:
+    load(con, tmp_path / "ABCUSDT-trades-2026-07-03.csv", trades(2000, "sb"))
+    make_bars(con, "ABCUSDT", "1m")
+    for start, end in (("2025-01-01", "2025-01-02"), ("2027-01-01", "2027-01-02"), (None, "2025-01-01")):
+        assert bars_page(con, "ABCUSDT", "1m", start=start, end=end)[0].empty

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .aggregation import combine_bars, complete_trades, fold_trades, NUMBERS, place_bars, PRICES
 from .coverage import missing_bars
-from .series import naive_utc, normal_symbol, TimeLike, to_us, to_utc, utc_index
+from .series import check_range, naive_utc, normal_symbol, TimeLike, to_us, to_utc, utc_index
 from ..errors import DataNotFound, problem, SchemaError
 
 # %% ../../nbs/data/07_bars.ipynb #40014f38
@@ -426,6 +426,7 @@ def read_bars(
     symbol, spec = normal_symbol(symbol), bar_spec(spec)
     if market not in (None, *get_args(Market)):
         raise SchemaError(f"expected the market spot, um or played; found {market!r}. Choose one of them, or none")
+    check_range(start, end)
     t0, t1 = (None if t is None else to_utc(t) for t in (start, end))
     sources = _usable(con, symbol, spec, source, market)
     rows = _choose(con, symbol, spec, sources, t0, t1, ids) if sources else pd.DataFrame()

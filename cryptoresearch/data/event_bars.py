@@ -25,7 +25,7 @@ from cryptoresearch.data.aggregation import (
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
 from .coverage import covered_spans
-from .series import BARS_OF, naive_utc, normal_symbol, Series, TimeLike, to_us
+from .series import BARS_OF, check_range, naive_utc, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, write
 from ..errors import DataNotFound, SchemaError
 
@@ -451,6 +451,7 @@ def read_event_bars(
 ) -> pd.DataFrame:  # frame of the contract; attrs: closed_by, symbol, spec, source
     "Read stored event bars; raise `DataNotFound` where there are none."
     e, symbol = event_spec(spec), normal_symbol(symbol)
+    check_range(start, end)
     chosen = _source_of(con, symbol, e, source)
     where, key = BARS_OF, list[object]([symbol, chosen, e.kind, e.spec])
     for condition, value in (("ts >= ?", start), ("ts < ?", end)):

@@ -13,7 +13,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from .bars import bar_length
-from .series import naive_utc, normal_symbol, TimeLike
+from .series import check_range, naive_utc, normal_symbol, TimeLike
 from .status import coverage, gap_table, Level, PREFERRED, status, Verdict
 from ..errors import DataNotFound, problem
 
@@ -41,6 +41,7 @@ def _where(
     end: TimeLike | None,  # times before this one; to the end when None
 ) -> tuple[str, list[str | datetime]]:  # condition, its values
     "Build the SQL condition for the rows of a series."
+    check_range(start, end)
     where = "symbol = ? AND source = ?"
     values: list[str | datetime] = [normal_symbol(symbol), source]
     for sign, time in ((">=", start), ("<", end)):

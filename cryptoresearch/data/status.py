@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .coverage import holes_between, join_claims, without_holes
-from .series import normal_symbol, Series, TimeLike, to_us
+from .series import check_range, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, store_size
 from ..errors import ConfigError, DataNotFound, problem
 
@@ -698,6 +698,7 @@ def source_intervals(
     "Assign each period to one source; `DataNotFound` if none has the symbol's trades."
     if market not in (None, *PREFERRED):
         raise ConfigError(problem("a market of spot or um", repr(market), "um is USD-M futures"))
+    check_range(start, end)
     claims = _claims(con, symbol)
     claims = claims[claims["interval"] == ""]
     taken = [(-(2**62), -(2**62) if start is None else to_us(start)), (2**62 if end is None else to_us(end), 2**62)]

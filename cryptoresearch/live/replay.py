@@ -25,7 +25,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import serve, Server, ServerConnection
 
-from ..data.series import naive_utc, normal_symbol
+from ..data.series import check_range, naive_utc, normal_symbol
 from ..data.store import cursor, harmless_ids
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 
@@ -243,6 +243,7 @@ def _to_play(
         return _from_frame(trades, symbols[0] if symbols else None, exchange), []
     if not symbols:
         raise ConfigError(problem("the symbol to replay from the store", "none", "For example: symbol='BTCUSDT'"))
+    check_range(*(None if bound is None else _bound(bound) for bound in (start, end)))
     chosen = source or _choose_source(trades, symbols)
     return _from_store(trades, symbols, start, end, chosen, exchange), _gap_ends(trades, symbols, chosen)
 

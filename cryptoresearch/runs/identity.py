@@ -266,6 +266,8 @@ def read_doubtful(
     for k in doubtful_bars(bars, config.horizon, sigma, up=p["up"], down=p["down"], side=side):
         bar = bars.iloc[k : k + 1]
         known = market if market in ("spot", "um") else None
+        if bar.index[0] == bar["close_ts"].iloc[0]:  # all its trades have one time
+            continue
         try:
             trades = read_trades(con, config.symbol, bar.index[0], bar["close_ts"].iloc[0], market=known)
         except DataNotFound:

@@ -282,6 +282,8 @@ def _history(
 ) -> pd.DataFrame:  # bar frame that ends before it; empty where nothing is stored
     "Read the stored bars before a live session."
     c = run.config
+    if not bars:
+        return pd.DataFrame()
     try:
         return read_bars(con, c.symbol, c.spec, start=before - bars * bar_length(c.spec), end=before, source=c.source)
     except DataNotFound:

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
-from ..data.series import naive_utc, normal_symbol, to_utc
-from ..errors import ConfigError, DataNotFound, problem
+from ..data.series import check_range, naive_utc, normal_symbol, to_utc
+from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing
 from ..labels.targets import make_labels
 from ..settings import Settings
@@ -80,8 +80,7 @@ def _clauses(**parts: Any) -> tuple[str, list[Any]]:
     "Build a WHERE clause and its values from column=value, start= and end=; None means no condition."
     words = {"start": "ts >= ?", "end": "ts < ?"}
     given = {k: naive_utc(v) if k in words else v for k, v in parts.items() if v is not None}
-    if {"start", "end"} <= set(given) and given["start"] >= given["end"]:
-        raise ConfigError(problem("a start before the end", f"{given['start']} and {given['end']} UTC", "Swap them"))
+    check_range(given.get("start"), given.get("end"))
     return " AND ".join(words.get(k, f"{k} = ?") for k in given) or "true", list(given.values())
 
 # %% ../../nbs/serving/01_queries.ipynb #7ef56155
@@ -105,14 +104,15 @@ def bars_page(
     "Read one page of bars of a symbol."
     symbol, spec, length = normal_symbol(symbol), bar_spec(spec), bar_length(spec)
     chosen = pick_source(con, symbol, spec, source)
-    _clauses(start=start, end=end)  # raises if the end is before the start
+    check_range(start, end)
     sql = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
     least, most = (to_utc(t) for t in con.execute(sql, [symbol, spec, chosen]).fetchall()[0])
     stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
     first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None
     try:
-        rows = read_bars(con, symbol, spec, source=chosen, start=first, end=following or stop)
+        span = (first, following or stop) if first < (following or stop) else (most + length, None)  # a range outside of what is stored
+        rows = read_bars(con, symbol, spec, source=chosen, start=span[0], end=span[1])
     except DataNotFound:  # nothing is stored: an empty interval, or one entirely within a gap
         rows = read_bars(con, symbol, spec, source=chosen, start=most)
     frame = _on_page(rows, symbol, first, following or stop, length)

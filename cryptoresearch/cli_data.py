@@ -23,7 +23,9 @@ console = Console()
 @data_app.command()
 def status(
     symbol: Annotated[str | None, typer.Argument(help="One symbol only, such as BTCUSDT.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Do not look for silences and contradictory values, which reads all rows.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not look for silences and contradictory values, which reads all rows.")
+    ] = False,
 ) -> None:
     "Report what the store has of each series, what is missing, and whether it can be used."
     from cryptoresearch.data.status import data_status

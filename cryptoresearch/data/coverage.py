@@ -53,7 +53,8 @@ def missing_bars(
     missing = [(before, start, "start"), *((a, b, "between") for (_, a), (b, _) in pairwise(parts)), *gaps]
     missing = [(a, b, kind) for a, b, kind in missing if b > a or kind in ("id", "inner")]
     first = start // length_us
-    holes = [(max(a // length_us, first), b // length_us if kind in ("id", "inner") else -(-b // length_us) - 1, b) for a, b, kind in missing]
+    ends = [b // length_us if kind in ("id", "inner") else -(-b // length_us) - 1 for _, b, kind in missing]
+    holes = [(max(a // length_us, first), end, b) for (a, b, _), end in zip(missing, ends, strict=True)]
     frame = pd.DataFrame(holes, columns=["first_bar", "last_bar", "end_us"], dtype="int64")
     bars = {"first": first, "whole": -(-start // length_us), "last": end // length_us - 1}
     return frame[frame["first_bar"] <= frame["last_bar"]], bars
@@ -91,7 +92,7 @@ def _listings(claims: pd.DataFrame) -> list[int]:
             reach, low, high = end, first_id, last_id
     return out
 
-
+# %% ../../nbs/data/05_coverage.ipynb #c58d9ed4
 def _extended(before: Stretch, new: Stretch) -> Stretch:
     "Extend a stretch by a claim that continues it."
     last = new.last_id if new.end >= before.end else before.last_id
@@ -100,7 +101,7 @@ def _extended(before: Stretch, new: Stretch) -> Stretch:
     start, end = min(before.start, new.start), max(before.end, new.end)
     return Stretch(start, end, before.first_id, last, before.files + 1, before.rows + new.rows)
 
-
+# %% ../../nbs/data/05_coverage.ipynb #f3fb0be6
 def join_claims(
     claims: pd.DataFrame,  # of one series, in order of time: start, end (µs), first_id, last_id, rows (NaN if unknown)
     harmless: int = 0,  # ids that may be missing in a row

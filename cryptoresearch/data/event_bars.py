@@ -137,6 +137,12 @@ def _missed(last, trade_id, missing):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _highest(s, trade_id, ts, cut):  # type: ignore[no-untyped-def]
+    "Return the highest id so far; after a hole the ids of another day may begin again, because the symbol was listed again."
+    return float(trade_id) if cut and ts // 86_400_000_000 > s[17] // 86_400_000_000 else max(s[19], float(trade_id))
+
+
+@njit(cache=True, nogil=True)
 def _count(bar, s, weight, price, qty, quote, number, reported, tick):  # type: ignore[no-untyped-def]
     "Add one trade to the current bar and its sums."
     bar.high, bar.low = max(bar.high, price), min(bar.low, price)
@@ -175,8 +181,7 @@ def _pass(  # type: ignore[no-untyped-def]
         cut = _missed(s[19], trade_id[i], missing)
         while h < len(holes) and holes[h] <= ts[i]:
             cut, h = True, h + 1
-        # the ids of a symbol that is listed again begin again
-        s[19] = trade_id[i] if cut and ts[i] // 86_400_000_000 > s[17] // 86_400_000_000 else max(s[19], float(trade_id[i]))
+        s[19] = _highest(s, trade_id[i], ts[i], cut)
         if cut or s[15] == 0:
             s[7:15] = 0.0
             s[15], s[18] = 1.0, ts[i]

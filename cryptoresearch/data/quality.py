@@ -57,7 +57,8 @@ def is_candles(
     source: str,  # as in `coverage`
 ) -> bool:  # False for trades and for unknown series
     "Check whether a series consists of candles."
-    return bool(con.execute("SELECT count(*) FROM candles WHERE symbol = ? AND source = ?", [normal_symbol(symbol), source]).fetchall()[0][0])
+    query = "SELECT count(*) FROM candles WHERE symbol = ? AND source = ?"
+    return bool(con.execute(query, [normal_symbol(symbol), source]).fetchall()[0][0])
 
 
 _DAILY = {

@@ -57,7 +57,7 @@ def naive_utc(
     "Convert a time to a parameter that DuckDB compares with the times of the store."
     return to_utc(time).tz_localize(None).to_pydatetime()
 
-
+# %% ../../nbs/data/00_series.ipynb #2e3b5b4d
 def check_range(
     start: TimeLike | None,  # first time; None: from the beginning
     end: TimeLike | None,  # times before this one; None: to the end
@@ -70,7 +70,7 @@ def check_range(
         raise ConfigError(problem("a start before the end", found, "Move the end to a later time"))
     raise ConfigError(problem("a start before the end", f"{from_us(a)} and {from_us(b)} UTC", "Swap them"))
 
-
+# %% ../../nbs/data/00_series.ipynb #1d136c59
 def utc_now() -> datetime:  # naive, UTC
     "Return the current time as the store keeps it."
     return datetime.now(UTC).replace(tzinfo=None)

@@ -186,7 +186,7 @@ def _recorded(
     again = gaps.duplicated([*_KEY, "kind", "start", "end", "first_missing_id"]) & (gaps["kind"] == "inner")  # files that overlap
     return gaps[~(again | (gaps["missing"] <= 0).fillna(False).astype(bool))].reindex(columns=_GAP)
 
-
+# %% ../../nbs/data/13_status.ipynb #528f26f4
 def _harmless(
     gaps: pd.DataFrame,  # kind, missing
     limit: int,  # of `harmless_ids`
@@ -296,7 +296,7 @@ def gap_table(
     source: str | None = None,  # one source only
     *,
     silences: bool = True,  # find silences too, which reads the times of all trades
-) -> pd.DataFrame:  # one row per gap: series, kind, start, end (UTC), length, missing (ids or candles; NaN if unknown), ids, file_id, harmless
+) -> pd.DataFrame:  # one row per gap: series, kind, start, end (UTC), length, missing (NaN if unknown), ids, file_id, harmless
     "List everything that is missing, and suspicious silences."
     claims = _claims(con, symbol, source)
     recorded = _recorded(con, claims, symbol, source)
@@ -337,6 +337,12 @@ def _count(n: float, noun: str) -> str:
     many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return f"{n:,.0f} {noun if n == 1 else many}"
 
+# %% ../../nbs/data/13_status.ipynb #6006dbe7
+def _remarks(share: float, silences: int, short: tuple[int, int]) -> list[str]:
+    "Describe silences, the share of refused rows, and harmless holes, as far as there are any."
+    out = [f"{_count(silences, 'silence')} to look at"] * bool(silences) + [f"{share:.2%} of the rows refused"] * (share > REJECTED_SHARE)
+    return out + [f"{_count(short[1], 'id')} missing in {_count(short[0], 'short hole')} without effect on bars"] * bool(short[0])
+
 # %% ../../nbs/data/13_status.ipynb #8a6b348a
 def judge_series(
     rows: int,  # stored
@@ -347,7 +353,7 @@ def judge_series(
     source: str = "trades",  # of the series; replayed and simulated data are marked
     edges: int = 0,  # gaps of the kind bounds
     short: tuple[int, int] = (0, 0),  # harmless holes, which are not among the gaps, and ids missing in them
-    cut: str = "",  # time that is missing at an edge, where it is a day or more
+    cut: str = "",  # what is missing at an edge, where it is a day or more
     doubts: Sequence[str] = (),  # sentences about values that contradict each other
 ) -> Verdict:  # the first rule that fits
     "Judge a series by the rules above."
@@ -355,37 +361,38 @@ def judge_series(
     if not rows:
         return Verdict("empty", f"{name}nothing stored")
     share = rejected / (rows + rejected)
-    extra = [f"{_count(silences, 'silence')} to look at"] * bool(silences) + [f"{share:.2%} of the rows refused"] * (share > REJECTED_SHARE)
+    extra = _remarks(share, silences, short)
     lost = f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else ""
     level: Level = "complete"
     text = "complete"
-    extra += [f"{_count(short[1], 'id')} missing in {_count(short[0], 'short hole')} without effect on bars"] * bool(short[0])
     if missing_share > HOLES_SHARE:
         level, text = "holes", f"full of holes: {_count(gaps, 'gap')}{lost}"
     elif gaps or share > REJECTED_SHARE:
         level, text = "usable", f"usable with {_count(gaps, 'gap')}{lost}"
     elif edges:
-        level, text = "usable", f"complete inside, but the first or last {f'file is cut short by {cut}' if cut else 'day is cut short'}"
+        level, text = "usable", f"complete inside, but the first or last {cut or 'day is cut short'}"
     elif short[0] or doubts:
         level, text = "usable", "usable"
     return Verdict(level, name + "; ".join([text, *extra, *doubts]))
 
 # %% ../../nbs/data/13_status.ipynb #42be3bf9
-_ODD_TRADES = """SELECT symbol, source, NULL AS interval, count(*) FILTER (n >= 10) AS days, count(*) FILTER (n >= 10 AND abs(total) = n) AS one_sided,
+_ODD_TRADES = """SELECT symbol, source, NULL AS interval,
+  count(*) FILTER (n >= 10) AS days, count(*) FILTER (n >= 10 AND abs(total) = n) AS one_sided,
   sum(odd)::BIGINT AS odd, sum(n_rows)::BIGINT AS rows FROM (SELECT symbol, source, ts::DATE AS day, count(side_reported) AS n,
     sum(side_reported) AS total, count(*) FILTER (abs(quote_qty - price * qty) > 0.01 * price * qty + 1e-6) AS odd, count(*) AS n_rows
     FROM trades WHERE ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL) GROUP BY ALL"""
 _ODD_CANDLES = """SELECT symbol, source, interval, 0 AS days, 0 AS one_sided, count(*) FILTER (quote_volume > 1.01 * high * volume + 1e-6
     OR quote_volume < 0.99 * low * volume - 1e-6) AS odd, count(*) AS rows
   FROM candles WHERE ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
-_REPEATED = """WITH frames AS (SELECT symbol, source, file_id, received_at, count(*) AS n, hash(list((ts, price, qty) ORDER BY trade_id)) AS content
+_REPEATED = """WITH frames AS (
+    SELECT symbol, source, file_id, received_at, count(*) AS n, hash(list((ts, price, qty) ORDER BY trade_id)) AS content
     FROM trades WHERE received_at IS NOT NULL AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL)
   SELECT symbol, source, sum(n) FILTER (k > 1)::BIGINT, sum(n)::BIGINT FROM (SELECT *, row_number() OVER
     (PARTITION BY symbol, source, file_id, content ORDER BY received_at) AS k FROM frames) GROUP BY ALL"""
 _LEFT_OUT = """SELECT symbol, source, sum(regexp_extract(detail, '^\\d+')::BIGINT) FROM data_log
   WHERE event = 'repeated' AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
 
-
+# %% ../../nbs/data/13_status.ipynb #7d700202
 def _doubts(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None,  # one symbol only
@@ -448,7 +455,8 @@ def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int, d
     share = inside["length"].dt.total_seconds().sum() * 1e6 / (end - start) if end > start else 0.0
     refused, duplicates = (int(claims[name].fillna(0).sum()) for name in ("rejected", "duplicates"))
     holes, edges = (len(short), int(short["missing"].sum())), real[real["kind"] == "bounds"]
-    cut = length_text(edges["length"].max()) if len(edges) and edges["length"].max() >= pd.Timedelta("1D") else ""
+    most = edges["length"].max() if len(edges) else pd.Timedelta(0)
+    cut = f"file is cut short by {length_text(most)}" if most >= pd.Timedelta("1D") else ""
     verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, len(edges), holes, cut, doubts)
     kinds = claims["kind"].dropna()
     kind = kinds.iloc[0] if len(kinds) else "trades"

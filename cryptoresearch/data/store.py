@@ -199,7 +199,7 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
     _s3_secret(con, settings)
     return con
 
-
+# %% ../../nbs/data/01_store.ipynb #ab61e87d
 def harmless_ids(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> int:  # ids
@@ -633,7 +633,7 @@ def dead_folders() -> list[tuple[Path, str, str]]:  # folder, data path and mark
                 out.append((folder, root, mark))
     return out
 
-
+# %% ../../nbs/data/01_store.ipynb #66ccbc09
 def data_path(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> str:  # a folder or s3:// address, ends with a slash

@@ -246,7 +246,7 @@ def _near(
         low, high = max(low, end) if end <= span[0] else low, min(high, start) if start >= span[1] else high
     return f"ts BETWEEN make_timestamp({low}) AND make_timestamp({high})"
 
-
+# %% ../../nbs/ingest/05_corrections.ipynb #2a5e44f4
 def _window(
     con: DuckDBPyConnection,
     series: Series,
@@ -368,7 +368,7 @@ def insert_gaps(
     series: Series,  # in which rows are missing
     rows: Sequence[tuple[str, str, int, int, int | None, int | None]],  # file_id, kind, start, end (µs), first, last missing id
 ) -> None:
-    "Record missing stretches: kind 'id' (in no file), 'rejected' (rows refused), 'inner' (left out by aggregates), 'restart' (ids begin again) or 'time' (candles)."
+    "Record missing stretches, of the kinds that the table in `data.status` describes."
     if not rows:
         return
     names, types = ("file_id", "kind", "start_us", "end_us", "first_id", "last_id"), (pa.string(), pa.string(), *[pa.int64()] * 4)

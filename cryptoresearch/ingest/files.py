@@ -40,7 +40,9 @@ from cryptoresearch.ingest.corrections import (
 )
 from .formats import FileSpec, Given, inspect_file, interval_us, Market
 from .parsing import Kind
-from .staging import close_refused, copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, work_mark, write_rows
+from cryptoresearch.ingest.staging import (
+    close_refused, copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, work_mark, write_rows,
+)
 from ..settings import Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725
@@ -488,15 +490,18 @@ def _plan(
     return _Plan(tuple(stored), old, met, _without_known(cur, job, facts, file, met))
 
 # %% ../../nbs/ingest/06_files.ipynb #be7ee135
-def _gap_rows(job: Job, facts: Facts) -> list[tuple[str, str, int, int, int | None, int | None]]:
+_GapRow = tuple[str, str, int, int, int | None, int | None]  # as `insert_gaps` takes them
+
+
+def _gap_rows(job: Job, facts: Facts) -> list[_GapRow]:
     "List the file's holes as rows for the table `gaps`."
-    holes = facts.all_holes()
+    holes, sha256 = facts.all_holes(), job.sha256
     if job.series.table == "candles":
-        return [(job.sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
+        return [(sha256, "time", int(h[2]), int(h[1]), None, None) for h in holes]
     kinds = ["rejected" if refused else "id" for refused in refused_holes(facts, holes)]
-    restarts = [(job.sha256, "restart", start, end, None, None) for start, end in facts.restarts]
-    restarts += [(job.sha256, "inner", *map(int, hole)) for part in facts.inner for hole in part]
-    return restarts + [(job.sha256, kind, int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, kind in zip(holes, kinds, strict=True)]
+    rows: list[_GapRow] = [(sha256, "restart", start, end, None, None) for start, end in facts.restarts]
+    rows += [(sha256, "inner", int(h[0]), int(h[1]), int(h[2]), int(h[3])) for part in facts.inner for h in part]
+    return rows + [(sha256, kind, int(h[0]), int(h[1]), int(h[2]), int(h[3])) for h, kind in zip(holes, kinds, strict=True)]
 
 
 def _insert_ledger(con: DuckDBPyConnection, job: Job, facts: Facts, plan: _Plan, gaps: int) -> _LedgerRow:

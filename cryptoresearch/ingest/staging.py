@@ -352,6 +352,13 @@ def _begin_listing(
         stream.kept = {}
         stream.state[[_ID, _TS, _SIGN, _LINE, _BEGUN]], stream.last_price[:] = 0, 0.0
 
+# %% ../../nbs/ingest/04_staging.ipynb #05b3db64
+def _remember_last(stream: _Stream, block: Block) -> None:
+    "Keep the last row of a block, and note what its aggregates leave out."
+    if len(block.line):
+        _note_inner(stream, block)
+        stream.kept = {name: values[-1] for name, values in block.columns.items()}
+
 
 def _note_inner(
     stream: _Stream,
@@ -367,7 +374,7 @@ def _note_inner(
     known = (ids[1:] == ids[:-1] + 1) & (last[:-1] >= 0) & ~too_far(missing, holes[:, 1] - holes[:, 0])  # -1: no ids are stated
     stream.facts.inner.append(holes[known & (missing > 0)])
 
-
+# %% ../../nbs/ingest/04_staging.ipynb #325ead4f
 def _followed(
     stream: _Stream,
     block: Block,  # the next rows; refused and repeated ones are removed
@@ -391,9 +398,7 @@ def _followed(
         stream.facts.repeated += int(same.sum())
         stream.refuse(block, ~same, None)
         stream.refuse(block, ~repeat[~same], _REPEATED.format(stream.job.series.key))
-    if len(block.line):
-        _note_inner(stream, block)
-        stream.kept = {name: values[-1] for name, values in block.columns.items()}
+    _remember_last(stream, block)
     return np.asarray(side[~repeat])
 
 # %% ../../nbs/ingest/04_staging.ipynb #934e6942
@@ -447,7 +452,7 @@ def discard(
 
 # %% ../../nbs/ingest/04_staging.ipynb #bf076ed5
 def work_mark(
-    job: Job,
+    job: Job,  # one file
 ) -> str:  # 16 characters
     "Return the beginning of the names of a job's data files."
     return job.mark[:16]

@@ -330,9 +330,10 @@ def _session_row(
 ) -> None:
     "Replace the session's row in `live_sessions`."
     row = con.execute("SELECT count(*) FROM trades WHERE file_id = ?", [session.session_id]).fetchone() if ended_at else (0,)
-    for symbol, n in session.repeated.items() if ended_at else ():
-        span, detail = (session.started_at, ended_at), f"{n} trades in frames that were received again, left out"
-        log_event(con, "repeated", symbol, session.source, session.session_id, session.url, span, detail)
+    if ended_at:
+        span, names = (session.started_at, ended_at), (session.source, session.session_id, session.url)
+        for symbol, n in session.repeated.items():
+            log_event(con, "repeated", symbol, *names, span, f"{n} trades in frames that were received again, left out")
     con.execute("DELETE FROM live_sessions WHERE session_id = ?", [session.session_id])
     values = [session.session_id, session.source, session.url, session.symbols, session.started_at, ended_at, reason, row[0] if row else 0]
     con.execute("INSERT INTO live_sessions VALUES (?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?)", values)

@@ -356,7 +356,7 @@ def _is_repeated(feed: _Feed, data: bytes) -> bool:
         feed._frames.popitem(last=False)
     return again
 
-
+# %% ../../nbs/live/03_feed.ipynb #3324e0bb
 def _take(feed: _Feed, data: bytes, at: datetime) -> None:
     "Count one frame and pass its trades on."
     stats = feed._stats

@@ -108,7 +108,7 @@ def impossible(
         return f"price, volume or their product is not below {LIMIT:g}, which is beyond any market"
     return None
 
-
+# %% ../../nbs/live/01_messages.ipynb #d6a2857c
 def _trade(
     item: object,  # one element of a frame's `data`
 ) -> Trade | str:  # a trade, or the symbol of a quote update

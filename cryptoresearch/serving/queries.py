@@ -91,6 +91,9 @@ def _on_page(rows: pd.DataFrame, symbol: str, first: pd.Timestamp, stop: pd.Time
     return out.assign(symbol=symbol, close_ts=(index + length).as_unit("us"), gap=out["gap"].astype("boolean").fillna(True).astype(bool))
 
 # %% ../../nbs/serving/01_queries.ipynb #8ba4a7d3
+_ENDS = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
+
+
 def bars_page(
     con: duckdb.DuckDBPyConnection,  # of data.store
     symbol: str,  # such as BTCUSDT
@@ -102,17 +105,16 @@ def bars_page(
     source: str | None = None,  # as in pick_source
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # frame of bars with attrs source; where the next page starts, None at the end
     "Read one page of bars of a symbol."
+    check_range(start, end)
     symbol, spec, length = normal_symbol(symbol), bar_spec(spec), bar_length(spec)
     chosen = pick_source(con, symbol, spec, source)
-    check_range(start, end)
-    sql = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
-    least, most = (to_utc(t) for t in con.execute(sql, [symbol, spec, chosen]).fetchall()[0])
+    least, most = (to_utc(t) for t in con.execute(_ENDS, [symbol, spec, chosen]).fetchall()[0])
     stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
     first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None
     try:
-        span = (first, following or stop) if first < (following or stop) else (most + length, None)  # a range outside of what is stored
-        rows = read_bars(con, symbol, spec, source=chosen, start=span[0], end=span[1])
+        inside = first < (following or stop)  # the range meets what is stored
+        rows = read_bars(con, symbol, spec, source=chosen, start=first if inside else most, end=following or stop if inside else None)
     except DataNotFound:  # nothing is stored: an empty interval, or one entirely within a gap
         rows = read_bars(con, symbol, spec, source=chosen, start=most)
     frame = _on_page(rows, symbol, first, following or stop, length)

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, cast, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -353,27 +353,24 @@ def judge_series(
     source: str = "trades",  # of the series; replayed and simulated data are marked
     edges: int = 0,  # gaps of the kind bounds
     short: tuple[int, int] = (0, 0),  # harmless holes, which are not among the gaps, and ids missing in them
-    cut: str = "",  # what is missing at an edge, where it is a day or more
+    cut: str = "day is cut short",  # what is missing at an edge
     doubts: Sequence[str] = (),  # sentences about values that contradict each other
 ) -> Verdict:  # the first rule that fits
     "Judge a series by the rules above."
-    name = f"{NO_MARKET[source]}: " if source in NO_MARKET else ""
+    name, share = f"{NO_MARKET[source]}: " if source in NO_MARKET else "", rejected / max(rows + rejected, 1)
     if not rows:
         return Verdict("empty", f"{name}nothing stored")
-    share = rejected / (rows + rejected)
-    extra = _remarks(share, silences, short)
-    lost = f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else ""
-    level: Level = "complete"
-    text = "complete"
+    many = _count(gaps, "gap") + (f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else "")
+    level = text = "complete"
     if missing_share > HOLES_SHARE:
-        level, text = "holes", f"full of holes: {_count(gaps, 'gap')}{lost}"
+        level, text = "holes", f"full of holes: {many}"
     elif gaps or share > REJECTED_SHARE:
-        level, text = "usable", f"usable with {_count(gaps, 'gap')}{lost}"
+        level, text = "usable", f"usable with {many}"
     elif edges:
-        level, text = "usable", f"complete inside, but the first or last {cut or 'day is cut short'}"
+        level, text = "usable", f"complete inside, but the first or last {cut}"
     elif short[0] or doubts:
-        level, text = "usable", "usable"
-    return Verdict(level, name + "; ".join([text, *extra, *doubts]))
+        level = text = "usable"
+    return Verdict(cast(Level, level), name + "; ".join([text, *_remarks(share, silences, short), *doubts]))
 
 # %% ../../nbs/data/13_status.ipynb #42be3bf9
 _ODD_TRADES = """SELECT symbol, source, NULL AS interval,
@@ -456,7 +453,7 @@ def _summary(key: Series, claims: pd.DataFrame, gaps: pd.DataFrame, live: int, d
     refused, duplicates = (int(claims[name].fillna(0).sum()) for name in ("rejected", "duplicates"))
     holes, edges = (len(short), int(short["missing"].sum())), real[real["kind"] == "bounds"]
     most = edges["length"].max() if len(edges) else pd.Timedelta(0)
-    cut = f"file is cut short by {length_text(most)}" if most >= pd.Timedelta("1D") else ""
+    cut = f"file is cut short by {length_text(most)}" if most >= pd.Timedelta("1D") else "day is cut short"
     verdict = judge_series(stored, refused, len(inside), share, quiet, key.source, len(edges), holes, cut, doubts)
     kinds = claims["kind"].dropna()
     kind = kinds.iloc[0] if len(kinds) else "trades"

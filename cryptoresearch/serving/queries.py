@@ -8,6 +8,7 @@ __all__ = ['FIXED', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'f
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def _on_page(rows: pd.DataFrame, symbol: str, first: pd.Timestamp, stop: pd.Time
 _ENDS = "SELECT min(ts), max(ts) FROM bars WHERE symbol = ? AND spec = ? AND source = ?"
 
 
+def _some_bars(
+    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, start: pd.Timestamp, end: pd.Timestamp, most: pd.Timestamp
+) -> pd.DataFrame:
+    "Read the bars of a range; the last stored bar where the range has none: it is outside of what is stored, or within a gap."
+    if start < end:
+        with suppress(DataNotFound):
+            return read_bars(con, symbol, spec, source=source, start=start, end=end)
+    return read_bars(con, symbol, spec, source=source, start=most)
+
+# %% ../../nbs/serving/01_queries.ipynb #4839e102
 def bars_page(
     con: duckdb.DuckDBPyConnection,  # of data.store
     symbol: str,  # such as BTCUSDT
@@ -112,11 +123,7 @@ def bars_page(
     stop = most + length if end is None else min(most + length, to_utc(end).ceil(length))
     first = max(least, stop - limit * length) if start is None else max(least, to_utc(start).ceil(length))
     following = first + limit * length if start is not None and first + limit * length < stop else None
-    try:
-        inside = first < (following or stop)  # the range meets what is stored
-        rows = read_bars(con, symbol, spec, source=chosen, start=first if inside else most, end=following or stop if inside else None)
-    except DataNotFound:  # nothing is stored: an empty interval, or one entirely within a gap
-        rows = read_bars(con, symbol, spec, source=chosen, start=most)
+    rows = _some_bars(con, symbol, spec, chosen, first, following or stop, most)
     frame = _on_page(rows, symbol, first, following or stop, length)
     frame.attrs = {"symbol": symbol, "spec": spec, "source": chosen}
     return frame, following

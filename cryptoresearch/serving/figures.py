@@ -7,6 +7,9 @@ __all__ = ['COLORS', 'TEMPLATE', 'Style', 'Traces', 'CONFIG', 'thin_bars', 'gap_
            'warning_text', 'indicator_frame', 'candles_figure', 'prediction_traces', 'prediction_figure',
            'empty_figure', 'plotly_js', 'embed']
 
+# %% ../../nbs/serving/04_figures.ipynb #4e5a0010
+from . import kernel  # noqa: F401  first: loads jsonschema quickly, before plotly does
+
 # %% ../../nbs/serving/04_figures.ipynb #00000003
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-import optuna.visualization as pictures
 import pandas as pd
 import plotly.graph_objects as go
 from optuna.trial import TrialState
@@ -130,7 +129,7 @@ def intervals_figure(
 # %% ../../nbs/serving/07_research_figures.ipynb #e165916a
 def _history(study: optuna.Study, loss: str) -> go.Figure:
     "Draw the loss of each trial and the best loss so far."
-    fig = _look(pictures.plot_optimization_history(study, target_name=loss), f"{loss} of each trial, and the best so far", 300)
+    fig = _look(optuna.visualization.plot_optimization_history(study, target_name=loss), f"{loss} of each trial, and the best so far", 300)
     fig.update_traces(selector={"mode": "markers"}, marker={"color": OUTCOME})
     return fig.update_traces(selector={"mode": "lines"}, line={"color": MODEL})
 
@@ -138,7 +137,7 @@ def _history(study: optuna.Study, loss: str) -> go.Figure:
 def _importances(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     "Draw the share of the variation of the loss that each parameter explains."
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    fig = pictures.plot_param_importances(study, evaluator=evaluator, target_name=loss)
+    fig = optuna.visualization.plot_param_importances(study, evaluator=evaluator, target_name=loss)
     fig = _look(fig, "Share of the variation explained by each parameter", 110 + 28 * len(names), legend=False)
     fig.update_traces(marker={"color": MODEL}, cliponaxis=False)
     fig.update_xaxes(title="share")
@@ -148,7 +147,7 @@ def _importances(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
 # %% ../../nbs/serving/07_research_figures.ipynb #3c2e93e8
 def _parallel(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     "Draw all parameters in parallel coordinates."
-    fig = pictures.plot_parallel_coordinate(study, params=names, target_name=loss)
+    fig = optuna.visualization.plot_parallel_coordinate(study, params=names, target_name=loss)
     fig = _look(fig, f"All parameters; dark is low {loss}", 360, legend=False)
     fig.update_layout(margin={"l": 40, "r": 28, "t": 64, "b": 16})
     return fig.update_traces(selector={"type": "parcoords"}, line={"showscale": False})
@@ -178,7 +177,7 @@ def study_figures(
 # %% ../../nbs/serving/07_research_figures.ipynb #31aabb34
 def _slices(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     "Draw one or two parameters against the loss."
-    fig = _look(pictures.plot_slice(study, params=names, target_name=loss), f"{loss} against {' and '.join(names)}", 280, legend=False)
+    fig = _look(optuna.visualization.plot_slice(study, params=names, target_name=loss), f"{loss} against {' and '.join(names)}", 280, legend=False)
     fig.update_traces(marker={"size": 7, "showscale": False})
     fig.update_xaxes(nticks=4, tickangle=0)
     for axis in fig.select_xaxes(selector={"type": "log"}):

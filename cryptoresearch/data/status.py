@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, cast, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -338,6 +338,14 @@ def _count(n: float, noun: str) -> str:
     return f"{n:,.0f} {noun if n == 1 else many}"
 
 # %% ../../nbs/data/13_status.ipynb #6006dbe7
+def _level(gaps: int, missing_share: float, share: float) -> tuple[Level, str]:
+    "Choose level and sentence by the gaps and by the share of refused rows."
+    many = _count(gaps, "gap") + (f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else "")
+    if missing_share > HOLES_SHARE:
+        return "holes", f"full of holes: {many}"
+    return ("usable", f"usable with {many}") if gaps or share > REJECTED_SHARE else ("complete", "complete")
+
+
 def _remarks(share: float, silences: int, short: tuple[int, int]) -> list[str]:
     "Describe silences, the share of refused rows, and harmless holes, as far as there are any."
     out = [f"{_count(silences, 'silence')} to look at"] * bool(silences) + [f"{share:.2%} of the rows refused"] * (share > REJECTED_SHARE)
@@ -360,17 +368,12 @@ def judge_series(
     name, share = f"{NO_MARKET[source]}: " if source in NO_MARKET else "", rejected / max(rows + rejected, 1)
     if not rows:
         return Verdict("empty", f"{name}nothing stored")
-    many = _count(gaps, "gap") + (f" ({missing_share:.2%} of the time)" if missing_share >= 0.00005 else "")
-    level = text = "complete"
-    if missing_share > HOLES_SHARE:
-        level, text = "holes", f"full of holes: {many}"
-    elif gaps or share > REJECTED_SHARE:
-        level, text = "usable", f"usable with {many}"
-    elif edges:
+    level, text = _level(gaps, missing_share, share)
+    if level == "complete" and edges:
         level, text = "usable", f"complete inside, but the first or last {cut}"
-    elif short[0] or doubts:
-        level = text = "usable"
-    return Verdict(cast(Level, level), name + "; ".join([text, *_remarks(share, silences, short), *doubts]))
+    elif level == "complete" and (short[0] or doubts):
+        level, text = "usable", "usable"
+    return Verdict(level, name + "; ".join([text, *_remarks(share, silences, short), *doubts]))
 
 # %% ../../nbs/data/13_status.ipynb #42be3bf9
 _ODD_TRADES = """SELECT symbol, source, NULL AS interval,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -12,10 +13,10 @@ import pytest
 from cryptoresearch.data.archive import archive_name
 from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.build_bars import make_bars
-from cryptoresearch.data.event_bars import read_event_bars
+from cryptoresearch.data.event_bars import event_bars, read_event_bars
 from cryptoresearch.data.quality import happened
 from cryptoresearch.data.series import normal_symbol
-from cryptoresearch.data.status import status
+from cryptoresearch.data.status import read_trades, status
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.features.derived import symbol_prefix
@@ -262,3 +263,33 @@ def test_a_later_version_of_a_file_replaces_the_first_whatever_the_letters(con: 
         holes = con.execute("SELECT kind, first_missing_id, last_missing_id FROM gaps WHERE symbol = ?", [symbol]).fetchall()
         events = con.execute("SELECT event FROM data_log WHERE symbol = ?", [symbol]).fetchall()
         assert (symbol, stored, holes, events) == (symbol, [([1, 2, 4, 5, 6],)], [("id", 3, 3)], [("replaced",)])
+
+
+# --- sums of tiny amounts -----------------------------------------------------------------------------------------------------------------
+
+TINY = [  # price, quantity, number of trades: 120 trades of 2.5e-9 and others
+    ("0.000000025", "0.1", 120), ("0.00000001", "0.00000001", 120), ("0.00012345", "1.2345", 120), ("0.00000123", "0.00000137", 700), ("61837.63", "0.00000001", 90),
+    ("0.000000000123", "45678.9", 50), ("1.000000001", "1", 120),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("stated", [True, False])
+def test_tiny_amounts_add_up(con: duckdb.DuckDBPyConnection, tmp_path: Path, case: tuple[str, str, int], stated: bool) -> None:
+    price, qty, n = case
+    each = Decimal(price) * Decimal(qty)
+    quote = f",{each:f}" if stated else ""
+    rows = [f"{i},{price},{qty}{quote},{FIRST_MS + 1000 * i},{str(i % 2 == 0).lower()}" for i in range(n)]
+    rows.append(f"{n},{price},{qty}{quote},{FIRST_MS + 3_600_000},true")
+    process_file(con, written(tmp_path, "dust.csv", f"id,price,qty{',quote_qty' * stated},time,is_buyer_maker", *rows), symbol="ABCUSDT")
+    for spec in ("1m", "1h"):
+        make_bars(con, "ABCUSDT", spec, source="um.trades" if stated else None)
+        bars = read_bars(con, "ABCUSDT", spec, source="um.trades" if stated else None).head(60 if spec == "1m" else 1)
+        assert bars["quote_volume"].sum() == pytest.approx(float(n * each), rel=1e-14)
+        assert bars["volume"].sum() == pytest.approx(float(n * Decimal(qty)), rel=1e-14)
+        assert bars["buy_volume"].sum() == pytest.approx(float(n // 2 * Decimal(qty)), rel=1e-14)
+        traded = bars[bars["volume"] > 0]
+        assert traded["vwap"].to_numpy() == pytest.approx(float(price), rel=1e-14)
+    if n % 4 == 0:
+        events = event_bars(read_trades(con, "ABCUSDT").head(n), f"dollar:{n * each / 4:f}")
+        assert len(events) == 4 and events["quote_volume"].to_numpy() == pytest.approx(float(n * each / 4), rel=1e-14)

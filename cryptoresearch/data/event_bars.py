@@ -20,7 +20,8 @@ from duckdb import DuckDBPyConnection
 from numba import njit
 
 from cryptoresearch.data.aggregation import (
-    add_trade, begin_record, check_amounts, complete_trades, NUMBERS, PRICES, RECORD, record_amount, TRADE_COLUMNS, Trades, vwap_of,
+    add_fine, add_trade, at_least, begin_record, check_amounts, complete_trades, NUMBERS, PRICES, RECORD, record_amount, TRADE_COLUMNS,
+    Trades, vwap_of,
 )
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
@@ -121,10 +122,9 @@ def _reached(bar, s, mode, weight, size, threshold):  # type: ignore[no-untyped-
     if mode == 0 or s[0] == 0:
         if mode != 0 or weight == 0:
             return s[12] >= size
-        whole, part = (bar.volume_whole, bar.volume_part) if weight == 1 else (bar.quote_whole, bar.quote_part)
-        whole, part = whole + part // 100_000_000, part % 100_000_000
-        limit = np.int64(size)
-        return whole > limit or (whole == limit and part >= np.int64((size - limit) * 1e8 + 0.5))
+        if weight == 1:
+            return at_least(bar.volume_whole, bar.volume_part, bar.volume_fine, size)
+        return at_least(bar.quote_whole, bar.quote_part, bar.quote_fine, size)
     return (abs(s[7]) if mode == 1 else max(s[8], s[9])) >= threshold
 
 # %% ../../nbs/data/09_event_bars.ipynb #140bcb47
@@ -143,10 +143,12 @@ def _highest(s, trade_id, ts, cut):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _count(bar, s, weight, price, qty, quote, number, reported, tick):  # type: ignore[no-untyped-def]
+def _count(bar, s, weight, price, qty, quote, number, reported, tick, fine):  # type: ignore[no-untyped-def]
     "Add one trade to the current bar and its sums."
     bar.high, bar.low = max(bar.high, price), min(bar.low, price)
     add_trade(bar, qty, quote, reported, tick)
+    if fine:
+        add_fine(bar, qty, quote, reported, tick)
     bar.trades += number
     bar.close = price
     w = float(number) if weight == 0 else qty if weight == 1 else quote
@@ -171,7 +173,7 @@ def _closed(s, mode, size):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _pass(  # type: ignore[no-untyped-def]
     ts, trade_id, price, qty, quote, number, reported, tick,  # n trades
-    mode, weight, size, missing, holes,  # what closes a bar; ids and times of holes
+    mode, weight, size, fine, missing, holes,  # what closes a bar; whether amounts have many decimals; ids and times of holes
     hand, s, out, first, limit,  # current bar and state, changed; finished bars, their first times and thresholds, filled
 ):
     "Follow trades; return the number of finished bars."
@@ -186,7 +188,7 @@ def _pass(  # type: ignore[no-untyped-def]
             s[7:15] = 0.0
             s[15], s[18] = 1.0, ts[i]
             begin_record(bar, np.int64(s[0]), price[i], trade_id[i])
-        _count(bar, s, weight, price[i], qty[i], quote[i], number[i], reported[i], tick[i])
+        _count(bar, s, weight, price[i], qty[i], quote[i], number[i], reported[i], tick[i], fine)
         bar.last_id, bar.last_ts, s[16], s[17] = trade_id[i], ts[i], trade_id[i], ts[i]
         if _reached(bar, s, mode, weight, size, threshold):
             out[n], first[n], limit[n] = bar, np.int64(s[18]), threshold
@@ -229,7 +231,7 @@ def _restored(state: str | None) -> tuple[np.ndarray, np.ndarray]:  # current ba
     if state:
         known = json.loads(state)
         s[:] = [float.fromhex(v) for v in known["state"]]
-        hand[:] = np.frombuffer(bytes.fromhex(known["bar"]), RECORD)
+        hand[:] = np.frombuffer(bytes.fromhex(known["bar"]).ljust(RECORD.itemsize, b"\0"), RECORD)  # older ones end earlier
     return hand, s
 
 
@@ -237,10 +239,10 @@ def _follow(
     t: Trades, e: EventSpec, missing: np.ndarray, holes: np.ndarray, hand: np.ndarray, s: np.ndarray,
 ) -> dict[str, np.ndarray]:
     "Follow trades from the current bar and state, which are changed; return the columns of finished bars."
-    check_amounts(t, hand[0])
+    fine = check_amounts(t, hand[0])
     n = len(t["ts"])
     out, first, limit = np.zeros(n, RECORD), np.empty(n, np.int64), np.empty(n)
-    k = _pass(*(t[name] for name in TRADE_COLUMNS), e.mode, e.weight, e.size, missing, holes, hand, s, out, first, limit)
+    k = _pass(*(t[name] for name in TRADE_COLUMNS), e.mode, e.weight, e.size, fine, missing, holes, hand, s, out, first, limit)
     return _columns(out[:k], first[:k], limit[:k])
 
 # %% ../../nbs/data/09_event_bars.ipynb #4aa433ac

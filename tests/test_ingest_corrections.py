@@ -63,21 +63,21 @@ def test_a_corrected_traded_value_replaces_the_old_one(con: Con, tmp_path: Path,
     name = "AAAUSDT-trades-2024-01-01.csv"
     process_file(con, put(tmp_path / "v1" / name, trades(1, 150)))
     make_bars(con, "AAAUSDT", "1m")
-    lines = [changed(line, 3, 200 + i) for i, line in enumerate(trades(1, 150))]
+    lines = [changed(line, 3, f"{100 + i % 5}.05") for i, line in enumerate(trades(1, 150), 1)]  # as another rounding gives
     result = process_file(con, put(tmp_path / "v2" / ("AAAUSDT-part.csv" if renamed else name), lines), symbol="AAAUSDT", kind="trades")
     assert (result.rows, result.duplicates, result.corrected, result.replaced is not None) == ((150, 0, 150, False) if renamed else (150, 0, 0, True))
-    assert one(con, "SELECT count(*), sum(quote_qty) FROM trades") == (150, sum(range(200, 350)))
+    assert one(con, "SELECT count(*), round(sum(quote_qty), 6) FROM trades") == (150, 150 * 102.05)
     make_bars(con, "AAAUSDT", "1m")
-    assert read_bars(con, "AAAUSDT", "1m").quote_volume.iloc[0] == sum(range(259, 319))  # ids 60 to 119
+    assert read_bars(con, "AAAUSDT", "1m").quote_volume.iloc[0] == 60 * 102.05  # ids 60 to 119
     assert verify(con).ok
 
 
 def test_a_file_without_the_traded_value_corrects_none(con: Con, tmp_path: Path) -> None:
-    process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", [changed(line, 3, 77) for line in trades(1, 99)]))
+    process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", [changed(line, 3, f"{100 + i % 5}.05") for i, line in enumerate(trades(1, 99), 1)]))
     header, lines = "trade_id,price,qty,time,is_buyer_maker", [",".join((p := line.split(","))[:3] + p[4:6]) for line in trades(1, 99)]
     result = process_file(con, put(tmp_path / "part.csv", [header, *lines]), symbol="AAAUSDT", kind="trades")
     assert (result.rows, result.duplicates, result.corrected) == (0, 99, 0)
-    assert one(con, "SELECT sum(quote_qty) FROM trades") == (99 * 77,)
+    assert one(con, "SELECT round(sum(quote_qty), 6) FROM trades") == (10104.95,)
 
 
 # --- verification sees every stored column ---------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_digests_of_older_ledgers_stay_valid(con: Con, tmp_path: Path) -> None:
     found = verify(con)
     assert found.ok
     assert "1 by a digest of an older version" in repr(found)
-    process_file(con, put(tmp_path / "AAAUSDT-part.csv", [changed(line, 2, "2.0") for line in trades(40, 42)]), symbol="AAAUSDT", kind="trades")
+    process_file(con, put(tmp_path / "AAAUSDT-part.csv", [changed(changed(line, 2, "2.0"), 3, 200 + 2 * (i % 5)) for i, line in enumerate(trades(40, 42), 40)]), symbol="AAAUSDT", kind="trades")
     assert con.execute("SELECT rows, digest_version FROM ingest_ledger ORDER BY rows").fetchall() == [(3, max(DIGESTED)), (96, None)]
     assert verify(con).ok
     zipped = process_file(con, put(tmp_path / "again" / "AAAUSDT-trades-2024-01.csv", [*trades(1, 99), ""]), check_symbol=False)
@@ -174,8 +174,9 @@ def test_a_file_with_every_row_twice_is_no_bad_file(con: Con, tmp_path: Path, or
 def test_a_repeated_id_with_any_other_value_is_a_bad_row(con: Con, tmp_path: Path, column: int) -> None:
     "At once, and far away; the first one stays."
     lines = trades(1, 499)
-    value = {1: "105.5", 2: "9.0", 3: "9.0", 4: BEGIN_MS + 21_000, 5: "False" if lines[19].split(",")[5] == "True" else "True"}
+    value = {1: "105.5", 2: "9.0", 3: "100.05", 4: BEGIN_MS + 21_000, 5: "False" if lines[19].split(",")[5] == "True" else "True"}
     other = lines[19] if column == 0 else changed(lines[19], column, value[column])
+    other = changed(other, 3, {1: "105.5", 2: "900.0"}[column]) if column in (1, 2) else other
     result = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", [*lines[:20], other, *lines[20:], other]), max_rejected=0.01)
     bad = 0 if column == 0 else 2
     assert (result.rows, result.rejected, result.duplicates) == (499, bad, 2 - bad)
@@ -274,7 +275,8 @@ def test_an_impossible_range_of_ids_is_refused(con: Con, tmp_path: Path) -> None
 @pytest.mark.parametrize(("column", "name"), [(1, "price"), (2, "qty"), (3, "quote_qty")])
 def test_amounts_that_no_sum_can_hold_are_refused(con: Con, tmp_path: Path, column: int, name: str) -> None:
     lines = trades(1, 299)
-    lines[50], lines[70] = changed(lines[50], column, "1e19"), changed(lines[70], column, "999999999999999")
+    lines[50], lines[70] = changed(lines[50], column, "1e19"), changed(changed(lines[70], 3, "999999999999999"), 2 if column == 2 else 1, "999999999999999")
+    lines[70] = changed(lines[70], 1, "1.0") if column == 2 else lines[70]
     result = process_file(con, put(tmp_path / "AAAUSDT-trades-2024-01-01.csv", lines))
     assert (result.rows, result.rejected) == (298, 1)
     assert con.execute("SELECT line, reason FROM quarantine").fetchall() == [(51, f"{name} is not below 1e+15, which is beyond any market and what exact sums hold")]
@@ -298,7 +300,7 @@ MONTH, DAY = "AAAUSDT-trades-2024-01.csv", "AAAUSDT-trades-2024-01-01.csv"
 def test_a_corrected_day_beside_its_month_wins(con: Con, tmp_path: Path, workers: int) -> None:
     "`-01-01` sorts before `-01.`; the month must not undo the day for that."
     fixed = trades(1, 99)
-    fixed[3] = changed(fixed[3], 2, "5.00000000")
+    fixed[3] = changed(changed(fixed[3], 2, "5.00000000"), 3, "520.0")
     put(tmp_path / "files" / MONTH, trades(1, 200))
     put(tmp_path / "files" / DAY, fixed)
     found = process_files(con, tmp_path / "files", workers=workers)

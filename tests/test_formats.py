@@ -31,7 +31,7 @@ fuzz = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.fun
 
 
 def trades(n: int, best: bool = True) -> list[str]:
-    return [f"{i},{100 + i % 7}.5,2,201.0,{FIRST_MS + i},{i % 3 == 0}" + (",True" if best else "") for i in range(1, n + 1)]
+    return [f"{i},{100 + i % 7}.5,2,{201 + 2 * (i % 7)}.0,{FIRST_MS + i},{i % 3 == 0}" + (",True" if best else "") for i in range(1, n + 1)]
 
 
 def data(rows: list[str]) -> bytes:

@@ -6,11 +6,13 @@ from decimal import Decimal
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from minio.error import InvalidResponseError, S3Error, ServerError
 
-from cryptoresearch.data.archive import archive_name
+from cryptoresearch.data.archive import _explained, archive_name
 from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import event_bars, read_event_bars
@@ -18,9 +20,10 @@ from cryptoresearch.data.quality import happened
 from cryptoresearch.data.series import normal_symbol
 from cryptoresearch.data.status import read_trades, status
 from cryptoresearch.data.store import init_duckdb
-from cryptoresearch.errors import SchemaError
+from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.features.derived import symbol_prefix
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.ingest.folders import find_files, process_files
 from cryptoresearch.ingest.formats import inspect_file
 from cryptoresearch.live.collector import plain_symbol
 from cryptoresearch.live.feed import FinnhubWebSocket
@@ -293,3 +296,53 @@ def test_tiny_amounts_add_up(con: duckdb.DuckDBPyConnection, tmp_path: Path, cas
     if n % 4 == 0:
         events = event_bars(read_trades(con, "ABCUSDT").head(n), f"dollar:{n * each / 4:f}")
         assert len(events) == 4 and events["quote_volume"].to_numpy() == pytest.approx(float(n * each / 4), rel=1e-14)
+
+
+# --- where files are found ------------------------------------------------------------------------------------------------------------------
+
+ONE = f"1,100.0,1.0,100.0,{FIRST_MS},true,true"
+
+
+def test_folders_may_have_backslashes_and_brackets(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    file = written(tmp_path / "a\\b [x]" / "c*", f"BTCUSDT-{DAY}.csv", ONE)
+    for what in (file, f"{Path(file).parent}/*.csv", str(Path(file).parent), f"{tmp_path}/**/*.csv", f"{tmp_path}/a*/c*/BTC*"):
+        assert find_files(what) == [file]
+    assert process_file(con, file).rows == 1
+    with pytest.raises(ConfigError, match="without a backslash"):
+        init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "st\\ore" / "catalog.sqlite")))
+
+
+def test_objects_may_have_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = pd.DataFrame({"uri": ["s3://b/a[1]/x.csv", "s3://b/a[1]/y[2].csv", "s3://b/a1/z.csv"]})
+    monkeypatch.setattr("cryptoresearch.ingest.folders.list_objects", lambda settings, uri: there[there.uri.str.startswith(uri)])
+    settings = Settings(_env_file=None)
+    assert find_files("s3://b/a[1]/y[2].csv", settings) == ["s3://b/a[1]/y[2].csv"]
+    assert find_files("s3://b/a[1]/", settings) == ["s3://b/a[1]/x.csv", "s3://b/a[1]/y[2].csv"]
+    assert find_files("s3://b/a[0-9]/*.csv", settings) == ["s3://b/a1/z.csv"]
+
+
+def test_a_folder_load_leaves_the_store_alone(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    file = written(tmp_path, f"BTCUSDT-{DAY}.csv", ONE)
+    assert list(process_files(con, file).outcome) == ["loaded"]
+    assert list((tmp_path / "store").rglob("*.parquet"))
+    assert list(process_files(con, tmp_path).file) == [file]
+    with pytest.raises(DataNotFound, match="only the store's own files"):
+        process_files(con, tmp_path / "store")
+
+
+def test_a_missing_file_lists_only_files_of_data(tmp_path: Path) -> None:
+    written(tmp_path, "secrets.txt", "x")
+    with pytest.raises(DataNotFound, match="there is no such file"):
+        find_files(tmp_path / "nope.csv")
+    written(tmp_path, "nope2.csv", ONE)
+    with pytest.raises(DataNotFound, match=r"there is \S+nope2\.csv\. Correct"):
+        find_files(tmp_path / "nope.csv")
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "UnknownKey"), (401, ""), (403, "AccessDenied"), (403, "InvalidAccessKeyId")])
+def test_a_refused_key_is_explained_as_credentials(status: int, code: str) -> None:
+    answer = type("Answer", (), {"status": status})()
+    settings = Settings(_env_file=None, minio_endpoint="127.0.0.1:9000")
+    for error in (S3Error(answer, code, "", "", "", ""), InvalidResponseError(status, "text/html", ""), ServerError("", status)):
+        assert str(_explained(error, settings, "btc")).startswith("credentials: ")
+    assert str(_explained(ServerError("", 500), settings, "btc")).startswith("endpoint: ")

@@ -131,6 +131,12 @@ def _endpoint(error: Exception, code: str, settings: Settings) -> str:
     return f"expected an S3 server at {host} ({'https' if secure else 'http'}); found {found}. {remedy}"
 
 # %% ../../nbs/data/02_archive.ipynb #f7b1db75
+def _status_of(error: Exception) -> int | None:
+    "Return the HTTP status of an answer, where the error has one."
+    answer = getattr(error, "response", None)
+    return getattr(answer, "status", None) or getattr(error, "status_code", None) or getattr(error, "_code", None)
+
+
 def _explained(
     error: Exception,  # from the S3 client or from the network below it
     settings: Settings,  # for the endpoint's name
@@ -139,6 +145,8 @@ def _explained(
 ) -> CryptoResearchError:  # the same in this package's terms
     "Translate an error of the S3 client: endpoint, credentials, bucket or object."
     host, code = _target(settings)[0], (error.code or "") if isinstance(error, S3Error) else ""
+    if _status_of(error) in (401, 403) and not _credentials(code, host, settings, ""):
+        code = "AccessDenied"  # whatever name the server has for it
     if text := _credentials(code, host, settings, f"s3://{bucket}/{name}"):
         return ConfigError(f"credentials: {text}")
     if code == "InvalidBucketName" or isinstance(error, ValueError):

@@ -12,6 +12,7 @@ __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', '
 import contextlib
 import importlib.util
 import logging
+import os
 import random
 import re
 import struct
@@ -210,6 +211,8 @@ def harmless_ids(
 def _data_path(settings: Settings, is_new: bool) -> str | None:
     "Return the folder of the Parquet files; None leaves it to the catalog."
     given, catalog = settings.duckdb_data_path, catalog_file(settings)
+    if "\\" in f"{given or ''}{catalog or ''}" and os.sep == "/":
+        raise ConfigError(problem("a path of the store without a backslash", f"{given or catalog}", "DuckDB takes it for a slash: rename the folder"))
     if given:
         return given if "://" in given else f"{settings.path(given)}/"
     if catalog is None:

@@ -60,7 +60,8 @@ def _in_bucket(uri: str, settings: Settings) -> tuple[list[str], list[str]]:
     literal = re.split(r"[*?\[]", name)[0]
     if literal != name:
         there = list_objects(settings, f"s3://{bucket}/{literal if '/' in name else ''}")["uri"].tolist()
-        return [u for u in there if _matcher(name).fullmatch(u.split("/", 3)[3]) and _is_data(u)], there
+        exact = [u for u in there if u == uri or u.startswith(f"{uri.rstrip('/')}/")]  # names may have [ and ]
+        return [u for u in exact or there if (exact or _matcher(name).fullmatch(u.split("/", 3)[3])) and _is_data(u)], there
     if name and not name.endswith("/"):
         try:
             return [stored(settings, uri).uri], []
@@ -79,9 +80,10 @@ def _in_folders(path: str) -> tuple[list[str], list[str]]:
     if given.is_dir():
         there = [str(p) for p in given.rglob("*") if p.is_file()]
         return [p for p in there if _is_data(p)], there
-    found = [p for p in glob.glob(str(given), recursive=True) if Path(p).is_file()]  # noqa: PTH207  (Path.glob refuses absolute patterns)
-    nearest = next((p for p in given.parents if p.is_dir() and not glob.has_magic(str(p))), Path())
-    return [p for p in found if _is_data(p)], found or [str(p) for p in nearest.iterdir() if p.is_file()]
+    nearest = next((p for p in given.parents if p.is_dir()), Path())
+    pattern = f"{glob.escape(str(nearest))}/{given.relative_to(nearest)}"  # names of folders may have [ and ]
+    found = [p for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]  # noqa: PTH207  (Path.glob refuses absolute patterns)
+    return [p for p in found if _is_data(p)], found or [str(p) for p in nearest.iterdir() if p.is_file() and _is_data(p.name)]
 
 # %% ../../nbs/ingest/07_folders.ipynb #e801e937
 _MONTH = re.compile(r"(-\d{4}-\d{2})(?=[._]|$)")
@@ -94,7 +96,7 @@ def _in_turn(uri: str) -> tuple[str, str]:  # what to sort by
 
 def _nothing_matches(pattern: str, there: list[str]) -> DataNotFound:
     "Describe which files are there instead of those that were asked for."
-    near = difflib.get_close_matches(pattern, sorted(there), 3, 0.0) or ["nothing at all"]
+    near = difflib.get_close_matches(pattern, sorted(there), 3, 0.0) or ["no such file"]
     more = f" and {len(there) - 3} more" if len(there) > 3 else ""
     wanted = f"files of trades or candles ({', '.join(DATA_ENDINGS)}) that match {pattern}"
     return DataNotFound(problem(wanted, f"none; there is {', '.join(near)}{more}", "Correct the pattern; ** crosses folders"))
@@ -112,6 +114,16 @@ def find_files(
             raise _nothing_matches(str(one), there)
         found |= dict.fromkeys(here)
     return sorted(found, key=_in_turn)
+
+# %% ../../nbs/ingest/07_folders.ipynb #5c0d0080
+def _without_own(con: DuckDBPyConnection, uris: list[str]) -> list[str]:
+    "Leave out the Parquet files of the store itself, which a folder above it contains."
+    row = con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchone()
+    own = str(row[0]).rstrip("/") + "/" if row else ""
+    left = [uri for uri in uris if not own or not (uri if "://" in uri else str(Path(uri).resolve())).startswith(own)]
+    if not left:
+        raise DataNotFound(problem("files of trades or candles", f"only the store's own files, in {own}", "Load files from another folder"))
+    return left
 
 # %% ../../nbs/ingest/07_folders.ipynb #a47849b7
 _NAMED = re.compile(r"(?P<what>[^/\\]+?-[A-Za-z0-9]+)-(?P<year>\d{4})-(?P<month>\d{2})(?:-(?P<day>\d{2}))?(?=[.\-_]|$)")
@@ -221,7 +233,7 @@ def process_files(
     **options: Unpack[FileOptions],  # for every file
 ) -> pd.DataFrame:  # one row per file in order of names: file, outcome, rows, rejected, duplicates, gaps, error
     "Load all files that match; a bad one does not stop the others. Errors: `DataNotFound` where nothing matches."
-    uris, loads = find_files(what, settings), _Loads(con, settings, told, options)
+    uris, loads = _without_own(con, find_files(what, settings)), _Loads(con, settings, told, options)
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="ingest") as pool:
         try:
             list(pool.map(loads.load, _chains(uris)))

@@ -256,7 +256,7 @@ def _check_text(
     elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
         found = "a web page or XML, such as a server's error message. Fetch it again"
     elif head[:1] in b"{[":
-        found = "JSON, such as a server's error message. Fetch it again, or convert it to CSV"
+        found = "JSON without rows of trades or candles. Load a list of them, or convert it to CSV"
     if found:
         raise SchemaError(f"expected trades or candles in {name}; found {found}")
 

@@ -346,3 +346,19 @@ def test_a_refused_key_is_explained_as_credentials(status: int, code: str) -> No
     for error in (S3Error(answer, code, "", "", "", ""), InvalidResponseError(status, "text/html", ""), ServerError("", status)):
         assert str(_explained(error, settings, "btc")).startswith("credentials: ")
     assert str(_explained(ServerError("", 500), settings, "btc")).startswith("endpoint: ")
+
+
+def test_candles_off_their_grid_after_a_maintenance_are_gaps(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    "The candles of BTCUSDT-1h-2018-02: an outage from 8 February, 00:28, then candles from 09:28:14.789 on, then whole hours again."
+    month, hour = range(1_517_443_200_000, 1_519_862_400_000, HOUR_MS), HOUR_MS - 1
+    before, off, after = [t for t in month if t <= 1_518_048_000_000], range(1_518_168_494_789, 1_518_319_694_790, HOUR_MS), [t for t in month if t >= 1_518_321_600_000]
+    ends = {1_518_048_000_000: 1_518_049_694_788, 1_518_319_694_789: 1_518_321_600_999}
+    rows = [f"{t},100,101,99,100.5,60.0,{ends.get(t, t + hour)},6000.0,5,4.0,400.0,0" for t in (*before, *off, *after)]
+    result = process_file(con, written(tmp_path, "BTCUSDT-1h-2018-02.csv", *rows))
+    assert (result.rows, result.rejected, result.gaps) == (len(before) + len(after), len(off), 1)
+    make_bars(con, "BTCUSDT", "1h")
+    bars = read_bars(con, "BTCUSDT", "1h")
+    assert bars.index[bars["gap"]].tolist() == list(pd.date_range("2018-02-08 01:00", "2018-02-11 03:00", freq="h", tz="UTC", unit="us"))
+    shifted = [f"{t + 1_694_789},100,101,99,100.5,60.0,{t + 1_694_789 + hour},6000.0,5,4.0,400.0,0" for t in month]
+    with pytest.raises(SchemaError, match="ts is not the open of a 1h candle"):
+        process_file(con, written(tmp_path, "ETHUSDT-1h-2018-02.csv", *shifted))

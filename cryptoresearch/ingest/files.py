@@ -41,7 +41,7 @@ from cryptoresearch.ingest.corrections import (
 from .formats import FileSpec, Given, inspect_file, interval_us, Market
 from .parsing import Kind
 from cryptoresearch.ingest.staging import (
-    close_refused, copy_rows, discard, Facts, Job, OutOfOrder, refused_holes, Report, work_mark, write_rows,
+    close_refused, copy_rows, discard, Facts, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
 )
 from ..settings import Settings
 
@@ -423,6 +423,9 @@ def _progress(
             bar.stop()
 
 # %% ../../nbs/ingest/06_files.ipynb #21d9b85f
+_MOST_OFF_GRID = 0.25  # share of the rows
+
+
 def _check_share(
     job: Job,
     facts: Facts,
@@ -431,7 +434,8 @@ def _check_share(
     "Raise `SchemaError` for a file without good rows or with too many bad ones."
     refused = facts.refused
     total = facts.rows + facts.repeated + refused.count
-    if facts.rows and refused.count <= max_rejected * total:
+    off = refused.reasons[OFF_GRID.format(job.spec.interval)]
+    if facts.rows and refused.count - (off if off <= _MOST_OFF_GRID * total else 0) <= max_rejected * total:
         return
     if not refused.count:
         raise SchemaError(f"expected rows of {job.spec.kind} in {job.name}; found none. Fetch it again")

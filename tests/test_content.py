@@ -362,3 +362,15 @@ def test_candles_off_their_grid_after_a_maintenance_are_gaps(con: duckdb.DuckDBP
     shifted = [f"{t + 1_694_789},100,101,99,100.5,60.0,{t + 1_694_789 + hour},6000.0,5,4.0,400.0,0" for t in month]
     with pytest.raises(SchemaError, match="ts is not the open of a 1h candle"):
         process_file(con, written(tmp_path, "ETHUSDT-1h-2018-02.csv", *shifted))
+
+
+def test_a_month_that_is_cut_short_says_so_and_its_days_are_taken(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    rows = [f"{i},100.0,1.0,100.0,{FIRST_MS + HOUR_MS * i},true,true" for i in range(31 * 24)]
+    month = written(tmp_path, "BTCUSDT-trades-2024-01.csv", *rows[: 7 * 24])
+    assert "only 7 of the 31 days of its month: if there was trading, load its daily files too" in repr(process_file(con, month))
+    for day in range(31):
+        result = process_file(con, written(tmp_path, f"BTCUSDT-trades-2024-01-{day + 1:02}.csv", *rows[24 * day : 24 * day + 24]))
+        assert result.rows == (0 if day < 7 else 24) and "only" not in repr(result)
+    assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (744, 744)
+    make_bars(con, "BTCUSDT", "1h")
+    assert not read_bars(con, "BTCUSDT", "1h")["gap"].any()

@@ -31,14 +31,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .. import __version__
 from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
-from ..data.series import from_us, quote, Series, utc_now, where_rows
+from ..data.series import from_us, quote, Series, to_us, utc_now, where_rows
 from ..data.maintenance import clean_dead
 from ..data.store import data_path, exclusive, work_folder, write
 from ..errors import DataNotFound, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
 )
-from .formats import FileSpec, Given, inspect_file, interval_us, Market
+from .formats import FileSpec, Given, inspect_file, interval_us, Market, parse_period
 from .parsing import Kind
 from cryptoresearch.ingest.staging import (
     close_refused, copy_rows, discard, Facts, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
@@ -74,6 +74,18 @@ class IngestResult:
         return _as_table(self)
 
 # %% ../../nbs/ingest/06_files.ipynb #252c102d
+def _cut_short(r: IngestResult) -> str:
+    "Say which days of its month a monthly file has, where a whole day is missing at either end."
+    period = parse_period(r.uri)
+    if not period or r.already_loaded:
+        return ""
+    first, last = (to_us(t) // 86_400_000_000 for t in (r.first_ts, r.last_ts))
+    start, end = (us // 86_400_000_000 for us in period)
+    if end - start < 2 or (first == start and last == end - 1):
+        return ""
+    return f", only {last - first + 1} of the {end - start} days of its month: if there was trading, load its daily files too"
+
+
 def _in_one_line(
     r: IngestResult,
 ) -> str:  # without line breaks
@@ -82,6 +94,7 @@ def _in_one_line(
     span = f"{r.first_ts:%Y-%m-%d %H:%M:%S} to {r.last_ts:%Y-%m-%d %H:%M:%S} UTC"
     met = "".join(f", {n:,} {name}" for name, n in (("duplicates", r.duplicates), ("corrected", r.corrected)) if n)
     met += ", replaces an older version" if r.replaced else ""
+    met += _cut_short(r)
     return f"IngestResult({r.symbol} {r.source}: {state}, {r.rejected:,} rejected{met}, {r.gaps:,} gaps, {span})"
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cryptoresearch.ingest.files import process_file
+    from cryptoresearch.ingest.files import ingest_frame, process_file
     from cryptoresearch.data.store import connect, init_duckdb
     from cryptoresearch.features.causality import prove_causal
     from cryptoresearch.features.pipeline import DataProcessing
@@ -16,6 +16,7 @@ _WHERE = {
     "init_duckdb": "cryptoresearch.data.store",
     "connect": "cryptoresearch.data.store",
     "process_file": "cryptoresearch.ingest.files",
+    "ingest_frame": "cryptoresearch.ingest.files",
     "DataProcessing": "cryptoresearch.features.pipeline",
     "prove_causal": "cryptoresearch.features.causality",
     "FinnhubWebSocket": "cryptoresearch.live.feed",
@@ -23,7 +24,8 @@ _WHERE = {
     "get_settings": "cryptoresearch.settings",
 }
 __all__ = [
-    "DataProcessing", "FinnhubWebSocket", "Settings", "__version__", "connect", "get_settings", "init_duckdb", "process_file", "prove_causal",
+    "DataProcessing", "FinnhubWebSocket", "Settings", "__version__", "connect", "get_settings", "ingest_frame", "init_duckdb", "process_file",
+    "prove_causal",
 ]
 
 

@@ -137,9 +137,13 @@ def ingest(
     max_rejected: Annotated[float, typer.Option(help="Share of bad rows from which a file is refused.", min=0, max=1)] = 0.01,
     check_symbol: Annotated[bool, typer.Option(help="Refuse a file whose prices cannot be those of its symbol.")] = True,
     replace: Annotated[bool, typer.Option("--replace", help="Let a newer version of a file replace one that has more.")] = False,
+    columns: Annotated[str | None, typer.Option(help="Names that are not known, as NAME=MEANING,…, such as Last=price,Size=qty.")] = None,
     workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
 ) -> None:
-    "Load files of trades or candles into the store; the same file again changes nothing."
+    """Load files of trades or candles into the store; the same file again changes nothing.
+
+    Trades need the columns time, price and qty; an id, a side and quote_qty are used where they are. Candles need time, open, high, low,
+    close and volume. Other names: --columns."""
     from cryptoresearch.ingest.folders import process_files
     from cryptoresearch.data.store import init_duckdb
 
@@ -149,6 +153,7 @@ def ingest(
         to.print(text, soft_wrap=True, markup=False)
 
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market}
+    facts["columns"] = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
     found = process_files(init_duckdb(), uris, workers=workers, told=told, **facts, max_rejected=max_rejected, check_symbol=check_symbol,
                           replace=replace)  # fmt: skip
     _ingested(found.outcome.value_counts(sort=False))

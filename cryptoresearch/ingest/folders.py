@@ -11,7 +11,7 @@ import difflib
 import glob
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
@@ -31,7 +31,7 @@ from .staging import Report
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/ingest/07_folders.ipynb #bb0c50bd
-DATA_ENDINGS = (".csv", ".csv.gz", ".zip", ".parquet")
+DATA_ENDINGS = (".csv", ".csv.gz", ".csv.zst", ".zip", ".parquet", ".feather", ".json", ".json.gz", ".tsv")
 _GLOB = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
@@ -193,6 +193,7 @@ class FileOptions(TypedDict, total=False):
     max_rejected: float  # share of bad rows from which a file is refused, 0 to 1
     check_symbol: bool  # refuse a file whose prices or ids are unlikely for its symbol
     replace: bool  # accept a newer version of a file that has less than the older one
+    columns: Mapping[str, str] | None  # meaning by name of a column, for names that are not known
 
 # %% ../../nbs/ingest/07_folders.ipynb #0d5a9eef
 @dataclass

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TEXT', 'TYPES', 'Columns', 'LAYOUTS',
-           'MICROSECONDS_FROM', 'Check', 'LIMITS', 'CHECKS', 'columns_by_name', 'is_header', 'doubled',
-           'explain_header', 'BadRow', 'text_hash', 'unquoted', 'read_row', 'Block', 'possible_time', 'check_values',
-           'Stream', 'pieces', 'parse_piece']
+           'MICROSECONDS_FROM', 'Check', 'LIMITS', 'CHECKS', 'meaning_of', 'needed_columns', 'columns_by_name',
+           'is_header', 'doubled', 'explain_header', 'BadRow', 'text_hash', 'unquoted', 'read_row', 'Block',
+           'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
 
 # %% ../../nbs/ingest/01_parsing.ipynb #b35d43ca
 import re
@@ -73,18 +73,27 @@ _ALIASES = {
 }  # fmt: skip
 
 
-def _name_of(text: str) -> str | None:
-    "Translate the name of a header's column; return None for one that is not used."
+def meaning_of(
+    text: str,  # name of a header's column
+) -> str | None:  # name of the project; None for one that is not used
+    "Translate the name of a header's column."
     return _ALIASES.get(text.strip().strip('"').lower().replace(" ", "_"))
 
 # %% ../../nbs/ingest/01_parsing.ipynb #c4d2b313
+def needed_columns(
+    kind: Kind,  # of the file
+) -> tuple[str, ...]:  # names of the project
+    "Return the columns without which no file of a kind can be read."
+    return _NEEDED[kind]
+
+
 def columns_by_name(
     names: list[str],  # a header
     kind: Kind,  # of the file
 ) -> Columns | None:  # None where the header lacks a needed column
     "Read the layout from a header."
     wanted = {"symbol", *_NEEDED[kind], *(name for layout in LAYOUTS[kind].values() for name in layout if name)}
-    known = [_name_of(name) for name in names]
+    known = [meaning_of(name) for name in names]
     columns = tuple(name if name in wanted and known.index(name) == i else None for i, name in enumerate(known))
     return columns if set(_NEEDED[kind]) <= set(columns) else None
 
@@ -112,7 +121,7 @@ def doubled(
     kind: Kind,  # of the file
 ) -> list[str]:  # names of columns that mean the same; empty if there are none
     "Find columns of one meaning, of which a reader would have to guess the right one."
-    known = [_name_of(name) for name in names]
+    known = [meaning_of(name) for name in names]
     twice = [what for what in _NEEDED[kind] if known.count(what) > 1]
     return [name for name, what in zip(names, known, strict=True) if what in twice]
 
@@ -122,14 +131,16 @@ def explain_header(
     kind: Kind,  # of the file
 ) -> str:  # what was expected, what was found and the remedy
     "Say which columns a file needs, which it has, and which were not understood."
-    known = {_name_of(name) for name in names}
-    wanted = {what: next(alias for alias, meaning in _ALIASES.items() if meaning == what) for what in _NEEDED[kind]}
+    known = {meaning_of(name) for name in names}
+    order = [what for what in sorted(_NEEDED[kind], key="ts".__ne__) if kind != "trades" or what != "trade_id"]  # trades can be numbered
+    wanted = {what: next(alias for alias, meaning in _ALIASES.items() if meaning == what) for what in order}
     missing = [alias for what, alias in wanted.items() if what not in known]
-    strange = [name.strip() for name in names if name.strip() and _name_of(name) is None]
+    strange = [name.strip() for name in names if name.strip() and meaning_of(name) is None]
+    pairs = ",".join(f"{name}={what}" for name, what in zip(strange + ["NAME"] * len(missing), missing, strict=False))
     return (
         f"expected a header with the columns {', '.join(wanted.values())}; found {', '.join(name.strip() for name in names)}: "
         f"missing {', '.join(missing)}, not understood {', '.join(strange) or 'nothing'}. "
-        "Rename the columns; they are never read by position"
+        f"Name them: cryptoresearch ingest FILE --kind {kind} --columns {pairs}; they are never read by position"
     )
 
 # %% ../../nbs/ingest/01_parsing.ipynb #599d304a
@@ -189,7 +200,7 @@ def unquoted(
 
 def _header_again(parts: list[str]) -> bool:
     "Check whether a row is a header: files that were joined keep their headers."
-    return len(parts) > 2 and sum(_name_of(part) is not None for part in parts) > len(parts) / 2
+    return len(parts) > 2 and sum(meaning_of(part) is not None for part in parts) > len(parts) / 2
 
 # %% ../../nbs/ingest/01_parsing.ipynb #cb42570a
 def read_row(

@@ -301,6 +301,7 @@ class Job(_Upload):
     source: str  # column `source` of the rows
     spec: FileSpec  # layout, symbol, kind and market
     mark: str  # 64 characters in place of the sha256 while it is not known
+    numbered: bool = False  # whether the ids were given when the file was read, since it has none
 
     @property
     def series(self) -> Series:  # of trades or candles

@@ -21,7 +21,8 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from ..errors import SchemaError
-from .boosting import keep_params, Loss, monotone_list, Rows, TailModel, Trees, XGBoostModel
+from .boosting import keep_params, Loss, monotone_list, Rows, TailModel, XGBoostModel
+from .tree_files import check_archive, check_best, check_gb, check_histgb, check_lightgbm, Trees
 
 # %% ../../nbs/models/04_estimators.ipynb #0f28a14d
 class _LightGBMTrees(TailModel):
@@ -63,6 +64,7 @@ class _LightGBMFile(_LightGBMTrees):
         return self.booster_.model_to_string().encode()
 
     def _restore(self, data: bytes) -> Trees:
+        check_best(self.best_iteration_, check_lightgbm(data, len(self.names_)))
         return lgb.Booster(model_str=data.decode())
 
     def _gain(self) -> np.ndarray:
@@ -178,6 +180,10 @@ class _Steps(_Staged):
 class _SklearnTrees(_Steps):
     "Forecasts and stored form of scikit-learn's trees."
 
+    @abstractmethod
+    def _check(self, trees: Trees) -> int:
+        "Count the trees; SchemaError for objects that are no trees of this model."
+
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         for k, p in enumerate(self._stages(trees, values)):
             if k == best:
@@ -192,10 +198,12 @@ class _SklearnTrees(_Steps):
     def _restore(self, data: bytes) -> Trees:
         import skops.io  # heavy: loads all of scikit-learn and its test tools
 
+        check_archive(data)
         if unknown := sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED)):
             expected = f"only scikit-learn's trees in {self.file}"
             raise SchemaError(f"expected {expected}; found {', '.join(unknown)}. Train the run again; do not load this file otherwise")
         found = skops.io.loads(data, trusted=list(_TRUSTED))
+        check_best(self.best_iteration_, self._check(found["trees"]))
         self.fill_ = found["fill"]
         return found["trees"]
 
@@ -218,6 +226,9 @@ class _HistTrees(_SklearnTrees):
 
     def _more(self, trees: Trees, rounds: int) -> None:
         trees.max_iter = rounds
+
+    def _check(self, trees: Trees) -> int:
+        return check_histgb(trees, len(self.names_))
 
     def _gain(self) -> np.ndarray:
         total, count = np.zeros(len(self.names_)), np.zeros(len(self.names_))
@@ -265,6 +276,9 @@ class _ExactTrees(_SklearnTrees):
 
     def _more(self, trees: Trees, rounds: int) -> None:
         trees.n_estimators = rounds
+
+    def _check(self, trees: Trees) -> int:
+        return check_gb(trees, len(self.names_))
 
     def _learn_fill(self, values: np.ndarray) -> None:
         known = ~np.isnan(values).all(axis=0)

@@ -22,8 +22,9 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LinearRegression, Ridge
 
 from ..errors import ConfigError, InputError, problem, SchemaError
-from .boosting import column_names, keep_params, Loss, Rows, TailModel, Trees
+from .boosting import column_names, keep_params, Loss, Rows, TailModel
 from .estimators import MODELS
+from .tree_files import damaged, Trees
 
 # %% ../../nbs/models/05_linear.ipynb #9c7cd41c
 def _places(names: Sequence[str], needs: Sequence[str], model: str) -> list[int]:
@@ -50,6 +51,15 @@ def _patterns(
     every = {p.tobytes(): p for p in [np.ones(known.shape[1], dtype=bool), *known[first[frequent]], np.zeros(known.shape[1], dtype=bool)]}
     return sorted(every.values(), key=lambda p: (-int(p.sum()), p.tobytes()))
 
+# %% ../../nbs/models/05_linear.ipynb #0dbad077
+def _check_submodel(sub: Mapping[str, Sequence[float]], width: int) -> None:
+    "Check the columns of a stored submodel and the number of its coefficients; SchemaError if they do not fit."
+    columns = np.array(sub["columns"], dtype=np.int64)
+    lengths = {np.array(sub[k], dtype=np.float64).shape for k in ("mean", "scale", "coef")}
+    known = np.isin(columns, np.arange(width)).all() and len(set(columns.tolist())) == len(columns)
+    if lengths != {columns.shape} or not known or not isinstance(sub["intercept"], float | int):
+        raise damaged("a submodel of other columns")
+
 # %% ../../nbs/models/05_linear.ipynb #2e81f43d
 class _Chosen(TailModel):
     "Linear model of named features; stored as JSON."
@@ -71,7 +81,10 @@ class _Chosen(TailModel):
         return json.dumps(self.booster_).encode()
 
     def _restore(self, data: bytes) -> Trees:
-        return json.loads(data)
+        trees, width = json.loads(data), self._design(np.zeros((1, len(self.names_)))).shape[1]
+        for sub in trees:
+            _check_submodel(sub, width)
+        return trees
 
 # %% ../../nbs/models/05_linear.ipynb #c39e9396
 class _Submodels(_Chosen):
@@ -305,9 +318,11 @@ class _EnsembleFile(_Averaged):
 
     def _restore(self, data: bytes) -> Trees:
         stored, out = json.loads(data), []
+        _check_members([row["model"] for row in stored["members"]], None)
         for row in stored["members"]:
             made = MODELS[row["model"]](**row["params"])
-            made.names_ = stored["features"]
+            made._check_params()
+            made.names_, made.best_iteration_ = self.names_, row["best"]
             made.booster_ = made._restore(base64.b64decode(row["trees"]))
             out.append((row["model"], made, row["best"]))
         return out

@@ -208,3 +208,23 @@ def test_coefficients_that_do_not_fit_are_refused(stored, tmp_path):
         (tmp_path / "model.coef.json").write_text(text)
         with pytest.raises(SchemaError, match="do not load this file"):
             MODELS["ridge"].load(tmp_path)
+
+
+REFIT = """
+import hashlib, sys
+import pandas as pd
+from cryptoresearch.models.estimators import MODELS
+X = pd.read_parquet(sys.argv[1])
+y = X["a"].fillna(0.0) + 0.1 * X["b"].fillna(0.0) ** 2
+for loss, outcome in (("mean", y), ("quantile", y), ("probability", (y > 0).astype(float))):
+    print(hashlib.sha256(MODELS["histgb"](n_estimators=8, loss=loss, min_samples_leaf=20).fit(X, outcome)._dump()).hexdigest())
+"""
+
+
+def test_the_bytes_of_histgb_do_not_depend_on_the_number_of_threads(stored, tmp_path):
+    rng = np.random.default_rng(2)
+    pd.DataFrame(rng.normal(size=(3000, 5)), columns=list("abcde")).to_parquet(tmp_path / "X.parquet")
+    command = [sys.executable, "-c", REFIT, tmp_path / "X.parquet"]
+    runs = [subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": n}, check=True) for n in "123"]
+    assert runs[0].stdout.count("\n") == 3
+    assert {run.stdout for run in runs} == {runs[0].stdout}

@@ -227,6 +227,10 @@ class _HistTrees(_SklearnTrees):
     def _more(self, trees: Trees, rounds: int) -> None:
         trees.max_iter = rounds
 
+    def _dump(self) -> bytes:
+        self.booster_._bin_mapper.n_threads = 1  # as OMP_NUM_THREADS was; no forecast uses it
+        return super()._dump()
+
     def _check(self, trees: Trees) -> int:
         return check_histgb(trees, len(self.names_))
 

@@ -153,6 +153,12 @@ def _of_volatility(row: Mapping[str, float], unbeaten: Sequence[str]) -> tuple[s
     return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base} ({evidence})"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #4c48a64a
+def _more_outcomes(n: float) -> str:
+    "Name the horizon at which the same bars contain enough outcomes; shorter bars always help."
+    horizon = int(n // FEWEST_OUTCOMES)
+    return f"; use shorter bars (--bars), {f'--horizon {horizon} or less, ' if horizon else ''}or more data"
+
+
 def _forecast(
     row: Mapping[str, float],  # the model's row of the score table
     target: str,  # name of a kind of label
@@ -165,7 +171,7 @@ def _forecast(
     order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}" + (f", AUC {number(row['auc'])}" if "auc" in row else "")
     if apart < FEWEST_OUTCOMES:
         found = f"{row['n']:.0f} overlapping outcomes contain {apart:.0f} that do not overlap; {FEWEST_OUTCOMES} are needed"
-        return "unclear", f"Too little to judge: {found} ({order})"
+        return "unclear", f"Too little to judge: {found}{_more_outcomes(row['n'])} ({order})"
     if target == "volatility":
         return _of_volatility(row, unbeaten)
     evidence = f"{skill} {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_events', 'least_length', 'RunConfig', 'config_from', 'config_record', 'volatility_config', 'ResolvedFeatures',
-           'resolve_features']
+           'fixed_inputs', 'resolve_features']
 
 # %% ../../nbs/runs/01_config.ipynb #65c6dfa6
 import inspect
@@ -23,7 +23,7 @@ from ..data.bars import bar_length
 from ..data.event_bars import event_spec
 from ..data.series import normal_symbol, to_utc
 from ..errors import ConfigError, problem, SchemaError
-from ..features.registry import Feature, REGISTRY, resolve
+from ..features.registry import Feature, find, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
 from ..models.estimators import MODELS
 from ..models.intervals import interval_features, interval_params, scaled_params, volatility_features
@@ -226,6 +226,7 @@ class ResolvedFeatures:
     model: tuple[Feature, ...]  # that the model sees, in the order of its columns
     interval: tuple[Feature, ...]  # that only the interval needs; empty if it needs none
     names: tuple[str, ...]  # names and groups whose columns are joined to the bars
+    fixed: frozenset[str]  # features of the model that were asked for by name or that it needs, so that none is left out
     registry: tuple[Feature, ...] = field(repr=False)  # all registered features at that time
 
     @property
@@ -247,11 +248,22 @@ class ResolvedFeatures:
         return resolve([known.get(name, name) for name in names])
 
 # %% ../../nbs/runs/01_config.ipynb #69f3ea25
+def fixed_inputs(
+    config: RunConfig,  # model, and the members of an ensemble
+) -> tuple[str, ...]:  # names of features; empty for models that take any
+    "List the features that the model of a configuration needs."
+    members = config.params.get("members", ()) if config.model == "ensemble" else (config.model,)
+    return tuple(dict.fromkeys(name for m in members for name in getattr(MODELS.get(m), "needs", ())))
+
+
 def resolve_features(
-    config: RunConfig,  # names of features, label and interval
+    config: RunConfig,  # names of features, label, model and interval
 ) -> ResolvedFeatures:  # as the registry has them now
-    "Resolve the names and groups of a configuration."
-    primary = (config.label["primary"].removeprefix("-"),) if "primary" in config.label else ()
+    "Resolve the names and groups of a configuration; a model with fixed inputs gets them, and in place of `default` them alone."
+    primary, needs = (config.label["primary"].removeprefix("-"),) if "primary" in config.label else (), fixed_inputs(config)
+    asked = () if needs and config.features == ("default",) and config.model != "ensemble" else config.features
     beside = interval_features(config.interval, config.interval_params)
-    model, interval = resolve((*config.features, *primary)), resolve(beside) if beside else []
-    return ResolvedFeatures(tuple(model), tuple(interval), (*config.features, *beside), tuple(REGISTRY.values()))
+    by_name = [f.name for name in (*asked, *primary) for f in find(name) or ()]
+    model, interval = resolve((*asked, *primary, *needs)), resolve(beside) if beside else []
+    names, fixed = (*asked, *needs, *beside), frozenset((*by_name, *needs))
+    return ResolvedFeatures(tuple(model), tuple(interval), names, fixed, tuple(REGISTRY.values()))

@@ -53,14 +53,16 @@ class SeriesOptions:
     horizon: int = option(24, "Bars ahead.", unit="bars", least=1)
     start: str | None = option(None, "First bar, such as 2018-01-01.", none="the first bar of the data")
     end: str | None = option(None, "Bars open before this time.", none="the end of the data")
-    test_start: str | None = option(None, "First bar to forecast.", none="after 60 % of the bars")
+    test_start: str | None = option(None, "First bar to forecast.", none="after 60 % of the bars, or 50 % if that leaves enough outcomes")
 
 # %% ../../nbs/runs/00_options.ipynb #26a8a9e2
 @dataclass(frozen=True)
 class RunOptions(SeriesOptions):
     "The options of a run, unchecked; `RunConfig` checks them."
 
-    refit_every: str = option("90D", "Length of a test fold, such as 90D or 6h; each fold has its own model.", alias="refit")
+    refit_every: str = option(
+        "90D", "Length of a test fold, such as 30D or 6h; each fold has its own model. 90D: at most a quarter of the test.", alias="refit"
+    )
     mode: Mode = option("expanding", "Training window; sliding needs train_window.")
     features: tuple[str, ...] = option(("default",), "Feature or group of features.", flag="feature")
     model: Model = option("xgboost", "Model to train.")

@@ -41,7 +41,9 @@ from .config import by_events, least_length, RunConfig
 from .identity import canonical, identity, own_features, read_data, run_name, RunData, sha256_of
 from .stored import find_folder, read_info, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
-from .walk_forward import first_test, fit_all, Fitted, prepare, Progress, Samples, usable_rows, walk_folds
+from cryptoresearch.runs.walk_forward import (
+    check_length, first_test, fit_all, Fitted, fold_length, prepare, Progress, Samples, usable_rows, walk_folds,
+)  # fmt: skip
 from ..settings import Settings
 
 # %% ../../nbs/runs/05_run.ipynb #99f62a02
@@ -137,7 +139,7 @@ def summary(
     label = "".join(f", {k} {v}" for k, v in c.get("label", {}).items())
     interval = "none: the forecast is a probability" if event else c.get("interval", "residual") + _listed(c.get("interval_params", {}))
     origin = f"{'SIMULATED: ' if info['simulated'] else ''}{', '.join(d['sources'])}"
-    folds = f"{len(info['folds'])} folds of {c['refit_every']}, {c['mode']}"
+    folds = f"{len(info['folds'])} folds of {info.get('fold_length', c['refit_every'])}, {c['mode']}"
     return {
         "run": info["id"],
         "forecast": f"{c['target']} of {c['symbol']} over the next {c['horizon']} bars of {c['spec']}{label}",
@@ -329,7 +331,8 @@ def run_record(
         "interval_features": [] if samples.volatility is None else [str(c) for c in samples.volatility.X.columns],
         "warmup": _warmup(config, samples),
         "label": {"target": config.target, "horizon": config.horizon, "meaning": about, "params": dict(config.label), "rows": len(known)},
-        "test_start": test_start.isoformat(), "trained_until": known.max().isoformat(),
+        "fold_length": _length_text(config, samples, test_start), "test_start": test_start.isoformat(),
+        "trained_until": known.max().isoformat(),
     }  # fmt: skip
 
 # %% ../../nbs/runs/05_run.ipynb #a6778722
@@ -338,6 +341,12 @@ def _data_record(data: RunData) -> dict[str, Any]:
     bars = data.bars
     found = {"sources": list(data.sources), "bars": len(bars), "gap_bars": int(bars["gap"].sum())}
     return found | {"first": bars.index[0].isoformat(), "last_close": bars["close_ts"].iloc[-1].isoformat()}
+
+
+def _length_text(config: RunConfig, samples: Samples, test_start: pd.Timestamp) -> str:
+    "Write the length of a fold: as it was asked for, or the shorter one that fits the test."
+    used = fold_length(config, samples, test_start)
+    return config.refit_every if used == pd.Timedelta(config.refit_every) else str(used).removesuffix(" 00:00:00")
 
 
 def _warmup(config: RunConfig, samples: Samples) -> int:
@@ -385,6 +394,7 @@ def train_run(
         now = to_json_value(_assess(con, run.id, config, data, run.predictions))  # by the current trials; the store may be younger
         tell(1.0, "the same run was trained before: nothing to do")
         return replace(run, reused=True, info=run.info | now)
+    check_length(config, data.bars, data.sources, data.trades)
     refuse_leaks(config, data.bars)
     _train(con, config, data, parts, folder, tell)
     tell(1.0, "trained")

@@ -10,9 +10,10 @@ __all__ = ['RUN', 'NOTEBOOK_ONLY', 'CSS', 'TRAIN', 'notebook_path', 'kernel_env'
 from .kernel import PROGRESS  # first: loads jsonschema quickly
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
 from ..runs.config import RunConfig
+from ..runs.identity import read_data
 from ..runs.run import find_run
 from ..runs.stored import runs_folder
-from ..runs.walk_forward import Progress
+from ..runs.walk_forward import check_length, Progress
 from .report_figures import figure_html, plotly_js
 from ..settings import get_settings, project_home, Settings
 
@@ -351,6 +352,9 @@ def train_report(
     root, name = runs_folder(s), Path(template).name
     with connect(s) as con:
         run_id, there = find_run(con, config, s)
+        if not there:
+            data = read_data(con, config)
+            check_length(config, data.bars, data.sources, data.trades)
     reused = there and (root / run_id / "report.html").is_file() and _holds(root / run_id / name, asked)
     if not reused:
         run_id = _execute(config, template, asked, s, progress)

@@ -1,0 +1,148 @@
+"""The first hour of a user: a month of trades, default options, and errors whose remedies work."""
+
+import re
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.simulate import simulate_archive
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.errors import ConfigError
+from cryptoresearch.ingest.files import process_file
+from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.identity import read_data
+from cryptoresearch.runs.run import load_run, train_run
+from cryptoresearch.runs.walk_forward import check_length, first_test, fold_length, prepare
+from cryptoresearch.serving import batch
+from cryptoresearch.settings import Settings
+
+SMALL = {"n_estimators": 30, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def month(tmp_path_factory):
+    "A store with the trades of one month and its hourly bars."
+    folder: Path = tmp_path_factory.mktemp("month")
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        for file in simulate_archive(folder / "files", "BTCUSDT", "2024-07-01", 31, 2000, monthly=True):
+            process_file(con, file, settings=settings)
+        make_bars(con, "BTCUSDT", "1h")
+    return settings
+
+
+def refusal(settings: Settings, config: RunConfig) -> str:
+    "Return the error of a configuration that the month is too short for."
+    with connect(settings) as con, pytest.raises(ConfigError, match="enough bars to train") as refused:
+        train_run(con, config, settings)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("target", ["return", "volatility"])
+def test_a_month_of_trades_trains_with_default_options(month, target):
+    with connect(month) as con:
+        run = train_run(con, RunConfig(target=target, params=SMALL), month)
+    assert len(run.info["folds"]) >= 4 and run.info["fold_length"] != "90D"
+    assert run.predictions["prediction"].notna().all() and len(run.info["features"]) > 20
+    assert "ret_168" in run.info["features_left_out"] and run.warmup <= 87
+    if run.info["level"] == "unclear":
+        assert "--horizon 9 or less" in run.info["verdict"]
+
+
+@pytest.mark.slow
+def test_the_horizon_that_the_verdict_names_is_judged(month):
+    with connect(month) as con:
+        run = train_run(con, RunConfig(horizon=9, params=SMALL), month)
+    assert run.info["level"] != "unclear", run.info["verdict"]
+
+
+REFUSED = {
+    "long warm-ups by name": RunConfig(features=("ret_168", "rv_168"), params=SMALL),
+    "fixed inputs": RunConfig(model="har_ridge", target="volatility"),
+    "long horizon": RunConfig(horizon=300, features=("ret_1",), params=SMALL),
+    "long label": RunConfig(target="triple_barrier", label={"window": 400}, params=SMALL),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_remedies_for_too_few_bars_work(month, name):
+    config = REFUSED[name]
+    text = refusal(month, config)
+    assert "742 bars" in text and "warm-up of" in text
+    remedies = text.split(". ", 1)[1].split("; ")
+    assert remedies
+    for remedy in remedies:
+        changed = apply(month, config, remedy)
+        if changed is not None:
+            with connect(month) as con:
+                data = read_data(con, changed)
+                check_length(changed, data.bars, data.sources)
+        else:
+            n = int(re.search(r"Load more data: ([\d,]+) bars", remedy)[1].replace(",", ""))
+            check_length(config, hours(n))
+
+
+def apply(settings: Settings, config: RunConfig, remedy: str) -> RunConfig | None:
+    "Do what a remedy says; None where it asks for more data."
+    if remedy.startswith("Load more data"):
+        return None
+    if build := re.search(r"`cryptoresearch bars (\S+) (\S+)`", remedy):
+        with init_duckdb(settings) as con:
+            make_bars(con, build[1], build[2])
+    if "out --feature" in remedy:
+        config = replace(config, features=("default",))
+    words = shlex.split(remedy.replace(",", " "))
+    given = {a: b for a, b in pairwise(words) if a in ("--bars", "--horizon", "--model")}
+    more = {"spec": given.get("--bars", config.spec), "horizon": int(given.get("--horizon", config.horizon)), "model": given.get("--model", config.model)}
+    return replace(config, **more, **({"params": {}} if "--model" in given else {}))
+
+
+def hours(n: int) -> pd.DataFrame:
+    "A bar frame of a random walk."
+    rng = np.random.default_rng(1)
+    close = 100 * np.exp(np.cumsum(0.005 * rng.standard_normal(n)))
+    opens = np.r_[100.0, close[:-1]]
+    high, low = np.maximum(opens, close) * 1.002, np.minimum(opens, close) * 0.998
+    times = pd.date_range("2024-01-01", periods=n, freq="1h", tz="UTC")
+    candles = {"open_time": times, "open": opens, "high": high, "low": low, "close": close, "volume": rng.lognormal(size=n)}
+    return bar_frame(pd.DataFrame(candles), "1h", symbol="BTCUSDT")
+
+
+def test_too_few_bars_are_refused_before_the_notebook_runs(month, monkeypatch):
+    monkeypatch.setattr(batch, "run_notebook", lambda *a, **k: pytest.fail("the notebook was started"))
+    with pytest.raises(ConfigError, match="--bars"):
+        batch.train_report(REFUSED["long warm-ups by name"], month)
+
+
+def test_the_test_and_its_folds_follow_the_length_of_the_data():
+    config = RunConfig(features=("ret_1",))
+    for n, share in ((742, 0.6), (1600, 0.52), (1700, 0.55), (4000, 0.6)):
+        bars = hours(n)
+        start = first_test(config, bars)
+        assert abs((bars.index < start).mean() - share) < 0.03, n
+        samples = prepare(bars, config)
+        test = samples.X.index[-1] - start
+        assert test / fold_length(config, samples, start) == pytest.approx(4, abs=0.01)
+        assert fold_length(replace(config, refit_every="10D"), samples, start) == pd.Timedelta("10D")
+
+
+@pytest.mark.parametrize(("model", "more"), [("har", {}), ("har_ridge", {}), ("decay_ridge", {}), ("garch", {}), ("ensemble", {"members": ["har_ridge", "ridge"]})])
+def test_a_model_brings_its_fixed_inputs(tmp_path, model, more):
+    from test_runs import put_bars, random_walk
+
+    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        put_bars(con, random_walk(5500), "WALKUSDT", "simulated")
+        config = RunConfig("WALKUSDT", target="volatility", model=model, params=more, refit_every="200D")
+        run = train_run(con, config, settings)
+        bars = read_data(con, config).bars.tail(run.warmup)
+    assert set(config.resolved.fixed) <= {f["name"] for f in run.info["features"]}
+    assert model == "ensemble" or len(run.info["features"]) == len(config.resolved.fixed), "no features that the model ignores"
+    assert len(load_run(run.id, settings).predict(bars)) == 1

@@ -265,7 +265,7 @@ def runs(
     if not found:
         console.print("no runs yet. Run: cryptoresearch train")
         return
-    columns = ["run", "n", "ic", "r2_oos", "dm_p", "level"]
+    columns = ["run", "n", "ic", "baseline", "saved", "dm_p", "level"]
     _show_rows(columns, [[run.get(c) for c in columns] for run in found])
     for run in found:
         console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)

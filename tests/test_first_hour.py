@@ -146,3 +146,29 @@ def test_a_model_brings_its_fixed_inputs(tmp_path, model, more):
     assert set(config.resolved.fixed) <= {f["name"] for f in run.info["features"]}
     assert model == "ensemble" or len(run.info["features"]) == len(config.resolved.fixed), "no features that the model ignores"
     assert len(load_run(run.id, settings).predict(bars)) == 1
+
+
+def test_the_report_uses_one_loss_and_one_baseline(tmp_path):
+    from test_runs import make_store
+
+    from cryptoresearch.evaluation.comparison import baseline_table
+    from cryptoresearch.evaluation.overfitting import run_overfitting
+    from cryptoresearch.runs.stored import stored_runs
+    from cryptoresearch.serving.run_sections import read_report, regime_section
+    from cryptoresearch.serving.views import overfitting_view
+
+    settings = make_store(tmp_path)
+    config = RunConfig("WALKUSDT", target="volatility", horizon=6, features=("returns", "calendar"), params=SMALL)
+    with connect(settings) as con:
+        run = train_run(con, config, settings)
+        found = run_overfitting(con, run)
+    table, base = baseline_table(run.predictions, "volatility", 6, draws=200), run.info["baseline"]
+    assert base == table.drop(index="model")["dm_stat"].idxmax(), "the hardest to beat"
+    share, low, high = (f"{table.loc[base, c]:.1%}".replace("-", "−") for c in ("saved", "lower", "upper"))
+    assert f"({share} of its QLIKE saved, 95 % interval {low} to {high}, " in run.info["verdict"], run.info["verdict"]
+    assert "OOS R²" not in run.info["verdict"]
+    assert found.dm_p == pytest.approx(table.loc[base, "dm_p"]) and f"“{base}”" in overfitting_view(found, None).frame.to_string()
+    drawn = [p for p in regime_section(read_report(run, settings)).parts if getattr(p, "layout", None) and "Rising" in p.layout.title.text]
+    assert len(drawn) == 1 and f"“{base}”" in drawn[0].layout.title.text and drawn[0].data[0].y[-1] == pytest.approx(table.loc[base, "saved"])
+    [row] = stored_runs(settings)
+    assert (row["baseline"], row["saved"]) == (base, pytest.approx(table.loc[base, "saved"]))

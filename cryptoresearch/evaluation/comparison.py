@@ -156,13 +156,15 @@ def measures(
         pinball = _pinball(q)
         interval[f"pinball loss at {q:.0%}"] = Measure((side, "y"), _mean_of(pinball), -1, pinball, ".4%")
     order = {"IC": Measure(pair, ic, 1, None, ".3f"), "rank IC": Measure(pair, rank_ic, 1, None, ".3f")}
-    skill = {f"OOS R² against {REFERENCE[target]}": Measure((*pair, REFERENCE[target]), r2_oos, 1, None, ".3f")}
+    base = REFERENCE[target]
+    skill = {f"OOS R² against {base}": Measure((*pair, base), r2_oos, 1, None, ".3f")}
     if is_event(target):
         own = {"AUC": Measure(pair, auc, 1, None, ".3f"), "log loss": Measure(pair, _mean_of(cross_entropy), -1, cross_entropy)}
         return {"Brier score": Measure(pair, _mean_of(squared_loss), -1, squared_loss)} | own | skill | order
     if target == "volatility":
         level_scores = {"QLIKE": Measure(pair, qlike, -1, qlike_loss, ".3f"), "log MSE": Measure(pair, mse_log, -1, log_loss, ".3f")}
-        return level_scores | skill | order | interval
+        saved = {f"QLIKE saved against {base}": Measure((*pair, base), lambda f, y, b: 1 - qlike(f, y) / qlike(b, y), 1, None, ".1%")}
+        return level_scores | saved | order | interval
     return {"RMSE": Measure(pair, _rmse, -1, squared_loss, ".4%")} | skill | order | _of_probability() | interval
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #77c9f8fe

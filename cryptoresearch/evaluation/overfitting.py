@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import duckdb
 import pandas as pd
 
+from ..metrics.scores import REFERENCE
 from ..metrics.significance import effective_trials, overfitting
 from ..runs.run import Run
 from cryptoresearch.runs.trials import (
@@ -91,6 +92,7 @@ class RunOverfitting:
     dm_p: float  # Diebold-Mariano p against the baseline
     search: SearchOverfitting | None  # that the run's parameters came from
     peeked: bool = False  # that search saw rows of the run's test
+    baseline: str = ""  # of the test: the one that is hardest to beat
 
     @property
     def corrected_p(self) -> float:  # 1 at most; NaN where unknown
@@ -110,10 +112,12 @@ def run_overfitting(
     tested = run.predictions.index
     first, last = (own["first_ts"].iloc[0], own["last_ts"].iloc[0]) if len(own) else (tested[0], tested[-1])
     kind: Kind = "return" if run.info["strategy"] else "loss"
-    tried, p = tried_sharpes(con, run.config.spec, asked.simulated), run.info["scores"]["model"]["dm_p"]
+    tried, scores = tried_sharpes(con, run.config.spec, asked.simulated), run.info["scores"]
+    base = run.info.get("baseline", REFERENCE[run.config.target])
+    p = scores.get(base, {}).get("model_dm_p", scores["model"]["dm_p"])
     aligned = compare_trials(con, rows[rows["kind"].eq(kind)], first, last, kind=kind, n_blocks=n_blocks)
     name = search_of(rows, run.config)
     search = search_overfitting(con, *name, n_blocks) if name else None
     peeked = search is not None and bool(search.last >= tested[0])
     models, dm_p = models_tried(rows, first, last), float("nan") if p is None else p
-    return RunOverfitting(kind, len(tried.sharpes), tried.left_out, len(rows), aligned, models, dm_p, search, peeked)
+    return RunOverfitting(kind, len(tried.sharpes), tried.left_out, len(rows), aligned, models, dm_p, search, peeked, base)

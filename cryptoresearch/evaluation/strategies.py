@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..metrics.costs import capacity_of, Costs, positions, random_signals, trade
 from ..metrics.strategy import ANNUAL_SECONDS, max_drawdown, on_bars, on_clock, sharpe_ratio, StrategyResult
-from ..metrics.verdict import deflate, number
+from ..metrics.verdict import deflate, FEWEST_TRADES, number
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #fe2bc38c
 RULES = {"sign": "sign", "proportional": "in proportion", "interval": "interval clears the cost"}
@@ -109,7 +109,7 @@ def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: i
     return {
         "total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0],
         "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()),
-        "break_even_bps": r.break_even_bps, "cost_per_year": paid, "capacity": capacity_of(r), "random_p": chance,
+        "break_even_bps": r.break_even_bps if r.trades >= FEWEST_TRADES else float("nan"), "cost_per_year": paid, "capacity": capacity_of(r), "random_p": chance,
     }  # fmt: skip
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #177dc031

@@ -155,6 +155,7 @@ def _measures(result: StrategyReturns) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table.loc["turnover per day", ["net", "hold"]] = [result.turnover.sum() / days, 1 / days]
     table.loc["exposure", ["net", "hold"]] = [result.position.abs().mean(), 1.0]
+    table.loc["trades of the capital", ["net", "hold"]] = [result.turnover.sum(), 1.0]
     table.loc["break-even cost, bps", "net"] = result.break_even_bps
     table.loc["assumed cost, bps", "net"] = result.fee_bps
     for name, paid in {} if result.costs is None else result.costs.items():
@@ -169,6 +170,11 @@ class StrategyResult(StrategyReturns):
     def sharpe(self) -> float:  # per year; NaN where the returns do not vary
         "Annualised Sharpe ratio of the net returns."
         return sharpe_ratio(self.returns) * float(np.sqrt(ANNUAL_SECONDS / self.bar_s))
+
+    @property
+    def trades(self) -> float:  # of the whole capital; a change from long to short counts two
+        "Number of times that the whole capital was bought or sold."
+        return float(self.turnover.sum())
 
     @property
     def max_drawdown(self) -> float:  # fraction of the peak, zero or less

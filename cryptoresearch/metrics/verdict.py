@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST_OUTCOMES', 'ALPHA', 'SUSPICIOUS_IC', 'SUSPICIOUS_R2', 'CLEAR_T', 'LEAK_T', 'FEW_OUTCOMES', 'CONFIDENT',
-           'verdict_rules', 'number', 'p_value', 'Judgement', 'judge', 'verdict', 'deflate']
+           'FEWEST_TRADES', 'verdict_rules', 'number', 'p_value', 'with_savings', 'binding', 'Judgement', 'judge',
+           'verdict', 'deflate']
 
 # %% ../../nbs/metrics/05_verdict.ipynb #9b27ec64
 import html
@@ -15,7 +16,8 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from .scores import REFERENCE
+from .scores import loss_name, qlike_loss, REFERENCE, squared_loss
+from .significance import bootstrap_score
 from .strategy import deflated_sharpe, sharpe_ratio, StrategyResult
 
 # %% ../../nbs/metrics/05_verdict.ipynb #00000006
@@ -35,7 +37,7 @@ _SUSPICIOUS = (
 _SKILL = (
     f"better than the baseline by the Diebold-Mariano test, p below {ALPHA}. Returns: squared error, OOS R² above 0, and an IC "
     f"with t above {CLEAR_T:g}, because a forecast that only follows the drift has no skill. Events: the same with the Brier score "
-    "against the base rate of the training. Volatility: QLIKE, against every baseline of the table"
+    "against the base rate of the training. Volatility: QLIKE, against every baseline; the sentence names the hardest to beat"
 )
 _WEAK = (
     f"returns and events: not skill, but the forecasts order the outcomes (IC above 0, t above {CLEAR_T:g}); "
@@ -78,6 +80,41 @@ def p_value(
         return "p unknown"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < ALPHA * 2 else f"p = {p:.2f}"
 
+# %% ../../nbs/metrics/05_verdict.ipynb #7bd257b1
+def _saved(own: np.ndarray, other: np.ndarray) -> float:
+    "Compute the share of the other's loss that the model saves."
+    return 1 - float(own.mean()) / float(other.mean())
+
+# %% ../../nbs/metrics/05_verdict.ipynb #e34108a4
+def with_savings(
+    scores: pd.DataFrame,  # of score_table
+    predictions: pd.DataFrame,  # that it was made from
+    target: str,  # kind of label
+    horizon: int,  # rows that an outcome spans
+    draws: int = 200,  # of the block bootstrap
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:  # with saved, saved_lower, saved_upper: share of the forecaster's loss that the model saves, and its 95 % interval
+    "Add the model's loss reduction against each baseline, by the loss of the target."
+    columns = {name: "prediction" if name == "model" else str(name) for name in scores.index}
+    rows = predictions[["y", *columns.values()]].dropna()
+    rows, loss = (rows[rows["y"] > 0], qlike_loss) if target == "volatility" else (rows, squared_loss)
+    losses = {name: loss(rows[c], rows["y"]) for name, c in columns.items()}
+    rivals = {name: other for name, other in losses.items() if name != "model" and np.isfinite(other).all()}
+    drawn = {"horizon": horizon, "draws": draws, "seed": seed}
+    found = {name: bootstrap_score(_saved, losses["model"], other, **drawn) for name, other in rivals.items()}
+    return scores.join(pd.DataFrame.from_dict(found, orient="index", columns=["saved", "saved_lower", "saved_upper"]))
+
+# %% ../../nbs/metrics/05_verdict.ipynb #fda5ca3c
+def binding(
+    scores: pd.DataFrame,  # of score_table
+    target: str,  # kind of label
+) -> str:  # a row of the table; the reference where there is no other
+    "Name the baseline that is hardest to beat among those that the rules ask for: the one with the least favourable test."
+    reference = REFERENCE[target]
+    others = [n for n in scores.index if n != "model"] if target == "volatility" else [reference]
+    tests = {n: float(s) for n, s in scores.get("model_dm_stat", pd.Series()).items() if n in others and np.isfinite(s)}
+    return str(max(tests, key=lambda n: tests[n])) if tests else reference
+
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000b
 @dataclass(frozen=True)
 class Judgement:
@@ -97,6 +134,9 @@ _SUBJECTS = {
     "triple_barrier": "probabilities of a won barrier trade", "trend": "probabilities of an upward trend",
     "meta": "probabilities that the primary rule pays",
 }  # fmt: skip
+
+
+_NAMES = {"zero": "the forecast “zero”", "base": "the base rate", "ewma": "EWMA", "har": "HAR", "last": "persistence"}
 
 
 def _wins(row: Mapping[str, float]) -> tuple[bool, str]:  # whether the model beats the reference, and the words if it does not
@@ -136,49 +176,72 @@ def _of_order(
     return "none", f"No skill beyond the baseline: {what} {fail} {base} ({evidence}; {order})"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #e7130d44
-def _of_volatility(row: Mapping[str, float], unbeaten: Sequence[str]) -> tuple[str, str]:  # level, sentence without its end
-    "Judge forecasts of volatility against every baseline."
+def _against(scores: pd.DataFrame, base: str) -> dict[str, float]:  # dm_stat, dm_p and, where known, saved, saved_lower, saved_upper
+    "Read the comparison of the model with a baseline."
+    model, row = (scores.loc[n].to_dict() if n in scores.index else {} for n in ("model", base))
+    if not np.isfinite(row.get("model_dm_p", np.nan)):
+        return {"dm_stat": float(model["dm_stat"]), "dm_p": float(model["dm_p"])}
+    found = {"dm_stat": row["model_dm_stat"], "dm_p": row["model_dm_p"]}
+    return {k: float(v) for k, v in (found | {k: row[k] for k in ("saved", "saved_lower", "saved_upper") if k in row}).items()}
+
+
+def _evidence(row: Mapping[str, float], target: str) -> str:
+    "Write how much of a baseline's loss the model saves, and the test against it."
+    test = f"Diebold-Mariano {p_value(row['dm_p'])}"
+    if "saved" not in row:
+        return f"{test} on the {loss_name(target)}"
+    span = f"95 % interval {number(row['saved_lower'], '.1%')} to {number(row['saved_upper'], '.1%')}"
+    return f"{number(row['saved'], '.1%')} of its {loss_name(target)} saved, {span}, {test}"
+
+# %% ../../nbs/metrics/05_verdict.ipynb #9e8b8ad0
+def _of_volatility(
+    scores: pd.DataFrame,  # of score_table
+    unbeaten: Sequence[str],  # other baselines that the model does not clearly beat
+) -> tuple[str, str]:  # level, sentence without its end
+    "Judge forecasts of volatility against every baseline, and name the one that is hardest to beat."
+    r2, base = float(scores["r2_oos"]["model"]), binding(scores, "volatility")
+    if r2 > SUSPICIOUS_R2:
+        return "suspicious", f"Too good to believe: OOS R² {number(r2)} on volatility; check for leakage before anything else"
+    row = _against(scores, base)
     beats, fail = _wins(row)
-    base = REFERENCE["volatility"].upper()
-    if row["r2_oos"] > SUSPICIOUS_R2:
-        r2 = number(row["r2_oos"])
-        return "suspicious", f"Too good to believe: OOS R² {r2} on volatility; check for leakage before anything else"
-    evidence = f"OOS R² {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])} on QLIKE"
-    if beats and unbeaten:
-        rest = "”, “".join(unbeaten)
-        what = f"forecasts of volatility beat {base} ({evidence}), but not clearly the forecast “{rest}”"
-        return "none", f"No skill beyond the baselines: {what}"
-    if beats:
-        return "skill", f"Forecasts of volatility beat the {base} baseline ({evidence})"
-    return "none", f"No skill beyond the baseline: forecasts of volatility {fail} {base} ({evidence})"
+    hardest = ", the baseline that is hardest to beat" if len(scores) > 2 else ""
+    against = f"{_NAMES.get(base, base)} ({_evidence(row, 'volatility')}){hardest}"
+    if beats and not unbeaten:
+        return "skill", f"Forecasts of volatility beat {against}"
+    return "none", f"No skill beyond the baselines: forecasts of volatility {'do not clearly beat' if beats else fail} {against}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #4c48a64a
 def _more_outcomes(n: float) -> str:
-    "Name the horizon at which the same bars contain enough outcomes; shorter bars always help."
+    "Suggest the horizon at which the same bars contain enough outcomes; shorter bars always help."
     horizon = int(n // FEWEST_OUTCOMES)
     return f"; use shorter bars (--bars), {f'--horizon {horizon} or less, ' if horizon else ''}or more data"
 
 
 def _forecast(
-    row: Mapping[str, float],  # the model's row of the score table
+    scores: pd.DataFrame,  # of score_table
     target: str,  # name of a kind of label
     horizon: int,  # bars that an outcome spans
     intraday: bool,  # bars shorter than a day
     unbeaten: Sequence[str] = (),  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
     "Judge the forecast by the rules."
-    apart, skill = row["n"] / horizon, "Brier skill" if "auc" in row else "OOS R²"
-    order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}" + (f", AUC {number(row['auc'])}" if "auc" in row else "")
+    row = cast(Mapping[str, float], scores.loc["model"].to_dict())
+    apart = row["n"] / horizon
+    order = f"IC {number(row['ic'])}, t = {number(row['ic_t'], '.1f')}"
+    order += f", AUC {number(row['auc'])}" if np.isfinite(row.get("auc", np.nan)) else ""
     if apart < FEWEST_OUTCOMES:
         found = f"{row['n']:.0f} overlapping outcomes contain {apart:.0f} that do not overlap; {FEWEST_OUTCOMES} are needed"
         return "unclear", f"Too little to judge: {found}{_more_outcomes(row['n'])} ({order})"
     if target == "volatility":
-        return _of_volatility(row, unbeaten)
-    evidence = f"{skill} {number(row['r2_oos'])}, Diebold-Mariano {p_value(row['dm_p'])}"
+        return _of_volatility(scores, unbeaten)
+    evidence = _evidence(_against(scores, REFERENCE[target]), target)
     order += f", on only {apart:.0f} non-overlapping outcomes" if apart < FEW_OUTCOMES else ""
     return _of_order(row, target, intraday, evidence, order, unbeaten)
 
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000d
+FEWEST_TRADES = 20  # of the whole capital; with fewer, a break-even cost says nothing
+
+
 def _money(
     strategy: StrategyResult,  # of the sign strategy, after costs
     deflated: float | None,  # probability that the true Sharpe ratio exceeds the best of the trials by chance
@@ -192,10 +255,17 @@ def _money(
         return "no trades were made"
     if even <= 0:
         return f"trading {by} lost money even before costs: not tradable"
-    cost = f"trading {by} breaks even at {number(even, '.1f')} bp per side,"
+    trades = strategy.trades
+    if trades < FEWEST_TRADES:
+        return f"trading {by} made only {trades:.1f} trades of the capital, too few to judge its cost: not tradable"
+    cost = f"trading {by} breaks even at {number(even, '.1f')} bp per side over {trades:,.0f} trades of the capital,"
     if even <= fee:
         return f"{cost} not above the fee of {number(fee, '.1f')} bp: not tradable"
-    cost += f" above the fee of {number(fee, '.1f')} bp"
+    return _chance(strategy, f"{cost} above the fee of {number(fee, '.1f')} bp", deflated, n_trials, level)
+
+# %% ../../nbs/metrics/05_verdict.ipynb #3a974b01
+def _chance(strategy: StrategyResult, cost: str, deflated: float | None, n_trials: int, level: str) -> str:
+    "Judge whether more than chance paid, where trading earned more than its cost."
     if sharpe_ratio(strategy.returns) <= sharpe_ratio(strategy.hold):
         return f"{cost}, but holding had the better Sharpe ratio: not worth trading"
     ratio = f"deflated Sharpe ratio {number(deflated, '.2f')} after {n_trials} trial{'s' if n_trials != 1 else ''}"
@@ -227,8 +297,7 @@ def judge(
     simulated: bool = False,  # the data come from the simulated exchange
 ) -> Judgement:  # level and sentence
     "Judge a forecast by `verdict_rules`."
-    row = cast(Mapping[str, float], scores.loc["model"].to_dict())
-    level, sentence = _forecast(row, target, horizon, intraday, _unbeaten(scores, target))
+    level, sentence = _forecast(scores, target, horizon, intraday, _unbeaten(scores, target))
     if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):
         sentence += f"; {_money(strategy, deflated, n_trials, level, 'their sign' if REFERENCE[target] == 'zero' else 'them')}"
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""

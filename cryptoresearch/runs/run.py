@@ -32,7 +32,7 @@ from ..features.user_modules import import_modules
 from ..labels.targets import as_returns, known_volatility, label_warmup, TARGETS
 from ..metrics.scores import score_table
 from ..metrics.strategy import on_bars, on_clock, sign_strategy, StrategyResult
-from ..metrics.verdict import deflate, judge, Judgement
+from ..metrics.verdict import binding, deflate, judge, Judgement, with_savings
 from ..models.boosting import TailModel
 from ..models.conformal import Calibrator
 from ..models.estimators import MODELS
@@ -293,7 +293,8 @@ def judge_run(
     trials: list[float],  # Sharpe ratios per bar of all trials
 ) -> dict[str, Any]:  # scores, strategy (None for volatility), verdict, level
     "Judge the forecasts of a run."
-    scores, strategy = score_table(predictions, config.target, config.horizon), run_strategy(predictions, data.bars, config)
+    asked, strategy = (predictions, config.target, config.horizon), run_strategy(predictions, data.bars, config)
+    scores = with_savings(score_table(*asked), *asked)
     deflated, n_trials = (None, 0) if strategy is None else deflate(_by_time(strategy, config), trials)
     money = None if strategy is None else _money(strategy, config, deflated, n_trials, trials)
     intraday = least_length(config.spec) < pd.Timedelta("1D")
@@ -302,7 +303,8 @@ def judge_run(
     leaks = find_leaks(config, data.bars) if config.leaks == "allow" else {}
     said = with_leaks(said, leaks)
     table = {str(name): row for name, row in scores.to_dict("index").items()}
-    return {"scores": table, "strategy": money, "verdict": said.sentence, "level": said.level} | ({"leaks": leaks} if leaks else {})
+    judged = {"scores": table, "baseline": binding(scores, config.target), "strategy": money}
+    return judged | {"verdict": said.sentence, "level": said.level} | ({"leaks": leaks} if leaks else {})
 
 
 def _money(s: StrategyResult, config: RunConfig, deflated: float | None, n_trials: int, trials: list[float]) -> dict[str, Any]:

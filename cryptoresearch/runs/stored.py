@@ -59,6 +59,12 @@ def read_info(
         raise RunMismatch(problem(f"the record of run {folder.name}", found, "Delete the folder and train again")) from None
 
 # %% ../../nbs/runs/03a_stored.ipynb #b05f18a6
+def _against(info: Record) -> Record:
+    "Read the baseline that is hardest to beat, the share of its loss that the run saves, and the test; nothing in an older record."
+    base = info["scores"].get(info.get("baseline"), {})
+    return {"baseline": info["baseline"], "saved": base["saved"], "dm_p": base["model_dm_p"]} if "saved" in base else {}
+
+
 def stored_runs(
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> list[Record]:  # newest first: run, created_at, level, verdict, trained_until, simulated, and the main settings and scores
@@ -70,7 +76,7 @@ def stored_runs(
         try:
             info = read_info(path.parent)
             row = {"run": path.parent.name} | {k: info["config"][k] for k in ("symbol", "spec", "target", "horizon")}
-            row |= {k: info["scores"]["model"][k] for k in ("n", "ic", "r2_oos", "dm_p")}
+            row |= {k: info["scores"]["model"][k] for k in ("n", "ic", "r2_oos", "dm_p")} | _against(info)
             rows.append(row | {k: info[k] for k in ("created_at", "level", "verdict", "trained_until", "simulated")})
         except (CryptoResearchError, KeyError) as e:
             rows.append({"run": path.parent.name, "level": "unreadable", "verdict": str(e)})

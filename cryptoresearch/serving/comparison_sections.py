@@ -23,7 +23,7 @@ from ..evaluation.overfitting import run_overfitting, RunOverfitting, SearchOver
 from ..metrics.scores import score_table
 from ..metrics.significance import confidence_set
 from ..metrics.strategy import StrategyResult
-from ..metrics.verdict import deflate, number
+from ..metrics.verdict import deflate, FEWEST_TRADES, number
 from ..runs.config import RunConfig
 from ..runs.identity import read_data, RunData
 from ..runs.run import run_strategy
@@ -160,7 +160,7 @@ def _earned(r: StrategyResult, deflated: float, count: int) -> dict[str, str]:
         "return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe per year": number(r.sharpe, ".2f"),
         "deflated Sharpe ratio (probability)": number(deflated, ".2f"), "number of trials": f"{count:,}",
         "maximum drawdown": number(r.max_drawdown, ".1%"), "turnover per day": number(turnover, ".2f"),
-        "break-even, bp": number(r.break_even_bps, ".1f"), "fee, bp": number(r.fee_bps, "g"),
+        "break-even, bp": number(r.break_even_bps if r.trades >= FEWEST_TRADES else None, ".1f"), "fee, bp": number(r.fee_bps, "g"),
     }  # fmt: skip
 
 

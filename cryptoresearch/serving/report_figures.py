@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from ..metrics.scores import loss_name, qlike_loss, squared_loss
 from ..metrics.strategy import StrategyResult
 from .figures import CONFIG
 
@@ -136,16 +137,18 @@ def skill_figure(
     predictions: pd.DataFrame,  # a run's predictions: y, prediction and the baseline's column, index ts
     baseline: str,  # column to compare with, such as one of BASELINE_COLUMNS
     max_points: int = 1500,  # points at most
-) -> go.Figure:  # cumulative loss reduction, as a fraction of the baseline's total squared error
-    "Draw the cumulative loss reduction of the model against the baseline."
-    rows = predictions.dropna(subset=["y", "prediction", baseline])
-    base = (rows["y"] - rows[baseline]) ** 2
-    gain = (base - (rows["y"] - rows["prediction"]) ** 2).cumsum() / base.sum()
+    target: str = "return",  # kind of label, which decides the loss
+) -> go.Figure:  # cumulative loss reduction, as a fraction of the baseline's total loss
+    "Draw the cumulative loss reduction of the model against the baseline, by the loss of the target."
+    rows, loss = predictions.dropna(subset=["y", "prediction", baseline]), qlike_loss if target == "volatility" else squared_loss
+    rows = rows[rows["y"] > 0] if target == "volatility" else rows
+    base = pd.Series(loss(rows[baseline], rows["y"]), rows.index)
+    gain = (base - loss(rows["prediction"], rows["y"])).cumsum() / base.sum()
     shown, note = thin(gain.to_frame("gain"), max_points)
     fig = go.Figure(go.Scatter(x=shown.index, y=shown["gain"], line={"color": MODEL, "width": 1.5}, name="cumulative loss reduction"))
     fig.add_hline(y=0, line={"color": BASELINE, "width": 1, "dash": "dash"})
     fig = _dress(fig, f"Rising: the model is better than “{baseline}”; falling: worse{note}", 280)
-    fig.update_yaxes(title="loss reduction", tickformat=".1%")
+    fig.update_yaxes(title=f"reduction of the {loss_name(target)}", tickformat=".1%")
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000019

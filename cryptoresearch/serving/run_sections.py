@@ -33,7 +33,7 @@ from ..labels.targets import as_returns, expected_return, is_event
 from ..metrics.costs import cost_ladder, Costs, random_equity, random_signals
 from ..metrics.scores import calibration_table, coverage_table, loss_name, REFERENCE, score_table
 from ..metrics.strategy import bar_seconds, StrategyResult
-from ..metrics.verdict import deflate, judge, Judgement, verdict_rules
+from ..metrics.verdict import deflate, judge, Judgement, verdict_rules, with_savings
 from ..runs.config import least_length, RunConfig
 from ..runs.identity import read_data, RunData
 from ..runs.run import Run, run_strategy, with_leaks
@@ -108,6 +108,11 @@ class RunReport:
     def predictions(self) -> pd.DataFrame:  # index ts; y, prediction, lower, upper and the baselines, in the label's unit
         "Return the run's out-of-sample forecasts."
         return self.run.predictions
+
+    @property
+    def baseline(self) -> str:  # a column of the predictions
+        "Return the baseline that is hardest to beat; in an older record the reference."
+        return str(self.run.info.get("baseline", REFERENCE[self.config.target]))
 
     @property
     def event(self) -> bool:  # True for direction, triple_barrier, trend and meta
@@ -194,8 +199,9 @@ def current_verdict(
     "Judge a run by the trials that the ledger holds today."
     config, simulated = report.config, bool(report.run.info["simulated"])
     signs, deflated, n_trials = deflated_signs(report, sharpes)
+    asked = report.predictions, config.target, config.horizon
     said = judge(
-        score_table(report.predictions, config.target, config.horizon), signs, config.target, horizon=config.horizon,
+        with_savings(score_table(*asked), *asked), signs, config.target, horizon=config.horizon,
         intraday=least_length(config.spec) < pd.Timedelta("1D"), deflated=deflated, n_trials=max(n_trials, 1), simulated=simulated,
     )  # fmt: skip
     return audited(with_leaks(said, report.run.info.get("leaks", {})), found, report.run.id)
@@ -220,6 +226,10 @@ _NUMBER = (
     "baseline's "
     "squared error that the model removes; it is negative where the model is worse."
 )
+_VOLATILITY = (
+    "The model is compared with naive benchmarks. Volatility is judged by QLIKE, a loss on variances that a few extreme hours do not "
+    "dominate. IC is the correlation between forecast and outcome."
+)
 _PROBABILITY = (
     "The forecast is a probability, and the outcome is 1 where the event occurred. The baseline is the base rate of the training rows. "
     "The other "
@@ -236,7 +246,8 @@ _BENCHMARKS = (
 def _scores_block(report: RunReport) -> Sequence[Part]:
     "Return the score table with its explanation."
     scores = pd.DataFrame(report.run.info["scores"]).T.astype(float)
-    return (_PROBABILITY if report.event else _NUMBER, score_view(scores, report.config.target))
+    text = _VOLATILITY if report.config.target == "volatility" else _PROBABILITY if report.event else _NUMBER
+    return (text, score_view(scores, report.config.target))
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #becdb56d
 def _benchmark_block(report: RunReport) -> Sequence[Part]:
@@ -286,7 +297,7 @@ def scorecard_section(
     report: RunReport,  # run and bars
 ) -> Section:  # scorecard, benchmarks, skill over time
     "Show every score with its interval, and the comparison with the benchmarks."
-    skill = report_figures.skill_figure(report.predictions, REFERENCE[report.config.target])
+    skill = report_figures.skill_figure(report.predictions, report.baseline, target=report.config.target)
     return section("Forecast accuracy", _scorecard_block(report), (*_benchmark_block(report), skill))
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #1dd5017c
@@ -322,7 +333,7 @@ def regime_section(
 ) -> Section:  # scores by regime, stability, skill and forecasts over time
     "Show when the forecasts work."
     target, own = report.config.target, report.predictions
-    drawn = (report_figures.skill_figure(own, REFERENCE[target]), report_figures.prediction_figure(own, target))
+    drawn = (report_figures.skill_figure(own, report.baseline, target=target), report_figures.prediction_figure(own, target))
     return section("Performance by regime", _regime_block(report)[1], (*_stability_block(report), *drawn))
 
 

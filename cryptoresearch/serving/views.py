@@ -83,10 +83,13 @@ def score_view(
     target: str,  # name of a target
 ) -> Table:  # one row per forecaster
     "Show the score table."
-    view = pd.DataFrame({name: _texts(scores[c], form) for c, (name, form) in _SCORES.items() if c in scores})
+    left_out = {"r2_oos"} if target == "volatility" else set()  # it is judged by QLIKE
+    shown = {c: row for c, row in _SCORES.items() if c in scores and c not in left_out}
+    view = pd.DataFrame({name: _texts(scores[c], form) for c, (name, form) in shown.items()})
     view["DM p"] = _p_texts(scores["dm_p"])
     note = (
-        f"{int(scores['n'].iloc[0]):,} forecasts. OOS R² and the Diebold-Mariano test (DM, on {loss_name(target)}, negative is better) are "
+        f"{int(scores['n'].iloc[0]):,} forecasts. {'OOS R² and the' if 'r2_oos' in shown else 'The'} Diebold-Mariano test "
+        f"(DM, on {loss_name(target)}, negative is better) {'are' if 'r2_oos' in shown else 'is'} "
         f"against “{_forecaster(REFERENCE[target])}”; t and DM allow for overlapping outcomes."
     )
     return Table(view.rename(index=_forecaster), note=note)
@@ -423,6 +426,7 @@ def _left_out(n: int) -> str:
 def _run_rows(found: RunOverfitting, deflated: float | None) -> dict[str, str]:
     "Describe the selection of a run."
     aligned, traded = found.aligned, found.kind == "return"
+    against = f" (“{_forecaster(found.baseline)}”)" if found.baseline else ""
     short = _joined((aligned.apart, "of other times"), (aligned.undated, "without times"))
     rows = {
         "deflated Sharpe ratio (probability)": number(deflated, ".2f") if traded else "none: not traded",
@@ -432,7 +436,7 @@ def _run_rows(found: RunOverfitting, deflated: float | None) -> dict[str, str]:
         _EFFECTIVE: f"{aligned.effective:,}",
         "probability of backtest overfitting": number(aligned.pbo, ".0%"),
         "models tested on these rows": f"{found.models:,}",
-        "Diebold-Mariano test against the baseline": p_value(found.dm_p),
+        "Diebold-Mariano test against the baseline": f"{p_value(found.dm_p)}{against}",
         "corrected for these models": p_value(found.corrected_p),
     }
     if found.search is None:

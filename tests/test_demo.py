@@ -37,6 +37,10 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     told = first.export_text()
     assert "SIMULATED" in told
     assert "make dashboards" in told
+    market, returns, live = reports
+    levels = [load_run(r.run_id, settings).info["level"] for r in reports]
+    assert levels[:2] == ["skill", "none"], "real candles: the volatility can be forecast, the return cannot"
+    assert told.index(str(market.report)) < told.index(str(live.report)), "the first report shows a real market"
     assert [r.run_id for r in again] == [r.run_id for r in reports]
     assert all(r.reused for r in again)
     assert "made before" in second.export_text()
@@ -49,7 +53,7 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     assert (n, source) == (distinct, "replay")
     assert n >= 50, "a prediction for nearly each of the sixty minutes"
     assert (end - start).total_seconds() <= 3600
-    run = load_run(reports[0].run_id, settings)
+    run = load_run(live.run_id, settings)
     trained_until = re.sub(r"\+00:00$", "", str(run.info["trained_until"]))
     assert str(start) >= trained_until.replace("T", " ")[:19], "the live hour was kept back from training"
     # bars that come long after everything the store knows: nothing to predict yet, and no error
@@ -59,15 +63,15 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     assert lonely.skipped["warm-up"] == 5
 
     env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
-    for args, shown in ((["runs"], reports[1].run_id), (["reproduce", reports[1].run_id], "the same, bit for bit"), (["doctor"], "2 in ")):
+    for args, shown in ((["runs"], reports[1].run_id), (["reproduce", reports[1].run_id], "the same, bit for bit"), (["doctor"], "3 in ")):
         done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
     for report in reports:
         html = report.report.read_text(encoding="utf-8")
-        assert "SIMULATED" in html
+        assert ("SIMULATED" in html) == (report == live)
         assert not re.search(r"<(script|link)[^>]+(src|href)=.https?://", html), "the report works without internet"
-        assert json.loads((report.folder / "run.json").read_text())["simulated"] is True
+        assert json.loads((report.folder / "run.json").read_text())["simulated"] is (report == live)
     trials = con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall()
     for args, code in ((["runs", "delete", reports[1].run_id], 1), (["runs", "delete", reports[1].run_id, "--yes"], 0), (["reproduce", reports[1].run_id], 2)):
         done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)

@@ -129,7 +129,7 @@ def _mirrored(done: Any) -> None:
 # %% ../nbs/94_cli.ipynb #e1263641
 @app.command()
 def ingest(
-    uris: Annotated[list[str], typer.Argument(help="Files, folders or patterns, local or s3://bucket/…: .csv, .csv.gz, .zip, .parquet")],
+    uris: Annotated[list[str], typer.Argument(help="Files, folders or patterns, local or s3://bucket/…")],
     symbol: Annotated[str | None, typer.Option(help="Where the file's name does not tell, such as BTCUSDT.")] = None,
     kind: Annotated[str | None, typer.Option(help="trades, aggTrades or klines, where name and content do not tell.")] = None,
     interval: Annotated[str | None, typer.Option(help="Of candles, such as 1h, where the name does not tell.")] = None,
@@ -140,10 +140,9 @@ def ingest(
     columns: Annotated[str | None, typer.Option(help="Names that are not known, as NAME=MEANING,…, such as Last=price,Size=qty.")] = None,
     workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
 ) -> None:
-    """Load files of trades or candles into the store; the same file again changes nothing.
+    """Load files of trades (time, price, qty; id, side if there are) or candles (time, open, high, low, close, volume).
 
-    Trades need the columns time, price and qty; an id, a side and quote_qty are used where they are. Candles need time, open, high, low,
-    close and volume. Other names: --columns."""
+    The same file again changes nothing."""
     from cryptoresearch.ingest.folders import process_files
     from cryptoresearch.data.store import init_duckdb
 
@@ -152,8 +151,8 @@ def ingest(
         text = f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result)
         to.print(text, soft_wrap=True, markup=False)
 
-    facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market}
-    facts["columns"] = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
+    named = dict(pair.split("=", 1) for pair in (columns or "").split(",") if "=" in pair)
+    facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     found = process_files(init_duckdb(), uris, workers=workers, told=told, **facts, max_rejected=max_rejected, check_symbol=check_symbol,
                           replace=replace)  # fmt: skip
     _ingested(found.outcome.value_counts(sort=False))

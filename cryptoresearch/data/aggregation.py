@@ -59,7 +59,7 @@ def _split(amount: float) -> tuple[int, int, int]:  # whole part, units of 1e-8,
     part = np.int64(units + 0.5)
     rest = units - part
     fine = np.int64(rest * _FINE + _FINE + 0.5) - _FINE if abs(rest) > _NOISE * amount else np.int64(0)  # rounded, not cut
-    return whole, part, fine
+    return whole, part, fine  # type: ignore[return-value]
 
 
 @njit(cache=True, nogil=True)
@@ -184,7 +184,7 @@ def add_fine(
     bar.reported_fine += fine * np.int64(reported == 1)
     bar.tick_fine += fine * np.int64(tick == 1)
 
-
+# %% ../../nbs/data/06_aggregation.ipynb #5c0f0002
 @njit(cache=True, nogil=True)
 def _fold_fine(
     ts: np.ndarray, qty: np.ndarray, quote: np.ndarray, reported: np.ndarray, tick: np.ndarray,  # n trades in order

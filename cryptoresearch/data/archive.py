@@ -136,7 +136,7 @@ def _status_of(error: Exception) -> int | None:
     answer = getattr(error, "response", None)
     return getattr(answer, "status", None) or getattr(error, "status_code", None) or getattr(error, "_code", None)
 
-
+# %% ../../nbs/data/02_archive.ipynb #5c0f0001
 def _explained(
     error: Exception,  # from the S3 client or from the network below it
     settings: Settings,  # for the endpoint's name

@@ -212,7 +212,8 @@ def _data_path(settings: Settings, is_new: bool) -> str | None:
     "Return the folder of the Parquet files; None leaves it to the catalog."
     given, catalog = settings.duckdb_data_path, catalog_file(settings)
     if "\\" in f"{given or ''}{catalog or ''}" and os.sep == "/":
-        raise ConfigError(problem("a path of the store without a backslash", f"{given or catalog}", "DuckDB takes it for a slash: rename the folder"))
+        remedy = "DuckDB takes it for a slash: rename the folder"
+        raise ConfigError(problem("a path of the store without a backslash", f"{given or catalog}", remedy))
     if given:
         return given if "://" in given else f"{settings.path(given)}/"
     if catalog is None:

@@ -89,7 +89,7 @@ def _cut_short(r: IngestResult) -> str:
         return ""
     return f", only {last - first + 1} of the {end - start} days of its month: if there was trading, load its daily files too"
 
-
+# %% ../../nbs/ingest/06_files.ipynb #5c0f0052
 def _in_one_line(
     r: IngestResult,
 ) -> str:  # without line breaks
@@ -493,9 +493,9 @@ def _check_overlap(job: Job, facts: Facts, stored: list[Older]) -> None:
     for o in stored:
         if o.first != facts.first and o.first[0] < facts.last[0] and facts.first[0] < o.last[0]:
             raise SchemaError(
-                f"expected trades without ids outside the time of those stored, {from_us(o.first[0])} to {from_us(o.last[0])}; found in {job.name} "
-                f"{from_us(facts.first[0])} to {from_us(facts.last[0])}. Without ids none can be compared: load the rest, or forget_file(con, "
-                f"{o.file_id[:12]!r}) first"
+                f"expected trades without ids outside the time of those stored, {from_us(o.first[0])} to {from_us(o.last[0])}; "
+                f"found in {job.name} {from_us(facts.first[0])} to {from_us(facts.last[0])}. "
+                f"Without ids none can be compared: load the rest, or forget_file(con, {o.file_id[:12]!r}) first"
             )
 
 # %% ../../nbs/ingest/06_files.ipynb #c9ec620c
@@ -816,7 +816,7 @@ class Frame(Protocol):
         "Return the columns as Arrow's C stream."
         ...
 
-
+# %% ../../nbs/ingest/06_files.ipynb #5c0f0053
 def ingest_frame(
     con: DuckDBPyConnection,  # from `init_duckdb`
     frame: Frame,  # trades or candles in any order, one row each; times without a time zone are UTC

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, Literal
+from typing import cast, Literal
 
 import numpy as np
 import pandas as pd
@@ -48,20 +48,25 @@ class Layout:
 LAYOUT_TABLE: tuple[Layout, ...] = (
     Layout("Tardis", "trades", "exchange:venue symbol timestamp:ts id:trade_id side price amount:qty",
            "https://docs.tardis.dev/downloadable-csv-files#trades"),
-    Layout("Kraken", "trades", "price volume:qty time:ts side trade_id", "https://docs.kraken.com/api/docs/rest-api/get-recent-trades", "kraken"),
+    Layout("Kraken", "trades", "price volume:qty time:ts side trade_id",
+           "https://docs.kraken.com/api/docs/rest-api/get-recent-trades", "kraken"),
     Layout("Coinbase", "trades", "trade_id side size:qty price time:ts",
            "https://docs.cdp.coinbase.com/exchange/reference/exchangerestapi_getproducttrades", "coinbase", maker=True),
     Layout("Bybit", "trades", "timestamp:ts symbol side size:qty price trdmatchid:trade_id foreignnotional:quote_qty",
            "https://public.bybit.com/trading/", "bybit", "um"),
     Layout("Bybit spot", "trades", "id:trade_id timestamp:ts price volume:qty side", "https://public.bybit.com/spot/", "bybit"),
-    Layout("OKX", "trades", "instrument_name:symbol trade_id side price size:qty created_time:ts", "https://www.okx.com/historical-data", "okx"),
-    Layout("Bitstamp", "trades", "date:ts tid:trade_id price type:side amount:qty", "https://www.bitstamp.net/api/#transactions", "bitstamp"),
+    Layout("OKX", "trades", "instrument_name:symbol trade_id side price size:qty created_time:ts",
+           "https://www.okx.com/historical-data", "okx"),
+    Layout("Bitstamp", "trades", "date:ts tid:trade_id price type:side amount:qty",
+           "https://www.bitstamp.net/api/#transactions", "bitstamp"),
     Layout("freqtrade", "trades", "timestamp:ts id:trade_id side price amount:qty cost:quote_qty",
            "https://www.freqtrade.io/en/stable/data-download/"),
     Layout("ccxt", "trades", "timestamp:ts symbol id:trade_id side price amount:qty cost:quote_qty",
            "https://docs.ccxt.com/#/?id=trade-structure"),
     Layout("CryptoDataDownload", "klines", "unix:ts symbol open high low close", "https://www.cryptodatadownload.com/data/"),
 )  # fmt: skip
+
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0090
 _BARE: dict[tuple[Kind, int], str] = {  # files without a header: Kraken's and Bitcoincharts' archives, Kraken's candles, lists of ccxt
     ("trades", 3): "ts price qty", ("klines", 7): "ts open high low close volume trades", ("klines", 6): "ts open high low close volume",
     ("trades", 7): "ts trade_id type side price qty quote_qty",
@@ -83,22 +88,25 @@ def _volumes(names: list[str]) -> dict[str, str]:
     base, quote = sorted(coins, key=lambda name: _MONEY.index(coins[name]) if coins[name] in _MONEY else -1)
     return {base: "volume", quote: "quote_volume"}
 
-
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0097
 def _meanings(names: list[str], kind: Kind, given: Mapping[str, str], layout: Layout | None) -> dict[str, str]:  # name by meaning
     "Decide which column has which meaning; raise `SchemaError` where two have the same."
     known = layout.meanings if layout else {}
     given = {name: _MORE.get(what) or meaning_of(what) or what for name, what in given.items()}
     if absent := [name for name in given if name not in names]:
-        raise SchemaError(f"expected the columns {', '.join(absent)}, as asked for; found {', '.join(names)}. Correct --columns, or columns=")
+        both = f"expected the columns {', '.join(absent)}, as asked for; found {', '.join(names)}"
+        raise SchemaError(f"{both}. Correct --columns, or columns=")
     volumes = _volumes(names) if kind == "klines" else {}
     found: dict[str, str] = {}
     for name in names:
         plain = name.strip().lower().replace(" ", "_")
-        meaning = given.get(name) or known.get(plain) or volumes.get(name) or (not layout and (_MORE.get(plain) or meaning_of(name)))
+        usual = "" if layout else _MORE.get(plain) or meaning_of(name)
+        meaning = given.get(name) or known.get(plain) or volumes.get(name) or usual
         if not meaning or (meaning in given.values() and name not in given):
             continue
         if meaning in found and meaning != "ts":
-            raise SchemaError(f"expected one column of each meaning; found {found[meaning]} and {name}. Choose one: --columns {name}={meaning}")
+            both = f"{found[meaning]} and {name}"
+            raise SchemaError(f"expected one column of each meaning; found {both}. Choose one: --columns {name}={meaning}")
         found.setdefault(meaning, name)
     return found
 
@@ -151,6 +159,26 @@ def _numbered(table: pa.Table) -> pa.Table:
     first = int(ts.min()) if len(ts) else 0
     return table.append_column("trade_id", pa.array(first + np.arange(len(ts))))
 
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0020
+def _decimals(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    "Convert numbers, also as text, to float64; raise `SchemaError` where that is not possible."
+    try:
+        return values.cast(pa.float64())
+    except pa.ArrowException as e:
+        raise SchemaError(f"expected numbers in column {name}; found {values.type} ({e}). Convert the column first") from None
+
+
+def _wanted(names: list[str], kind: Kind, lacking: list[str]) -> str:
+    "Say which columns were found and wanted, and the option that names them."
+    some = [name for name in names if not meaning_of(name)] or names
+    lacking = ["time" if what == "ts" else what for what in lacking]
+    pairs = ",".join(f"{name}={what}" for name, what in zip(some + ["NAME"] * len(lacking), lacking, strict=False))
+    wanted = ", ".join(what for what in needed_columns(kind) if what != "trade_id")
+    return (
+        f"expected {kind} with the columns {wanted}; found {', '.join(names)}: missing {', '.join(lacking)}. "
+        f"Name them: cryptoresearch ingest FILE --kind {kind} --columns {pairs}, or columns={{...}}"
+    )
+
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0019
 _NAMES = {"buy_volume": "taker_buy_volume"}  # where the name in a table is not the meaning
 _NUMBERS = ("price", "qty", "quote_qty", "open", "high", "low", "close", "volume", "quote_volume", "buy_volume")
@@ -166,7 +194,7 @@ def to_table(
     by = _meanings(table.column_names, kind, columns or {}, layout)
     if lacking := [what for what in sorted(needed_columns(kind), key="ts".__ne__) if what not in by and what != "trade_id"]:
         raise SchemaError(_wanted(table.column_names, kind, lacking))
-    out: dict[str, Any] = {"ts": _times(table[by["ts"]])}
+    out: dict[str, pa.Array | pa.ChunkedArray] = {"ts": _times(table[by["ts"]])}
     out |= {_NAMES.get(what, what): _decimals(table[by[what]], by[what]) for what in _NUMBERS if what in by}
     out |= {what: table[by[what]] for what in ("symbol", "trades", "is_buyer_maker") if what in by}
     for what, made in (("buyer_maker", lambda c: c), ("side", lambda c: _maker_bought(c, bool(layout and layout.maker)))):
@@ -179,33 +207,14 @@ def to_table(
         return pa.table(out | ({} if kind == "klines" else {"trade_id": ids})), False
     return _numbered(pa.table(out)), True
 
-# %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0020
-def _decimals(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    "Convert numbers, also as text, to float64; raise `SchemaError` where that is not possible."
-    try:
-        return values.cast(pa.float64())
-    except pa.ArrowException as e:
-        raise SchemaError(f"expected numbers in column {name}; found {values.type} ({e}). Convert the column first") from None
-
-
-def _wanted(names: list[str], kind: Kind, lacking: list[str]) -> str:
-    "Say which columns were found and wanted, and the option that names them."
-    some = [name for name in names if not meaning_of(name)] or names
-    lacking = ["time" if what == "ts" else what for what in lacking]
-    pairs = ",".join(f"{name}={what}" for name, what in zip(some + ["NAME"] * len(lacking), lacking, strict=False))
-    return (
-        f"expected {kind} with the columns {', '.join(c for c in needed_columns(kind) if c != 'trade_id')}; found {', '.join(names)}: missing {', '.join(lacking)}. "
-        f"Name them: cryptoresearch ingest FILE --kind {kind} --columns {pairs}, or columns={{...}}"
-    )
-
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0022
 @dataclass(frozen=True)
 class Foreign:
     "Describe a file of another source before it is read."
 
-    form: Literal["text", "json", "feather", "parquet"]
+    form: Literal["text", "json", "feather", "parquet"]  # of the file
     kind: Kind | None = None  # None where the content must decide
-    separator: str = ","
+    separator: str = ","  # of a text
     skip: int = 0  # lines above the header
     names: tuple[str, ...] = ()  # of a text without a header
     columns: Mapping[str, str] = field(default_factory=dict)  # meaning by name, from the caller
@@ -263,7 +272,7 @@ def recognise(
         return Foreign("json", kind, columns=given)
     return _of_text(head, kind, given, first[:4] == b"\x28\xb5\x2f\xfd")
 
-
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0004
 def _is_other(names: list[str], kind: Kind | None, columns: Mapping[str, str]) -> bool:
     "Check whether a header is one of another source, and complete."
     plain = [name.strip().lower() for name in names]
@@ -294,7 +303,7 @@ def _of_text(head: str, kind: Kind | None, columns: Mapping[str, str], packed: b
         return Foreign("text", what, separator, skip, tuple(_BARE[what, len(names)].split()), columns)
     return None
 
-
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0005
 def _row_in_seconds(rows: list[str], names: list[str]) -> bool:
     "Check whether the first row's time counts seconds."
     at = next((i for i, name in enumerate(names) if meaning_of(name) == "ts"), None)
@@ -325,7 +334,7 @@ class Converted:
     market: Market  # of the exchange
     numbered: bool  # whether the trades had no ids
 
-
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0007
 def read_foreign(
     path: Path,  # a local file
     foreign: Foreign,  # from `recognise`
@@ -359,10 +368,11 @@ def _raw_table(path: Path, foreign: Foreign) -> pa.Table:
         options = pacsv.ReadOptions(skip_rows=foreign.skip, column_names=list(foreign.names) or None)
         return pacsv.read_csv(stream, options, pacsv.ParseOptions(delimiter=foreign.separator))
 
-
-def _json_table(content: Any, kind: Kind | None) -> pa.Table:  # Any: JSON
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0006
+def _json_table(content: object, kind: Kind | None) -> pa.Table:
     "Convert a list of objects or lists, as ccxt and freqtrade write them, to a table."
-    rows = content if isinstance(content, list) else next((v for v in content.values() if isinstance(v, list)), None)
+    inside = content.values() if isinstance(content, dict) else [content]
+    rows = next((value for value in inside if isinstance(value, list)), None)
     if not rows or not isinstance(rows[0], list | dict) or not all(isinstance(row, type(rows[0])) for row in rows):
         raise SchemaError("expected JSON with a list of rows; found another or an empty one. Is it a server's error message?")
     if isinstance(rows[0], dict):
@@ -377,7 +387,7 @@ def _json_table(content: Any, kind: Kind | None) -> pa.Table:  # Any: JSON
     return pa.Table.from_pandas(frame, preserve_index=False)
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0029
-def _checked_order(rows: list[list[Any]], names: list[str]) -> list[str]:  # Any: JSON
+def _checked_order(rows: list[list[float]], names: list[str]) -> list[str]:
     "Return the order of names that the values of candles allow: ccxt's, or time, low, high, open, close, volume as Coinbase has it."
     if names[:6] != _BARE["klines", 6].split():
         return names
@@ -388,8 +398,11 @@ def _checked_order(rows: list[list[Any]], names: list[str]) -> list[str]:  # Any
             return order
     raise SchemaError("expected lists of time, open, high, low, close and volume; found values in another order. Name them in a CSV")
 
-
-_SPOT = ("coinbase", "kraken", "bitstamp", "bitfinex", "gemini", "okex", "okx", "bybit-spot", "kucoin", "huobi", "gate-io", "binance-us", "upbit", "bithumb")
+# %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0098
+_SPOT = (  # Tardis' names of exchanges without contracts
+    *("coinbase", "kraken", "bitstamp", "bitfinex", "gemini", "okex", "okx"),
+    *("bybit-spot", "kucoin", "huobi", "gate-io", "binance-us", "upbit", "bithumb"),
+)
 
 
 def _place(table: pa.Table, entry: Layout | None) -> tuple[str, Market]:
@@ -402,5 +415,6 @@ def _place(table: pa.Table, entry: Layout | None) -> tuple[str, Market]:
     if found == ["binance-futures"]:
         return "", "um"
     if len(found) != 1 or found[0] not in _SPOT:
-        raise SchemaError(f"expected one exchange whose amounts are in the base currency; found {', '.join(found)}. Convert contracts first")
+        both = f"expected one exchange whose amounts are in the base currency; found {', '.join(found)}"
+        raise SchemaError(f"{both}. Convert contracts first")
     return found[0].removesuffix("-spot"), "spot"

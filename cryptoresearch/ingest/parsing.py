@@ -37,7 +37,7 @@ TYPES = {
 
 # %% ../../nbs/ingest/01_parsing.ipynb #af35bb16
 Columns = tuple[str | None, ...]
-_CANDLE: Columns = ("ts", "open", "high", "low", "close", "volume")
+_CANDLE: tuple[str, ...] = ("ts", "open", "high", "low", "close", "volume")
 # without a header the number of columns decides; the shorter ones are those of early futures files
 LAYOUTS: dict[str, dict[int, Columns]] = {
     "trades": {
@@ -50,7 +50,7 @@ LAYOUTS: dict[str, dict[int, Columns]] = {
     },
     "klines": {12: (*_CANDLE, "close_time", "quote_volume", "trades", "buy_volume", None, None), 6: _CANDLE},
 }
-_NEEDED = {
+_NEEDED: dict[str, tuple[str, ...]] = {
     "trades": ("trade_id", "price", "qty", "ts"),
     "aggTrades": ("trade_id", "price", "qty", "first_id", "last_id", "ts"),
     "klines": _CANDLE,
@@ -370,7 +370,7 @@ def _text_hash(buf, i):  # type: ignore[no-untyped-def]
         end += 1
     return (np.int64(mixed >> _U(1)) if sure else np.int64(-1)), end
 
-
+# %% ../../nbs/ingest/01_parsing.ipynb #5c0f0051
 @njit(cache=True, nogil=True)
 def _field(buf, i, kind, f, n, whole, decimal):  # type: ignore[no-untyped-def]
     "Read field `f` of row `n` into its place; return whether that is sure, and the end of the field."
@@ -387,7 +387,7 @@ def _field(buf, i, kind, f, n, whole, decimal):  # type: ignore[no-untyped-def]
         whole[f, n], i = _whole(buf, i)
     return whole[f, n] >= 0, i
 
-
+# %% ../../nbs/ingest/01_parsing.ipynb #5c0f0091
 @njit(cache=True, nogil=True)
 def _any_row(buf, i, n, kinds, whole, decimal):  # type: ignore[no-untyped-def]
     "Read a row of any layout into place `n`; return whether that is sure, and its end."
@@ -494,12 +494,21 @@ def _agrees(low, high, amount, quote):  # type: ignore[no-untyped-def]
             good[i] = least - room <= q <= most + room
     return good
 
+# %% ../../nbs/ingest/01_parsing.ipynb #5c0d0032
+_TRADE_VALUE: Check = (
+    "quote_qty is not price × qty: one of them has another unit",
+    lambda c: _agrees(c["price"], c["price"], c["qty"], c["quote_qty"]),
+)
+_CANDLE_VALUE: Check = (
+    "quote_volume is not between low and high × volume: one of them has another unit",
+    lambda c: _agrees(c["low"], c["high"], c["volume"], c["quote_volume"]),
+)
+
 # %% ../../nbs/ingest/01_parsing.ipynb #9ff537f5
 _TIME_TEXT = "ts is not between 2009 and 2100 in milliseconds or microseconds"
 _IN_TIME: Check = (_TIME_TEXT, lambda c: (c["ts"] >= _EARLIEST_US) & (c["ts"] < _LATEST_US))
 _TRADE: tuple[Check, ...] = (
-    _IN_TIME, _positive("price"), _positive("qty"), _not_negative("quote_qty"), _not_negative("trade_id"),
-    ("quote_qty is not price × qty: one of them has another unit", lambda c: _agrees(c["price"], c["price"], c["qty"], c["quote_qty"])),
+    _IN_TIME, _positive("price"), _positive("qty"), _not_negative("quote_qty"), _not_negative("trade_id"), _TRADE_VALUE,
 )  # fmt: skip
 _AGGREGATED: tuple[Check, ...] = (
     _not_negative("first_id"),
@@ -517,10 +526,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         ("high is below open, low or close", lambda c: c["high"] >= np.maximum(np.maximum(c["open"], c["close"]), c["low"])),
         ("low is above open or close", lambda c: c["low"] <= np.minimum(c["open"], c["close"])),
         ("buy_volume is above volume", lambda c: c["buy_volume"] <= c["volume"]),
-        (
-            "quote_volume is not between low and high × volume: one of them has another unit",
-            lambda c: _agrees(c["low"], c["high"], c["volume"], c["quote_volume"]),
-        ),
+        _CANDLE_VALUE,
     ),
 }
 

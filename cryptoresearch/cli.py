@@ -21,7 +21,7 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from .cli_research import asked_config, research_app, takes
-from .errors import CryptoResearchError
+from .errors import CryptoResearchError, FeedError, problem
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
 
@@ -182,9 +182,9 @@ def bars(
 ) -> None:
     "Build bars of a symbol from its trades or candles and store them; again, it builds only what changed."
     from cryptoresearch.data.build_bars import make_bars
-    from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.data.store import connect
 
-    con = init_duckdb()
+    con = connect()
     for one in spec:
         console.print(f"{symbol} {one}: {make_bars(con, symbol, one):,} bars")
 
@@ -321,6 +321,9 @@ def stream(
             pass
         finally:
             feed.stop()
+    if not feed.stats.connections:
+        found = feed.address.hide(feed.stats.last_problem) or "none until it was stopped"
+        raise FeedError(problem(f"a connection to {feed.address.shown}", found, "Check the address, and that its server runs"))
     console.print(f"{feed.stats.trades:,} trades received, {feed.stats.reconnects} reconnect(s)")
 
 # %% ../nbs/94_cli.ipynb #179260d1

@@ -55,7 +55,7 @@ def _check_endpoint(value: str | None) -> str | None:
 class _ServerFields(BaseSettings):
     "Declare the settings of the live feed and of MinIO or another S3 server."
 
-    model_config = SettingsConfigDict(env_file=None, extra="ignore", validate_default=True, frozen=True)
+    model_config = SettingsConfigDict(env_file=None, env_file_encoding="utf-8-sig", extra="ignore", validate_default=True, frozen=True)
     finnhub_token: SecretStr | None = None
     finnhub_url: str = Field("wss://ws.finnhub.io", repr=False)
     minio_endpoint: str | None = None
@@ -113,6 +113,21 @@ class _CheckedFields(_Fields):
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
+# %% ../nbs/02_settings.ipynb #cb35f1ee
+def _check_text(file: object) -> None:
+    "Refuse a `.env` that is not UTF-8 text."
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        found = "zero bytes, as UTF-16 has them" if "\0" in text else ""
+    except UnicodeDecodeError as e:
+        found = f"another encoding (byte {e.start + 1})"
+    except OSError as e:
+        found = f"a file that cannot be read ({e.strerror})"
+    if found:
+        raise ConfigError(f"expected {file} in UTF-8; found {found}. Save it as UTF-8 in your editor")
+
 # %% ../nbs/02_settings.ipynb #41ba7aff
 class Settings(_CheckedFields):
     "Hold the settings from arguments, the environment and `.env`; variables are named like the fields, in upper case."
@@ -127,6 +142,7 @@ class Settings(_CheckedFields):
         return self
 
     def __init__(self, **values: Any) -> None:
+        _check_text(values.get("_env_file"))
         try:
             super().__init__(**values)
         except ValidationError as e:

@@ -24,6 +24,7 @@ from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import connect, init_duckdb, write
 from cryptoresearch.errors import ConfigError, DataNotFound, RunMismatch, SchemaError
+from cryptoresearch.evaluation.promotion import delete_run
 from cryptoresearch.features import pandas_ta
 from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
@@ -200,6 +201,51 @@ def test_a_changed_record_is_found(copied):
     with pytest.raises(RunMismatch, match="cannot be read"):
         load_run(run.id, settings)
     assert list_runs(settings).loc[run.id, "level"] == "unreadable"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda info: info.pop("files"), "no files"),
+        (lambda info: info.update(files=["model.ubj"], warmup="3"), "no files, warmup"),
+        (lambda info: info["config"].update(audit=True), "options that this version does not know: audit"),
+        (lambda info: info["config"].update(target="none"), "a configuration that is refused"),
+        (lambda info: info["config"].update(horizon="six"), "a configuration that is refused"),
+        (lambda info: info["files"].update({"../../../proc/kcore": "0"}), "another content or none"),
+        (lambda info: info["files"].update({"/etc/passwd": "0"}), "another content or none"),
+    ],
+)
+def test_a_record_that_is_not_complete_is_refused(copied, change, found):
+    settings, run, folder = copied
+    info = json.loads((folder / "run.json").read_text())
+    change(info)
+    (folder / "run.json").write_text(json.dumps(info))
+    for use in (load_run, reproduce):
+        with pytest.raises(RunMismatch, match=found if use is load_run else ".*"):
+            use(run.id, settings)
+
+
+def test_damaged_files_whose_checksums_are_right_are_refused(copied):
+    settings, run, folder = copied
+    for name in ("predictions.parquet", "model.ubj", "model.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        rewrite(folder, lambda info: None)
+        with pytest.raises((RunMismatch, SchemaError), match="rain"):
+            load_run(run.id, settings)
+        (folder / name).write_bytes(whole)
+    rewrite(folder, lambda info: None)
+    assert load_run(run.id, settings).id == run.id
+
+
+def test_a_run_that_is_a_link_is_deleted_without_its_target(copied, tmp_path):
+    settings, run, folder = copied
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    assert delete_run(run.id, settings=settings) == run.id
+    assert not folder.is_symlink() and (elsewhere / "run.json").is_file()
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".tmp-")]
 
 
 def test_other_libraries_are_named_with_the_difference(copied):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'INLINE_ROWS', 'MIGRATIONS', 'extension_file',
-           'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'write', 'exclusive', 'init_duckdb',
-           'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain', 'work_folder',
-           'dead_folders', 'data_path']
+           'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable', 'write', 'exclusive',
+           'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn', 'maintain',
+           'work_folder', 'dead_folders', 'data_path']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from io import BufferedReader
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -224,12 +225,19 @@ def _data_path(settings: Settings, is_new: bool) -> str | None:
     return f"{catalog.parent / 'lake'}/"
 
 # %% ../../nbs/data/01_store.ipynb #b0aec82f
+def _no_store(settings: Settings) -> DataNotFound:
+    "Build the error for a store that was never created."
+    place = "the PostgreSQL database of DUCKDB_PATH" if catalog_file(settings) is None else settings.duckdb_path
+    return DataNotFound(problem(f"a store at {place}", "none", "Run: cryptoresearch demo, or cryptoresearch ingest FILE"))
+
+# %% ../../nbs/data/01_store.ipynb #cc93c6e7
 def _attach(con: DuckDBPyConnection, settings: Settings, snapshot: int | None, read_only: bool, is_new: bool) -> None:
     "Attach the lake; raise the error that explains a failure."
     data = _data_path(settings, is_new)
     options = [f"DATA_PATH {quote(data)}", "OVERRIDE_DATA_PATH true"] if data else []
     options += [f"SNAPSHOT_VERSION {int(snapshot)}"] if snapshot is not None else []
     options += ["READ_ONLY"] if read_only or snapshot is not None else []
+    options += [] if is_new else ["CREATE_IF_NOT_EXISTS false"]
     options += ["META_JOURNAL_MODE 'WAL'"] if is_new and catalog_kind(settings.duckdb_path) == "sqlite" else []
     statement = f"ATTACH {quote(_catalog_uri(settings))} AS lake ({', '.join(options)})"
     try:
@@ -237,12 +245,14 @@ def _attach(con: DuckDBPyConnection, settings: Settings, snapshot: int | None, r
     except duckdb.Error as e:
         raise _attach_error(e, settings, snapshot) from None
 
-
+# %% ../../nbs/data/01_store.ipynb #64e31b6c
 def _attach_error(error: duckdb.Error, settings: Settings, snapshot: int | None) -> Exception:
     "Translate DuckDB's error into one of the package's own."
     text = str(error).strip().splitlines()[0][:300]
     if snapshot is not None and "snapshot" in text.lower():
         return _no_snapshot(settings, snapshot)
+    if "Existing DuckLake" in text:
+        return _no_store(settings)
     if "lock" in text.lower() or "already attached" in text:
         remedy = "A *.duckdb catalog serves one connection at a time; for training, and for more processes, "
         remedy += "set DUCKDB_PATH to an SQLite file, such as data/catalog.sqlite, or to a PostgreSQL catalog"
@@ -379,6 +389,29 @@ def _lock_path(con: DuckDBPyConnection) -> Path | None:
 _POLL_S = 0.003
 _last_turn: dict[Path, float] = {}
 
+# %% ../../nbs/data/01_store.ipynb #3a69ff18
+_NOT_WRITABLE = re.compile(r"readonly database|read-only mode|read-only file system", re.IGNORECASE)
+
+
+def not_writable(
+    found: str,  # what could not be written, and why
+) -> ConfigError:  # to raise
+    "Return the error for a store that this user may only read."
+    remedy = "Give this user the right to write the folder, or set DUCKDB_PATH to a store of your own"
+    return ConfigError(problem("a store that can be written", found, remedy))
+
+
+def _acquired(path: Path, timeout_s: float) -> AbstractContextManager[object]:
+    "Take the writers' lock; `StoreBusy` after `timeout_s`, `ConfigError` where it cannot be written."
+    lock = FileLock(path, timeout=timeout_s, poll_interval=_POLL_S)
+    try:
+        return lock.acquire()
+    except Timeout:
+        remedy = "Try again, or use a PostgreSQL catalog"
+        raise StoreBusy(problem(f"a turn to write within {timeout_s:g} s", "another writer still at work", remedy)) from None
+    except OSError as e:
+        raise not_writable(f"{path.parent} ({e.strerror})") from None
+
 # %% ../../nbs/data/01_store.ipynb #8814093f
 @contextlib.contextmanager
 def _my_turn(path: Path | None, timeout_s: float) -> Iterator[None]:
@@ -386,13 +419,9 @@ def _my_turn(path: Path | None, timeout_s: float) -> Iterator[None]:
     if path is None:
         yield
         return
-    try:
-        with FileLock(path, timeout=timeout_s, poll_interval=_POLL_S):
-            again = time.monotonic() - _last_turn.get(path, 0.0) < 20 * _POLL_S
-            yield
-    except Timeout:
-        remedy = "Try again, or use a PostgreSQL catalog"
-        raise StoreBusy(problem(f"a turn to write within {timeout_s:g} s", "another writer still at work", remedy)) from None
+    with _acquired(path, timeout_s):
+        again = time.monotonic() - _last_turn.get(path, 0.0) < 20 * _POLL_S
+        yield
     _last_turn[path] = time.monotonic()
     if again:  # a writer that returns at once lets the waiting ones poll the lock first
         time.sleep(2 * _POLL_S)
@@ -449,9 +478,11 @@ def _transaction[T](con: DuckDBPyConnection, fn: Callable[..., T], args: tuple[o
         result = fn(con, *args)
         con.execute("COMMIT")
         return result
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(duckdb.Error):
             con.execute("ROLLBACK")
+        if isinstance(e, duckdb.Error) and _NOT_WRITABLE.search(str(e)):
+            raise not_writable(str(e).splitlines()[0][:200]) from None
         raise
     finally:
         _turn.con = None
@@ -465,14 +496,42 @@ def exclusive(
         con.execute("UPDATE lake.main.store_version SET code_version = code_version")
 
 # %% ../../nbs/data/01_store.ipynb #06492281
-def _create(con: DuckDBPyConnection, s: Settings, catalog: Path | None, lock: Path | None) -> None:
-    "Attach a lake that is new, or that another process creates at this moment."
+def _is_empty(catalog: Path) -> bool:
+    "Tell whether there is no catalog, or an empty file."
+    return not catalog.exists() or catalog.stat().st_size == 0
+
+
+def _foreign_tables(con: DuckDBPyConnection, s: Settings) -> list[str]:
+    "List the tables of a file that is no catalog; empty for PostgreSQL, where a catalog may share a database."
+    if (catalog := catalog_file(s)) is None:
+        return []
+    kind = "TYPE sqlite, " if catalog_kind(s.duckdb_path) == "sqlite" else ""
+    con.execute(f"ATTACH {quote(str(catalog))} AS other ({kind}READ_ONLY)")
+    rows = con.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = 'other' ORDER BY 1").fetchall()
+    con.execute("DETACH other")
+    return [str(name) for (name,) in rows]
+
+# %% ../../nbs/data/01_store.ipynb #38a56779
+def _create(con: DuckDBPyConnection, s: Settings, lock: Path | None) -> None:
+    "Attach a lake that is new, or that another process creates at this moment; ConfigError for another program's database."
+    catalog = catalog_file(s)
     with _my_turn(lock, 60.0):
-        _attach(con, s, None, False, is_new=catalog is None or not catalog.exists() or catalog.stat().st_size == 0)
+        if catalog is None or _is_empty(catalog):
+            return _attach(con, s, None, False, is_new=True)
+        try:
+            return _attach(con, s, None, False, is_new=False)
+        except DataNotFound:
+            if tables := _foreign_tables(con, s):
+                found = f"the database of something else at {s.duckdb_path} (tables {', '.join(tables[:3])})"
+                raise ConfigError(problem("a store, or no file yet, at DUCKDB_PATH", found, "Set DUCKDB_PATH to another file")) from None
+        _attach(con, s, None, False, is_new=True)
 
-
+# %% ../../nbs/data/01_store.ipynb #c73e9b45
 def _attach_or_wait(con: DuckDBPyConnection, s: Settings, lock: Path | None) -> None:
-    "Attach an existing lake; wait for a turn if another process is creating it."
+    "Attach an existing lake; wait for a turn if another process is creating it; DataNotFound if there is none."
+    catalog = catalog_file(s)
+    if catalog and _is_empty(catalog):
+        raise _no_store(s)
     try:
         _attach(con, s, None, False, is_new=False)
     except StoreBusy:
@@ -482,29 +541,42 @@ def _attach_or_wait(con: DuckDBPyConnection, s: Settings, lock: Path | None) -> 
             _attach(con, s, None, False, is_new=False)
 
 # %% ../../nbs/data/01_store.ipynb #9e302cd2
-def init_duckdb(
-    settings: Settings | None = None,  # from the environment and `.env` when None
-) -> DuckDBPyConnection:  # the lake attached as `lake` and current; time zone UTC
-    "Open the store; create or migrate it where needed. Errors: `ConfigError`, `SchemaError` (newer store), `StoreBusy`."
-    s = settings or get_settings()
+def _new_folder(catalog: Path) -> None:
+    "Make the folder of a catalog; `ConfigError` if that is impossible."
+    try:
+        catalog.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        found = f"{catalog.parent} ({e.strerror})"
+        raise ConfigError(problem("a folder for the store that can be made", found, "Correct DUCKDB_PATH")) from e
+
+# %% ../../nbs/data/01_store.ipynb #5c231020
+def _open(s: Settings, create: bool) -> DuckDBPyConnection:
+    "Open the store for writing and bring its schema up to date; create it only if asked to."
     catalog = catalog_file(s)
-    if catalog:
-        try:
-            catalog.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            found = f"{catalog.parent} ({e.strerror})"
-            raise ConfigError(problem("a folder for the store that can be made", found, "Correct DUCKDB_PATH")) from e
+    if catalog and create:
+        _new_folder(catalog)
+    if catalog and not create and _is_empty(catalog):
+        raise _no_store(s)
     con = _configured(s)
     lock = Path(f"{catalog}.lock") if catalog and catalog_kind(s.duckdb_path) == "sqlite" else None
-    if catalog is None or not catalog.exists() or catalog.stat().st_size == 0:
-        _create(con, s, catalog, lock)
-    else:
+    try:
         _attach_or_wait(con, s, lock)
+    except DataNotFound:
+        if not create:
+            raise
+        _create(con, s, lock)
     use_lake(con)
     _current_schema(con)
     if lock and catalog:
         _keep_wal(con, catalog)
     return con
+
+# %% ../../nbs/data/01_store.ipynb #39cfdb74
+def init_duckdb(
+    settings: Settings | None = None,  # from the environment and `.env` when None
+) -> DuckDBPyConnection:  # the lake attached as `lake` and current; time zone UTC
+    "Open the store; create or migrate it where needed. Errors: `ConfigError`, `SchemaError` (newer store), `StoreBusy`."
+    return _open(settings or get_settings(), create=True)
 
 # %% ../../nbs/data/01_store.ipynb #194b3c56
 def use_lake(
@@ -550,15 +622,15 @@ def connect(
     settings: Settings | None = None,  # from the environment and `.env` when None
     *,
     snapshot: int | None = None,  # read the store as it was after this commit
-    read_only: bool = False,  # never create or migrate the store
+    read_only: bool = False,  # do not migrate the store either
 ) -> DuckDBPyConnection:  # the lake attached and current; read-only with `snapshot` or `read_only`
-    "Open the store, at a snapshot if one is given; `DataNotFound` if there is no store or no such snapshot."
+    "Open the store, at a snapshot if one is given, but never create it; `DataNotFound` if there is no store or no such snapshot."
     s = settings or get_settings()
     if snapshot is None and not read_only:
-        return init_duckdb(s)
+        return _open(s, create=False)
     catalog = catalog_file(s)
-    if catalog is not None and not catalog.exists():
-        raise DataNotFound(problem(f"a store at {s.duckdb_path}", "none", "Run: cryptoresearch demo, or cryptoresearch ingest FILE"))
+    if catalog is not None and _is_empty(catalog):
+        raise _no_store(s)
     con = _configured(s)
     _attach(con, s, snapshot, True, is_new=False)
     if catalog and catalog_kind(s.duckdb_path) == "sqlite":

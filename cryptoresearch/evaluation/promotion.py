@@ -302,5 +302,8 @@ def delete_run(
         # hidden at once; what a kill leaves is removed later
         gone = folder.rename(folder.parent / f".tmp-{folder.name}-{secrets.token_hex(4)}")
         _append(settings, folder.name, asked, "deleted", reason or "deleted")
-    shutil.rmtree(gone)
+    if gone.is_symlink():
+        gone.unlink()  # what it points to is not part of the runs
+    else:
+        shutil.rmtree(gone)
     return folder.name

@@ -784,6 +784,15 @@ def _load_local(
             _note_refusal(con, name, path, spec, str(e))
             raise
 
+# %% ../../nbs/ingest/06_files.ipynb #fb5e8b01
+def _check_name(uri: str) -> None:
+    "Refuse a file name that is not UTF-8: the store could not record where its rows come from."
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = uri.encode(errors="backslashreplace").decode()
+        raise SchemaError(f"expected a file name in UTF-8; found {shown}. Rename the file") from None
+
 # %% ../../nbs/ingest/06_files.ipynb #8b8eea7c
 def process_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -802,6 +811,7 @@ def process_file(
     columns: Mapping[str, str] | None = None,  # meaning by name of a column, such as {"Last": "price"}, for names that are not known
 ) -> IngestResult:  # rows, rejected, bounds, gaps; `already_loaded` where nothing was to be done
     "Load one file of trades or candles, entirely or not at all. Errors: `DataNotFound`, `SchemaError`, `StoreBusy`."
+    _check_name(str(uri))
     given = Given(symbol=symbol, kind=kind, interval=interval, market=market)
     wanted = _Wanted(given, source, progress, max_rejected, check_symbol, replace, columns or {})
     if str(uri).startswith("s3://") and (result := _straight(con, str(uri), settings, wanted)):

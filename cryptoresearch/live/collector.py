@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from ..data.ledger import log_event
 from ..data.series import normal_symbol, to_us
-from ..data.store import cursor, init_duckdb, write
+from ..data.store import cursor, init_duckdb, not_writable, write
 from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
 from .messages import impossible, shorten, Trade
 from ..settings import get_settings, Settings
@@ -466,14 +466,16 @@ class _Opening(_CollectorState):
 
     def _open(self) -> None:
         self._own = cursor(self.con) if self.con is not None else init_duckdb(self.settings)
-        folder = journal_folder(self._own, self.settings)
         try:
+            folder = journal_folder(self._own, self.settings)
             for symbol in self.symbols:
                 self._locks.hold(folder / f"{self.source}-{quote(symbol, safe='')}.symbol.lock")
             recover(self._own, folder)
             self._begin(folder)
-        except BaseException:
+        except BaseException as e:
             self._release()
+            if isinstance(e, OSError):  # of the journals, next to the catalog
+                raise not_writable(f"{e.filename} ({e.strerror})") from None
             raise
 
     def _begin(self, folder: Path) -> None:

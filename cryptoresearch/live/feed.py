@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, UTC
 from types import TracebackType
 from typing import Literal, Self
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, SplitResult, unquote, urlencode, urlsplit
 
 import duckdb
 import websocket
@@ -38,10 +38,10 @@ from ..settings import get_settings, Settings
 class Address:
     "Hold the address to connect to, with its secret part kept separate."
 
-    shown: str  # scheme, host, port and path; safe to print
+    shown: str  # scheme, host and port; safe to print
     full: SecretStr = field(repr=False)  # the address that is opened, with the key
     finnhub: bool  # whether the host is Finnhub's
-    secrets: tuple[SecretStr, ...] = field(default=(), repr=False)  # the key, raw and quoted
+    secrets: tuple[SecretStr, ...] = field(default=(), repr=False)  # the key, the path and the values of the query, raw and quoted
 
     def hide(
         self,
@@ -49,16 +49,39 @@ class Address:
     ) -> str:  # its text, with *** in place of the key
         "Remove the key from a text."
         out = str(text)
-        for secret in self.secrets:
-            out = out.replace(secret.get_secret_value(), "***")
+        for secret in sorted((s.get_secret_value() for s in self.secrets), key=len, reverse=True):
+            out = out.replace(secret, "***")
         return re.sub(r"(token=)[^\s&'\"]+", r"\1***", out)
 
 # %% ../../nbs/live/03_feed.ipynb #433335ab
-def _address(scheme: str, host: str, path: str, key: str | None, finnhub: bool) -> Address:
-    shown = f"{scheme}://{host}{path}"
-    full = f"{shown}?{urlencode({'token': key})}" if key else shown
-    secrets = tuple(SecretStr(k) for k in dict.fromkeys((key, quote(key, safe=""), urlencode({"": key})[1:]))) if key else ()
-    return Address(shown, SecretStr(full), finnhub, secrets)
+_LEAST_SECRET = 4  # characters; shorter parts of an address are too common in texts to be replaced, and no keys
+
+
+def _address(parts: SplitResult, key: str | None, finnhub: bool) -> Address:
+    "Return the address with everything but scheme, host and port kept secret: a key can be anywhere in it."
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    query = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name != "token"]
+    query += [("token", key)] if key else []
+    full = f"{shown}{parts.path}" + (f"?{urlencode(query)}" if query else "")
+    named = [parts.path.strip("/"), unquote(parts.path).strip("/"), *(value for name, value in query if name != "token")]
+    values = [v for v in [*named, *parts.path.split("/")] if len(v) >= _LEAST_SECRET] + ([key] if key else [])
+    forms = dict.fromkeys(form for v in values for form in (v, quote(v, safe=""), urlencode({"": v})[1:]))
+    return Address(shown, SecretStr(full), finnhub, tuple(map(SecretStr, forms)))
+
+# %% ../../nbs/live/03_feed.ipynb #16b15049
+def _split(url: str) -> SplitResult:
+    "Split an address of a websocket; `ConfigError` if it is not one, without the address in its text."
+    expected, remedy = "an address such as wss://ws.finnhub.io or ws://127.0.0.1:8765", "Correct FINNHUB_URL or --url (url=)"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:  # an open bracket, or a port that is no number below 65536
+        found = "a port that is not between 1 and 65535" if "ort" in str(e) else "one that cannot be read"
+        raise ConfigError(problem(expected, found, remedy)) from None
+    if parts.scheme not in ("ws", "wss") or not host or port == 0:
+        found = "port 0" if port == 0 else "no host" if parts.scheme in ("ws", "wss") else f"scheme {parts.scheme!r}"
+        raise ConfigError(problem(expected, found, remedy))
+    return parts
 
 
 _NO_KEY = (
@@ -74,11 +97,9 @@ def address(
 ) -> Address:  # checked
     "Return the address to connect to, with its key; raise `ConfigError` if the address or the key is unusable."
     s = settings or get_settings()
-    parts = urlsplit(url or s.finnhub_url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        found = f"scheme {parts.scheme!r} in FINNHUB_URL or url="
-        raise ConfigError(problem("an address such as wss://ws.finnhub.io or ws://127.0.0.1:8765", found, "Correct it"))
-    finnhub = parts.hostname == "finnhub.io" or parts.hostname.endswith(".finnhub.io")
+    parts = _split(url or s.finnhub_url)
+    host = parts.hostname or ""
+    finnhub = host == "finnhub.io" or host.endswith(".finnhub.io")
     key = token.get_secret_value() if isinstance(token, SecretStr) else token
     key = key or next(iter(parse_qs(parts.query).get("token", [])), None)
     if key is None and finnhub and s.finnhub_token:
@@ -87,7 +108,7 @@ def address(
         raise ConfigError(problem("a Finnhub key", "no FINNHUB_TOKEN", _NO_KEY))
     if finnhub and parts.scheme == "ws":
         raise ConfigError(problem("wss:// for Finnhub, so that the key is encrypted in transit", "ws://", "Correct FINNHUB_URL or url="))
-    return _address(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, key, finnhub)
+    return _address(parts, key, finnhub)
 
 # %% ../../nbs/live/03_feed.ipynb #00000020
 logger = logging.getLogger(__name__)

@@ -227,6 +227,10 @@ class _HistTrees(_SklearnTrees):
     def _more(self, trees: Trees, rounds: int) -> None:
         trees.max_iter = rounds
 
+# %% ../../nbs/models/04_estimators.ipynb #d3a95163
+class _HistFile(_HistTrees):
+    "Stored form and gains of histogram boosting."
+
     def _dump(self) -> bytes:
         self.booster_._bin_mapper.n_threads = 1  # as OMP_NUM_THREADS was; no forecast uses it
         return super()._dump()
@@ -243,7 +247,7 @@ class _HistTrees(_SklearnTrees):
         return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 # %% ../../nbs/models/04_estimators.ipynb #deac477f
-class HistGradientBoostingModel(_HistTrees):
+class HistGradientBoostingModel(_HistFile):
     "scikit-learn's histogram boosting with early stopping on a purged tail; stored by skops and JSON."
 
     def __init__(

@@ -157,7 +157,7 @@ def _check_xgboost_tree(tree: Mapping[str, Trees], number: int, n_features: int)
         raise damaged("a tree of another layout")
     if any(tree[name].dtype != kind or tree[name].shape != (n,) for name, kind in _NODES.items()):
         raise damaged("a tree whose arrays differ in length or type")
-    plain = not any(len(tree[name]) for name in _NO_CATEGORIES) and not tree["split_type"].any() and tree["default_left"].max(initial=0) <= 1
+    plain = not any(len(tree[name]) for name in _NO_CATEGORIES) and not tree["split_type"].any() and (tree["default_left"] <= 1).all()
     sizes = {"num_deleted": "0", "num_feature": str(n_features), "num_nodes": str(n), "size_leaf_vector": "1"}
     if not plain or tree["id"] != number or tree["tree_param"] != sizes or (right[~inner] != -1).any():
         raise damaged("a tree of another kind or size")

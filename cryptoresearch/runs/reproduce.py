@@ -22,8 +22,8 @@ from .config import RunConfig
 from cryptoresearch.runs.identity import (  # fmt: skip
     canonical, code_version, column_bytes, frame_digest, library_versions, own_features, read_data, RunData, sha256_of,
 )
-from .run import fit_last, folder_files, judge_run, run_record, save_fitted, to_json_value
-from .stored import find_folder, read_info
+from .run import fit_last, folder_files, judge_run, read_record, run_record, save_fitted, to_json_value
+from .stored import find_folder
 from .walk_forward import first_test, Fitted, prepare, Progress, walk_folds
 from ..settings import Settings
 
@@ -148,8 +148,7 @@ def reproduce(
 ) -> pd.DataFrame:  # index check: expected, found, same
     "Train a run again and compare; RunMismatch names the first difference."
     folder = find_folder(run_id, settings)
-    info, checks = read_info(folder), _Checks(folder.name)
-    config = RunConfig(**info["config"])
+    (info, config), checks = read_record(folder), _Checks(folder.name)
     _compare_record(folder, info, config, modules, checks)
     data = _data_then(info, config, checks, settings)
     _compare_files(folder, info, checks)

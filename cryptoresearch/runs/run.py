@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunParts', 'Run', 'predict_run', 'summary', 'to_json_value', 'save_fitted', 'folder_files', 'find_leaks',
            'with_leaks', 'refuse_leaks', 'run_strategy', 'judge_run', 'run_record', 'find_run', 'fit_last', 'train_run',
-           'load_run', 'question_key']
+           'read_record', 'load_run', 'question_key']
 
 # %% ../../nbs/runs/05_run.ipynb #e3792a07
 import html
@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/05_run.ipynb #5c0be379
 from ..data.bars import bar_kind, bar_length
-from ..errors import problem, RunMismatch, SchemaError
+from ..errors import ConfigError, CryptoResearchError, problem, RunMismatch, SchemaError
 from ..features import proof
 from ..features.pipeline import DataProcessing, Feature
 from ..features.user_modules import import_modules
@@ -430,6 +430,36 @@ def _read_calibrator(file: Path) -> Calibrator:
         raise RunMismatch(problem(f"a calibrator in {file.parent.name}", "something else", "Delete the folder and train again")) from None
     return made
 
+# %% ../../nbs/runs/05_run.ipynb #04f73d15
+_KINDS: dict[str, type] = {
+    "config": dict, "identity": dict, "data": dict, "files": dict, "scores": dict, "features": list, "folds": list, "warmup": int,
+}  # fmt: skip
+
+
+def read_record(
+    folder: Path,  # of a run
+) -> tuple[dict[str, Any], RunConfig]:  # run.json, and the configuration in it
+    "Read the complete record of a run; RunMismatch if a part is missing, or the configuration has an unknown option."
+    info, remedy = read_info(folder), "Use the version of the package that trained it, or train again"
+    expected = f"a complete record of run {folder.name}"
+    if wrong := [name for name, kind in _KINDS.items() if not isinstance(info.get(name), kind)]:
+        raise RunMismatch(problem(expected, f"no {', '.join(wrong)}", remedy))
+    if unknown := sorted(set(info["config"]) - {f.name for f in fields(RunConfig)}):
+        raise RunMismatch(problem(expected, f"options that this version does not know: {', '.join(unknown)}", remedy))
+    try:
+        return info, RunConfig(**info["config"])
+    except (CryptoResearchError, TypeError, ValueError, AttributeError) as e:
+        raise RunMismatch(problem(expected, f"a configuration that is refused ({e})", remedy)) from None
+
+# %% ../../nbs/runs/05_run.ipynb #c359190a
+def _read_predictions(folder: Path) -> pd.DataFrame:
+    "Read the forecasts of a run; RunMismatch if the file is damaged."
+    try:
+        return pd.read_parquet(folder / "predictions.parquet")
+    except (OSError, ValueError, KeyError) as e:
+        expected = f"predictions.parquet of run {folder.name}"
+        raise RunMismatch(problem(expected, type(e).__name__, "Delete the folder and train again")) from None
+
 # %% ../../nbs/runs/05_run.ipynb #dce590a4
 def load_run(
     run_id: str,  # name, or the beginning of it
@@ -437,15 +467,15 @@ def load_run(
 ) -> Run:  # with its model
     "Load a run; DataNotFound if it is missing, RunMismatch if its files have changed."
     folder = find_folder(run_id, settings)
-    info = read_info(folder)
+    info, config = read_record(folder)
+    present = folder_files(folder)
     for name, sha in info["files"].items():
-        if not (folder / name).is_file() or sha256_of((folder / name).read_bytes()) != sha:
+        if name not in present or sha256_of(present[name].read_bytes()) != sha:
             expected = f"{name} of run {folder.name} as it was written"
             raise RunMismatch(problem(expected, "another content or none", "Delete the folder and train again"))
-    config = RunConfig(**info["config"])
     ends = load_ends(folder / "interval") if "interval/interval.json" in info["files"] else None
     calibrator = _read_calibrator(folder / "calibrator.json") if "calibrator.json" in info["files"] else None
-    model, predictions = MODELS[config.model].load(folder), pd.read_parquet(folder / "predictions.parquet")
+    model, predictions = MODELS[config.model].load(folder), _read_predictions(folder)
     return Run(folder.name, folder, config, info, model, predictions, ends=ends, calibrator=calibrator)
 
 # %% ../../nbs/runs/05_run.ipynb #710a27e0

@@ -33,7 +33,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(data_app, name="data")
 app.add_typer(research_app)
-console = Console()
+console = Console(emoji=False)
 
 # %% ../nbs/94_cli.ipynb #d1fb5301
 def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
@@ -121,8 +121,8 @@ def _mirrored(done: Any) -> None:
     if len(done.of("not published")) == len(done.files):
         console.print("the archive has none of these files: check symbol, kind and market")
     for f in done.failed:
-        Console(stderr=True).print(f"[red]failed[/] {f.name}: ", end="", soft_wrap=True)
-        Console(stderr=True).print(f.reason, markup=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(f"[red]failed[/] {f.name}: ", end="", soft_wrap=True)
+        Console(stderr=True, emoji=False).print(f.reason, markup=False, soft_wrap=True)
     if done.failed:
         raise typer.Exit(code=2)
 
@@ -147,7 +147,7 @@ def ingest(
     from cryptoresearch.data.store import init_duckdb
 
     def told(uri: str, result: Any) -> None:
-        to = Console(stderr=True) if isinstance(result, Exception) else console
+        to = Console(stderr=True, emoji=False) if isinstance(result, Exception) else console
         text = f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result)
         to.print(text, soft_wrap=True, markup=False)
 
@@ -223,7 +223,7 @@ def _progress(text: str) -> Any:
 
     @contextmanager
     def shown() -> Any:
-        columns, to = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()), Console(stderr=True)
+        columns, to = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()), Console(stderr=True, emoji=False)
         with Progress(*columns, console=to, transient=True, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(text, total=1.0)
             yield lambda fraction, what: bar.update(task, completed=fraction, description=f"{text}: {what}")
@@ -413,6 +413,6 @@ def main() -> None:
     try:
         app()
     except CryptoResearchError as e:
-        Console(stderr=True).print(f"[red]{type(e).__name__}[/]: ", end="")
-        Console(stderr=True).print(str(e), markup=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(f"[red]{type(e).__name__}[/]: ", end="")
+        Console(stderr=True, emoji=False).print(str(e), markup=False, soft_wrap=True)
         sys.exit(2)

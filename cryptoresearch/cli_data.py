@@ -17,7 +17,7 @@ from .settings import get_settings
 
 # %% ../nbs/92_cli_data.ipynb #c7825d1d
 data_app = typer.Typer(help="Inspect, verify and maintain the store.", no_args_is_help=True)
-console = Console()
+console = Console(emoji=False)
 
 # %% ../nbs/92_cli_data.ipynb #370530ca
 @data_app.command()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cryptoresearch.runs.run import Run
 
 # %% ../nbs/93_cli_research.ipynb #e09005a3
-console = Console()
+console = Console(emoji=False)
 research_app = typer.Typer()
 
 RunName = Annotated[str, typer.Argument(help="Name of a run, or an unambiguous beginning of it.")]

@@ -161,7 +161,7 @@ def run_demo(
     trades_per_day: int = 200_000,  # of the simulated exchange, where it is used
 ) -> list[TrainReport]:  # the reports: volatility and return of the real market, and the run that predicts live
     "Run the six steps of the demo and reuse results of an earlier one."
-    s, out = settings or get_settings(), console or Console()
+    s, out = settings or get_settings(), console or Console(emoji=False)
     done = _step(out, 1, "trade files")
     data = demo_data(
         s.path(s.duckdb_path if "://" not in s.duckdb_path and ":" not in s.duckdb_path else "data").parent / "demo",

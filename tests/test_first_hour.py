@@ -172,3 +172,50 @@ def test_the_report_uses_one_loss_and_one_baseline(tmp_path):
     assert len(drawn) == 1 and f"“{base}”" in drawn[0].layout.title.text and drawn[0].data[0].y[-1] == pytest.approx(table.loc[base, "saved"])
     [row] = stored_runs(settings)
     assert (row["baseline"], row["saved"]) == (base, pytest.approx(table.loc[base, "saved"]))
+
+
+def test_event_bars_are_read_like_time_bars(tmp_path):
+    from fastapi.testclient import TestClient
+    from typer.testing import CliRunner
+
+    from cryptoresearch import cli
+    from cryptoresearch.data.bars import read_bars
+    from cryptoresearch.errors import DataNotFound
+    from cryptoresearch.features.pipeline import DataProcessing
+    from cryptoresearch.serving.api import create_app
+    from cryptoresearch.serving.queries import features_page
+
+    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con, pytest.MonkeyPatch.context() as patch:
+        for file in simulate_archive(tmp_path / "files", "BTCUSDT", "2024-07-01", 1, 3000):
+            process_file(con, file, settings=settings)
+        patch.setenv("DUCKDB_PATH", settings.duckdb_path)
+        said = CliRunner().invoke(cli.app, ["bars", "BTCUSDT", "tick:100"])
+        assert said.exit_code == 0 and "tick:100" in said.output, "no emoji"
+        bars = read_bars(con, "BTCUSDT", "tick:100")
+        assert len(bars) > 20 and {"first_id", "gap"} <= set(bars) and bars.attrs["spec"] == "tick:100"
+        assert len(read_bars(con, "BTCUSDT", "tick:100", start=bars.index[5], end=bars.index[9])) == 4
+        for more in ({"market": "spot"}, {"start": "2030-01-01"}):
+            with pytest.raises(DataNotFound, match="cryptoresearch bars BTCUSDT tick:100"):
+                read_bars(con, "BTCUSDT", "tick:100", **more)
+        with pytest.raises(DataNotFound, match="closest symbol is BTCUSDT"):
+            read_bars(con, "BTCUDST", "1h")
+        values, page, following = features_page(con, "BTCUSDT", "tick:100", names=["ret_3"], start=bars.index[10], limit=5)
+        whole = DataProcessing(["ret_3"]).process_data(bars)
+        assert np.allclose(values["ret_3"], whole["ret_3"].iloc[10:15]) and following == bars.index[15] and len(page) == 5
+    with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
+        answer = client.get("/bars", params={"symbol": "BTCUSDT", "spec": "tick:100", "limit": 3}).json()
+        assert [b["ts"][:19] for b in answer["bars"]] == [f"{t:%Y-%m-%dT%H:%M:%S}" for t in bars.index[-3:]]
+
+
+def test_no_console_turns_words_into_emoji():
+    import ast
+
+    import cryptoresearch
+
+    found = []
+    for path in Path(cryptoresearch.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console":
+                found.append((path.name, any(k.arg == "emoji" and k.value.value is False for k in node.keywords)))
+    assert len(found) > 4 and all(ok for _, ok in found), found

@@ -10,6 +10,8 @@ __all__ = ['COLUMNS', 'SOURCES', 'PLAYED', 'Market', 'bar_length', 'bar_spec', '
 # %% ../../nbs/data/07_bars.ipynb #fdbe84e9
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
 from typing import get_args, Literal
 
 import duckdb
@@ -395,8 +397,12 @@ def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked
         "SELECT spec, source, min(ts), max(ts), count(*) FROM bars WHERE symbol = ? AND kind = 'time' GROUP BY ALL ORDER BY ALL", [symbol]
     ).fetchall()
     found = "; ".join(f"{s} from {src}, {a:%Y-%m-%d %H:%M} to {b:%Y-%m-%d %H:%M} UTC ({n} bars)" for s, src, a, b, n in rows)
+    if not rows:
+        symbols = [str(r[0]) for r in con.execute("SELECT DISTINCT symbol FROM bars ORDER BY ALL").fetchall()]
+        near = get_close_matches(symbol, symbols, 1)
+        found = f"no bars of {symbol}" + (f", the closest symbol is {near[0]}" if near else "")
     remedy = f"Build them: cryptoresearch bars {symbol} {spec}, or make_bars(con, {symbol!r}, {spec!r})"
-    return DataNotFound(f"expected {asked}; found {found or f'no bars of {symbol}'}. {remedy}")
+    return DataNotFound(f"expected {asked}; found {found}. {remedy}")
 
 
 def _rows_frame(rows: pd.DataFrame, kind: BarKind, ids: bool) -> pd.DataFrame:
@@ -411,19 +417,34 @@ def _rows_frame(rows: pd.DataFrame, kind: BarKind, ids: bool) -> pd.DataFrame:
     return with_kind(out, kind)
 
 # %% ../../nbs/data/07_bars.ipynb #08aaad46
+def _read_events(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, **asked: object) -> pd.DataFrame:
+    "Read stored event bars, with their gaps as rows where the source numbers its trades."
+    events = import_module("cryptoresearch.data.event_bars")  # it builds on this module
+    wanted = asked.pop("market")
+    found: pd.DataFrame = events.read_event_bars(con, symbol, spec, **asked)
+    if found.empty or wanted not in (None, source_market(found.attrs["source"])):
+        of = ", ".join(f"{k} {v}" for k, v in (asked | {"market": wanted}).items() if v is not None)
+        there = f"{len(found):,} from {found.attrs['source']}"
+        raise DataNotFound(problem(f"{spec} bars of {symbol}{of and f' ({of})'}", there, f"Build them: cryptoresearch bars {symbol} {spec}"))
+    return found if found.attrs["source"] in events.UNNUMBERED else events.with_gap_rows(found)
+
+
 def read_bars(
     con: duckdb.DuckDBPyConnection,  # the store
     symbol: str,  # such as BTCUSDT
-    spec: str = "1m",  # bar length
+    spec: str = "1m",  # bar length, or stored event bars such as tick:100
     *,
     start: TimeLike | None = None,  # first open time, inclusive; naive means UTC
     end: TimeLike | None = None,  # open times before this one
     source: str | None = None,  # force one source; the rule above when None
     market: Market | None = None,  # the first that has such bars when None
-    ids: bool = False,  # add first_id and last_id, the ids of the bar's first and last trade (Int64)
+    ids: bool = False,  # add first_id and last_id, the ids of the bar's first and last trade (Int64); event bars always have them
 ) -> pd.DataFrame:  # bar frame; attrs: closed_by, symbol, spec, source, sources (bars by source)
     "Read stored bars as one frame on the complete grid; raise `DataNotFound` with the bars that exist instead."
-    symbol, spec = normal_symbol(symbol), bar_spec(spec)
+    symbol = normal_symbol(symbol)
+    if isinstance(spec, str) and ":" in spec:
+        return _read_events(con, symbol, spec, start=start, end=end, source=source, market=market)
+    spec = bar_spec(spec)
     if market not in (None, *get_args(Market)):
         raise SchemaError(f"expected the market spot, um or played; found {market!r}. Choose one of them, or none")
     check_range(start, end)

@@ -352,7 +352,7 @@ def _board(
     wanted: bool | Console | None,  # None: only in a terminal
 ) -> Iterator[_Board]:
     "Show the line on standard error; remove it at the end."
-    console = wanted if isinstance(wanted, Console) else Console(stderr=True)
+    console = wanted if isinstance(wanted, Console) else Console(stderr=True, emoji=False)
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield _Board(files, None)
         return

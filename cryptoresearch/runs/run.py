@@ -25,7 +25,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/05_run.ipynb #5c0be379
 from ..data.bars import bar_kind, bar_length
-from ..errors import ConfigError, CryptoResearchError, problem, RunMismatch, SchemaError
+from ..errors import CryptoResearchError, problem, RunMismatch, SchemaError
 from ..features import proof
 from ..features.pipeline import DataProcessing, Feature
 from ..features.user_modules import import_modules

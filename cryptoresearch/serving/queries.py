@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
+from ..data.event_bars import event_spec, read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.series import check_range, naive_utc, normal_symbol, to_utc
 from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing
@@ -105,6 +106,31 @@ def _some_bars(
     return read_bars(con, symbol, spec, source=source, start=most)
 
 # %% ../../nbs/serving/01_queries.ipynb #4839e102
+def _opens(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, end: Any, n: int) -> pd.Timestamp | None:
+    "Return the open of the n-th last stored event bar before `end`, the first one where there are fewer; None without any."
+    e = event_spec(spec)
+    where, values = _clauses(symbol=symbol, source=source, kind=e.kind, spec=e.spec, end=end)
+    row = con.execute(f"SELECT min(ts) FROM (SELECT ts FROM bars WHERE {where} ORDER BY ts DESC LIMIT ?)", [*values, n]).fetchone()
+    return None if row is None or row[0] is None else to_utc(row[0])
+
+
+def _event_page(
+    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, start: Any, end: Any, limit: int, source: str | None
+) -> tuple[pd.DataFrame, pd.Timestamp | None]:
+    "Read one page of event bars; bars that open at one time are on one page."
+    chosen = str(read_event_bars(con, symbol, spec, end="1970-01-02", source=source).attrs["source"])  # raises if there are none
+    first = _opens(con, symbol, spec, chosen, end, limit) if start is None else start
+    frame = read_event_bars(con, symbol, spec, start=first, end=end, source=chosen)
+    frame = frame if chosen in UNNUMBERED else with_gap_rows(frame)
+    if start is None or len(frame) <= limit:
+        return frame, None
+    later = frame.index[frame.index > frame.index[limit - 1]]
+    following = later[0] if len(later) else None
+    page = frame if following is None else frame[frame.index < following]
+    page.attrs = frame.attrs
+    return page, following
+
+# %% ../../nbs/serving/01_queries.ipynb #4839e103
 def bars_page(
     con: duckdb.DuckDBPyConnection,  # of data.store
     symbol: str,  # such as BTCUSDT
@@ -117,6 +143,8 @@ def bars_page(
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # frame of bars with attrs source; where the next page starts, None at the end
     "Read one page of bars of a symbol."
     check_range(start, end)
+    if ":" in spec:
+        return _event_page(con, normal_symbol(symbol), spec, start, end, limit, source)
     symbol, spec, length = normal_symbol(symbol), bar_spec(spec), bar_length(spec)
     chosen = pick_source(con, symbol, spec, source)
     least, most = (to_utc(t) for t in con.execute(_ENDS, [symbol, spec, chosen]).fetchall()[0])
@@ -142,8 +170,13 @@ def features_page(
     bars, following = bars_page(con, symbol, spec, **page)
     if bars.empty:
         return pd.DataFrame(index=bars.index), bars, following
+    chosen = bars.attrs["source"]
+    if ":" in spec:
+        before = _opens(con, symbol, spec, chosen, bars.index[0], pipeline.warmup - 1) or bars.index[0]
+        history = read_bars(con, symbol, spec, source=chosen, start=before, end=bars.index[-1] + pd.Timedelta("1us"))
+        return pipeline.process_data(history).iloc[-len(bars):], bars, following
     before = bars.index[0] - (pipeline.warmup - 1) * bar_length(spec)
-    history = read_bars(con, symbol, spec, source=bars.attrs["source"], start=before, end=bars.index[-1] + bar_length(spec))
+    history = read_bars(con, symbol, spec, source=chosen, start=before, end=bars.index[-1] + bar_length(spec))
     return pipeline.process_data(history).loc[bars.index], bars, following
 
 # %% ../../nbs/serving/01_queries.ipynb #d8d9097b

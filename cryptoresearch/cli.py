@@ -105,8 +105,8 @@ def download(
     from cryptoresearch.data.mirror import mirror_archive
 
     folder = Path.cwd() / to_folder.expanduser() if to_folder else None
-    done = mirror_archive(symbol, start, end, kind, market=market, interval=interval, folder=folder, bucket=bucket, workers=workers,  # type: ignore[arg-type]  # it checks both
-                          dry_run=dry_run, refresh=refresh, rehash=rehash)  # fmt: skip
+    more = {"dry_run": dry_run, "refresh": refresh, "rehash": rehash, "interval": interval, "workers": workers}
+    done = mirror_archive(symbol, start, end, kind, market=market, folder=folder, bucket=bucket, **more)  # type: ignore[arg-type]
     _mirrored(done)
 
 # %% ../nbs/94_cli.ipynb #67058c13
@@ -125,6 +125,13 @@ def _mirrored(done: Any) -> None:
         Console(stderr=True, emoji=False).print(f.reason, markup=False, soft_wrap=True)
     if done.failed:
         raise typer.Exit(code=2)
+
+# %% ../nbs/94_cli.ipynb #e1263640
+def _tell(uri: str, result: object) -> None:
+    "Print the outcome of a file; an error on standard error."
+    to = Console(stderr=True, emoji=False) if isinstance(result, Exception) else console
+    text = f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result)
+    to.print(text, soft_wrap=True, markup=False)
 
 # %% ../nbs/94_cli.ipynb #e1263641
 @app.command()
@@ -146,14 +153,9 @@ def ingest(
     from cryptoresearch.ingest.folders import process_files
     from cryptoresearch.data.store import init_duckdb
 
-    def told(uri: str, result: Any) -> None:
-        to = Console(stderr=True, emoji=False) if isinstance(result, Exception) else console
-        text = f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result)
-        to.print(text, soft_wrap=True, markup=False)
-
     named = dict(pair.split("=", 1) for pair in (columns or "").split(",") if "=" in pair)
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
-    found = process_files(init_duckdb(), uris, workers=workers, told=told, **facts, max_rejected=max_rejected, check_symbol=check_symbol,
+    found = process_files(init_duckdb(), uris, workers=workers, told=_tell, **facts, max_rejected=max_rejected, check_symbol=check_symbol,
                           replace=replace)  # fmt: skip
     _ingested(found.outcome.value_counts(sort=False))
 

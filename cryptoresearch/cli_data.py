@@ -94,7 +94,7 @@ def verify() -> None:
 # %% ../nbs/92_cli_data.ipynb #4e4985f4
 @data_app.command()
 def maintain(
-    keep: Annotated[str, typer.Option(help="Keep snapshots younger than this, such as 12h or 7d; snapshots that a run pins are kept too.")] = "1d",
+    keep: Annotated[str, typer.Option(help="Keep snapshots younger than this, such as 12h or 7d, and those that a run pins.")] = "1d",
     delete_after: Annotated[str, typer.Option(help="Remove files that have not been needed for this long.")] = "1d",
 ) -> None:
     "Remove old snapshots, merge small files and free the space; snapshots that runs pin are kept."

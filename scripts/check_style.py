@@ -27,11 +27,11 @@ ALLOWED = {
     "docstring noun": 0,  # a function's docstring that begins with no imperative verb
     "long cell": 0,  # exported cells above 25 lines
     "many cells": 0,  # notebooks above 75 code cells
-    "long line": 3,  # code lines above 140 characters
+    "long line": 0,  # code lines above 140 characters
     "conditional": 0,  # conditional expressions in cells of the research templates
     "words": 0,  # words and phrases that STYLE replaces
     "module name": 0,  # modules named by a figure of speech
-    "any": 208,  # `Any` in annotations of exported code
+    "any": 202,  # `Any` in annotations of exported code
     "no picture": 0,  # exporting notebooks of PICTURES without one
 }
 # Counted and shown, never a failure.

@@ -37,7 +37,7 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
     told = first.export_text()
     assert "SIMULATED" in told
     assert "make dashboards" in told
-    market, returns, live = reports
+    market, _, live = reports
     levels = [load_run(r.run_id, settings).info["level"] for r in reports]
     assert levels[:2] == ["skill", "none"], "real candles: the volatility can be forecast, the return cannot"
     assert told.index(str(market.report)) < told.index(str(live.report)), "the first report shows a real market"

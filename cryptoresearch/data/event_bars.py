@@ -141,7 +141,7 @@ def _highest(s, trade_id, ts, cut):  # type: ignore[no-untyped-def]
     "Return the highest id so far; after a hole the ids of another day may begin again, because the symbol was listed again."
     return float(trade_id) if cut and ts // 86_400_000_000 > s[17] // 86_400_000_000 else max(s[19], float(trade_id))
 
-
+# %% ../../nbs/data/09_event_bars.ipynb #140bcb48
 @njit(cache=True, nogil=True)
 def _count(bar, s, weight, price, qty, quote, number, reported, tick, fine):  # type: ignore[no-untyped-def]
     "Add one trade to the current bar and its sums."

@@ -83,7 +83,10 @@ def stored_runs(
     return sorted(rows, key=lambda row: str(row.get("created_at", "")), reverse=True)
 
 # %% ../../nbs/runs/03a_stored.ipynb #51a7ed01
-_COLUMNS = ["run", "created_at", "symbol", "spec", "target", "horizon", "n", "ic", "r2_oos", "dm_p", "level", "verdict", "trained_until", "simulated"]
+_COLUMNS = [
+    "run", "created_at", "symbol", "spec", "target", "horizon", 
+    "n", "ic", "r2_oos", "dm_p", "level", "verdict", "trained_until", "simulated",
+]  # fmt: skip
 
 
 def list_runs(

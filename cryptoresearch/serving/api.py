@@ -298,7 +298,7 @@ async def _on_surprise(request: Request, error: Exception) -> JSONResponse:
 
 # %% ../../nbs/serving/03_api.ipynb #00000014
 Symbol = Annotated[str, Query(description="such as BTCUSDT", min_length=1, max_length=40, examples=["BTCUSDT"])]
-Spec = Annotated[str, Query(description="bar length: 1s, 5m, 1h, 1d …; or stored event bars: tick:100, dollar:1e6 …", max_length=20, examples=["1h"])]
+Spec = Annotated[str, Query(description="bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …", max_length=20, examples=["1h"])]
 Start = Annotated[datetime | None, Query(description="first bar's open, UTC; without it the latest rows")]
 End = Annotated[datetime | None, Query(description="bars that open before this, UTC")]
 Limit = Annotated[int, Query(description="rows at most", ge=1, le=MAX_ROWS)]

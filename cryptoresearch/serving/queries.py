@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..data.bars import bar_length, bar_spec, read_bars, SOURCES
 from ..data.event_bars import event_spec, read_event_bars, UNNUMBERED, with_gap_rows
-from ..data.series import check_range, naive_utc, normal_symbol, to_utc
+from ..data.series import check_range, naive_utc, normal_symbol, TimeLike, to_utc
 from ..errors import DataNotFound, problem
 from ..features.pipeline import DataProcessing
 from ..labels.targets import make_labels
@@ -106,7 +106,7 @@ def _some_bars(
     return read_bars(con, symbol, spec, source=source, start=most)
 
 # %% ../../nbs/serving/01_queries.ipynb #4839e102
-def _opens(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, end: Any, n: int) -> pd.Timestamp | None:
+def _opens(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, end: TimeLike | None, n: int) -> pd.Timestamp | None:
     "Return the open of the n-th last stored event bar before `end`, the first one where there are fewer; None without any."
     e = event_spec(spec)
     where, values = _clauses(symbol=symbol, source=source, kind=e.kind, spec=e.spec, end=end)
@@ -115,7 +115,7 @@ def _opens(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, 
 
 
 def _event_page(
-    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, start: Any, end: Any, limit: int, source: str | None
+    con: duckdb.DuckDBPyConnection, symbol: str, spec: str, start: TimeLike | None, end: TimeLike | None, limit: int, source: str | None
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:
     "Read one page of event bars; bars that open at one time are on one page."
     chosen = str(read_event_bars(con, symbol, spec, end="1970-01-02", source=source).attrs["source"])  # raises if there are none
@@ -136,8 +136,8 @@ def bars_page(
     symbol: str,  # such as BTCUSDT
     spec: str = "1h",  # bar spec
     *,
-    start: Any = None,  # first bar's open, UTC; None: the latest bars
-    end: Any = None,  # bars that open before this, UTC
+    start: TimeLike | None = None,  # first bar's open, UTC; None: the latest bars
+    end: TimeLike | None = None,  # bars that open before this, UTC
     limit: int = 1000,  # bars at most
     source: str | None = None,  # as in pick_source
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # frame of bars with attrs source; where the next page starts, None at the end
@@ -185,8 +185,8 @@ def read_predictions(
     *,
     symbol: str | None = None,  # all when None
     run_id: str | None = None,  # all when None
-    start: Any = None,  # first bar's open, UTC; None: the latest predictions
-    end: Any = None,  # bars that open before this, UTC
+    start: TimeLike | None = None,  # first bar's open, UTC; None: the latest predictions
+    end: TimeLike | None = None,  # bars that open before this, UTC
     limit: int = 1000,  # bar times at most; several runs may have predicted at one time
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # index ts: the columns of `predictions`, y, end_ts, state; the next page's start
     "Read one page of live predictions with their outcomes."
@@ -323,8 +323,8 @@ def read_forecasts(
     con: duckdb.DuckDBPyConnection,  # of data.store
     settings: Settings,  # names the folder of runs
     run_id: str,  # identity of the run
-    start: Any,  # first bar's open, UTC
-    end: Any,  # bars that open before this, UTC
+    start: TimeLike,  # first bar's open, UTC
+    end: TimeLike,  # bars that open before this, UTC
 ) -> pd.DataFrame:  # index ts: prediction, y, state, kind (walk-forward or live), lower and upper where the run has them
     "Read walk-forward and live predictions of a run in an interval, one per bar."
     past = _walk_forward(settings, run_id)

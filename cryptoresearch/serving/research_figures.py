@@ -177,7 +177,8 @@ def study_figures(
 # %% ../../nbs/serving/07_research_figures.ipynb #31aabb34
 def _slices(study: optuna.Study, names: list[str], loss: str) -> go.Figure:
     "Draw one or two parameters against the loss."
-    fig = _look(optuna.visualization.plot_slice(study, params=names, target_name=loss), f"{loss} against {' and '.join(names)}", 280, legend=False)
+    fig = optuna.visualization.plot_slice(study, params=names, target_name=loss)
+    fig = _look(fig, f"{loss} against {' and '.join(names)}", 280, legend=False)
     fig.update_traces(marker={"size": 7, "showscale": False})
     fig.update_xaxes(nticks=4, tickangle=0)
     for axis in fig.select_xaxes(selector={"type": "log"}):

@@ -24,7 +24,8 @@ _WHERE = {
     "get_settings": "cryptoresearch.settings",
 }
 __all__ = [
-    "DataProcessing", "FinnhubWebSocket", "Settings", "__version__", "connect", "get_settings", "ingest_frame", "init_duckdb", "process_file",
+    "DataProcessing", "FinnhubWebSocket", "Settings", "__version__", "connect", "get_settings", "ingest_frame", "init_duckdb",
+    "process_file",
     "prove_causal",
 ]
 

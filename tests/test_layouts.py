@@ -45,16 +45,16 @@ def lines(header: str, row: str, maker: bool = False, newest_first: bool = False
 
 
 TRADES = {  # file, text, arguments; source, whether sides and ids are stated
-    "Tardis": ("a.csv", lines("exchange,symbol,timestamp,local_timestamp,id,side,price,amount", "coinbase,BTC-USDT,{s}250000,{s}260000,{i},{side},{p},{q}"), {}, "coinbase.trades", True, True),
-    "Tardis with ids that are no numbers": ("a.csv", lines("exchange,symbol,timestamp,local_timestamp,id,side,price,amount", "bitfinex,btcusdt,{s}250000,{s}260000,x-{i},{side},{p},{q}"), {}, "bitfinex.trades", True, False),
+    "Tardis": ("a.csv", lines("exchange,symbol,timestamp,local_timestamp,id,side,price,amount", "coinbase,BTC-USDT,{s}250000,{s}260000,{i},{side},{p},{q}"), {}, "COINBASE:BTCUSDT trades", True, True),
+    "Tardis with ids that are no numbers": ("a.csv", lines("exchange,symbol,timestamp,local_timestamp,id,side,price,amount", "bitfinex,btcusdt,{s}250000,{s}260000,x-{i},{side},{p},{q}"), {}, "BITFINEX:BTCUSDT trades", True, False),
     "Tardis, Binance": ("a.csv", lines("exchange,symbol,timestamp,local_timestamp,id,side,price,amount", "binance,btcusdt,{s}250000,{s}260000,{i},{side},{p},{q}"), {}, "trades", True, True),
-    "Kraken with ids": ("a.csv", lines("price,volume,time,side,type,misc,trade_id", "{p},{q},{s}.25,{b},m,,{i}"), {"symbol": "BTCUSDT"}, "kraken.trades", True, True),
+    "Kraken with ids": ("a.csv", lines("price,volume,time,side,type,misc,trade_id", "{p},{q},{s}.25,{b},m,,{i}"), {"symbol": "BTCUSDT"}, "KRAKEN:BTCUSDT trades", True, True),
     "Kraken without ids": ("XBTUSD.csv", lines("", "{s}.25,{p},{q}"), {"symbol": "BTCUSDT"}, "trades", False, False),
-    "Coinbase": ("a.csv", lines("time,trade_id,side,size,price", "{iso},{i},{side},{q},{p}", maker=True), {"symbol": "BTCUSDT"}, "coinbase.trades", True, True),
-    "Bybit": ("BTCUSDT2024-01-01.csv", lines("timestamp,symbol,side,size,price,tickDirection,trdMatchID,grossValue,homeNotional,foreignNotional", "{s}.25,BTCUSDT,{Side},{q},{p},ZeroPlusTick,ab-{i},1e9,{q},{v}", newest_first=True), {}, "um.bybit.trades", True, False),
-    "Bybit spot": ("BTCUSDT_2024-01-01.csv", lines("id,timestamp,price,volume,side", "{i},{s}250,{p},{q},{side}"), {"symbol": "BTCUSDT"}, "bybit.trades", True, True),
-    "OKX": ("BTC-USDT-trades-2024-01-01.csv", lines("instrument_name,trade_id,side,price,size,created_time", "BTC-USDT,{i},{side},{p},{q},{s}250"), {}, "okx.trades", True, True),
-    "Bitstamp": ("a.csv", lines("date,tid,price,type,amount", "{s}.25,{i},{p},{n},{q}"), {"symbol": "BTCUSDT"}, "bitstamp.trades", True, True),
+    "Coinbase": ("a.csv", lines("time,trade_id,side,size,price", "{iso},{i},{side},{q},{p}", maker=True), {"symbol": "BTCUSDT"}, "COINBASE:BTCUSDT trades", True, True),
+    "Bybit": ("BTCUSDT2024-01-01.csv", lines("timestamp,symbol,side,size,price,tickDirection,trdMatchID,grossValue,homeNotional,foreignNotional", "{s}.25,BTCUSDT,{Side},{q},{p},ZeroPlusTick,ab-{i},1e9,{q},{v}", newest_first=True), {}, "BYBIT:BTCUSDT um.trades", True, False),
+    "Bybit spot": ("BTCUSDT_2024-01-01.csv", lines("id,timestamp,price,volume,side", "{i},{s}250,{p},{q},{side}"), {"symbol": "BTCUSDT"}, "BYBIT:BTCUSDT trades", True, True),
+    "OKX": ("BTC-USDT-trades-2024-01-01.csv", lines("instrument_name,trade_id,side,price,size,created_time", "BTC-USDT,{i},{side},{p},{q},{s}250"), {}, "OKX:BTCUSDT trades", True, True),
+    "Bitstamp": ("a.csv", lines("date,tid,price,type,amount", "{s}.25,{i},{p},{n},{q}"), {"symbol": "BTCUSDT"}, "BITSTAMP:BTCUSDT trades", True, True),
     "freqtrade": ("BTC_USDT-trades.csv", lines("timestamp,id,type,side,price,amount,cost", "{s}250,{i},,{side},{p},{q},{v}"), {}, "trades", True, True),
     "semicolons": ("a.csv", lines("time,id,price,qty,side", "{iso},{i},{p},{q},{side}", separator=";"), {"symbol": "BTCUSDT"}, "trades", True, True),
     "tabs": ("a.tsv", lines("time,id,price,qty,side", "{iso},{i},{p},{q},{side}", separator="\t"), {"symbol": "BTCUSDT"}, "trades", True, True),
@@ -63,11 +63,12 @@ TRADES = {  # file, text, arguments; source, whether sides and ids are stated
 }  # fmt: skip
 
 
-def check_trades(con: duckdb.DuckDBPyConnection, source: str, sides: bool, ids: bool) -> None:
+def check_trades(con: duckdb.DuckDBPyConnection, series: str, sides: bool, ids: bool) -> None:
+    symbol, source = series.split() if " " in series else ("BTCUSDT", series)
     rows = con.execute("SELECT symbol, source, epoch_ms(ts), price, qty, side_reported, trade_id FROM trades ORDER BY ts").fetchall()
     first = 7 if ids else (T * 1000 + 250) * 1000
     assert rows == [
-        ("BTCUSDT", source, (T + i) * 1000 + 250, float(p), float(q), ((1 if side == "buy" else -1) if sides else None), first + i)
+        (symbol, source, (T + i) * 1000 + 250, float(p), float(q), ((1 if side == "buy" else -1) if sides else None), first + i)
         for i, (side, p, q) in enumerate(zip(SIDES, PRICES, SIZES, strict=True))
     ]
 

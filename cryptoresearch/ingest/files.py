@@ -6,6 +6,7 @@
 __all__ = ['IngestResult', 'process_file', 'Frame', 'ingest_frame', 'forget_file']
 
 # %% ../../nbs/ingest/06_files.ipynb #e3f1d9f3
+import dataclasses
 import hashlib
 import html
 import os
@@ -702,10 +703,18 @@ def _says_simulated(
     return False
 
 
-def _default_source(spec: FileSpec, simulated: bool, venue: str = "") -> str:
-    "Choose the source of a file for which none is given: market, exchange (unless it is Binance) and kind."
-    parts = ["" if spec.market == "spot" else spec.market, venue, spec.kind]
-    return "simulated" if simulated else ".".join(part for part in parts if part)
+def _default_source(spec: FileSpec, simulated: bool) -> str:
+    "Choose the source of a file for which none is given."
+    return "simulated" if simulated else spec.kind if spec.market == "spot" else f"{spec.market}.{spec.kind}"
+
+
+def _at_venue(
+    spec: FileSpec,
+    venue: str,  # exchange in lower case; '' for Binance and where nothing states it
+) -> FileSpec:
+    "Name the series of another exchange by it, such as BYBIT:BTCUSDT, so that two exchanges never share one."
+    name = {"okex": "okx"}.get(venue, venue).replace("-", "").upper()
+    return dataclasses.replace(spec, symbol=f"{name}:{spec.symbol}") if name and ":" not in spec.symbol else spec
 
 # %% ../../nbs/ingest/06_files.ipynb #62898882
 _HEAD = 1 << 17  # bytes that are enough to recognise a text
@@ -774,9 +783,9 @@ def _load_local(
         spec: FileSpec | None = None
         try:
             rows, given, venue, numbered = _converted(path, name, wanted, Path(folder))
-            spec = inspect_file(rows, name, **given)
+            spec = _at_venue(inspect_file(rows, name, **given), venue)
             hashing = pool.submit(_identity, path, digest, spec)
-            source = wanted.source or _default_source(spec, _says_simulated(path, name), venue)
+            source = wanted.source or _default_source(spec, _says_simulated(path, name))
             job = Job(name, rows, path.stat().st_size, hashing, source, spec, secrets.token_hex(32), numbered)
             known = _loaded(con, job, wanted.replace) if _size_known(con, job.bytes) else None
             return known or _load(con, job, wanted)

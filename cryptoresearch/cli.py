@@ -147,16 +147,14 @@ def ingest(
     columns: Annotated[str | None, typer.Option(help="Names that are not known, as NAME=MEANING,…, such as Last=price,Size=qty.")] = None,
     workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
 ) -> None:
-    """Load files of trades (time, price, qty; id, side if there are) or candles (time, open, high, low, close, volume).
-
-    The same file again changes nothing."""
+    "Load trades (time, price, qty; id and side if there are) or candles (time, open, high, low, close, volume), each file once."
     from cryptoresearch.ingest.folders import process_files
     from cryptoresearch.data.store import init_duckdb
 
     named = dict(pair.split("=", 1) for pair in (columns or "").split(",") if "=" in pair)
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
-    found = process_files(init_duckdb(), uris, workers=workers, told=_tell, **facts, max_rejected=max_rejected, check_symbol=check_symbol,
-                          replace=replace)  # fmt: skip
+    facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
+    found = process_files(init_duckdb(), uris, workers=workers, told=_tell, **facts)
     _ingested(found.outcome.value_counts(sort=False))
 
 # %% ../nbs/94_cli.ipynb #2c1c4375

@@ -19,7 +19,7 @@ from cryptoresearch.data.event_bars import event_bars, read_event_bars
 from cryptoresearch.data.quality import happened
 from cryptoresearch.data.series import normal_symbol
 from cryptoresearch.data.status import read_trades, status
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import _is_conflict, init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound, SchemaError
 from cryptoresearch.features.derived import symbol_prefix
 from cryptoresearch.ingest.files import process_file
@@ -374,3 +374,8 @@ def test_a_month_that_is_cut_short_says_so_and_its_days_are_taken(con: duckdb.Du
     assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (744, 744)
     make_bars(con, "BTCUSDT", "1h")
     assert not read_bars(con, "BTCUSDT", "1h")["gap"].any()
+
+
+@pytest.mark.parametrize("text", ["FEHLER:  doppelter Schlüsselwert verletzt Unique-Constraint »ducklake_snapshot_pkey«", "ERREUR (SQLSTATE 40001)", "SQLSTATE: 40P01"])
+def test_a_conflict_is_known_in_every_language(text: str) -> None:
+    assert _is_conflict(duckdb.Error(text)) and not _is_conflict(duckdb.Error("FEHLER:  Relation »x« existiert nicht (SQLSTATE 42P01)"))

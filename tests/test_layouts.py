@@ -237,3 +237,14 @@ def test_a_folder_of_a_trading_program_is_loaded_in_one_call(con: duckdb.DuckDBP
     found = process_files(con, folder)
     assert list(found.outcome) == ["loaded"] * 2
     assert con.execute("SELECT DISTINCT symbol FROM candles ORDER BY 1").fetchall() == [("BTCUSDT",), ("ETHUSDT",)]
+
+
+def test_bars_of_two_exchanges_are_never_mixed(con: duckdb.DuckDBPyConnection) -> None:
+    for source, price, start in (("trades", 100.0, 0), ("kraken.trades", 101.0, 7200), ("um.bybit.trades", 102.0, 7200)):
+        times = pd.to_datetime([(T + start + 60 * i) * 1000 for i in range(121)], unit="ms", utc=True)
+        frame = pd.DataFrame({"time": times, "price": price, "qty": 1.0})
+        ingest_frame(con, frame, symbol="BTCUSDT", kind="trades", source=source, market="um" if source.startswith("um") else None)
+    make_bars(con, "BTCUSDT", "1h")
+    assert set(read_bars(con, "BTCUSDT", "1h")["close"].dropna()) == {100.0}
+    assert set(read_bars(con, "BTCUSDT", "1h", source="kraken.trades")["close"].dropna()) == {101.0}
+    assert set(read_bars(con, "BTCUSDT", "1h", market="um")["close"].dropna()) == {102.0}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'SOURCES', 'PLAYED', 'Market', 'EVENTS', 'bar_length', 'bar_spec', 'check_columns', 'check_price_range',
            'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars', 'check_frame', 'trade_rows',
-           'bars_frame', 'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'read_bars']
+           'bars_frame', 'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'read_bars']
 
 # %% ../../nbs/data/07_bars.ipynb #fdbe84e9
 import re
@@ -357,6 +357,14 @@ def source_market(
     return "played" if source in PLAYED else "um" if source.startswith("um.") else "spot"
 
 
+def source_venue(
+    source: str,  # such as kraken.trades
+) -> str:  # exchange, such as kraken; '' for Binance, live and played data
+    "Return the exchange to which a source belongs; bars of two exchanges are never mixed."
+    venue, _, kind = source.removeprefix("um.").rpartition(".")
+    return venue if kind in ("trades", "aggTrades", "klines") else ""
+
+
 def _usable(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str | None, market: Market | None) -> list[str]:
     "List the sources that may give the bars, the first choice first."
     if source is not None:
@@ -365,7 +373,8 @@ def _usable(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str 
     found = [str(r[0]) for r in con.execute(query, [symbol, spec]).fetchall()]
     markets = [market] if market else get_args(Market)
     chosen: list[str] = next((group for m in markets if (group := [s for s in found if source_market(s) == m])), [])
-    return sorted(chosen, key=lambda s: (SOURCES.index(s) if s in SOURCES else len(SOURCES), s))
+    ranked = sorted(chosen, key=lambda s: (SOURCES.index(s) if s in SOURCES else len(SOURCES), s))
+    return [s for s in ranked if source_venue(s) == source_venue(ranked[0])]
 
 # %% ../../nbs/data/07_bars.ipynb #83751938
 _STORED = "ts, close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, buy_volume_tick, vwap, gap"

@@ -364,7 +364,10 @@ def _migrate(con: DuckDBPyConnection, steps: dict[int, list[str]]) -> int:
 
 # %% ../../nbs/data/01_store.ipynb #2704c83e
 _turn = threading.local()
-_CONFLICT = re.compile(r"database is locked|conflict|could not serialize|deadlock|concurrent|duplicate key", re.IGNORECASE)
+_CONFLICT = re.compile(  # PostgreSQL's texts are in the server's language: codes and the catalog's constraints are not
+    r"database is locked|conflict|could not serialize|deadlock|concurrent|duplicate key|ducklake_\w+_pkey|SQLSTATE\W*(40001|40P01|23505)",
+    re.IGNORECASE,
+)
 
 
 def _is_conflict(error: BaseException) -> bool:

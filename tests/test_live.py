@@ -140,37 +140,56 @@ def test_every_case_reaches_the_store_as_it_should(settings: Settings) -> None:
 
 
 def test_a_frame_that_is_delivered_again_counts_once(settings: Settings) -> None:
-    "Equal trades inside a frame, and an equal trade in a frame of another time, stay."
-    several = frame({}, {}, {"p": 101.0})
+    "Equal trades inside a frame stay, and so does a single trade that arrives twice at once: real trades do."
+    several = frame({}, {}, {"p": 101.0, "t": T0 + 1})
     calls: list[Trade] = []
 
     def script(c: ServerConnection, n: int) -> None:
-        for f in (frame({}), *[several] * (3 if n == 1 else 1), '{"type":"ping"}', '{"type":"ping"}', frame({"t": T0 + n})):
+        time.sleep(1.0 if n == 2 else 0.0)  # what is delivered again after a second is recognised however little it has
+        for f in (frame({}), frame({}), *[several] * (3 if n == 1 else 1), '{"type":"ping"}', '{"type":"ping"}', frame({"t": T0 + 5 + n})):
             c.send(f)
         if n == 2:
             hold(c)
 
     with stub(script) as (url, _):
         feed = listen(url, settings, collect=True, on_trades=calls.extend).start()
-        wait_for(lambda: feed.stats.pings == 4 and len(calls) == 6)
+        wait_for(lambda: feed.stats.pings == 4 and len(calls) == 7)
         feed.stop()
-    assert (feed.stats.trades, feed.stats.repeated, feed.stats.malformed) == (6, 4, 0)
+    assert (feed.stats.trades, feed.stats.repeated, feed.stats.malformed) == (7, 5, 0)
     with init_duckdb(settings) as con:
-        assert con.execute("SELECT count(*), sum(qty) FROM trades").fetchall() == [(6, 3.0)]
+        assert con.execute("SELECT count(*), sum(qty) FROM trades").fetchall() == [(7, 3.5)]
         assert con.execute("SELECT symbol, detail FROM data_log WHERE event = 'repeated'").fetchall() == [
-            ("BTCUSDT", "10 trades in frames that were received again, left out")]
-        assert "10 trades of repeated live frames left out" in status(con)["verdict"].iloc[0]
+            ("BTCUSDT", "11 trades in frames that were received again, left out")]
+        assert "11 trades of repeated live frames left out" in status(con)["verdict"].iloc[0]
 
 
-def test_frames_that_an_older_version_stored_again_are_reported(settings: Settings) -> None:
+@pytest.mark.parametrize(("trades", "text"), [(3, "6 trades of 9 in repeated live frames"), (1, "2 trades of 3 in equal live frames")])
+def test_frames_that_an_older_version_stored_again_are_reported(settings: Settings, trades: int, text: str) -> None:
     collector = Collector([BTC], settings=settings).start()
-    trades = [Trade(BTC, 100.0 + i, 0.5, datetime.fromtimestamp(T0 / 1000, UTC)) for i in range(3)]
+    frame_of = [Trade(BTC, 100.0 + i, 0.5, datetime.fromtimestamp(T0 / 1000, UTC)) for i in range(trades)]
     for _ in range(3):
-        collector.add(trades, datetime.now(UTC))
+        collector.add(frame_of, datetime.now(UTC))
         time.sleep(0.001)
     collector.stop()
     with init_duckdb(settings) as con:
-        assert "6 trades of 9 in repeated live frames" in status(con)["verdict"].iloc[0]
+        assert text in status(con)["verdict"].iloc[0]
+
+
+def test_real_trades_in_frames_of_any_size_are_all_kept(settings: Settings, real: pd.DataFrame) -> None:
+    "One in six equals an earlier one in time, price and volume."
+    rows = [{"p": r.price, "v": r.qty, "t": r.ms} for r in real.head(4000).itertuples()]
+    for size in (1, 2, 7):
+
+        def script(c: ServerConnection, n: int, size: int = size) -> None:
+            for i in range(0, len(rows), size):
+                c.send(frame(*rows[i : i + size]))
+            hold(c)
+
+        with stub(script) as (url, _):
+            feed = listen(url, settings).start()
+            wait_for(lambda feed=feed: feed.stats.trades + feed.stats.repeated >= len(rows), 60)
+            feed.stop()
+        assert (feed.stats.trades, feed.stats.repeated) == (len(rows), 0)
 
 
 BYBIT = "BYBIT:BTCUSDT"

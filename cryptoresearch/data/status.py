@@ -385,10 +385,12 @@ _ODD_CANDLES = """SELECT symbol, source, interval, 0 AS days, 0 AS one_sided, co
     OR quote_volume < 0.99 * low * volume - 1e-6) AS odd, count(*) AS rows
   FROM candles WHERE ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
 _REPEATED = """WITH frames AS (
-    SELECT symbol, source, file_id, received_at, count(*) AS n, hash(list((ts, price, qty) ORDER BY trade_id)) AS content
-    FROM trades WHERE received_at IS NOT NULL AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL)
-  SELECT symbol, source, sum(n) FILTER (k > 1)::BIGINT, sum(n)::BIGINT FROM (SELECT *, row_number() OVER
-    (PARTITION BY symbol, source, file_id, content ORDER BY received_at) AS k FROM frames) GROUP BY ALL"""
+    SELECT symbol, source, file_id, received_at, count(*) AS n, hash(list((ts, price, qty) ORDER BY trade_id)) AS content,
+      count(DISTINCT ts) > 1 OR count(DISTINCT (ts, price, qty)) > 2 AS certain
+    FROM trades WHERE received_at IS NOT NULL AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL),
+  equals AS (SELECT *, min(received_at) OVER (PARTITION BY symbol, source, file_id, content) AS first_at FROM frames)
+  SELECT symbol, source, coalesce(sum(n) FILTER (received_at > first_at AND (certain OR received_at >= first_at + INTERVAL 1 SECOND)), 0)::BIGINT,
+    coalesce(sum(n) FILTER (received_at > first_at), 0)::BIGINT, sum(n)::BIGINT FROM equals GROUP BY ALL"""
 _LEFT_OUT = """SELECT symbol, source, sum(regexp_extract(detail, '^\\d+')::BIGINT) FROM data_log
   WHERE event = 'repeated' AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""
 
@@ -406,8 +408,9 @@ def _doubts(
             found = out[key[0], key[1], interval or ""]
             found += [f"sides not usable: all trades of {_count(one_sided, 'day')} have one side"] * (one_sided > 0.05 * days)
             found += [f"{_count(odd, 'quote amount')} of {rows:,} do not fit price and quantity"] * bool(odd)
-    for *key, again, rows in con.execute(_REPEATED, [symbol, source]).fetchall():
-        out[key[0], key[1], ""] += [f"{_count(again or 0, 'trade')} of {rows:,} in repeated live frames"] * ((again or 0) > 0.001 * rows)
+    for *key, again, equal, rows in con.execute(_REPEATED, [symbol, source]).fetchall():
+        found = [f"{_count(again, 'trade')} of {rows:,} in repeated live frames"] * (again > 0.001 * rows)
+        out[key[0], key[1], ""] += found or [f"{_count(equal, 'trade')} of {rows:,} in equal live frames"] * (equal > 0.4 * rows)
     if con.execute("SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = 'data_log'").fetchall():
         for *key, left_out in con.execute(_LEFT_OUT, [symbol, source]).fetchall():
             out[key[0], key[1], ""].append(f"{_count(left_out, 'trade')} of repeated live frames left out")

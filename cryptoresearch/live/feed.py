@@ -250,7 +250,7 @@ class FeedStats:
     pings: int = 0  # messages of type ping
     rejected: int = 0  # items that are not valid trades
     malformed: int = 0  # frames that cannot be read, or of unknown type
-    repeated: int = 0  # frames of trades that equal an earlier one byte by byte; their trades are left out
+    repeated: int = 0  # frames of trades that were delivered before; their trades are left out
     server_errors: int = 0  # messages of type error
     connections: int = 0  # opened
     reconnects: int = 0  # connections after the first one
@@ -270,7 +270,7 @@ class _FeedState:
         self._stats, self._stop, self._began = FeedStats(), threading.Event(), datetime.now(UTC)
         self._thread: threading.Thread | None = None
         self._connection: Connection | None = None
-        self._frames: OrderedDict[int, None] = OrderedDict()  # hashes of the last frames of trades
+        self._frames: OrderedDict[int, datetime] = OrderedDict()  # when the last frames of trades first arrived, by hash
 
 
 def _symbols(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -365,17 +365,18 @@ def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
 
 # %% ../../nbs/live/03_feed.ipynb #6ee50e53
 _FRAMES = 10_000  # that are remembered, across reconnects
+_LATER = timedelta(seconds=1)
 
 
-def _is_repeated(feed: _Feed, data: bytes) -> bool:
-    "Check whether a frame equals one of the last frames byte by byte, and remember it."
+def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], at: datetime) -> bool:
+    "Check whether a frame was delivered before, where that is certain, and remember it."
     key = hash(data)
-    again = key in feed._frames
-    feed._frames[key] = None
+    first = feed._frames.setdefault(key, at)
     feed._frames.move_to_end(key)
     if len(feed._frames) > _FRAMES:
         feed._frames.popitem(last=False)
-    return again
+    certain = at - first >= _LATER or len({t.ts for t in trades}) > 1 or len(set(trades)) > 2
+    return first is not at and certain
 
 # %% ../../nbs/live/03_feed.ipynb #3324e0bb
 def _take(feed: _Feed, data: bytes, at: datetime) -> None:
@@ -383,7 +384,7 @@ def _take(feed: _Feed, data: bytes, at: datetime) -> None:
     stats = feed._stats
     stats.last_message_at = at
     match parse_message(data):
-        case Trades(trades) if trades and _is_repeated(feed, data):
+        case Trades(trades) if trades and _is_repeated(feed, data, trades, at):
             stats.repeated += 1
             if feed.collector is not None:
                 feed.collector.note_repeated(trades)

@@ -39,7 +39,7 @@ from ..models.estimators import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
 from .config import by_events, least_length, RunConfig
 from .identity import canonical, identity, own_features, read_data, run_name, RunData, sha256_of
-from .stored import find_folder, read_info, runs_folder
+from .stored import find_folder, read_info, Record, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from cryptoresearch.runs.walk_forward import (
     check_length, first_test, fit_all, Fitted, fold_length, prepare, Progress, Samples, usable_rows, walk_folds,
@@ -438,7 +438,7 @@ _KINDS: dict[str, type] = {
 
 def read_record(
     folder: Path,  # of a run
-) -> tuple[dict[str, Any], RunConfig]:  # run.json, and the configuration in it
+) -> tuple[Record, RunConfig]:  # run.json, and the configuration in it
     "Read the complete record of a run; RunMismatch if a part is missing, or the configuration has an unknown option."
     info, remedy = read_info(folder), "Use the version of the package that trained it, or train again"
     expected = f"a complete record of run {folder.name}"

@@ -389,7 +389,8 @@ _REPEATED = """WITH frames AS (
       count(DISTINCT ts) > 1 OR count(DISTINCT (ts, price, qty)) > 2 AS certain
     FROM trades WHERE received_at IS NOT NULL AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL),
   equals AS (SELECT *, min(received_at) OVER (PARTITION BY symbol, source, file_id, content) AS first_at FROM frames)
-  SELECT symbol, source, coalesce(sum(n) FILTER (received_at > first_at AND (certain OR received_at >= first_at + INTERVAL 1 SECOND)), 0)::BIGINT,
+  SELECT symbol, source,
+    coalesce(sum(n) FILTER (received_at > first_at AND (certain OR received_at >= first_at + INTERVAL 1 SECOND)), 0)::BIGINT,
     coalesce(sum(n) FILTER (received_at > first_at), 0)::BIGINT, sum(n)::BIGINT FROM equals GROUP BY ALL"""
 _LEFT_OUT = """SELECT symbol, source, sum(regexp_extract(detail, '^\\d+')::BIGINT) FROM data_log
   WHERE event = 'repeated' AND ($1 IS NULL OR symbol = $1) AND ($2 IS NULL OR source = $2) GROUP BY ALL"""

@@ -122,6 +122,7 @@ CONTRACTS = {  # file name, arguments, lines, and how the market is known
     "column": ("dump.csv", {"symbol": "BTCUSDT"}, ["id,price,qty,base_qty,time,is_buyer_maker", f"1,50000.0,1,0.002,{FIRST_MS},true"], "column base_qty"),
     "argument": ("dump.csv", {"symbol": "bnbusd_perp", "market": "um"}, [f"1,50000.0,1,0.002,{FIRST_MS},true"], "BNBUSD_PERP"),
     "symbol column": ("dump.csv", {}, ["symbol,id,price,qty,time", f"ETH/USD_240329,1,50000.0,1,{FIRST_MS}"], "ETHUSD_240329"),
+    "swap": ("dump.csv", {}, ["symbol,id,price,qty,time", f"BTC-USDT-SWAP,1,50000.0,1,{FIRST_MS}"], "BTCUSDTSWAP"),
     "folder": ("futures/cm/BTCUSDT-trades-2024-01-01.csv", {}, [f"1,5.0,1,5.0,{FIRST_MS},true"], "futures/cm"),
 }  # fmt: skip
 
@@ -129,7 +130,7 @@ CONTRACTS = {  # file name, arguments, lines, and how the market is known
 @pytest.mark.parametrize("case", CONTRACTS)
 def test_coin_margined_futures_are_refused_wherever_they_show(con: duckdb.DuckDBPyConnection, tmp_path: Path, case: str) -> None:
     name, arguments, lines, why = CONTRACTS[case]
-    with pytest.raises(SchemaError, match=f"coin-margined futures by .*{why}.*contracts"):
+    with pytest.raises(SchemaError, match=f"coin-margined futures or swaps by .*{why}.*contracts"):
         process_file(con, written(tmp_path, name, *lines), **arguments)
     assert con.execute("SELECT (SELECT count(*) FROM trades) + (SELECT count(*) FROM candles)").fetchone() == (0,)
 

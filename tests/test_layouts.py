@@ -188,6 +188,7 @@ def test_a_frame_of_trades(con: duckdb.DuckDBPyConnection, kind: str) -> None:
     result = ingest_frame(con, frame, symbol="btc/usdt", kind="trades")
     assert (result.symbol, result.rows, result.rejected) == ("BTCUSDT", 3, 0)
     check_trades(con, "trades", True, False)
+    assert con.execute("SELECT uri FROM ingest_ledger").fetchall() == [("frame-BTCUSDT",)]
     assert ingest_frame(con, frame, symbol="BTCUSDT", kind="trades").already_loaded
     assert len(read_trades(con, "BTCUSDT")) == 3
 
@@ -248,3 +249,18 @@ def test_bars_of_two_exchanges_are_never_mixed(con: duckdb.DuckDBPyConnection) -
     assert set(read_bars(con, "BTCUSDT", "1h")["close"].dropna()) == {100.0}
     assert set(read_bars(con, "BTCUSDT", "1h", source="kraken.trades")["close"].dropna()) == {101.0}
     assert set(read_bars(con, "BTCUSDT", "1h", market="um")["close"].dropna()) == {102.0}
+
+
+def test_columns_of_no_known_kind_are_listed_with_a_command(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("foo,bar,baz\n2024-01-01,100,1\n")
+    with pytest.raises(SchemaError, match=r"columns time, price, qty; found foo, bar, baz.* --kind trades --columns foo=time,bar=price,baz=qty.*--kind candles"):
+        process_file(con, tmp_path / "a.csv", symbol="BTCUSDT")
+
+
+def test_times_that_must_be_guessed_are_refused(con: duckdb.DuckDBPyConnection) -> None:
+    with pytest.raises(SchemaError, match="found '01/02/2024 10:00'"):
+        ingest_frame(con, FRAME.assign(time="01/02/2024 10:00"), symbol="BTCUSDT", kind="trades")
+    some = FRAME.assign(time=["2024-01-01T00:00:00.25Z", "garbage", "2024-01-01T00:00:02.25Z"])
+    result = ingest_frame(con, some, symbol="BTCUSDT", kind="trades", max_rejected=0.5)
+    assert (result.rows, result.rejected) == (2, 1)
+    assert con.execute("SELECT list(trade_id ORDER BY ts) FROM trades").fetchone() == ([(T * 1000 + 250) * 1000, (T * 1000 + 250) * 1000 + 1],)

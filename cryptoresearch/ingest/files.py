@@ -773,9 +773,10 @@ def _load_local(
     uri: str | Path,  # as given
     settings: Settings | None,
     wanted: _Wanted,
+    name: str = "",  # to be recorded; the address when empty
 ) -> IngestResult:
     "Load a file that is on this machine, or a downloaded copy; note it in `data_log` if it is refused."
-    name = str(uri)
+    name = name or str(uri)
     with (
         local_file(uri, settings) as (path, digest), ThreadPoolExecutor(1, "ingest-hash") as pool,
         tempfile.TemporaryDirectory(prefix="cryptoresearch-") as folder,
@@ -859,7 +860,7 @@ def ingest_frame(
         feather.write_feather(pa.table(given).replace_schema_metadata(None), file, compression="uncompressed")
         stated = Given(symbol=symbol, kind=kind, interval=interval, market=market)
         wanted = _Wanted(stated, source, False, max_rejected, check_symbol, False, columns or {})
-        return _load_local(con, file, None, wanted)
+        return _load_local(con, file, None, wanted, file.stem)
 
 # %% ../../nbs/ingest/06_files.ipynb #660d11bd
 def _forget(con: DuckDBPyConnection, file_id: str) -> int:

@@ -585,7 +585,7 @@ _UM_HEADERS = {
     "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore",
 }
 _UM_LAYOUTS = (LAYOUTS["trades"][6], LAYOUTS["aggTrades"][7])
-_COIN_MARGINED = re.compile(r"USD_(PERP|\d{6})")  # the end of a symbol
+_COIN_MARGINED = re.compile(r"USD_(PERP|\d{6})|SWAP$")  # in a symbol
 
 
 def _check_contracts(uri: str, lines: list[str], header: bool, symbol: str) -> None:
@@ -595,7 +595,7 @@ def _check_contracts(uri: str, lines: list[str], header: bool, symbol: str) -> N
     why = why or (f"its symbol, {symbol}" if _COIN_MARGINED.search(symbol) else "")
     why = why or next((f"its column {name.strip()}" for name in names if name.strip() in ("base_qty", "base_volume")), "")
     if why:
-        found = f"coin-margined futures by {why}, which count contracts"
+        found = f"coin-margined futures or swaps by {why}, which count contracts"
         raise SchemaError(f"expected files of the spot market or of USD-M futures; found {found}. Load another market")
 
 # %% ../../nbs/ingest/02_formats.ipynb #5c0f0096
@@ -653,7 +653,7 @@ def inspect_file(
     name, form = re.split(r"[/\\]", uri := uri or str(path))[-1], _form_of(path)
     known, lines = _first_lines(path, name, form)
     what = cast(Kind, "klines" if kind == "candles" else kind or known[1] or _kind_of(lines))
-    _check_kind(name, what, given=kind is not None)
+    _check_kind(name, what, lines[0].split(","), given=kind is not None)
     columns, header = _layout_of(lines, what, name)
     head = _head(path, lines, FileSpec("", what, None, form, columns, header))
     series = _symbol_of(head, columns, name, symbol, known[0])
@@ -664,13 +664,15 @@ def inspect_file(
     return FileSpec(series, what, length, form, columns, header, where, known[3], symbol is not None and "symbol" in columns)
 
 # %% ../../nbs/ingest/02_formats.ipynb #5c0c0007
-def _check_kind(name: str, kind: str | None, given: bool) -> None:
+def _check_kind(name: str, kind: str | None, names: list[str], given: bool) -> None:
     "Raise `SchemaError` for a kind that does not exist, or is not known."
     kinds = ", ".join(KINDS)
     if given and kind not in KINDS:
         near = difflib.get_close_matches(str(kind), [*KINDS, "candles"], 1)
         remedy = f"Did you mean {near[0]}?" if near else "Pass one of them"
         raise SchemaError(f"expected a kind of {kinds} or candles; found {kind!r}. {remedy}")
+    if kind not in KINDS and is_header(names):
+        raise SchemaError(f"{explain_header(names, 'trades')}. For candles, pass --kind candles")
     if kind not in KINDS:
         raise SchemaError(f"expected a file of {kinds}; found {name}, whose name and content do not say. Pass --kind, or kind=")
 

@@ -117,7 +117,7 @@ def _times(values: pa.ChunkedArray) -> pa.Array:  # timestamps in UTC, unit µs;
         numbers = pd.to_numeric(values.to_pandas(), errors="coerce")
         if numbers.notna().any():
             return _times(pa.chunked_array([pa.array(numbers)]))
-        return pa.array(pd.to_datetime(values.to_pandas(), utc=True, errors="coerce", format="ISO8601").dt.as_unit("us"))
+        return _from_iso(values.to_pandas())
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         numbers = values.to_pandas().to_numpy(dtype=np.float64, na_value=np.nan)
         scale = np.select([numbers < 1e11, numbers < 1e14, numbers < 1e17], [1e6, 1e3, 1.0], 1e-3)
@@ -125,6 +125,15 @@ def _times(values: pa.ChunkedArray) -> pa.Array:  # timestamps in UTC, unit µs;
         us = np.rint(np.nan_to_num(numbers * scale)).astype(np.int64) if whole is None else _exact(whole, scale)
         return pa.array(us.astype("datetime64[us]"), mask=np.isnan(numbers)).cast(pa.timestamp("us", "UTC"))
     return pc.cast(values, pa.timestamp("us", getattr(values.type, "tz", None)), safe=False).cast(pa.timestamp("us", "UTC"), safe=False)
+
+
+def _from_iso(texts: pd.Series) -> pa.Array:
+    "Read times as text; raise `SchemaError` where most are written in another way, since the order of day and month would be a guess."
+    times = pd.to_datetime(texts, utc=True, errors="coerce", format="ISO8601")
+    if len(times) and times.isna().mean() > 0.5:
+        found = next(iter(texts[times.isna()]))
+        raise SchemaError(f"expected times such as 2024-01-31 12:00:00 or numbers; found {found!r}. Write them in this order")
+    return pa.array(times.dt.as_unit("us"))
 
 
 def _exact(whole: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -152,7 +161,7 @@ def _whole_ids(ids: pa.ChunkedArray) -> pa.Array | None:  # int64; None where th
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0018
 def _numbered(table: pa.Table) -> pa.Table:
     "Order trades by time and number them; a file with the newest first is turned around, so that equal times keep their order."
-    ts = table["ts"].to_numpy().astype("datetime64[us]").astype(np.int64)
+    ts = pc.fill_null(table["ts"].cast(pa.int64()), 2**62).to_numpy()  # rows without a time come last, and are refused
     if len(ts) and ts[0] > ts[-1]:
         table, ts = table.take(np.arange(len(ts))[::-1]), ts[::-1]
     table = table.take(np.argsort(ts, kind="stable"))
@@ -230,7 +239,9 @@ def _opened(path: Path) -> pa.NativeFile:
         return pa.PythonFile(gzip.open(path), mode="r")
     if first[:2] == b"PK":
         archive = zipfile.ZipFile(path)
-        members = [m for m in archive.namelist() if not m.endswith("/")]
+        members = [m for m in archive.namelist() if not m.endswith("/") and not m.startswith("__MACOSX")]
+        if len(members) != 1:
+            raise zipfile.BadZipFile(f"{len(members)} files")
         return pa.PythonFile(archive.open(members[0]), mode="r")
     return pa.OSFile(str(path))
 

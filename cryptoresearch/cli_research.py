@@ -137,18 +137,23 @@ _LISTED = ("features", "modules", "symbol", "spec", "target", "label", "horizon"
 @takes(*options(RunOptions, _LISTED, model="lightgbm"))
 def list_features(
     given: dict[str, Any],  # options of the page
+    search: Annotated[str, typer.Option(help="Words that name, group, unit, description or source must contain.")] = "",
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
 ) -> None:
     "List features; with --report write a page: what they carry, how steadily, their drift, and the proof that none looks ahead."
     import cryptoresearch.features.pipeline  # noqa: F401  (registers all features, loads numba)
-    from cryptoresearch.features.registry import feature_table, resolve
+    from cryptoresearch.features.registry import description, feature_table, resolve, search_features
     from cryptoresearch.features.user_modules import import_modules, whole_paths
 
     import_modules(given["modules"])
     chosen = resolve(given["features"])
+    if search:
+        chosen = search_features(search, "all" if given["features"] == ("default",) else chosen)
     if not report:
-        return show_frame(feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]])
+        table = feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]]
+        return show_frame(table.assign(description=[description(f) for f in chosen]))
+    asked_config(given)  # refuses wrong options before the notebook starts
     name = "{symbol}-{spec}-{target}{horizon}".format(**given)
     lists = {"features": list(given["features"]), "modules": list(whole_paths(given["modules"]))}
     make_report("feature_report", name, given | lists, output, get_settings())

@@ -91,8 +91,8 @@ def market_configs() -> list[RunConfig]:  # volatility, return
     "Configure the two runs on the sample of real candles."
     common = {"symbol": "BTCUSDT", "source": "klines", "spec": "1h", "horizon": 24, "start": "2022-04-22", "end": "2024-04-22"}
     small = {"n_estimators": 200, "early_stopping_rounds": 20}
-    volatility = RunConfig(target="volatility", model="har_ridge", **common)  # type: ignore[arg-type]
-    return [volatility, RunConfig(target="return", params=small, **common)]  # type: ignore[arg-type]
+    asked = ({"target": "volatility", "model": "har_ridge"}, {"target": "return", "params": small})
+    return [RunConfig(**common, **one) for one in asked]  # type: ignore[arg-type]
 
 
 def live_config(

@@ -113,6 +113,13 @@ class _CheckedFields(_Fields):
     def _empty_is_none(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
+    @model_validator(mode="after")
+    def _runs_next_to_the_store(self) -> Self:
+        store = Path(self.duckdb_path).expanduser()
+        if "runs_dir" not in self.model_fields_set and ":" not in self.duckdb_path and store.is_absolute():
+            self.__dict__["runs_dir"] = str(store.parent / "runs")  # the field stays one that was not set
+        return self
+
 # %% ../nbs/02_settings.ipynb #cb35f1ee
 def _check_text(file: object) -> None:
     "Refuse a `.env` that is not UTF-8 text."

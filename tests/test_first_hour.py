@@ -14,7 +14,7 @@ from cryptoresearch.data.bars import bar_frame
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.simulate import simulate_archive
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.errors import ConfigError
+from cryptoresearch.errors import ConfigError, SchemaError
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.identity import read_data
@@ -219,3 +219,209 @@ def test_no_console_turns_words_into_emoji():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console":
                 found.append((path.name, any(k.arg == "emoji" and k.value.value is False for k in node.keywords)))
     assert len(found) > 4 and all(ok for _, ok in found), found
+
+
+@pytest.fixture(scope="module")
+def candles_run(tmp_path_factory):
+    "A store with hourly candles and a trained run."
+    from test_runs import make_store
+
+    settings = make_store(tmp_path_factory.mktemp("candles"))
+    with connect(settings) as con:
+        return settings, train_run(con, RunConfig("WALKUSDT", horizon=6, features=("returns", "calendar"), params=SMALL), settings)
+
+
+def command(settings: Settings, *words: str):
+    "Run a command of the command line on a store; return exit code, output and the error, if any."
+    from typer.testing import CliRunner
+
+    from cryptoresearch import cli
+
+    done = CliRunner().invoke(cli.app, list(words), env={"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "200"})
+    return done.exit_code, done.output, done.exception
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz", "feather"])
+def test_exported_bars_are_forecast_like_stored_ones(candles_run, tmp_path, ending):
+    settings, run = candles_run
+    file, out = tmp_path / f"bars.{ending}", tmp_path / f"forecasts.{ending}"
+    code, text, error = command(settings, "export", "WALKUSDT", "--what", "bars", "--bars", "1h", "--to", str(file))
+    assert (code, "1,500 rows of bars" in text) == (0, True), (text, error)
+    code, text, error = command(settings, "predict", run.id, str(file), "--to", str(out))
+    assert code == 0, (text, error)
+    with connect(settings) as con:
+        wanted = run.predict(read_data(con, run.config).bars).reset_index()
+    reader = {"parquet": pd.read_parquet, "feather": pd.read_feather}.get(ending, pd.read_csv)
+    found = reader(out)
+    assert len(found) == len(wanted) and np.allclose(found["prediction"], wanted["prediction"], rtol=1e-9)
+    assert (pd.to_datetime(found["ts"], utc=True) == wanted["ts"]).all()
+
+
+def test_a_file_that_cannot_be_forecast_is_refused(candles_run, tmp_path):
+    settings, run = candles_run
+    with connect(settings) as con:
+        bars = read_data(con, run.config).bars.reset_index()
+    few, other, text = (tmp_path / name for name in ("few.parquet", "other.parquet", "bars.txt"))
+    bars.tail(run.warmup - 1).to_parquet(few)
+    bars.assign(symbol="ETHUSDT").to_parquet(other)
+    text.write_text("x")
+    (tmp_path / "broken.parquet").write_text("x")
+    cases = ((few, "the warm-up of run"), (other, "bars of ETHUSDT"), (text, "a file that ends in"), (tmp_path / "none.csv", "nothing at"), (tmp_path / "broken.parquet", "a table of bars"))
+    for file, told in cases:
+        code, _, error = command(settings, "predict", run.id, str(file))
+        assert code != 0 and told in str(error), (file.name, error)
+
+
+@pytest.mark.parametrize(("what", "more", "columns"), [
+    ("features", ["--feature", "ret_3", "--feature", "rsi_14"], {"ts", "known_ts", "ret_3", "rsi_14"}),
+    ("predictions", ["--run"], {"ts", "y", "prediction"}),
+])
+def test_features_and_predictions_are_exported(candles_run, tmp_path, what, more, columns):
+    settings, run = candles_run
+    file = tmp_path / "out.parquet"
+    code, text, error = command(settings, "export", "WALKUSDT", "--what", what, "--to", str(file), *more, *([run.id] if more == ["--run"] else []))
+    assert code == 0, (text, error)
+    assert columns <= set(pd.read_parquet(file))
+
+
+def test_wrong_arguments_of_export_are_refused_before_anything_is_read(candles_run, tmp_path):
+    settings, _ = candles_run
+    for words, told in (
+        (["WALKUSDT", "--to", str(tmp_path / "x.xlsx")], ".feather"),
+        (["WALKUSD", "--to", str(tmp_path / "x.csv")], "closest symbol is WALKUSDT"),
+        (["WALKUSDT", "--what", "features", "--feature", "rsi_144", "--to", str(tmp_path / "x.csv")], "rsi_14"),
+        (["WALKUSDT", "--what", "predictions", "--to", str(tmp_path / "x.csv")], "cryptoresearch predict RUN"),
+    ):
+        code, _, error = command(settings, "export", *words)
+        assert code != 0 and told in str(error), (words, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trades_are_exported(month, tmp_path):
+    file = tmp_path / "trades.parquet"
+    code, text, error = command(month, "export", "BTCUSDT", "--what", "trades", "--end", "2024-07-02", "--to", str(file))
+    assert code == 0, (text, error)
+    assert {"ts", "price", "qty", "trade_id"} <= set(pd.read_parquet(file)) and len(pd.read_parquet(file)) > 1000
+
+
+def test_features_are_described_and_found_by_words(tmp_path):
+    from cryptoresearch.features.registry import description, resolve
+
+    assert all(description(f) for f in resolve("all"))
+    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"))
+    code, text, _ = command(settings, "features", "--search", "log return 24")
+    assert code == 0 and "ret_24" in text and "Compute the log return over the last `horizon` bars (horizon 24)" in text and "rsi_14" not in text
+    code, _, error = command(settings, "features", "--search", "rsi_41")
+    assert code != 0 and "rsi_14" in str(error)
+
+
+def test_all_bar_specifications_are_checked_before_one_is_built(month):
+    code, text, error = command(month, "bars", "BTCUSDT", "7m", "1fortnight")
+    assert code != 0 and "1fortnight" in str(error) and "7m" not in text
+
+
+def test_train_takes_the_symbol_as_other_commands_do(month, monkeypatch):
+    asked = []
+
+    def keep(config, **more):
+        asked.append(config)
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(batch, "train_report", keep)
+    command(month, "train", "ETHUSDT", "--horizon", "9")
+    command(month, "train", "--symbol", "ETHUSDT")
+    assert [(c.symbol, c.horizon) for c in asked] == [("ETHUSDT", 9), ("ETHUSDT", 24)]
+
+
+def test_runs_go_next_to_the_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("RUNS_DIR", raising=False)
+    beside = Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"))
+    assert beside.path(beside.runs_dir) == tmp_path / "store" / "runs"
+    assert Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir="runs").runs_dir == "runs"
+    for path in ("data/catalog.sqlite", "postgres:dbname=x", ":memory:"):
+        assert Settings(_env_file=None, duckdb_path=path).runs_dir == "runs"
+    again = batch.kernel_env(beside)
+    assert again["RUNS_DIR"] == beside.runs_dir
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow"])
+def test_frames_of_other_libraries_are_accepted(library):
+    from cryptoresearch.features.pipeline import DataProcessing
+
+    table = hours(300).reset_index()[["ts", "open", "high", "low", "close", "volume"]]
+    convert = pytest.importorskip(library)
+    to = convert.from_pandas if library == "polars" else convert.Table.from_pandas
+    bars = bar_frame(to(table), "1h", symbol="BTCUSDT")
+    pd.testing.assert_frame_equal(bars, hours(300), check_freq=False)
+    wanted = DataProcessing(["ret_3", "rsi_14"]).process_data(bars)
+    pd.testing.assert_frame_equal(DataProcessing(["ret_3", "rsi_14"]).process_data(to(bars.reset_index())), wanted, check_freq=False)
+    with pytest.raises(SchemaError, match="DataFrame of pandas, polars or Arrow"):
+        bar_frame([1, 2, 3], "1h")
+
+
+STOP = {"or", "and", "to", "again", "with", "if", "for", "does", "do", "by", "which", "on", "is", "in", "of", "at", "followed", "then", "makes", "uses", "removes", "says", "works", "–"}
+
+
+def commands_in(path: Path) -> list[str]:
+    "List the commands that the texts of a module name; values of f-strings become 1."
+    import ast
+
+    def text_of(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(part.value if isinstance(part, ast.Constant) else "1" for part in node.values)
+        return ""
+
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), []
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if id(node) not in inner and isinstance(node, ast.Constant | ast.JoinedStr):
+            found += re.findall(r"cryptoresearch ((?:[a-z]+)(?: [^\n]*)?)", text_of(node))
+    return found
+
+
+def words_of(text: str) -> list[str]:
+    "Cut a command out of a sentence."
+    out = []
+    for word in text.replace("`", " ` ").split():
+        if word in STOP or word == "`" or word.startswith(("(", "→")):
+            break
+        bare = word.rstrip(".,;:)'\"")
+        out.append(bare.strip("'\""))
+        if bare != word:
+            break
+    return [w for w in out if w and w != "…"]
+
+
+def refused(text: str) -> str | None:
+    "Parse a command out of a text; return None if it is prose, an empty text if it parses, or the parser's error."
+    import typer
+
+    from cryptoresearch import cli
+
+    group, words = typer.main.get_command(cli.app), words_of(text)
+    context, app = group.make_context("cryptoresearch", ["runs"]), group
+    while words and hasattr(group, "commands") and words[0] in group.commands:
+        group, words = group.commands[words[0]], words[1:]
+    if group is app:
+        return None
+    try:
+        with group.make_context(group.name, list(words), parent=context):
+            return ""
+    except Exception as e:  # of the parser
+        said = str(getattr(e, "message", repr(e)))
+        harmless = "Missing" in type(e).__name__ or "requires an argument" in said or "'1' is not one of" in said or type(e).__name__ == "NoArgsIsHelpError"
+        return "" if harmless else said
+
+
+def test_the_commands_that_messages_name_parse():
+    import cryptoresearch
+
+    assert refused("train --modle xgboost. Then") and refused("bars BTCUSDT 1h --fast") and refused("runs delete A B C"), "the test can fail"
+    assert refused("bars BTCUSDT 5m, or make_bars(con)") == "" and refused("is a project") is None
+    files = [p for p in sorted(Path(cryptoresearch.__file__).parent.rglob("*.py")) if p.name != "_modidx.py"]
+    found = {(path.name, text): refused(text) for path in files for text in commands_in(path)}
+    assert sum(error is not None for error in found.values()) > 40
+    wrong = {where: error for where, error in found.items() if error}
+    assert not wrong, "\n".join(f"{name}: cryptoresearch {text[:80]!r}: {error}" for (name, text), error in wrong.items())

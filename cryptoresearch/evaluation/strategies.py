@@ -109,8 +109,8 @@ def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: i
     return {
         "total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0],
         "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()),
-        "break_even_bps": r.break_even_bps if r.trades >= FEWEST_TRADES else float("nan"), "cost_per_year": paid,
-        "capacity": capacity_of(r), "random_p": chance,
+        "break_even_bps": r.break_even_bps if r.trades >= FEWEST_TRADES else float("nan"),
+        "cost_per_year": paid, "capacity": capacity_of(r), "random_p": chance,
     }  # fmt: skip
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #177dc031

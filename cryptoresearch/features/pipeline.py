@@ -18,7 +18,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
-from ..data.bars import bar_kind, check_frame
+from ..data.bars import as_bars, bar_kind, check_frame, IntoFrame
 from ..errors import problem, SchemaError
 from cryptoresearch.features import (
     adaptive, alpha158, averages, decay, derived as frames, indicators, microstructure, money_flow, orderflow, oscillators,
@@ -94,19 +94,19 @@ class _Computing(TransformerMixin, BaseEstimator):
 
     def fit(
         self,
-        X: pd.DataFrame,  # bar frame
+        X: IntoFrame,  # bar frame; of polars or Arrow with a column ts
         y: object = None,  # ignored
     ) -> Self:  # itself
         "Check the frame and the names, and prove features from outside the package; nothing is learned. `ConfigError` names a leak."
-        _prove(resolve(self.features), check_frame(X), self.leaks)
+        _prove(resolve(self.features), check_frame(as_bars(X)), self.leaks)
         return self
 
     def transform(
         self,
-        X: pd.DataFrame,  # bar frame, n rows
+        X: IntoFrame,  # bar frame, n rows
     ) -> pd.DataFrame:  # n rows, one float64 column per feature, known at the close; NaN where the window is not whole
         "Compute the features on the frame's index."
-        return _computed(check_frame(X), resolve(self.features))
+        return _computed(check_frame(as_bars(X)), resolve(self.features))
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
@@ -126,7 +126,7 @@ class DataProcessing(_Computing):
 
     def process_data(
         self,
-        df: pd.DataFrame,  # bar frame, n rows
+        df: IntoFrame,  # bar frame, n rows; of polars or Arrow with a column ts
     ) -> pd.DataFrame:  # as of `transform`
         "Check a bar frame and compute its features."
         return self.fit(df).transform(df)

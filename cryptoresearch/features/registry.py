@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['Array', 'CANDLE', 'GROUPS', 'REGISTRY', 'Resolver', 'RESOLVERS', 'CATALOGUE', 'PROVIDERS', 'whole_rows',
            'window_is_whole', 'floats', 'on_arrays', 'OnColumns', 'Declaration', 'Feature', 'feature', 'on_columns',
-           'add_resolver', 'find', 'resolve', 'feature_names', 'feature_table']
+           'add_resolver', 'find', 'resolve', 'feature_names', 'feature_table', 'description', 'search_features']
 
 # %% ../../nbs/features/01_registry.ipynb #db07a271
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -320,3 +321,30 @@ def feature_table(
     "Describe features, one per row."
     rows = [(f.name, f.group, " ".join(f.inputs), f.warmup, f.unit, f.source, f.tolerance) for f in resolve(features)]
     return pd.DataFrame(rows, columns=["feature", "group", "inputs", "warmup", "unit", "source", "tolerance"]).set_index("feature")
+
+# %% ../../nbs/features/01_registry.ipynb #7dc41ed1
+def description(
+    f: Feature,  # any
+) -> str:  # one line, with its fixed parameters; empty where its function has no docstring
+    "Describe a feature by the docstring of its function."
+    fn, params = cast(object, f.fn), tuple[tuple[str, object], ...]()
+    while (inner := getattr(fn, "fn", None) or getattr(fn, "inner", None)) is not None:
+        params, fn = getattr(fn, "params", params) or params, inner
+    doc = (inspect.getdoc(fn) or "").split("\n")[0].rstrip(".")
+    given = ", ".join(f"{k} {v}" for k, v in params if isinstance(v, int | float | str))
+    return f"{doc} ({given})" if given and doc else doc
+
+
+def search_features(
+    words: str,  # separated by spaces; each must occur in name, group, unit, description or source
+    features: str | Feature | Iterable[str | Feature] | None = "all",  # names, groups, objects to search in
+) -> list[Feature]:  # those that fit; `DataNotFound` with the closest names if there are none
+    "Find features by words."
+    wanted, found = words.lower().split(), resolve(features)
+    texts = {f.name: " ".join((f.name, f.group, f.unit, description(f), f.source)).lower() for f in found}
+    fits = [f for f in found if all(w in texts[f.name] for w in wanted)]
+    if not fits:
+        close = difflib.get_close_matches(words.replace(" ", "_"), list(texts), n=3, cutoff=0.4)
+        remedy = f"Closest: {', '.join(close)}" if close else "List all: cryptoresearch features --feature all"
+        raise DataNotFound(problem(f"features with the words {words!r}", "none", remedy))
+    return fits

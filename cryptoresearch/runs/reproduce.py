@@ -18,6 +18,7 @@ from ..data.store import connect
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch
 from ..features.user_modules import import_modules
 from ..metrics.scores import score_table
+from ..metrics.verdict import with_savings
 from .config import RunConfig
 from cryptoresearch.runs.identity import (  # fmt: skip
     canonical, code_version, column_bytes, frame_digest, library_versions, own_features, read_data, RunData, sha256_of,
@@ -114,7 +115,8 @@ def _compare_rebuilt(folder: Path, info: Mapping[str, Any], predictions: pd.Data
     "Compare forecasts, scores and the bytes of the model with the stored ones."
     stored = pd.read_parquet(folder / "predictions.parquet")
     checks.must("reproduced forecasts", "equal bit for bit", first_difference(stored, predictions) or "equal bit for bit")
-    scores = to_json_value(score_table(predictions, info["config"]["target"], info["config"]["horizon"]).to_dict("index"))
+    asked = predictions, str(info["config"]["target"]), int(info["config"]["horizon"])
+    scores = to_json_value(with_savings(score_table(*asked), *asked).to_dict("index"))
     checks.must("reproduced scores", info["scores"], scores)
     with tempfile.TemporaryDirectory() as tmp:
         save_fitted(fitted, Path(tmp))

@@ -432,9 +432,9 @@ def export(
 
     check_ending(to)
     resolve(feature)
-    part: dict[str, Any] = {"names": feature, "start": start, "end": end, "source": source}
     with connect(read_only=True) as con:
-        frame = load_run(run).predictions.reset_index() if run else export_frame(con, symbol, what, spec, **part)
+        stored = load_run(run).predictions.reset_index() if run else None
+        frame = export_frame(con, symbol, what, spec, names=feature, start=start, end=end, source=source) if stored is None else stored
     write_table(frame, to)
     console.print(f"{len(frame):,} rows of {what} in {to}", soft_wrap=True, markup=False)
 

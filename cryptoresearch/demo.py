@@ -90,8 +90,7 @@ BAR_LENGTHS = ("1m", "5m", "1h")
 def market_configs() -> list[RunConfig]:  # volatility, return
     "Configure the two runs on the sample of real candles."
     common = {"symbol": "BTCUSDT", "source": "klines", "spec": "1h", "horizon": 24, "start": "2022-04-22", "end": "2024-04-22"}
-    small = {"n_estimators": 200, "early_stopping_rounds": 20}
-    asked = ({"target": "volatility", "model": "har_ridge"}, {"target": "return", "params": small})
+    asked = ({"target": "volatility", "model": "har_ridge"}, {"target": "return", "model": "ridge"})
     return [RunConfig(**common, **one) for one in asked]  # type: ignore[arg-type]
 
 

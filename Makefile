@@ -16,12 +16,14 @@ export OMP_WAIT_POLICY ?= passive
 # an activated environment elsewhere must not be taken for this one
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
-.PHONY: help venv demo test test-all quick lab dashboards api bench lint docs minio hooks clean distclean
+S3_SERVERS ?= build versitygw seaweedfs
+
+.PHONY: help venv demo test test-all quick lab dashboards api bench lint docs minio s3-matrix hooks clean distclean
 
 help:  ## show this text
 	@echo "cryptoresearch: from raw trades to a prediction one can believe"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "More arguments go behind ARGS, e.g. make test ARGS='-k bars', make api ARGS='--port 9001'."
 
@@ -35,12 +37,20 @@ demo: $(READY)  ## run everything: trades, bars, features, model, report, live p
 	@$(BIN)/cryptoresearch demo $(ARGS)
 
 test: $(READY)  ## run all notebooks and all tests except the heavy ones
-	@$(BIN)/python scripts/minio_server.py --prepare
+	@$(BIN)/python scripts/s3_server.py --prepare
 	@$(PYTEST) $(ARGS)
 
 test-all: $(READY)  ## run all tests, with long kills, complete audits and the wheel in an empty environment
-	@$(BIN)/python scripts/minio_server.py --prepare
+	@$(BIN)/python scripts/s3_server.py --prepare
 	@$(PYTEST) --heavy $(ARGS)
+	@$(MAKE) s3-matrix
+
+s3-matrix: $(READY)  ## run the tests that need an S3 server on MinIO, versitygw and SeaweedFS, one after the other
+	@for server in $(S3_SERVERS); do \
+	    echo "--- $$server"; \
+	    CRYPTORESEARCH_S3=$$server $(BIN)/python scripts/s3_server.py --prepare || exit 1; \
+	    CRYPTORESEARCH_S3=$$server $(BIN)/python -m pytest -q -p no:xdist -m s3 $(ARGS) || exit 1; \
+	done
 
 quick: $(READY)  ## run the tests except the slow ones
 	@$(PYTEST) --quick $(ARGS)
@@ -69,8 +79,8 @@ lint: $(READY)  ## run ruff and mypy
 docs: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py
 
-minio: $(READY)  ## find a MinIO server for the tests, or build one with Go into the cache
-	@$(BIN)/python scripts/minio_server.py --prepare
+minio: $(READY)  ## find an S3 server for the tests
+	@$(BIN)/python scripts/s3_server.py --prepare
 
 hooks: $(READY)  ## install git hooks in this clone: clean, export and lint before a commit; merge notebooks cell by cell
 	@git config core.hooksPath .githooks

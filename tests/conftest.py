@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from minio_server import S3, NoServer, s3_server  # noqa: E402
+from s3_server import S3, NoServer, s3_server  # noqa: E402
 
 from cryptoresearch.errors import CryptoResearchError  # noqa: E402
 from cryptoresearch.settings import Settings, shared_data  # noqa: E402
@@ -82,7 +82,11 @@ def longest_first(items: list[Any], known: dict[str, float]) -> list[Any]:
     return sorted(items, key=lambda item: (-known.get(group_of(item.nodeid), guess[group_of(item.nodeid)]), place[group_of(item.nodeid)]))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "s3" in getattr(item, "fixturenames", ()):
+            item.add_marker("s3")
     left_out = {mark for mark, out in (("slow", config.getoption("--quick")), ("heavy", not config.getoption("--heavy"))) if out}
     if dropped := [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]:
         config.hook.pytest_deselected(items=dropped)

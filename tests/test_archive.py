@@ -255,7 +255,7 @@ def authority(folder: Path, *names: str) -> Path:
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     "A MinIO that speaks TLS with a certificate of an authority of its own, and knows its domain."
-    from minio_server import NoServer, binary
+    from s3_server import NoServer, binary
 
     try:
         program = binary()

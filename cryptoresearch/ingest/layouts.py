@@ -9,6 +9,7 @@ __all__ = ['LAYOUT_TABLE', 'Layout', 'to_table', 'Foreign', 'recognise', 'Conver
 import gzip
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,6 +230,9 @@ class Foreign:
     columns: Mapping[str, str] = field(default_factory=dict)  # meaning by name, from the caller
 
 
+_BROKEN = (OSError, EOFError, ValueError, pa.ArrowException, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, IndexError)
+
+
 def _opened(path: Path) -> pa.NativeFile:
     "Open a file, decompressed; the first bytes decide."
     with path.open("rb") as raw:
@@ -277,7 +281,7 @@ def recognise(
             return Foreign("parquet", kind, columns=given) if _is_other(pq.read_schema(path).names, kind, given) else None
         with _opened(path) as text:
             head = bytes(text.read(1 << 16)).decode("utf-8-sig", "replace")
-    except (OSError, EOFError, ValueError, pa.ArrowException, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
+    except _BROKEN:
         return None  # broken: explained where it is read
     if head.lstrip()[:1] in ("[", "{"):
         return Foreign("json", kind, columns=given)
@@ -352,11 +356,16 @@ def read_foreign(
 ) -> Converted:  # all rows
     "Read a file of another source; raise `SchemaError` where it cannot be understood."
     try:
-        table = _raw_table(path, foreign)
-    except (OSError, EOFError, ValueError, pa.ArrowException, zipfile.BadZipFile) as e:
+        return _converted(_raw_table(path, foreign), foreign)
+    except _BROKEN as e:
         if isinstance(e, SchemaError):
             raise
         raise SchemaError(f"expected a whole file in {path.name}; found a broken one ({e}). Fetch it again") from None
+
+
+def _converted(table: pa.Table, foreign: Foreign) -> Converted:
+    "Convert the columns of a file to the names and units of this package."
+    table.validate(full=True)
     names = table.column_names
     entry = None if foreign.columns else _entry(names, foreign.kind)
     kind = foreign.kind or (entry.kind if entry else _kind_by(names, foreign.columns))

@@ -178,7 +178,7 @@ def forget(file: Annotated[str, typer.Argument(help="sha256 of a loaded file, or
 @app.command()
 def bars(
     symbol: Annotated[str, typer.Argument(help="Such as BTCUSDT.")],
-    spec: Annotated[list[str], typer.Argument(help="Bar lengths: 1s, 1m, 5m, 1h, 1d …; or events: tick:1000, volume:50, dollar:1e6 …")],
+    spec: Annotated[list[str] | None, typer.Argument(help="Such as 1m, 5m or 1d; tick:1000 or dollar:1e6. Default: 1h.")] = None,
 ) -> None:
     "Build bars of a symbol from its trades or candles and store them; again, it builds only what changed."
     from cryptoresearch.data.bars import bar_spec
@@ -186,10 +186,11 @@ def bars(
     from cryptoresearch.data.event_bars import event_spec
     from cryptoresearch.data.store import connect
 
-    for one in spec:  # before anything is built
+    specs = spec or ["1h"]
+    for one in specs:  # before anything is built
         event_spec(one) if ":" in one else bar_spec(one)
     con = connect()
-    for one in spec:
+    for one in specs:
         console.print(f"{symbol} {one}: {make_bars(con, symbol, one):,} bars")
 
 # %% ../nbs/94_cli.ipynb #340bc425

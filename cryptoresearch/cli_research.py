@@ -170,12 +170,12 @@ def tune(
     output: Output = None,  # folder of the page
 ) -> None:
     "Search a model's parameters on the data before the test; start it several times to use more cores, again to continue."
-    from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.data.store import connect
     from cryptoresearch.runs.tuning import param_options
     from cryptoresearch.runs.tuning import tune as search
 
     asked, trials, folds, storage = asked_config(given), given["trials"], given["inner_folds"], given["storage"]
-    with console.status("searching") as status, init_duckdb() as con:
+    with console.status("searching") as status, connect() as con:
         found = search(con, asked, trials, n_folds=folds, storage=storage, progress=lambda share, text: status.update(text))
     show_frame(found.table.head(10).round(5))
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")

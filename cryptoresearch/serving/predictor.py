@@ -21,7 +21,7 @@ from ..data.aggregation import complete_trades
 from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, check_event_bars, read_bars, trades_to_bars
 from ..data.event_bars import event_spec, EventFolder, to_event_frame, with_gap_rows
 from ..data.series import to_utc
-from ..data.store import init_duckdb, write
+from ..data.store import connect, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.registry import resolve
 from ..runs.config import by_events
@@ -413,7 +413,7 @@ def predict_live(
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
     end, stop = None if until is None else to_utc(until), stop or threading.Event()
-    con = init_duckdb(s)
+    con = connect(s)
     try:
         return _follow_until(_Live(con, load_run(run_id, s), source), stop, poll_s, end, on_prediction)
     finally:

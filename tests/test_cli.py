@@ -33,7 +33,7 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     [
         (["ingest", "no-such-file.csv"], "no-such-file.csv"),
         (["ingest", "s3://btc/x.csv"], "MINIO_ENDPOINT"),
-        (["train", "--symbol", "NOSUCH"], "NOSUCH"),
+        (["train", "--symbol", "NOSUCH"], "a store at"),
         (["train", "--target", "luck"], "target"),
         (["train", "--param", "max_depth"], "name=value"),
         (["train", "--label", "up"], "--label name=value"),

@@ -509,7 +509,7 @@ def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path
         ({"start": "March"}, "such as 2022-01"),
         ({"start": "2022-02-30"}, "such as 2022-01"),
         ({"start": "1999-01"}, "from 2017 on"),
-        ({"symbol": "BINANCE:BTCUSDT"}, "such as BTCUSDT"),
+        ({"symbol": "BYBIT:BTCUSDT"}, "such as BTCUSDT"),
         ({"kind": "book"}, "trades, aggTrades, klines"),
         ({"market": "cm"}, "spot, um"),
         ({"kind": "klines", "interval": "7m"}, "1s, 1m"),
@@ -658,7 +658,7 @@ def test_nothing_that_matches_says_what_is_there(tmp_path: Path) -> None:
         with pytest.raises(DataNotFound, match=r"BTCUSDT-trades-2024-01-01\.zip"):
             find_files(tmp_path / wrong)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataNotFound, match="nothing at all"):
+    with pytest.raises(DataNotFound, match="there is no such file"):
         find_files(tmp_path / "empty")
 
 

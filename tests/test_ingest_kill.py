@@ -2,6 +2,8 @@
 import json
 import subprocess
 import sys
+import threading
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.simulate import simulate_trades
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import dead_folders, init_duckdb, work_folder
 from cryptoresearch.doctor import check_leftovers, examine
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.settings import Settings
@@ -18,7 +20,7 @@ DRIVER = """
 import json, multiprocessing, os, random, signal, sys, time
 from pathlib import Path
 from cryptoresearch.ingest.files import process_file
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import dead_folders, init_duckdb, work_folder
 from cryptoresearch.settings import Settings
 
 files, stores, kills = sorted(Path(sys.argv[1]).glob("*.csv")), Path(sys.argv[2]), int(sys.argv[3])
@@ -108,7 +110,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from cryptoresearch.ingest.files import process_file
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import dead_folders, init_duckdb, work_folder
 from cryptoresearch.settings import Settings
 settings = Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_memory_limit="512MB", duckdb_threads=2)
 result = process_file(init_duckdb(settings), sys.argv[2], check_symbol=False)
@@ -139,7 +141,7 @@ LEAVE = """
 import os, signal, sys, time
 from pathlib import Path
 from cryptoresearch.ingest import files
-from cryptoresearch.data.store import init_duckdb
+from cryptoresearch.data.store import dead_folders, init_duckdb, work_folder
 from cryptoresearch.settings import Settings
 
 con = init_duckdb(Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1))
@@ -193,3 +195,26 @@ def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, monkeypatch
     finally:
         held.kill()
         held.wait()
+
+
+def test_a_search_for_dead_folders_disturbs_no_living_one(tmp_path, monkeypatch):
+    "Its locks may appear in a folder that is being removed; before, the removal failed with 'Directory not empty'."
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = threading.Event()
+
+    def search() -> None:
+        while not done.is_set():
+            dead_folders()
+
+    searches = [threading.Thread(target=search) for _ in range(2)]
+    for thread in searches:
+        thread.start()
+    try:
+        for _ in range(300):
+            with work_folder():
+                pass
+    finally:
+        done.set()
+        for thread in searches:
+            thread.join()
+    assert not list(tmp_path.glob("*/note"))

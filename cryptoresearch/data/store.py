@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -697,9 +698,14 @@ def work_folder(
     mark: str = "",  # with which the names of unfinished data files begin
 ) -> Iterator[Path]:  # removed after the block
     "Provide a temporary folder with a lock, so that other processes can tell when its owner has died."
-    with tempfile.TemporaryDirectory(prefix=_WORK) as name, FileLock(Path(name) / _LOCK):
-        (Path(name) / _NOTE).write_text(f"{root}\n{mark}", encoding="utf-8")
-        yield Path(name)
+    folder = Path(tempfile.mkdtemp(prefix=_WORK))
+    try:
+        with FileLock(folder / _LOCK):
+            (folder / _NOTE).write_text(f"{root}\n{mark}", encoding="utf-8")
+            yield folder
+    finally:
+        for _ in range(3):  # a process that looks for dead folders may have put its lock there in between
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def dead_folders() -> list[tuple[Path, str, str]]:  # folder, data path and mark

@@ -413,8 +413,8 @@ def predict_live(
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
     end, stop = None if until is None else to_utc(until), stop or threading.Event()
-    con = connect(s)
+    run, con = load_run(run_id, s), connect(s)
     try:
-        return _follow_until(_Live(con, load_run(run_id, s), source), stop, poll_s, end, on_prediction)
+        return _follow_until(_Live(con, run, source), stop, poll_s, end, on_prediction)
     finally:
         con.close()

@@ -451,7 +451,7 @@ def test_stop_is_quick(settings: Settings, where: str) -> None:
             wait_for(lambda: feed.stats.state == "connected")
         began = time.monotonic()
         feed.stop()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10  # not 60, the pause or the timeout that it interrupts
         assert feed._thread is not None and not feed._thread.is_alive()
         assert feed.stats.state == "stopped"
 

@@ -508,6 +508,17 @@ class _Reader(_Ending):
         finally:
             self.finish()
 
+# %% ../../nbs/live/03_feed.ipynb #b300000e
+def _end_thread(feed: _Feed, timeout_s: float) -> None:
+    "Wake a feed's thread, and wait for its end; the thread itself, in the caller's function, does not wait."
+    until, thread = time.monotonic() + timeout_s, feed._thread
+    if thread is None or thread is threading.current_thread():
+        return
+    while thread.is_alive() and (left := until - time.monotonic()) > 0:
+        if feed._connection is not None:
+            feed._connection.abort()  # repeatedly: a connection that is being made has no socket yet
+        thread.join(min(left, 0.05))
+
 # %% ../../nbs/live/03_feed.ipynb #b300000d
 class _Stoppable(_Feed):
     "Stop a feed or wait for its end."
@@ -519,10 +530,7 @@ class _Stoppable(_Feed):
         "Close the connection and store the waiting trades; raise the error of the background thread, if any."
         self._stop.set()
         atexit.unregister(self._quietly_stop)
-        if self._connection is not None:
-            self._connection.abort()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+        _end_thread(self, timeout_s)
         if self.collector is not None:
             self.collector.stop("stopped")
         if self._stats.state not in ("failed", "new"):

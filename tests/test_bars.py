@@ -107,8 +107,7 @@ def test_long_bars_of_short_ones_equal_those_of_trades(trades, lengths, start, g
     for ts in made.index[unknown]:
         since = max([at(start), *(at(a + n) for a, n in gaps if at(a + n) <= ts)])
         assert short["gap"][ts] and not frame["ts"].between(since, ts, inclusive="left").any()
-    # amounts with more than eight decimals are sums within a unit of the last digit, all others are exact
-    pd.testing.assert_frame_equal(made[~unknown], long[~unknown], check_freq=False, rtol=4e-16, atol=0)
+    equal(made[~unknown], long[~unknown])
 
 
 def random_trades(n: int, seed: int, first_id: int = 1, hours: float = 30) -> pd.DataFrame:

@@ -26,7 +26,8 @@ TRADE_COLUMNS = ("ts", "trade_id", "price", "qty", "quote_qty", "n_trades", "sid
 # %% ../../nbs/data/06_aggregation.ipynb #f7c764bc
 _UNIT = 100_000_000  # parts of one that amounts are added in
 _FINE = 10_000_000_000  # parts of a unit that the digits after it are added in
-_NOISE = 6e-8  # units, per one of an amount: what a double that is rounded to 16 digits may have after its units
+# error of a double, in units of 1e-18 per one of an amount: of a stored number, and of a product of two; twice that must fit a decimal step
+_STORED, _PRODUCT = 250.0, 350.0
 
 
 @njit(cache=True, nogil=True)
@@ -52,28 +53,39 @@ def _nearest(
 
 # %% ../../nbs/data/06_aggregation.ipynb #5c0d0070
 @njit(cache=True, nogil=True)
-def _split(amount: float) -> tuple[int, int, int]:  # whole part, units of 1e-8, units of 1e-18
-    "Split an amount into whole numbers; digits after the eighth count where the double states them."
+def _split(
+    amount: float,  # 0 or more
+    error: float,  # _STORED or _PRODUCT
+) -> tuple[int, int, int]:  # whole part, units of 1e-8, units of 1e-18
+    "Split an amount into whole numbers; decimals after the eighth count as far as the double states them."
     whole = np.int64(amount)
     units = (amount - whole) * _UNIT
     part = np.int64(units + 0.5)
-    rest = units - part
-    fine = np.int64(rest * _FINE + _FINE + 0.5) - _FINE if abs(rest) > _NOISE * amount else np.int64(0)  # rounded, not cut
-    return whole, part, fine  # type: ignore[return-value]
+    rest, step = (units - part) * _FINE, 1.0
+    if abs(rest) <= error * amount:
+        return whole, part, np.int64(0)  # type: ignore[return-value]
+    while step <= 2 * error * amount:
+        step *= 10
+    return whole, part, np.int64(np.rint(rest / step) * step)  # type: ignore[return-value]
 
-
+# %% ../../nbs/data/06_aggregation.ipynb #5c0d0072
 @njit(cache=True, nogil=True)
 def _joined(
     whole: int,  # of an amount
     part: int,  # further units of 1e-8
     fine: int,  # further units of 1e-18
-) -> float:  # the double next to the amount; with `fine` within one unit of its last digit
+) -> float:  # the nearest double where it can hold all decimals; else within one unit of its last digit
     "Convert an amount of whole numbers to a double."
-    part, fine = part + fine // _FINE, fine % _FINE
+    part, fine, scale = part + fine // _FINE, fine % _FINE, _FINE
     if fine == 0:
         return _nearest(whole, part)
     whole, part = whole + part // _UNIT, part % _UNIT
-    return whole + (part * _FINE + fine) / 1e18
+    while fine % 10 == 0:
+        fine, scale = fine // 10, scale // 10
+    parts = float(_UNIT) * float(scale)
+    if (whole + 1.0) * parts < 2.0**53:  # both numbers are exact, so the division rounds once
+        return ((whole * _UNIT + part) * scale + fine) / parts
+    return whole + (part * scale + fine) / parts
 
 # %% ../../nbs/data/06_aggregation.ipynb #5c0d0071
 @njit(cache=True, nogil=True)
@@ -86,7 +98,7 @@ def at_least(
     "Compare an amount of whole numbers with a number, exactly."
     part, fine = part + fine // _FINE, fine % _FINE
     whole, part = whole + part // _UNIT, part % _UNIT
-    a, b, c = _split(size)
+    a, b, c = _split(size, _STORED)
     b, c = b + c // _FINE, c % _FINE
     a, b = a + b // _UNIT, b % _UNIT
     if whole != a:
@@ -178,9 +190,9 @@ def add_fine(
     tick: int,  # side by the tick rule: 1, -1 or 0
 ) -> None:
     "Add the digits after the eighth of one trade, whose other digits `add_trade` adds."
-    fine = _split(qty)[2]
+    fine = _split(qty, _STORED)[2]
     bar.volume_fine += fine
-    bar.quote_fine += _split(quote)[2]
+    bar.quote_fine += _split(quote, _PRODUCT)[2]
     bar.reported_fine += fine * np.int64(reported == 1)
     bar.tick_fine += fine * np.int64(tick == 1)
 
@@ -203,24 +215,26 @@ _MOST = 9e18  # of what a sum of whole parts can hold: 2**63 is 9.2e18
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc"})
-def _survey(amounts: np.ndarray) -> tuple[float, float]:
+def _survey(amounts: np.ndarray, error: float) -> tuple[float, float]:
     "Add amounts up, roughly, and count those that may have more than eight decimals; `_split` decides."
     total, fine = 0.0, 0.0
     for i in range(len(amounts)):
         units = amounts[i] * 1e8
         total += amounts[i]
-        fine += 1.0 if abs(units - np.floor(units + 0.5)) > amounts[i] * (_NOISE / 2) else 0.0
+        fine += 1.0 if abs(units - np.floor(units + 0.5)) > amounts[i] * (error / _FINE) else 0.0
     return total, fine
 
-
+# %% ../../nbs/data/06_aggregation.ipynb #7751a6e1
 def check_amounts(
     t: Trades,  # a batch
     bar: np.record,  # the current bar, a RECORD
 ) -> bool:  # whether any amount has more than eight decimals
     "Raise `SchemaError` where amounts are too large to be added exactly."
     fine = 0.0
-    for name, held, what in (("qty", bar["volume_whole"], "quantities"), ("quote_qty", bar["quote_whole"], "traded values")):
-        added, count = _survey(t[name])
+    for name, held, what, error in (
+        ("qty", bar["volume_whole"], "quantities", _STORED), ("quote_qty", bar["quote_whole"], "traded values", _PRODUCT),
+    ):  # fmt: skip
+        added, count = _survey(t[name], error)
         total, fine = float(held) + added, fine + count
         if not total < _MOST:
             raise SchemaError(
@@ -433,7 +447,7 @@ def _combine_amount(amount: np.ndarray, volume: np.ndarray, i: int, j: int, trad
         if np.isnan(amount[k]):
             unknown += 1
         else:
-            a, b, c = _split(amount[k])
+            a, b, c = _split(amount[k], _STORED)
             whole, part, fine = whole + a, part + b, fine + c
             known += strict or not traded or volume[k] > 0
     if j - i == 1:

@@ -658,7 +658,7 @@ def test_nothing_that_matches_says_what_is_there(tmp_path: Path) -> None:
         with pytest.raises(DataNotFound, match=r"BTCUSDT-trades-2024-01-01\.zip"):
             find_files(tmp_path / wrong)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataNotFound, match="there is no such file"):
+    with pytest.raises(DataNotFound, match="there is nothing at all"):
         find_files(tmp_path / "empty")
 
 

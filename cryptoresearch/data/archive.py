@@ -29,6 +29,7 @@ from typing import get_args, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+# %% ../../nbs/data/02_archive.ipynb #c075ddd8
 import httpx
 import pandas as pd
 import urllib3

@@ -96,7 +96,7 @@ def _in_turn(uri: str) -> tuple[str, str]:  # what to sort by
 
 def _nothing_matches(pattern: str, there: list[str]) -> DataNotFound:
     "Describe which files are there instead of those that were asked for."
-    near = difflib.get_close_matches(pattern, sorted(there), 3, 0.0) or ["no such file"]
+    near = difflib.get_close_matches(pattern, sorted(there), 3, 0.0) or ["nothing at all" if Path(pattern).is_dir() else "no such file"]
     more = f" and {len(there) - 3} more" if len(there) > 3 else ""
     wanted = f"files of trades or candles ({', '.join(DATA_ENDINGS)}) that match {pattern}"
     return DataNotFound(problem(wanted, f"none; there is {', '.join(near)}{more}", "Correct the pattern; ** crosses folders"))

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from isal import igzip, isal_zlib
 
+# %% ../../nbs/ingest/02_formats.ipynb #da570e9e
 from ..data.series import normal_symbol
 from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (

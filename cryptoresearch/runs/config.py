@@ -262,8 +262,8 @@ def resolve_features(
     "Resolve the names and groups of a configuration; a model with fixed inputs gets them, and in place of `default` them alone."
     primary, needs = (config.label["primary"].removeprefix("-"),) if "primary" in config.label else (), fixed_inputs(config)
     asked = () if needs and config.features == ("default",) and config.model != "ensemble" else config.features
-    beside = interval_features(config.interval, config.interval_params)
+    of_interval = interval_features(config.interval, config.interval_params)
     by_name = [f.name for name in (*asked, *primary) for f in find(name) or ()]
-    model, interval = resolve((*asked, *primary, *needs)), resolve(beside) if beside else []
-    names, fixed = (*asked, *needs, *beside), frozenset((*by_name, *needs))
+    model, interval = resolve((*asked, *primary, *needs)), resolve(of_interval) if of_interval else []
+    names, fixed = (*asked, *needs, *of_interval), frozenset((*by_name, *needs))
     return ResolvedFeatures(tuple(model), tuple(interval), names, fixed, tuple(REGISTRY.values()))

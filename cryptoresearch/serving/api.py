@@ -33,12 +33,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ExceptionHandler
 
+# %% ../../nbs/serving/03_api.ipynb #fa0755e5
 from .. import __version__
 from ..data.series import to_utc
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
-
-# %% ../../nbs/serving/03_api.ipynb #fa0755e5
 from ..features.registry import REGISTRY
 from .queries import bars_page, features_page, read_predictions, read_run, read_runs, read_specs, read_symbols
 from ..settings import get_settings, served_names, Settings

@@ -28,6 +28,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
 
+# %% ../../nbs/serving/10_dashboards.ipynb #fa0755e5
 from ..data.bars import bar_length
 from ..data.store import connect, snapshot
 from ..errors import CryptoResearchError, DataNotFound, problem
@@ -35,8 +36,6 @@ from ..features.registry import REGISTRY
 from .batch import kernel_env, notebook_path
 from .figures import candles_figure, CONFIG, empty_figure, gap_stretches, prediction_figure, warning_text
 from .queries import bars_page, features_page, read_forecasts, read_run, read_runs, read_specs, read_symbols
-
-# %% ../../nbs/serving/10_dashboards.ipynb #fa0755e5
 from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000006

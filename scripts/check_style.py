@@ -432,8 +432,7 @@ def check_cell(cell: dict, source: str, folder: str, module: str | None, name: s
             yield "long line", i, f"{len(line)} characters"
     if exported and tree is not None and module is not None:
         size = sum(bool(line.strip()) and not line.startswith("#|") for line in source.split("\n"))
-        only_imports = all(isinstance(n, ast.Import | ast.ImportFrom) for n in tree.body)
-        if size > CELL_LINES and not only_imports:
+        if size > CELL_LINES:
             yield "long cell", 1, f"{size} lines"
         yield from check_signatures(tree, nodes, source, module, totals)
     if folder == "research":

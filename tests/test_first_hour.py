@@ -15,6 +15,7 @@ from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.simulate import simulate_archive
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, SchemaError
+from cryptoresearch.evaluation.comparison import baseline_table
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.identity import read_data
@@ -164,8 +165,9 @@ def test_the_report_uses_one_loss_and_one_baseline(tmp_path):
         found = run_overfitting(con, run)
     table, base = baseline_table(run.predictions, "volatility", 6, draws=200), run.info["baseline"]
     assert base == table.drop(index="model")["dm_stat"].idxmax(), "the hardest to beat"
-    share, low, high = (f"{table.loc[base, c]:.1%}".replace("-", "−") for c in ("saved", "lower", "upper"))
-    assert f"({share} of its QLIKE saved, 95 % interval {low} to {high}, " in run.info["verdict"], run.info["verdict"]
+    share, low, high = (table.loc[base, c] for c in ("saved", "lower", "upper"))
+    told = f"({share:.1%} of its QLIKE saved, 95 % interval {low:.1%} to {high:.1%}, " if share >= 0 else f"({-share:.1%} more QLIKE, 95 % interval {-high:.1%} to {-low:.1%}, "
+    assert told.replace("-", "−") in run.info["verdict"], run.info["verdict"]
     assert "OOS R²" not in run.info["verdict"]
     assert found.dm_p == pytest.approx(table.loc[base, "dm_p"]) and f"“{base}”" in overfitting_view(found, None).frame.to_string()
     drawn = [p for p in regime_section(read_report(run, settings)).parts if getattr(p, "layout", None) and "Rising" in p.layout.title.text]
@@ -425,3 +427,15 @@ def test_the_commands_that_messages_name_parse():
     assert sum(error is not None for error in found.values()) > 40
     wrong = {where: error for where, error in found.items() if error}
     assert not wrong, "\n".join(f"{name}: cryptoresearch {text[:80]!r}: {error}" for (name, text), error in wrong.items())
+
+
+def test_hours_without_a_move_leave_all_baselines_in_the_report() -> None:
+    "An outcome of zero volatility, which QLIKE cannot judge, removes its row from the table of baselines and no forecaster."
+    rng, n = np.random.default_rng(0), 400
+    y = rng.lognormal(-5, 0.5, n)
+    names = ("prediction", "last", "ewma", "har")
+    whole = pd.DataFrame({"y": y} | {c: y * rng.lognormal(0, 0.3, n) for c in names}, index=pd.date_range("2024-01-01", periods=n, freq="1h", tz="UTC"))
+    still = whole.assign(y=whole["y"].where(np.arange(n) % 100 != 7, 0.0))
+    told = baseline_table(still, "volatility", 4, draws=20)
+    assert set(told.index) == {"model", "last", "ewma", "har"}
+    pd.testing.assert_frame_equal(told, baseline_table(still[still["y"] > 0], "volatility", 4, draws=20))

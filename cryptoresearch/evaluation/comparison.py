@@ -347,8 +347,9 @@ def baseline_table(
     "Compare the model with each baseline."
     names = ["prediction", *known_baselines(predictions)]
     rows = predictions[["y", *names]].dropna()
-    every = {n: pd.Series(_loss(target)(rows[n], rows["y"]), rows.index) for n in names}
-    losses = pd.DataFrame({n: loss for n, loss in every.items() if np.isfinite(loss).all()}).rename(columns={"prediction": "model"})
+    every = pd.DataFrame({n: _loss(target)(rows[n], rows["y"]) for n in names}, index=rows.index)
+    every = every[every["prediction"].notna()]  # QLIKE cannot judge an outcome of zero, an hour without a move
+    losses = pd.DataFrame({"model" if n == "prediction" else n: every[n] for n in names if np.isfinite(every[n]).all()})
     best, table = confidence_set(losses, horizon, draws=draws, seed=seed), {}
     for name in map(str, losses):
         test = diebold_mariano(losses["model"], losses[name], horizon)

@@ -681,9 +681,9 @@ def _check_kind(name: str, kind: str | None, names: list[str], given: bool) -> N
 def _check_arguments(name: str, kind: str, symbol: str | None, interval: str | None, market: str | None) -> None:
     "Raise `SchemaError` where a necessary argument is missing."
     if not symbol:
-        raise SchemaError(f"expected the symbol in the file's name, as in BTCUSDT-trades-2024-01-31.csv; found {name}. Pass symbol=")
+        raise SchemaError(f"expected a file named as BTCUSDT-trades-2024-01.csv; found {name}. Pass --symbol, or symbol=")
     if kind == "klines" and not interval:
-        raise SchemaError(f"expected the candles' interval in the file's name, as in BTCUSDT-1h-2024-01.csv; found {name}. Pass interval=")
+        raise SchemaError(f"expected a file of candles named as BTCUSDT-1h-2024-01.csv; found {name}. Pass --interval, or interval=")
     if kind == "klines" and interval:
         interval_us(interval)
     if market not in (None, *MARKETS):

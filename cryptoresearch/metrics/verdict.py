@@ -190,8 +190,11 @@ def _evidence(row: Mapping[str, float], target: str) -> str:
     test = f"Diebold-Mariano {p_value(row['dm_p'])}"
     if "saved" not in row:
         return f"{test} on the {loss_name(target)}"
-    span = f"95 % interval {number(row['saved_lower'], '.1%')} to {number(row['saved_upper'], '.1%')}"
-    return f"{number(row['saved'], '.1%')} of its {loss_name(target)} saved, {span}, {test}"
+    share, low, high = row["saved"], row["saved_lower"], row["saved_upper"]
+    words = f"of its {loss_name(target)} saved"
+    if share < 0:
+        share, low, high, words = -share, -high, -low, f"more {loss_name(target)}"
+    return f"{number(share, '.1%')} {words}, 95 % interval {number(low, '.1%')} to {number(high, '.1%')}, {test}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #9e8b8ad0
 def _of_volatility(

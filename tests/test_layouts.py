@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -264,3 +265,11 @@ def test_times_that_must_be_guessed_are_refused(con: duckdb.DuckDBPyConnection) 
     result = ingest_frame(con, some, symbol="BTCUSDT", kind="trades", max_rejected=0.5)
     assert (result.rows, result.rejected) == (2, 1)
     assert con.execute("SELECT list(trade_id ORDER BY ts) FROM trades").fetchone() == ([(T * 1000 + 250) * 1000, (T * 1000 + 250) * 1000 + 1],)
+
+
+def test_bytes_that_are_no_text_are_not_shown(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    file = tmp_path / "ETHUSDT-1h-2024-01.zip"
+    file.write_bytes(np.random.default_rng(1).bytes(60_000))
+    with pytest.raises(SchemaError) as told:
+        process_file(con, file)
+    assert str(told.value).isprintable() and file.name in str(told.value), str(told.value)

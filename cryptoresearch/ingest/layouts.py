@@ -283,6 +283,8 @@ def recognise(
             head = bytes(text.read(1 << 16)).decode("utf-8-sig", "replace")
     except _BROKEN:
         return None  # broken: explained where it is read
+    if "\ufffd" in head[:-3] or "\0" in head:
+        return None  # no text, whatever its name says
     if head.lstrip()[:1] in ("[", "{"):
         return Foreign("json", kind, columns=given)
     return _of_text(head, kind, given, first[:4] == b"\x28\xb5\x2f\xfd")

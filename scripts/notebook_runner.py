@@ -1,9 +1,9 @@
-"""Run notebooks as `nbdev_test` does, each in a process of its own that need not import the large libraries again.
+"""Run notebooks as `nbdev_test` does, and commands, each in a process of its own that need not import the large libraries again.
 
-A runner is a process that has imported what notebooks import and has done nothing else. For each notebook it forks: the child has its
-own memory, environment, working folder and process group, and ends as an interpreter ends. A fork is safe here because the libraries
-are only imported and none of them has a thread, which the runner checks; those that start one are left out (`NOT_AHEAD`). Where
-there is no safe fork (Windows, macOS), each notebook gets a new interpreter.
+A runner is a process that has imported what notebooks import and has done nothing else. For each notebook or command it forks: the
+child has its own memory, environment, working folder and process group, and ends as an interpreter ends. A fork is safe here because
+the libraries are only imported and none of them has a thread, which the runner checks; those that start one are left out
+(`NOT_AHEAD`). Where there is no safe fork (Windows, macOS), each gets a new interpreter.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,17 +97,19 @@ def import_ahead() -> dict[str, Any]:
 
 
 def run_here(request: dict[str, Any]) -> int:
-    "Run one notebook in this process, which is a fork made for it."
+    "Run one notebook or command in this process, which is a fork made for it."
     from numpy import random
 
-    with Path(request["out"]).open("w") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
+    for number, name in ((1, "out"), (2, "err")):
+        with Path(request[name]).open("a") as file:
+            os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
     os.chdir(request["home"])
     random.seed()  # otherwise all forks would draw the same numbers
+    if "code" in request:
+        return run_code(request["code"], request["args"])
     from nbdev.test import test_nb
 
     flags = request["flags"].split()
@@ -114,8 +117,31 @@ def run_here(request: dict[str, Any]) -> int:
     return 0 if passed else 1
 
 
+def run_code(code: str, args: list[str]) -> int:
+    "Run a piece of Python as `python -c` does; return its exit code."
+    import traceback
+    import warnings
+
+    warnings.resetwarnings()  # the runner was started with PYTHONWARNINGS=ignore; these are Python's own
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    sys.argv[:] = ["-c", *args]
+    sys.path.insert(0, "")
+    try:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 def serve(folder: Path) -> int:
-    "Import ahead, then run the notebooks that arrive as lines of JSON on standard input, each in a fork."
+    "Import ahead, then run the notebooks and commands that arrive as lines of JSON on standard input, each in a fork."
     import numba_cache
 
     report = import_ahead()
@@ -129,7 +155,9 @@ def serve(folder: Path) -> int:
             os.setpgid(0, 0)
             os.close(0)
             os.open(os.devnull, os.O_RDONLY)
-            return run_here(request)
+            code = run_here(request)
+            sys.stdout.flush()
+            return code
         with suppress(OSError):  # here and in the child: whichever comes first
             os.setpgid(pid, pid)
         print(json.dumps({"pid": pid}), flush=True)
@@ -211,18 +239,45 @@ class Runner:
         "Run a notebook to its end, or kill it with its children after `timeout_s`."
         if not CAN_FORK:
             return self._run_in_a_new_interpreter(path, home, env, out, flags, timeout_s)
+        out.write_text("")
+        done, late = self._fork({"path": str(path), "home": str(home), "env": env, "out": str(out), "err": str(out), "flags": flags, "skip_flags": skip_flags}, timeout_s)
+        return Outcome(done["code"], out.read_text(errors="replace") + (f"\nnot finished after {timeout_s:.0f} s" if late else ""), done["cpu_s"])
+
+    def _fork(self, request: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], bool]:
+        "Run a request in a fork; tell how it ended, and whether it had to be killed."
         self.start()
-        request = {"path": str(path), "home": str(home), "env": env, "out": str(out), "flags": flags, "skip_flags": skip_flags}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.running = self._answer(60)["pid"]
-        done, late = self._answer(timeout_s), ""
-        if done is None:
-            late = f"\nnot finished after {timeout_s:.0f} s"
+        done = self._answer(timeout_s)
+        late = done is None
+        if late:
             self._kill_running()
             done = self._answer(60)
-        self._kill_running()  # what a notebook left running ends with it
+        self._kill_running()  # what it left running ends with it
         self.running = None
-        return Outcome(done["code"], out.read_text(errors="replace") + late, done["cpu_s"])
+        return done, late
+
+    def call(
+        self,
+        code: str,  # Python, as for `python -c`
+        args: Sequence[str],  # behind it
+        env: dict[str, str],  # its whole environment
+        folder: Path,  # for its output
+        home: Path = ROOT,  # working folder
+        timeout_s: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        "Run `python -c code args`, with closed standard input; TimeoutExpired after `timeout_s`."
+        command = [sys.executable, "-c", code, *args]
+        if not CAN_FORK:
+            return subprocess.run(command, env=env, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False)
+        out, err = folder / "stdout.txt", folder / "stderr.txt"
+        for file in (out, err):
+            file.write_text("")
+        done, late = self._fork({"code": code, "args": [*map(str, args)], "home": str(home), "env": env, "out": str(out), "err": str(err)}, timeout_s)
+        told = [file.read_text(errors="replace") for file in (out, err)]
+        if late:
+            raise subprocess.TimeoutExpired(command, timeout_s, *told)
+        return subprocess.CompletedProcess(command, done["code"], *told)
 
     def _run_in_a_new_interpreter(self, path: Path, home: Path, env: dict[str, str], out: Path, flags: str, timeout_s: float) -> Outcome:
         command = [Path(sys.executable).parent / "nbdev_test", "--path", path, "--n_workers", "0", "--flags", flags]

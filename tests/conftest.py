@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from notebook_runner import Runner  # noqa: E402
 from s3_server import S3, NoServer, s3_server  # noqa: E402
 
 from cryptoresearch.errors import CryptoResearchError  # noqa: E402
@@ -139,6 +140,28 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("what served")
         for what, how in NOTES.items():
             terminalreporter.line(f"{what}: {how}")
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[Runner]:
+    "What runs the notebooks and commands of this pytest process, one after another."
+    with Runner() as started:
+        yield started
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+COMMAND_LINE = "from cryptoresearch.cli import main; main()"
+
+
+@pytest.fixture(scope="session")
+def command(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    "Runs the command line in a process of its own: `command(\"ingest\", file, env={...})`; `env` is the whole environment."
+    folder = tmp_path_factory.mktemp("command")
+
+    def call(*args: str | Path, env: dict[str, str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        return runner.call(COMMAND_LINE, [str(a) for a in args], env, folder, timeout_s=timeout_s)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
 
 
-def run(home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
-    return subprocess.run(
-        [sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args],
-        env=clean | {"CRYPTORESEARCH_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"} | env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+@pytest.fixture
+def run(command: Command) -> Command:
+    "Runs the command line with a home of its own: `run(home, \"ingest\", file, DUCKDB_THREADS=\"1\")`."
+
+    def call(home: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
+        return command(*args, env=clean | {"CRYPTORESEARCH_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"} | env)
+
+    return call
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
-    done = run(tmp_path, command, "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) -> None:
+    done = run(tmp_path, name, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
     assert not list(tmp_path.iterdir()), "asking for help made files"
@@ -57,7 +60,7 @@ def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
         (["data", "verify"], "cryptoresearch"),
     ],
 )
-def test_wrong_input_is_told_in_a_sentence(tmp_path: Path, args: list[str], told: str) -> None:
+def test_wrong_input_is_told_in_a_sentence(run: Command, tmp_path: Path, args: list[str], told: str) -> None:
     done = run(tmp_path, *args)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr + done.stdout
@@ -65,21 +68,21 @@ def test_wrong_input_is_told_in_a_sentence(tmp_path: Path, args: list[str], told
     assert len(done.stderr) < 900, done.stderr
 
 
-def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_named(run: Command, tmp_path: Path) -> None:
     done = run(tmp_path, "runs", DUCKDB_MEMORY_LIMIT="lots")
     assert done.returncode == 2
     assert "DUCKDB_MEMORY_LIMIT" in done.stderr
     assert "4GB" in done.stderr
 
 
-def test_doctor_fails_only_on_what_is_broken(tmp_path: Path) -> None:
+def test_doctor_fails_only_on_what_is_broken(run: Command, tmp_path: Path) -> None:
     assert run(tmp_path, "doctor").returncode == 0
     broken = run(tmp_path, "doctor", MINIO_ENDPOINT="127.0.0.1:9", MINIO_ACCESS_KEY="k3y-a", MINIO_SECRET_KEY="k3y-b", FINNHUB_TOKEN="t0k3n")
     assert broken.returncode == 1
     assert not any(word in broken.stdout + broken.stderr for word in ("k3y-a", "k3y-b", "t0k3n"))
 
 
-def test_from_files_to_bars(tmp_path: Path, shared: Path) -> None:
+def test_from_files_to_bars(run: Command, tmp_path: Path, shared: Path) -> None:
     files = [str(shared / f"BTCUSDT-trades-2024-08-0{d}.csv") for d in (8, 9)]
     first, again = run(tmp_path, "ingest", *files), run(tmp_path, "ingest", *files)
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr

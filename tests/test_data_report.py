@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
@@ -78,14 +78,12 @@ def text_figures(report: Path) -> int:
     return report.read_text(encoding="utf-8").count("Plotly.newPlot(\"figure-")
 
 
-def run(store: Settings, *args: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"DUCKDB_PATH": store.duckdb_path, "RUNS_DIR": store.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
-    call = [sys.executable, "-c", "from cryptoresearch.cli_data import data_app; data_app()"]
-    return subprocess.run([*call, *args], env=env, capture_output=True, text=True, check=False, timeout=200)
-
-
 @pytest.mark.slow
-def test_the_commands(store: Settings, tmp_path: Path) -> None:
+def test_the_commands(store: Settings, tmp_path: Path, command: Command) -> None:
+    def run(store: Settings, *args: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"DUCKDB_PATH": store.duckdb_path, "RUNS_DIR": store.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
+        return command("data", *args, env=env)
+
     shown = run(store, "status").stdout
     assert "XRPETH" in shown and "full of holes" in shown and "usable with 28 gaps" in shown and "█" in shown
     assert "loaded" in run(store, "log", "XRPETH").stdout

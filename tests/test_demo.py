@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import Command
 from rich.console import Console
 
 from cryptoresearch.data.bars import read_bars
@@ -23,7 +22,7 @@ from cryptoresearch.settings import Settings
 
 
 @pytest.mark.slow
-def test_the_whole_way_twice(tmp_path: Path) -> None:
+def test_the_whole_way_twice(tmp_path: Path, command: Command) -> None:
     settings = Settings(
         _env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), archive_url="http://127.0.0.1:9",
         minio_endpoint=None, duckdb_memory_limit="1GB", duckdb_threads=2,
@@ -64,7 +63,7 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
 
     env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "160", "NO_COLOR": "1"}
     for args, shown in ((["runs"], reports[1].run_id), (["reproduce", reports[1].run_id], "the same, bit for bit"), (["doctor"], "3 in ")):
-        done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=200)
+        done = command(*args, env=env)
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
     for report in reports:
@@ -74,6 +73,6 @@ def test_the_whole_way_twice(tmp_path: Path) -> None:
         assert json.loads((report.folder / "run.json").read_text())["simulated"] is (report == live)
     trials = con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall()
     for args, code in ((["runs", "delete", reports[1].run_id], 1), (["runs", "delete", reports[1].run_id, "--yes"], 0), (["reproduce", reports[1].run_id], 2)):
-        done = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+        done = command(*args, env=env)
         assert done.returncode == code, (args, done.stderr)
     assert con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall() == trials, "what was tried stays counted"

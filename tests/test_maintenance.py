@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
@@ -215,7 +216,7 @@ def test_verify_names_tampered_rows(settings: Settings, shared: Path) -> None:
     assert "not in the ledger" in verify(con).bad.detail.tolist()[0]
 
 
-def test_orphans_show_on_the_command_line(settings: Settings, shared: Path) -> None:
+def test_orphans_show_on_the_command_line(settings: Settings, shared: Path, command: Command) -> None:
     "The command opens the store to read only; DuckLake's own listing of orphans refuses that."
     con = init_duckdb(settings)
     for day in ("08", "09"):
@@ -229,22 +230,21 @@ def test_orphans_show_on_the_command_line(settings: Settings, shared: Path) -> N
         found = verify(reader)
     assert found.ok
     assert found.table.query("state == 'orphan'").what.tolist() == ["left-over.parquet"]
-    run = subprocess.run([sys.executable, "-c", "from cryptoresearch.cli_data import data_app; data_app()", "verify"], capture_output=True, text=True, check=False, env=os.environ | {"DUCKDB_PATH": settings.duckdb_path, "COLUMNS": "200"})
+    run = command("data", "verify", env=os.environ | {"DUCKDB_PATH": settings.duckdb_path, "COLUMNS": "200"})
     assert run.returncode == 0, run.stderr
     assert "left-over.parquet" in run.stdout
     tidy(con, settings, keep="0s", delete_after="0s")
     assert not orphan.exists()
 
 
-def test_verify_ends_with_2_on_the_command_line(settings: Settings, shared: Path) -> None:
+def test_verify_ends_with_2_on_the_command_line(settings: Settings, shared: Path, command: Command) -> None:
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
     con.close()
     env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir}
-    call = [sys.executable, "-c", "from cryptoresearch.cli_data import data_app; data_app()"]
-    assert subprocess.run([*call, "verify"], env=env, capture_output=True, check=False).returncode == 0
+    assert command("data", "verify", env=env).returncode == 0
     next(Path(settings.duckdb_path).parent.glob("lake/main/trades/*.parquet")).unlink()
-    done = subprocess.run([*call, "verify"], env=env, capture_output=True, text=True, check=False)
+    done = command("data", "verify", env=env)
     assert done.returncode == 2
     assert "missing" in done.stdout
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -88,14 +87,6 @@ def skip_flags() -> str:
 
 
 # --- running
-
-
-@pytest.fixture(scope="session")
-def runner() -> Iterator[Runner]:
-    "What runs the notebooks of this pytest process, one after another."
-    with Runner() as started:
-        started.start()
-        yield started
 
 
 @pytest.fixture(scope="session")

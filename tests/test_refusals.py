@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from conftest import COMMAND_LINE, Command
 
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, DataNotFound
@@ -20,12 +21,18 @@ KEYS = ("s3cr3t-in-path", "0ther-in-query")
 URL = f"ws://127.0.0.1:9/{KEYS[0]}/x?apikey={KEYS[1]}"  # nothing answers there
 
 
-def run(*arguments: str, env: dict[str, str], without_rights: bool = False) -> subprocess.CompletedProcess:
-    "Run the command line; on request as a user whom file permissions bind, which they do not bind root."
-    drop = ("-dac_override", "-dac_read_search")
-    prefix = ["setpriv", f"--bounding-set={','.join(drop)}", f"--inh-caps={','.join(drop)}"] if without_rights and os.geteuid() == 0 else []
-    command = [*prefix, sys.executable, "-c", "from cryptoresearch.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env, check=False)
+@pytest.fixture
+def run(command: Command) -> Command:
+    "Runs the command line; on request as a user whom file permissions bind, which they do not bind root."
+
+    def call(*arguments: str, env: dict[str, str], without_rights: bool = False) -> subprocess.CompletedProcess[str]:
+        if not (without_rights and os.geteuid() == 0):
+            return command(*arguments, env=os.environ | env)
+        drop = ("-dac_override", "-dac_read_search")
+        python = ["setpriv", f"--bounding-set={','.join(drop)}", f"--inh-caps={','.join(drop)}", sys.executable, "-c", COMMAND_LINE]
+        return subprocess.run([*python, *arguments], capture_output=True, text=True, timeout=120, env=os.environ | env, check=False)
+
+    return call
 
 
 def store_env(path: Path | str) -> dict[str, str]:
@@ -69,7 +76,7 @@ def test_only_scheme_host_and_port_are_shown(settings, caplog):
     assert not [key for key in KEYS if key in shown]
 
 
-def test_a_stream_that_never_connected_fails(tmp_path):
+def test_a_stream_that_never_connected_fails(run, tmp_path):
     done = run("stream", "--url", URL, "--seconds", "1", env=store_env(tmp_path / "catalog.sqlite"))
     assert done.returncode == 2 and "expected a connection to ws://127.0.0.1:9" in done.stderr
     assert not [key for key in KEYS if key in done.stdout + done.stderr]
@@ -79,9 +86,9 @@ def test_a_stream_that_never_connected_fails(tmp_path):
     assert done.returncode == 2 and "ConfigError" in done.stderr and not (tmp_path / "other.sqlite").exists()
 
 
-@pytest.mark.parametrize("command", [("bars", "BTCUSDT", "1h"), ("train", "--symbol", "BTCUSDT"), ("data", "status"), ("replay", "BTCUSDT")])
-def test_reading_creates_no_store(tmp_path, command):
-    done = run(*command, env=store_env(tmp_path / "store" / "catalog.sqlite"))
+@pytest.mark.parametrize("arguments", [("bars", "BTCUSDT", "1h"), ("train", "--symbol", "BTCUSDT"), ("data", "status"), ("replay", "BTCUSDT")])
+def test_reading_creates_no_store(run, tmp_path, arguments):
+    done = run(*arguments, env=store_env(tmp_path / "store" / "catalog.sqlite"))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "expected a store at" in done.stderr and "cryptoresearch ingest FILE" in done.stderr
     assert not (tmp_path / "store").exists()
@@ -136,7 +143,7 @@ def test_an_empty_postgresql_database_is_no_store(tmp_path, postgres):
     connect(given).close()
 
 
-def test_a_store_that_may_only_be_read(tmp_path, hours_in):
+def test_a_store_that_may_only_be_read(run, tmp_path, hours_in):
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("root may write everything, and there is no setpriv")
     folder = tmp_path / "store"
@@ -146,8 +153,8 @@ def test_a_store_that_may_only_be_read(tmp_path, hours_in):
     for path in paths:
         path.chmod(path.stat().st_mode & ~0o222)
     try:
-        for command in (("bars", "BTCUSDT", "4h"), ("stream", "--url", "ws://127.0.0.1:9", "--seconds", "1")):
-            done = run(*command, env=store_env(folder / "catalog.sqlite"), without_rights=True)
+        for arguments in (("bars", "BTCUSDT", "4h"), ("stream", "--url", "ws://127.0.0.1:9", "--seconds", "1")):
+            done = run(*arguments, env=store_env(folder / "catalog.sqlite"), without_rights=True)
             assert done.returncode == 2, done.stdout + done.stderr
             assert "ConfigError: expected a store that can be written" in done.stderr, done.stderr[-800:]
     finally:
@@ -155,7 +162,7 @@ def test_a_store_that_may_only_be_read(tmp_path, hours_in):
             path.chmod(path.stat().st_mode | 0o200)
 
 
-def test_a_duckdb_catalog_that_another_process_holds_is_reported_before_training(tmp_path):
+def test_a_duckdb_catalog_that_another_process_holds_is_reported_before_training(run, tmp_path):
     path = tmp_path / "catalog.duckdb"
     init_duckdb(Settings(_env_file=None, duckdb_path=str(path))).close()
     script = f"import duckdb, sys; con = duckdb.connect({str(path)!r}); print('held', flush=True); sys.stdin.read()"
@@ -166,7 +173,7 @@ def test_a_duckdb_catalog_that_another_process_holds_is_reported_before_training
     assert done.returncode == 2 and "StoreBusy" in done.stderr and "set DUCKDB_PATH to an SQLite file" in done.stderr
 
 
-def test_a_file_name_that_is_not_utf_8(tmp_path):
+def test_a_file_name_that_is_not_utf_8(run, tmp_path):
     if sys.platform != "linux":
         pytest.skip("only Linux has such names")
     name = os.fsencode(tmp_path) + b"/BTCUSDT-trades-2024-01-01\xff.csv"

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import nbformat
 import pytest
+from conftest import Command
 from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.store import connect, init_duckdb
@@ -46,7 +47,7 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings]) -> Desk:
+def desk(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings], command: Command) -> Desk:
     "Five real months of hours, two forecasts of volatility and one of returns."
     home = tmp_path_factory.mktemp("desk")
     s = hours_in(home, "2021-01-01", "2021-06-01")
@@ -59,7 +60,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str
     def call(*args: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
         env = clean | {"CRYPTORESEARCH_HOME": str(home), "DUCKDB_PATH": s.duckdb_path, "RUNS_DIR": str(s.runs_dir), "COLUMNS": "200", "NO_COLOR": "1"}
-        return subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=240, check=False)
+        return command(*args, env=env, timeout_s=240)
 
     return Desk(s, runs, call)
 

@@ -6,12 +6,12 @@ import html
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import Command
 from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.build_bars import make_bars
@@ -37,7 +37,7 @@ class Floor:
 
 
 @pytest.fixture(scope="module")
-def floor(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings]) -> Floor:
+def floor(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, str, str], Settings], command: Command) -> Floor:
     "Five real months of hours, and four simulated days of trades in dollar bars."
     home = tmp_path_factory.mktemp("floor")
     s = hours_in(home, "2021-01-01", "2021-06-01")
@@ -50,7 +50,7 @@ def floor(tmp_path_factory: pytest.TempPathFactory, hours_in: Callable[[Path, st
     def call(*args: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "DUCKDB_", "FINNHUB_", "RUNS_DIR"))}
         env = clean | {"CRYPTORESEARCH_HOME": str(home), "DUCKDB_PATH": s.duckdb_path, "RUNS_DIR": str(s.runs_dir), "COLUMNS": "200", "NO_COLOR": "1"}
-        return subprocess.run([sys.executable, "-c", "from cryptoresearch.cli import main; main()", *args], env=env, capture_output=True, text=True, timeout=400, check=False)
+        return command(*args, env=env, timeout_s=400)
 
     return Floor(s, *runs, call)
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator, SecretStr, ValidationError
+from pydantic import AliasChoices, AliasGenerator, Field, field_validator, model_validator, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigError, DataNotFound
@@ -52,10 +52,18 @@ def _check_endpoint(value: str | None) -> str | None:
     return value.strip().rstrip("/")
 
 # %% ../nbs/02_settings.ipynb #66c5e0b7
+def _names(field: str) -> str | AliasChoices:
+    "Return the names that a field can be given by: MINIO_… is also S3_…"
+    return AliasChoices(field, field.replace("minio_", "s3_", 1)) if field.startswith("minio_") else field
+
+
 class _ServerFields(BaseSettings):
     "Declare the settings of the live feed and of MinIO or another S3 server."
 
-    model_config = SettingsConfigDict(env_file=None, env_file_encoding="utf-8-sig", extra="ignore", validate_default=True, frozen=True)
+    model_config = SettingsConfigDict(
+        env_file=None, env_file_encoding="utf-8-sig", extra="ignore", validate_default=True, frozen=True,
+        alias_generator=AliasGenerator(validation_alias=_names), populate_by_name=True,
+    )  # fmt: skip
     finnhub_token: SecretStr | None = None
     finnhub_url: str = Field("wss://ws.finnhub.io", repr=False)
     minio_endpoint: str | None = None
@@ -194,7 +202,8 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors(include_input=False, include_url=False):
         field = str(item["loc"][0]) if item["loc"] else ""
         text = item["msg"].removeprefix("Value error, ")
-        example = f"; an example: {field.upper()}={_EXAMPLES[field]}" if field in _EXAMPLES else ""
+        example = _EXAMPLES.get(re.sub("^s3_", "minio_", field))
+        example = f"; an example: {field.upper()}={example}" if example else ""
         lines.append(f"{field.upper()}: {text}{example}" if field else text)
     return "\n".join(lines)
 
@@ -211,7 +220,7 @@ def get_settings(
     home = project_home()
     if overrides:
         return Settings(_env_file=home / ".env", **overrides)
-    names = {name.upper() for name in Settings.model_fields}
+    names = {name.upper() for field in Settings.model_fields for name in (field, field.replace("minio_", "s3_", 1))}
     env = tuple(sorted((k, v) for k, v in os.environ.items() if k.upper() in names))
     dotenv = home / ".env"
     stamp = (("", str(dotenv.stat().st_mtime_ns)),) if dotenv.exists() else ()

@@ -187,7 +187,7 @@ def _wait(endpoint: str, process: subprocess.Popen | None, log: Path | None, pat
 
 def _without_minio(env: dict[str, str]) -> dict[str, str]:
     "The environment without the caller's MinIO settings: some of them would configure the server too."
-    return {k: v for k, v in env.items() if not k.startswith("MINIO_")}
+    return {k: v for k, v in env.items() if not k.startswith(("MINIO_", "S3_"))}
 
 
 @dataclass(frozen=True)

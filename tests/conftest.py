@@ -40,6 +40,7 @@ def _isolate() -> None:
         shared = str((ROOT / "../shared/data").resolve())
     for name in Settings.model_fields:
         os.environ.pop(name.upper(), None)
+        os.environ.pop(name.upper().replace("MINIO_", "S3_", 1), None)
     os.environ["CRYPTORESEARCH_HOME"] = _HOME.name
     os.environ["CRYPTORESEARCH_SHARED_DATA"] = shared
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores

@@ -54,15 +54,29 @@ def check_versions(
     return Check("versions", "ok", found) if sys.version_info >= (3, 12) else Check("versions", "failed", found, "Use Python 3.12 or newer")
 
 
+def _refused(name: str) -> str:
+    "Say why DuckDB does not load an extension; empty where it does."
+    file = extension_file(name)
+    if file is None:
+        return "no package"
+    try:
+        with duckdb.connect() as con:
+            con.load_extension(str(file))
+    except duckdb.Error as e:
+        return f"signature or file damaged ({type(e).__name__})"
+    return ""
+
+
 def check_extensions(
     settings: Settings,  # settings to check
 ) -> Check:  # result with a remedy
-    "Check that the packages of the DuckDB extensions are installed."
-    missing = [name for name in EXTENSIONS if extension_file(name) is None]
-    if not missing:
+    "Check that the packages of the DuckDB extensions are installed, and their signatures."
+    bad = {name: why for name in EXTENSIONS if (why := _refused(name))}
+    if not bad:
         return Check("extensions", "ok", f"{', '.join(EXTENSIONS)} for DuckDB {duckdb.__version__}")
-    packages = " ".join(f"duckdb-extension-{name.replace('_', '-')}=={duckdb.__version__}" for name in missing)
-    return Check("extensions", "failed", f"no package for {', '.join(missing)}", f"Run: pip install {packages}")
+    packages = " ".join(f"duckdb-extension-{name.replace('_', '-')}=={duckdb.__version__}" for name in bad)
+    found = ", ".join(f"{name}: {why}" for name, why in bad.items())
+    return Check("extensions", "failed", found, f"Run: pip install --force-reinstall {packages}")
 
 # %% ../nbs/90_doctor.ipynb #900806cd
 def machine(

@@ -12,7 +12,9 @@ import duckdb
 import pytest
 from conftest import COMMAND_LINE, Command
 
-from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch import doctor
+from cryptoresearch.data.store import connect, extension_file, init_duckdb
+from cryptoresearch.doctor import check_extensions
 from cryptoresearch.errors import ConfigError, DataNotFound
 from cryptoresearch.live.feed import address, FinnhubWebSocket
 from cryptoresearch.settings import get_settings, Settings
@@ -180,3 +182,18 @@ def test_a_file_name_that_is_not_utf_8(run, tmp_path):
     Path(os.fsdecode(name)).write_text("1,100.0,1.0,100.0,1704067200000,true,true\n")
     done = run("ingest", os.fsdecode(name), env=store_env(tmp_path / "catalog.sqlite"))
     assert done.returncode == 2 and r"expected a file name in UTF-8; found" in done.stderr and "Rename the file" in done.stderr, done.stderr[-800:]
+
+
+def test_doctor_checks_the_signatures_that_opening_a_store_does_not(tmp_path, monkeypatch, settings):
+    damaged = tmp_path / "postgres_scanner.duckdb_extension"
+    data = bytearray(extension_file("postgres_scanner").read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    assert check_extensions(settings).state == "ok"
+    monkeypatch.setattr(doctor, "extension_file", lambda name: damaged if name == "postgres_scanner" else extension_file(name))
+    check = check_extensions(settings)
+    assert check.state == "failed" and "postgres_scanner: signature or file damaged" in check.found and "duckdb-extension-postgres-scanner==" in check.remedy
+    con = init_duckdb(settings)
+    with pytest.raises(duckdb.Error, match="signature is either missing or invalid"):
+        con.load_extension(str(damaged))
+    con.close()

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from io import BufferedReader
 from pathlib import Path
@@ -61,17 +61,20 @@ def extension_file(
     return None
 
 # %% ../../nbs/data/01_store.ipynb #3bc0a857
-def _load(con: DuckDBPyConnection, name: str) -> None:
-    "Load an extension; `ConfigError` if DuckDB cannot load it."
-    file = extension_file(name)
-    try:
-        if file is None:
-            con.install_extension(name)
-        con.load_extension(str(file or name))
-    except duckdb.Error as e:
-        package = f"duckdb-extension-{name.replace('_', '-')}=={duckdb.__version__}"
-        found = f"none that loads ({type(e).__name__})"
-        raise ConfigError(problem(f"DuckDB's extension {name} for {duckdb.__version__}", found, f"Run: pip install {package}")) from e
+def _load(con: DuckDBPyConnection, names: Sequence[str]) -> None:
+    "Load extensions, those of installed packages without a check of their signature; `ConfigError` if DuckDB cannot load one."
+    for name in sorted(names, key=lambda n: extension_file(n) is None):  # what is downloaded comes last
+        file = extension_file(name)
+        try:
+            if file is None:
+                con.execute("SET allow_unsigned_extensions = false")
+                con.install_extension(name)
+            con.load_extension(str(file or name))
+        except duckdb.Error as e:
+            package = f"duckdb-extension-{name.replace('_', '-')}=={duckdb.__version__}"
+            found = f"none that loads ({type(e).__name__})"
+            raise ConfigError(problem(f"DuckDB's extension {name} for {duckdb.__version__}", found, f"Run: pip install {package}")) from e
+    con.execute("SET allow_unsigned_extensions = false")
 
 # %% ../../nbs/data/01_store.ipynb #69da3631
 def catalog_kind(
@@ -186,14 +189,14 @@ def _configured(settings: Settings) -> DuckDBPyConnection:
         "memory_limit": settings.duckdb_memory_limit,
         "temp_directory": str(temp),
         "preserve_insertion_order": True,
+        "allow_unsigned_extensions": True,  # until those of installed packages are loaded
     }
     if settings.duckdb_threads:
         options["threads"] = settings.duckdb_threads
     con = duckdb.connect(config=options)
     by_kind: dict[str, list[str]] = {"sqlite": ["sqlite_scanner"], "postgres": ["postgres_scanner"], "duckdb": []}
     needed = ["httpfs", "ducklake", *by_kind[catalog_kind(settings.duckdb_path)]]
-    for name in needed:
-        _load(con, name)
+    _load(con, needed)
     if "sqlite_scanner" in needed:  # each thread would read the catalog as of another moment
         con.execute("SET GLOBAL sqlite_disable_multithreaded_scans = true")
     con.execute("SET GLOBAL TimeZone = 'UTC'")

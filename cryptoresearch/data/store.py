@@ -27,6 +27,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Literal, NoReturn
 
+# %% ../../nbs/data/01_store.ipynb #46b0bf6a
 import duckdb
 from duckdb import DuckDBPyConnection
 from filelock import FileLock, Timeout

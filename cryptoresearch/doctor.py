@@ -53,7 +53,7 @@ def check_versions(
     found = f"cryptoresearch {__version__}, Python {python}, " + ", ".join(f"{k} {v}" for k, v in versions.items())
     return Check("versions", "ok", found) if sys.version_info >= (3, 12) else Check("versions", "failed", found, "Use Python 3.12 or newer")
 
-
+# %% ../nbs/90_doctor.ipynb #76a982ca
 def _refused(name: str) -> str:
     "Say why DuckDB does not load an extension; empty where it does."
     file = extension_file(name)

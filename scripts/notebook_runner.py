@@ -1,7 +1,8 @@
 """Run notebooks as `nbdev_test` does, and commands, each in a process of its own that need not import the large libraries again.
 
 A runner is a process that has imported what notebooks import and has done nothing else. For each notebook or command it forks: the
-child has its own memory, environment, working folder and process group, and ends as an interpreter ends. A fork is safe here because
+child has its own memory, environment, working folder and process group, and ends as an interpreter ends. So does each kernel that a command
+starts: its `sys.executable` is a small script that asks the runner for a fork. A fork is safe here because
 the libraries are only imported and none of them has a thread, which the runner checks; those that start one are left out
 (`NOT_AHEAD`). Where there is no safe fork (Windows, macOS), each gets a new interpreter.
 """
@@ -12,9 +13,12 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -83,7 +87,7 @@ def import_ahead() -> dict[str, Any]:
     failed = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("nbdev.test", "numba", "matplotlib.pyplot", *modules_ahead()):
+        for name in ("nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", *modules_ahead()):
             try:
                 importlib.import_module(name)
             except Exception as e:  # the notebook will say so itself, if it matters
@@ -108,6 +112,7 @@ def run_here(request: dict[str, Any]) -> int:
     time.tzset()
     os.chdir(request["home"])
     random.seed()  # otherwise all forks would draw the same numbers
+    sys.executable = request["python"]
     if "code" in request:
         return run_code(request["code"], request["args"])
     from nbdev.test import test_nb
@@ -117,18 +122,22 @@ def run_here(request: dict[str, Any]) -> int:
     return 0 if passed else 1
 
 
-def run_code(code: str, args: list[str]) -> int:
-    "Run a piece of Python as `python -c` does; return its exit code."
+def run_code(code: str, args: list[str], module: bool = False) -> int:
+    "Run a piece of Python as `python -c` does, or a module as `python -m`; return its exit code."
+    import runpy
     import traceback
     import warnings
 
     warnings.resetwarnings()  # the runner was started with PYTHONWARNINGS=ignore; these are Python's own
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-    sys.argv[:] = ["-c", *args]
-    sys.path.insert(0, "")
+    sys.argv[:] = [sys.argv[0] if module else "-c", *args]
+    sys.path.insert(0, str(Path.cwd()) if module else "")
     try:
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        if module:
+            runpy.run_module(code, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
@@ -140,16 +149,107 @@ def run_code(code: str, args: list[str]) -> int:
     return 0
 
 
-def serve(folder: Path) -> int:
+# --- kernels: processes that a command starts by `sys.executable -m MODULE`
+
+PYTHON = """#!{python} -ISs
+import json, os, signal, socket, sys
+if sys.argv[1:2] != ["-m"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+runner = socket.socket(socket.AF_UNIX)
+runner.connect({address!r})
+request = json.dumps({{"args": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
+socket.send_fds(runner, [len(request).to_bytes(4)], [0, 1, 2])
+runner.sendall(request)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: runner.sendall(bytes([number])))
+code = int.from_bytes(runner.recv(4) or bytes([1]), signed=True)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+def fork_kernel(asked: socket.socket) -> int | None:
+    "Fork for one request and return its exit code; in the fork, run the module and return None."
+    size, streams, _, _ = socket.recv_fds(asked, 4, 3)
+    data = b""
+    while len(data) < int.from_bytes(size) and (piece := asked.recv(1 << 16)):
+        data += piece
+    request = json.loads(data)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        asked.close()
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        end(run_code(request["args"][0], request["args"][1:], module=True))
+    for stream in streams:
+        os.close(stream)
+    ended = os.pidfd_open(pid)
+    while ended not in select.select([asked, ended], [], [])[0]:
+        number = asked.recv(1)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number[0] if number else signal.SIGKILL)  # a signal to pass on; nothing: the asking process is gone
+        if not number:
+            break
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def end(code: int) -> None:
+    "End this process as an interpreter ends."
+    raise SystemExit(code)
+
+
+def serve_kernels(address: str, alive: int) -> None:
+    "Fork for each request at a socket, until the runner ends."
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(16)
+    while alive not in select.select([listener, alive], [], [])[0]:
+        asked, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            with suppress(OSError):  # the asking process is gone
+                asked.sendall(fork_kernel(asked).to_bytes(4, signed=True))
+            end(0)
+        asked.close()
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def start_kernels(folder: Path) -> str:
+    "Start the process that forks for kernels; return the path of the script that takes the place of `sys.executable`."
+    address, python = folder / "kernels", folder / "python"
+    python.write_text(PYTHON.format(python=sys.executable, address=str(address)))
+    python.chmod(0o755)
+    alive, mine = os.pipe()
+    if os.fork() == 0:
+        os.setpgid(0, 0)
+        os.close(mine)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        serve_kernels(str(address), alive)
+        end(0)
+    os.close(alive)
+    return str(python)
+
+
+def serve(cache: Path, private: Path) -> int:
     "Import ahead, then run the notebooks and commands that arrive as lines of JSON on standard input, each in a fork."
     import numba_cache
 
     report = import_ahead()
-    numba_cache.install(folder)
+    numba_cache.install(cache)
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    python = start_kernels(private)
     print(json.dumps(report), flush=True)
     while line := sys.stdin.readline():
-        request = json.loads(line)
+        request = json.loads(line) | {"python": python}
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
@@ -201,6 +301,7 @@ class Runner:
                 self.process.wait()
             self.process.stdout.close()
             self.process = None
+            shutil.rmtree(self.private, ignore_errors=True)
 
     def _kill_running(self) -> None:
         if self.running is not None:
@@ -214,12 +315,19 @@ class Runner:
             raise RuntimeError(f"the notebook runner ended with code {self.process.wait()}")
         return json.loads(line)
 
+    @property
+    def python(self) -> str:
+        "Path of a script that does `python -m MODULE` in a fork, and all else with the interpreter."
+        self.start()
+        return str(self.private / "python") if CAN_FORK else sys.executable
+
     def start(self) -> None:
         "Start the process that imports ahead, unless it runs."
         if self.process is None and CAN_FORK:
             # read when a library is loaded, so for all notebooks alike; OpenBLAS would start its threads at once
             env = os.environ | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "agg", "OPENBLAS_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--cache", str(self.cache)]
+            self.private = Path(tempfile.mkdtemp(prefix="runner-"))  # a short path: a Unix socket's name has 107 characters at most
+            command = [sys.executable, __file__, "--cache", str(self.cache), "--private", str(self.private)]
             # unbuffered: select sees what readline will find
             self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             self.report = self._answer(300) or {}
@@ -292,4 +400,5 @@ class Runner:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder for compiled functions of cells")
-    sys.exit(serve(parser.parse_args().cache))
+    parser.add_argument("--private", type=Path, required=True, help="empty folder for a socket")
+    sys.exit(serve(**vars(parser.parse_args())))

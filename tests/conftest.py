@@ -150,6 +150,14 @@ def runner() -> Iterator[Runner]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def warm_kernels(runner: Runner) -> Iterator[None]:
+    "Kernels that the tests of this file start are forks of a process that has imported the large libraries."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", runner.python)
+        yield
+
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND_LINE = "from cryptoresearch.cli import main; main()"
 

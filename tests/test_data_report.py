@@ -15,6 +15,8 @@ from cryptoresearch.errors import DataNotFound
 from cryptoresearch.serving.batch import outside, run_notebook
 from cryptoresearch.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("warm_kernels")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Settings:
@@ -36,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def report(store: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(store: Settings, warm_kernels: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "The page about XRPETH."
     return run_notebook("research/data_report.ipynb", {"symbol": "XRPETH"}, tmp_path_factory.mktemp("out"), settings=store)["report"]
 

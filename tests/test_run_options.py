@@ -21,6 +21,8 @@ from cryptoresearch.settings import Settings
 QUICK = {"volatility": "ridge", "volatility_features": ["returns"]}  # whose features look back less than a week
 CALM = RunConfig("CALMUSDT", source="simulated", horizon=6, test_start="2024-02-20", refit_every="20D", features=("returns", "calendar"), params=SMALL)
 
+pytestmark = pytest.mark.usefixtures("warm_kernels")
+
 
 def calm_and_storm(hours: int = 1900, seed: int = 5) -> pd.DataFrame:
     "A random walk whose volatility rises and falls within three weeks."

@@ -41,6 +41,8 @@ from cryptoresearch.settings import Settings, shared_data
 SMALL = {"n_estimators": 40, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
 WALK = RunConfig("WALKUSDT", source="simulated", horizon=6, refit_every="20D", features=("returns", "calendar"), params=SMALL)
 
+pytestmark = pytest.mark.usefixtures("warm_kernels")
+
 
 def random_walk(hours: int = 1500, seed: int = 3) -> pd.DataFrame:
     rng = np.random.default_rng(seed)

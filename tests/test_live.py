@@ -34,7 +34,7 @@ from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.ingest.parsing import LIMITS
-from cryptoresearch.live.collector import Collector
+from cryptoresearch.live.collector import Collector, replay_journal, Session
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import LIMIT, Trade
 from cryptoresearch.live.replay import ReplayServer
@@ -265,6 +265,46 @@ def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, 
         assert con.execute("SELECT price, qty FROM trades").fetchall() == [(100.0, 0.5)]
         reasons = con.execute("SELECT reason FROM quarantine").fetchall()
         assert reasons == [("price, volume or their product is not below 1e+15, which is beyond any market",)] * 2
+
+
+@pytest.mark.parametrize(("bad", "covers"), [
+    ('{"data":[{"p":101,"s":"BINANCE:BTCUSDT","t":17', False),  # cut off
+    ('{"type":"trade"}', False),
+    (frame({"p": "101"}), False),
+    (frame({"t": T0 + 400_000_000_000}), False),  # dated in the future, as all are where the local clock is slow
+    (frame({"p": 1e16, "v": 1e19}, {"t": T0 + 2500}), False),
+    (frame({"s": "BINANCE:DOGEUSDT"}), True),
+    ('{"type":"news","data":[1]}', True),
+])  # fmt: skip
+def test_what_may_have_been_a_trade_and_was_refused_is_a_gap(settings: Settings, bad: str, covers: bool) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        for text in (frame({}, {"t": T0 + 1000}), bad, frame({"t": T0 + 5000}, {"t": T0 + 6000})):
+            c.send(text)
+        hold(c)
+
+    with stub(script) as (url, _), listen(url, settings, collect=True) as feed:
+        wait_for(lambda: feed.stats.frames == 3)
+    with init_duckdb(settings) as con:
+        spans = con.execute("SELECT epoch_ms(start_ts) - $t, epoch_ms(end_ts) - $t FROM coverage ORDER BY ALL", {"t": T0}).fetchall()
+        gaps = con.execute("SELECT epoch_ms(start_ts) - $t, epoch_ms(end_ts) - $t FROM gaps ORDER BY ALL", {"t": T0}).fetchall()
+    assert (spans, gaps) == (([(0, 6000)], []) if covers else ([(0, 1000), (5000, 6000)], [(1000, 5000)]))
+
+
+def test_refusals_beyond_those_that_are_kept_are_gaps_too(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    "After as many refusals as are kept there is still the gap; a journal gives the same."
+    monkeypatch.setattr(Session, "max_quarantine", 3)
+    collector = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+    for k in range(6):
+        now = datetime.fromtimestamp(T0 / 1000 + k, UTC)
+        collector.add([Trade(BTC, 100.0, 1.0, now)], now)
+        collector.refuse([("{", "not JSON")])
+    again = replay_journal(collector.journal.path)
+    assert again is not None and again.tracks == collector.session.tracks and again.batch.gaps == collector.session.batch.gaps
+    collector.stop()
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*) FROM quarantine").fetchone() == (3,)
+        assert con.execute("SELECT count(*), max(epoch(end_ts - start_ts)) FROM coverage").fetchone() == (6, 0.0)
+        assert con.execute("SELECT count(*) FROM gaps").fetchone() == (5,)
 
 
 def test_a_frame_in_pieces_and_pings_of_the_protocol(settings: Settings) -> None:
@@ -577,7 +617,7 @@ CHILD = textwrap.dedent(
     """
     import sys, time
     from datetime import UTC, datetime, timedelta
-    from cryptoresearch.live.collector import Collector
+    from cryptoresearch.live.collector import Collector, replay_journal, Session
     from cryptoresearch.live.messages import Trade
     from cryptoresearch.settings import Settings
     c = Collector(["BTCUSDT"], source="replay", settings=Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1), interval_s=0.02).start()

@@ -128,6 +128,7 @@ class _Arrivals(_SessionState):
         self,
         items: Iterable[Arrival],  # in order of arrival
         at: int,  # local clock when they were received, microseconds
+        whole: bool = True,  # False: others of their frame were refused, so that they prove no coverage
     ) -> None:
         "Number the trades, apply the tick rule, and extend the coverage."
         self.last_at = at
@@ -136,6 +137,8 @@ class _Arrivals(_SessionState):
             quote, side = price * volume, track.tick(price)
             self.batch.trades.append((symbol, self.source, self.next_id, ts, price, volume, quote, None, side, 1, at, self.session_id))
             self.next_id += 1
+            if not whole:
+                continue
             if (hole := track.cover(ts)) is not None:
                 self.batch.gaps.append((symbol, hole, ts, at))
             if track.start is not None and track.end is not None:
@@ -154,8 +157,11 @@ class Session(_Arrivals):
     def refuse(
         self,
         items: Iterable[Sequence[str]],  # pairs of raw text and reason
+        trades: bool = True,  # any of them may have been a trade
     ) -> None:
-        "Keep items that are not valid trades, with the reason."
+        "Keep items that are not valid trades, with the reason; what may have been a trade ends the coverage."
+        if trades:
+            self.lost()
         for raw, reason in items:
             self.refused += 1
             if self.refused <= self.max_quarantine:
@@ -183,11 +189,11 @@ def _apply(
     "Apply one event to a session."
     match event["e"]:
         case "trades":
-            session.add(event["d"], event["at"])
+            session.add(event["d"], event["at"], event.get("whole", True))
         case "lost":
             session.lost()
         case "refused":
-            session.refuse(event["d"])
+            session.refuse(event["d"], event.get("trades", False))
 
 # %% ../../nbs/live/02_collector.ipynb #5363ebe3
 def replay_journal(
@@ -516,12 +522,14 @@ class _Intake(_Recording):
         self,
         trades: Sequence[Trade],  # in order of arrival
         received_at: datetime,  # local clock, UTC
+        whole: bool = True,  # False: others of their frame were refused
     ) -> None:
         "Add trades; they are in the journal when this returns."
         reasons = [impossible(t.price, t.volume) for t in trades]
         self.refuse([(shorten(str(t)), reason) for t, reason in zip(trades, reasons, strict=True) if reason])
         rows = [[plain_symbol(t.symbol), t.price, t.volume, to_us(t.ts)] for t, reason in zip(trades, reasons, strict=True) if not reason]
-        self._event({"e": "trades", "at": to_us(received_at), "d": rows})
+        whole &= not any(reasons)
+        self._event({"e": "trades", "at": to_us(received_at), "d": rows} | ({} if whole else {"whole": False}))
 
     def note_repeated(
         self,
@@ -533,10 +541,14 @@ class _Intake(_Recording):
     def refuse(
         self,
         items: Sequence[tuple[str, str]],  # raw text, reason
+        trades: bool = True,  # any of them may have been a trade
     ) -> None:
-        "Put items that are not valid trades into quarantine."
+        "Put items that are not valid trades into quarantine; where they may have been trades, the next trade begins a new interval."
         if items and self.session.refused < self.session.max_quarantine:
-            self._event({"e": "refused", "d": [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]})
+            texts = [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]
+            self._event({"e": "refused", "d": texts, "trades": trades})
+        elif items and trades:
+            self.lost()
 
 # %% ../../nbs/live/02_collector.ipynb #c2000010
 class _Committing(_Intake):

@@ -333,15 +333,18 @@ def vars_of(
     return {"s": trade.symbol, "p": trade.price, "v": trade.volume, "t": t, "c": trade.conditions}
 
 
+_FOREIGN = "not subscribed"
+
+
 def _unusable(feed: _Feed, trades: Sequence[Trade], latest: datetime) -> list[Rejected]:
     late = [t for t in trades if t.ts > latest or t.symbol not in feed.symbols]
-    return [Rejected(shorten(vars_of(t)), "dated in the future" if t.ts > latest else "not subscribed") for t in late]
+    return [Rejected(shorten(vars_of(t)), "dated in the future" if t.symbol in feed.symbols else _FOREIGN) for t in late]
 
 
-def _refuse(feed: _Feed, items: list[Rejected]) -> None:
-    "Send rejected items to quarantine."
+def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
+    "Send rejected items to quarantine, and say whether any may have been a trade of the feed's symbols."
     if items and feed.collector is not None:
-        feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items])
+        feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items], trades)
 
 # %% ../../nbs/live/03_feed.ipynb #64c4fb09
 def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
@@ -349,7 +352,10 @@ def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
     stats, latest = feed._stats, at + feed.future
     trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed.symbols]
     odd = _unusable(feed, message.trades, latest)
-    _refuse(feed, [*message.rejected, *odd])
+    foreign = [r for r in odd if r.reason == _FOREIGN]
+    torn = [*message.rejected, *(r for r in odd if r.reason != _FOREIGN)]
+    _refuse(feed, foreign, trades=False)
+    _refuse(feed, torn)
     stats.rejected += len(message.rejected) + len(odd)
     stats.quotes += len(message.quotes)
     stats.trades += len(trades)
@@ -359,7 +365,7 @@ def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
         return
     stats.lag_s = (at - max(t.ts for t in trades)).total_seconds()
     if feed.collector is not None:
-        feed.collector.add(trades, at)
+        feed.collector.add(trades, at, whole=not torn)
     if feed.on_trades is not None:
         feed.on_trades(trades)
 
@@ -397,7 +403,7 @@ def _take(feed: _Feed, data: bytes, at: datetime) -> None:
             logger.warning("the server reports: %s", stats.last_problem)
         case Unknown(kind, raw):
             stats.malformed += 1
-            _refuse(feed, [Rejected(raw, f"unknown type {kind}")])
+            _refuse(feed, [Rejected(raw, f"unknown type {kind}")], trades=False)
         case Malformed(raw, reason):
             stats.malformed += 1
             _refuse(feed, [Rejected(raw, reason)])

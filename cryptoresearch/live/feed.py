@@ -346,17 +346,22 @@ def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
     if items and feed.collector is not None:
         feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items], trades)
 
+
+def _refuse_unusable(feed: _Feed, message: Trades, latest: datetime) -> bool:
+    "Send what is unusable in a frame to quarantine; tell whether any may have been a trade of the feed's symbols."
+    odd = _unusable(feed, message.trades, latest)
+    torn = [*message.rejected, *(r for r in odd if r.reason != _FOREIGN)]
+    _refuse(feed, [r for r in odd if r.reason == _FOREIGN], trades=False)
+    _refuse(feed, torn)
+    feed._stats.rejected += len(message.rejected) + len(odd)
+    return bool(torn)
+
 # %% ../../nbs/live/03_feed.ipynb #64c4fb09
 def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
     "Pass trades to the collector and the caller, and rejected items to quarantine."
     stats, latest = feed._stats, at + feed.future
     trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed.symbols]
-    odd = _unusable(feed, message.trades, latest)
-    foreign = [r for r in odd if r.reason == _FOREIGN]
-    torn = [*message.rejected, *(r for r in odd if r.reason != _FOREIGN)]
-    _refuse(feed, foreign, trades=False)
-    _refuse(feed, torn)
-    stats.rejected += len(message.rejected) + len(odd)
+    torn = _refuse_unusable(feed, message, latest)
     stats.quotes += len(message.quotes)
     stats.trades += len(trades)
     for symbol in (*message.quotes, *(t.symbol for t in trades)):

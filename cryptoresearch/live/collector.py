@@ -515,8 +515,24 @@ class _Recording(_Opening):
             self._event({"e": "lost"})
 
 # %% ../../nbs/live/02_collector.ipynb #c200000e
-class _Intake(_Recording):
-    "Take trades and rejected items."
+class _Refusing(_Recording):
+    "Take rejected items."
+
+    def refuse(
+        self,
+        items: Sequence[tuple[str, str]],  # raw text, reason
+        trades: bool = True,  # any of them may have been a trade
+    ) -> None:
+        "Put items that are not valid trades into quarantine; where they may have been trades, the next trade begins a new interval."
+        if items and self.session.refused < self.session.max_quarantine:
+            texts = [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]
+            self._event({"e": "refused", "d": texts, "trades": trades})
+        elif items and trades:
+            self.lost()
+
+# %% ../../nbs/live/02_collector.ipynb #c200000f
+class _Intake(_Refusing):
+    "Take trades."
 
     def add(
         self,
@@ -537,18 +553,6 @@ class _Intake(_Recording):
     ) -> None:
         "Count trades that are left out, for the log of the session."
         self.session.repeated.update(plain_symbol(t.symbol) for t in trades)
-
-    def refuse(
-        self,
-        items: Sequence[tuple[str, str]],  # raw text, reason
-        trades: bool = True,  # any of them may have been a trade
-    ) -> None:
-        "Put items that are not valid trades into quarantine; where they may have been trades, the next trade begins a new interval."
-        if items and self.session.refused < self.session.max_quarantine:
-            texts = [[text.encode("utf-8", "backslashreplace").decode() for text in item] for item in items]
-            self._event({"e": "refused", "d": texts, "trades": trades})
-        elif items and trades:
-            self.lost()
 
 # %% ../../nbs/live/02_collector.ipynb #c2000010
 class _Committing(_Intake):

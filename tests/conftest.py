@@ -230,6 +230,15 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+@pytest.fixture
+def con(settings: Settings) -> Iterator[Any]:
+    "A connection to the empty store of `settings`."
+    from cryptoresearch.data.store import init_duckdb  # not above: the number of threads is set before numpy loads
+
+    with init_duckdb(settings) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     "Folder of real market data; tests that need it are skipped where it is absent."

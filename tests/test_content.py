@@ -1,6 +1,5 @@
 """A file is what its content says: symbol, market, units and length are read from it, and contradictions are refused."""
 
-from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -34,12 +33,6 @@ from cryptoresearch.settings import Settings
 
 FIRST_MS = 1_704_067_200_000
 DAY = "trades-2024-01-01"
-
-
-@pytest.fixture
-def con(tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), duckdb_threads=1)) as opened:
-        yield opened
 
 
 def written(folder: Path, name: str, *lines: str) -> str:

@@ -1,5 +1,4 @@
 "What `data status` warns of: sides, quote amounts, repeated live frames, files that are cut short."
-from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -10,21 +9,14 @@ from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import read_event_bars
 from cryptoresearch.data.quality import daily
 from cryptoresearch.data.status import data_status, read_trades, source_intervals, status
-from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.data.store import write
 from cryptoresearch.errors import ConfigError
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.queries import bars_page, read_predictions
-from cryptoresearch.settings import Settings
 
 BEGIN_MS, DAY_MS = 1_783_036_800_000, 86_400_000  # 2026-07-03
 Con = duckdb.DuckDBPyConnection
-
-
-@pytest.fixture
-def con(tmp_path: Path) -> Iterator[Con]:
-    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), duckdb_threads=2)) as con:
-        yield con
 
 
 def trades(n: int, sides: str, start_ms: int = BEGIN_MS, first: int = 1) -> list[str]:

@@ -1,5 +1,5 @@
 "Corrected, repeated and impossible rows: what a later file changes, what never gets in, and what verification sees."
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,6 @@ from cryptoresearch.settings import Settings
 
 BEGIN_MS, DAY_MS, MINUTE_MS = 1_704_067_200_000, 86_400_000, 60_000  # 2024-01-01
 Con = duckdb.DuckDBPyConnection
-
-
-@pytest.fixture
-def con(tmp_path: Path) -> Iterator[Con]:
-    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), duckdb_threads=2)) as con:
-        yield con
 
 
 def trades(first: int, last: int, start_ms: int = BEGIN_MS, step_ms: int = 1000) -> list[str]:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -25,12 +24,6 @@ from cryptoresearch.settings import Settings
 
 T = 1_704_067_200  # 2024-01-01, s
 STAMP = "2024-01-01T00:00:0{}.250000Z"
-
-
-@pytest.fixture
-def con(tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), duckdb_threads=1)) as opened:
-        yield opened
 
 
 # three trades, at .25 s of the seconds 0, 1 and 2: bought 0.5 at 100, sold 1.5 at 101, bought 2.0 at 99

@@ -96,8 +96,11 @@ def _in_turn(uri: str) -> tuple[str, str]:  # what to sort by
 
 def _nothing_matches(pattern: str, there: list[str]) -> DataNotFound:
     "Describe which files are there instead of those that were asked for."
-    near = difflib.get_close_matches(pattern, sorted(there), 3, 0.0) or ["nothing at all" if Path(pattern).is_dir() else "no such file"]
-    more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+    name, names = re.split(r"[/\\]", pattern)[-1], {re.split(r"[/\\]", uri)[-1]: uri for uri in sorted(there)}
+    exact = not Path(pattern).is_dir() and not re.search(r"[*?\[]", name)  # a name of one file: only those like it are of use
+    close = difflib.get_close_matches(name, names, 3, 0.6 if exact else 0.0)
+    near = [names[n] for n in close] or ["nothing at all" if Path(pattern).is_dir() else "no such file"]
+    more = f" and {len(there) - 3} more" if len(there) > 3 and not exact else ""
     wanted = f"files of trades or candles ({', '.join(DATA_ENDINGS)}) that match {pattern}"
     return DataNotFound(problem(wanted, f"none; there is {', '.join(near)}{more}", "Correct the pattern; ** crosses folders"))
 

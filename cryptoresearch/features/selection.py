@@ -20,6 +20,7 @@ import xgboost as xgb
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
+from scipy.special import logit
 from scipy.stats import t as student
 from sklearn.base import clone
 from sklearn.feature_selection import mutual_info_classif, mutual_info_regression
@@ -254,21 +255,28 @@ def rank_agreement(
     "Measure how well any two folds agree on the order."
     return by_fold.corr("spearman")
 
+# %% ../../nbs/features/22_selection.ipynb #750bc28b
+def _in_label_unit(model: object, parts: pd.DataFrame) -> pd.DataFrame:
+    "Convert contributions to standardised outcomes into the unit of the label."
+    scaled = parts * getattr(model, "scale_", 1.0)
+    return scaled.assign(base=scaled["base"] + getattr(model, "centre_", 0.0))
+
 # %% ../../nbs/features/22_selection.ipynb #750bc28a
 def contributions(
     model: Any,  # fitted model of XGBoost or LightGBM, of this package or the library's own
     X: pd.DataFrame,  # m rows with the features of the fit
-) -> pd.DataFrame:  # m rows: one column per feature and `base`; a row's sum is its raw forecast
+) -> pd.DataFrame:  # m rows: one column per feature and `base`; a row's sum is its raw forecast (logarithms, log odds)
     "Compute the contribution of each feature to each forecast."
     booster = model.get_booster() if hasattr(model, "get_booster") else getattr(model, "booster_", model)
     names = list(getattr(model, "feature_names_in_", X.columns))
     best: Any = getattr(model, "best_iteration_", None)
     if missing := [c for c in names if c not in X]:
-        raise SchemaError(
-            problem("the features of the fit", f"no {', '.join(missing[:5])}", "Give the matrix that the model was fitted on")
-        )
+        advice = "Give the matrix that the model was fitted on"
+        raise SchemaError(problem("the features of the fit", f"no {', '.join(missing[:5])}", advice))
     values = X[names].to_numpy(dtype=float)
-    if isinstance(booster, xgb.Booster):
+    if hasattr(booster, "probability"):  # of an event that always or never happened in the training
+        parts = np.r_[np.zeros(len(names)), logit(booster.probability)] + np.zeros((len(X), 1))
+    elif isinstance(booster, xgb.Booster):
         rounds = (0, 0) if best is None else (0, int(best) + 1)
         parts = booster.predict(xgb.DMatrix(values, feature_names=booster.feature_names), pred_contribs=True, iteration_range=rounds)
     elif isinstance(booster, lgb.Booster):
@@ -278,7 +286,7 @@ def contributions(
         raise SchemaError(
             problem("a fitted model of XGBoost or LightGBM", type(model).__name__, "Use permutation_importance, which asks any model")
         )
-    return pd.DataFrame(np.asarray(parts, dtype=float), index=X.index, columns=[*names, "base"])
+    return _in_label_unit(model, pd.DataFrame(np.asarray(parts, dtype=float), index=X.index, columns=[*names, "base"]))
 
 # %% ../../nbs/features/22_selection.ipynb #e6818dc3
 def contribution_importance(

@@ -19,6 +19,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from ..errors import SchemaError
+from .boosting import rate_of_one_class
 from .crossval import Splitter
 
 # %% ../../nbs/models/06_conformal.ipynb #8783ef30
@@ -38,7 +39,7 @@ def conformal_margin(
 ) -> float:  # to be added to both sides; infinite where there are too few rows to guarantee it
     "Return the margin that covers a new exchangeable outcome with at least this probability."
     known = np.sort(scores[~np.isnan(scores)])
-    k = int(np.ceil((len(known) + 1) * level))
+    k = int(np.ceil((len(known) + 1) * level - 1e-9))  # a product such as 7.000000000000001 is 7
     return float(known[k - 1]) if 0 < k <= len(known) else float("inf")
 
 # %% ../../nbs/models/06_conformal.ipynb #948ea3a9
@@ -62,7 +63,7 @@ def _adapt(  # type: ignore[no-untyped-def]
         if n_past < least or np.isnan(lower[i]) or not scale[i] > 0:
             continue
         recent = np.sort(past[max(0, n_past - window) : n_past])
-        k = min(int(np.ceil((len(recent) + 1) * (1.0 - alpha))), len(recent))
+        k = min(int(np.ceil((len(recent) + 1) * (1.0 - alpha) - 1e-9)), len(recent))
         margin = recent[max(k, 1) - 1] * scale[i]
         out_lower[i], out_upper[i] = lower[i] - margin, upper[i] + margin
         if out_lower[i] > out_upper[i]:
@@ -192,19 +193,37 @@ def _calibration_rows(probability: pd.Series | np.ndarray, happened: pd.Series |
     p, o = np.asarray(probability, dtype=np.float64), np.asarray(happened, dtype=np.float64)
     keep = ~np.isnan(p) & ~np.isnan(o)
     p, o = p[keep], o[keep]
-    if not np.isin(o, (0.0, 1.0)).all() or len(np.unique(o)) < 2 or (p < 0).any() or (p > 1).any():
-        expected = "expected probabilities between 0 and 1 and outcomes of both 0 and 1"
+    if not len(o) or not np.isin(o, (0.0, 1.0)).all() or (p < 0).any() or (p > 1).any():
+        expected = "expected probabilities between 0 and 1 and known outcomes of 0 and 1"
         raise SchemaError(f"{expected}; found others. Pass forecasts of a probability")
     return p, o
 
+# %% ../../nbs/models/06_conformal.ipynb #96e17b89-4
+def _odds(p: np.ndarray) -> np.ndarray:
+    "Compute log odds; probabilities are kept a millionth away from 0 and 1."
+    return logit(p.clip(1e-6, 1 - 1e-6))
 
+
+def _fit_platt(p: np.ndarray, o: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    "Return slope and intercept, and the lowest and highest forecast."
+    z = _odds(p)
+    seen, mean, sd = (float(p.min()), float(p.max())), float(z.mean()), float(z.std())
+    if sd <= 1e-9 * max(1.0, abs(mean)):  # equal forecasts: the base rate
+        return (0.0, float(logit(o.mean()))), seen
+    line = LogisticRegression(C=1e6).fit(((z - mean) / sd)[:, None], o.astype(int))
+    slope = float(line.coef_[0, 0]) / sd
+    return (slope, float(line.intercept_[0]) - slope * mean), seen
+
+# %% ../../nbs/models/06_conformal.ipynb #96e17b89-5
 def _fit_map(method: str, p: np.ndarray, o: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Return the numbers `x` and `y` of a calibrator."
+    if o.min() == o.max():
+        rate = rate_of_one_class(len(o), bool(o[0]))
+        return ((0.0,), (rate,)) if method == "isotonic" else ((0.0, float(logit(rate))), ())
     if method == "isotonic":
         fitted = IsotonicRegression(out_of_bounds="clip", y_min=0.0, y_max=1.0).fit(p, o)
         return tuple(map(float, fitted.X_thresholds_)), tuple(map(float, fitted.y_thresholds_))
-    line = LogisticRegression(C=1e6).fit(logit(p.clip(1e-6, 1 - 1e-6))[:, None], o.astype(int))
-    return (float(line.coef_[0, 0]), float(line.intercept_[0])), ()
+    return _fit_platt(p, o)
 
 # %% ../../nbs/models/06_conformal.ipynb #96e17b89
 @dataclass
@@ -213,7 +232,7 @@ class Calibrator:
 
     method: Literal["platt", "isotonic"] = "platt"  # a logistic curve, or a rising step function
     x: tuple[float, ...] = ()  # isotonic: probabilities where the steps are; platt: slope and intercept
-    y: tuple[float, ...] = ()  # isotonic: calibrated probabilities at the steps; platt: empty
+    y: tuple[float, ...] = ()  # isotonic: calibrated probabilities at the steps; platt: lowest and highest forecast seen, or empty
 
     def fit(
         self,
@@ -237,4 +256,6 @@ def _calibrated(calibrator: Calibrator, p: np.ndarray) -> np.ndarray:
     x, y = calibrator.x, calibrator.y
     if not x:
         raise SchemaError("expected a calibrator that was fitted; found none of its numbers. Call fit first")
-    return np.interp(p, x, y) if calibrator.method == "isotonic" else expit(x[0] * logit(p.clip(1e-6, 1 - 1e-6)) + x[1])
+    if calibrator.method == "isotonic":
+        return np.interp(p, x, y)
+    return expit(x[0] * _odds(np.clip(p, y[0], y[-1]) if y else p) + x[1])

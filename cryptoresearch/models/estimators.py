@@ -29,6 +29,7 @@ class _LightGBMTrees(TailModel):
     "LightGBM's part of the model."
 
     library, file = "lightgbm", "model.txt"
+    refusals = (*TailModel.refusals, lgb.basic.LightGBMError)
     min_child_samples: int
     monotone: dict[str, int] | None
     n_threads: int
@@ -40,7 +41,7 @@ class _LightGBMTrees(TailModel):
         if self.loss == "quantile":
             loss["alpha"] = self.alpha
         fixed = {"deterministic": True, "force_row_wise": True, "subsample_freq": 1, "verbosity": -1}
-        counts = {"num_threads": self.n_threads, "min_data_in_leaf": self.min_child_samples}
+        counts = {"num_threads": self.n_threads, "min_data_in_leaf": self.min_child_samples, "min_sum_hessian_in_leaf": 0.0}
         bounds = {"monotone_constraints": monotone_list(self.monotone, self.names_)} if self.monotone else {}
         return fixed | counts | loss | bounds | {k: getattr(self, k) for k in own}
 
@@ -164,7 +165,7 @@ class _Steps(_Staged):
 
     def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         self._learn_fill(rows.values)
-        filled, target = self._filled(rows.values), rows.outcome.astype(int) if self.loss == "probability" else rows.outcome
+        filled, target = self._filled(rows.values), rows.outcome.astype(int if self.loss == "probability" else np.float32)
         if tail is None:
             return self._new(rounds).fit(filled, target, sample_weight=rows.weight), rounds - 1
         trees, done, best = self._new(0), 0, 0
@@ -179,6 +180,9 @@ class _Steps(_Staged):
 # %% ../../nbs/models/04_estimators.ipynb #43b413d3
 class _SklearnTrees(_Steps):
     "Forecasts and stored form of scikit-learn's trees."
+
+    def _filled(self, values: np.ndarray) -> np.ndarray:
+        return values if self.fill_ is None else np.where(np.isnan(values), self.fill_, values)
 
     @abstractmethod
     def _check(self, trees: Trees) -> int:
@@ -234,6 +238,10 @@ class _HistFile(_HistTrees):
     def _dump(self) -> bytes:
         self.booster_._bin_mapper.n_threads = 1  # as OMP_NUM_THREADS was; no forecast uses it
         return super()._dump()
+
+    def _learn_fill(self, values: np.ndarray) -> None:
+        unknown = np.isnan(values).all(axis=0)  # bins of a column need a value; a constant is never split
+        self.fill_ = np.where(unknown, 0.0, np.nan) if unknown.any() else None
 
     def _check(self, trees: Trees) -> int:
         return check_histgb(trees, len(self.names_))
@@ -291,9 +299,6 @@ class _ExactTrees(_SklearnTrees):
     def _learn_fill(self, values: np.ndarray) -> None:
         known = ~np.isnan(values).all(axis=0)
         self.fill_ = np.where(known, np.nanmedian(np.where(known, values, 0.0), axis=0), 0.0)
-
-    def _filled(self, values: np.ndarray) -> np.ndarray:
-        return values if self.fill_ is None else np.where(np.isnan(values), self.fill_, values)
 
     def _gain(self) -> np.ndarray:
         return np.asarray(self.booster_.feature_importances_, dtype=float)

@@ -292,11 +292,15 @@ class _Averaged(_Members):
         self.best_ = [made.n_estimators - 1 for _, made, _ in self._copies()]
         return super()._fit_small(rows)
 
+    def _learn(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
+        self.best_ = getattr(self, "best_", []) if tail is None else [0] * len(self._copies())  # if these rows have one class
+        return super()._learn(rows, rounds, tail)
+
     def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         grown = []
         for k, (name, made, fold) in enumerate(self._copies()):
             trees = made.n_estimators if tail is not None else self.best_[k] + 1
-            made.booster_, best = made._grow(self._of_fold(rows, fold), trees, tail)
+            made.booster_, best = made._learn(self._of_fold(rows, fold), trees, tail)
             grown.append((name, made, best))
         if tail is not None:
             self.best_ = [best for _, _, best in grown]
@@ -307,11 +311,11 @@ class _EnsembleFile(_Averaged):
     "Forecasts and stored form of an ensemble."
 
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
-        return np.mean([made._raw(made.booster_, values, own) for _, made, own in trees], axis=0)
+        return np.mean([made._forecast_trees(made.booster_, values, own) for _, made, own in trees], axis=0)
 
     def _dump(self) -> bytes:
         rows = [
-            {"model": name, "params": made.get_params(), "best": best, "trees": base64.b64encode(made._dump()).decode()}
+            {"model": name, "params": made.get_params(), "best": best, "trees": base64.b64encode(made._pack()).decode()}
             for name, made, best in self.booster_
         ]
         return json.dumps({"features": self.names_, "members": rows}).encode()
@@ -323,7 +327,7 @@ class _EnsembleFile(_Averaged):
             made = MODELS[row["model"]](**row["params"])
             made._check_params()
             made.names_, made.best_iteration_ = self.names_, row["best"]
-            made.booster_ = made._restore(base64.b64decode(row["trees"]))
+            made.booster_ = made._unpack(base64.b64decode(row["trees"]))
             out.append((row["model"], made, row["best"]))
         return out
 
@@ -402,10 +406,12 @@ LEAST_RETURNS = 500  # for the likelihood
 def estimate_garch(
     returns: np.ndarray,  # log returns in time order, NaN in gaps, n bars
 ) -> GarchPath:  # omega, alpha, beta, mean
-    "Estimate GARCH(1,1) by maximum likelihood on the known returns; SchemaError with fewer than 500."
+    "Estimate GARCH(1,1) by maximum likelihood on the known returns; InputError with fewer than 500, or without variation."
     known = returns[np.isfinite(returns)]
     if len(known) < LEAST_RETURNS:
         raise InputError(f"expected {LEAST_RETURNS} returns or more; found {len(known)}. Load more bars")
+    if known.std() <= 1e-9 * np.abs(known).max():
+        raise InputError(problem("returns that vary", f"{len(known)} equal ones", "Load bars whose price moves"))
     scale = 100.0 / max(float(known.std()) * 100.0, 1e-12)
     from arch import arch_model  # heavy: loads statsmodels and matplotlib
 
@@ -413,7 +419,7 @@ def estimate_garch(
     omega = float(found.params["omega"]) / scale**2
     return GarchPath(omega, float(found.params["alpha[1]"]), float(found.params["beta[1]"]), float(np.mean(known**2)), scale)
 
-
+# %% ../../nbs/models/05_linear.ipynb #8ef4dc06
 def log_line(
     variance: np.ndarray,  # forecasts, n values
     returns: np.ndarray,  # n log returns in time order, NaN in gaps
@@ -422,6 +428,9 @@ def log_line(
     "Regress the log of the realised variance of the next bars on the log forecast."
     total = pd.Series(returns**2).rolling(horizon).sum().shift(-horizon).to_numpy()
     raw, rows = np.log(variance), np.isfinite(total) & (total > 0)
+    if rows.sum() < 3 or np.ptp(raw[rows]) == 0:
+        found = f"{int(rows.sum())} of {len(returns)} bars with such an outcome for a horizon of {horizon}"
+        raise InputError(problem("outcomes above zero to regress on forecasts that vary", found, "Load more bars, or use log_linear=False"))
     slope, start = np.polyfit(raw[rows], np.log(total[rows]), 1)
     residual = np.log(total[rows]) - start - slope * raw[rows]
     return float(start), float(slope), float(np.log(np.mean(np.exp(residual))))
@@ -519,7 +528,9 @@ class _GarchFit(_Path):
         returns = self._returns(rows.values)
         path = estimate_garch(returns[:, 0])
         fitted = {"omega": path.omega, "alpha": path.alpha, "beta": path.beta, "mean": path.mean}
-        slope, start = np.polyfit(self._level(fitted, returns), rows.outcome, 1, w=None if rows.weight is None else np.sqrt(rows.weight))
+        level, weight = self._level(fitted, returns), None if rows.weight is None else np.sqrt(rows.weight)
+        varies = np.ptp(level) > 1e-9 * np.abs(level).max()
+        slope, start = np.polyfit(level, rows.outcome, 1, w=weight) if varies else (0.0, np.average(rows.outcome, weights=rows.weight))
         return fitted | {"start": float(start), "slope": float(slope)}, 0
 
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:

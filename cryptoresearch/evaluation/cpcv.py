@@ -17,7 +17,7 @@ from ..metrics.scores import score_table
 from ..models.crossval import assemble_paths, CombinatorialPurged
 from ..runs.config import RunConfig
 from ..runs.run import run_strategy
-from ..runs.walk_forward import fit_all, Samples
+from ..runs.walk_forward import base_rate, fit_all, Samples
 
 # %% ../../nbs/evaluation/06_cpcv.ipynb #0aabd8f1
 def path_predictions(
@@ -36,7 +36,7 @@ def path_predictions(
             progress(k / total, f"paths: training {k + 1} of {total}")
         fitted = fit_all(plain, samples, rows[train], None, samples.intervals["end_ts"].max())
         said.append(np.asarray(fitted.forecast(samples.X.iloc[rows[test]])["prediction"], dtype=np.float64))
-        rates.append(np.full(len(test), samples.labels["y"].iloc[rows[train]].mean()))
+        rates.append(np.full(len(test), base_rate(samples.labels["y"].iloc[rows[train]]) if is_event(config.target) else np.nan))
     labels = samples.labels.iloc[rows]
     kept = labels[[c for c in ("known_ts", "end_ts", "y", "held", "side", "sigma", "first_id") if c in labels]]
     fixed = kept.assign(**{str(c): v.to_numpy() for c, v in samples.base.iloc[rows].items()})

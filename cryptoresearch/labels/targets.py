@@ -245,7 +245,9 @@ def as_returns(
         return predictions.assign(**{c: predictions[c] * predictions["sigma"] for c in ("prediction", "lower", "upper")})
     if not is_event(target):
         return predictions
-    edge = predictions["prediction"] - (0.5 if TARGETS[target].threshold == "half" else predictions["base"])
+    rate = predictions["base"] if TARGETS[target].threshold == "base" else pd.Series(0.5, predictions.index)
+    edge = predictions["prediction"] - rate
+    edge = edge.mask(rate.isin((0.0, 1.0)) | (edge.abs() < 1e-9), 0.0)  # one class in the training, or a difference by rounding
     if target == "meta":
         edge = predictions["side"] * edge.clip(lower=0)
     return predictions.assign(prediction=edge)

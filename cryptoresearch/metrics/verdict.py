@@ -82,8 +82,9 @@ def p_value(
 
 # %% ../../nbs/metrics/05_verdict.ipynb #7bd257b1
 def _saved(own: np.ndarray, other: np.ndarray) -> float:
-    "Compute the share of the other's loss that the model saves."
-    return 1 - float(own.mean()) / float(other.mean())
+    "Compute the share of the other's loss that the model saves; NaN where the other has no loss."
+    lost = float(other.mean())
+    return 1 - float(own.mean()) / lost if lost > 0 else float("nan")
 
 # %% ../../nbs/metrics/05_verdict.ipynb #e34108a4
 def with_savings(

@@ -6,8 +6,8 @@
 __all__ = ['LEAST_KNOWN', 'LEAST_OUTCOMES', 'Progress', 'PAST_BLOCKS', 'CALIBRATION_FOLDS', 'LEAST_FOLDS', 'AMPLE', 'SHORTER',
            'LEAST_ROWS', 'OF_FIXED', 'usable_rows', 'Samples', 'first_test', 'fitting_features', 'prepare',
            'make_model', 'sample_weights', 'fit_rows', 'Fitted', 'known_by', 'fit_volatility', 'past_volatility',
-           'fit_all', 'outcome_unit', 'fold_length', 'forecast_fold', 'walk_folds', 'walk_forward', 'rows_to_fit',
-           'check_length', 'enough_with']
+           'fit_all', 'outcome_unit', 'fold_length', 'base_rate', 'forecast_fold', 'walk_folds', 'walk_forward',
+           'rows_to_fit', 'check_length', 'enough_with']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from ..labels.barriers import recency, uniqueness
 from ..labels.baselines import har_volatility
 from ..labels.horizon import fixed_horizon, sample_intervals
 from ..labels.targets import is_event, label_warmup, make_labels, previous_outcome, target_baselines
-from ..models.boosting import purged_tail, TailModel
+from ..models.boosting import purged_tail, rate_of_one_class, TailModel
 from ..models.conformal import Calibrator, out_of_fold
 from ..models.crossval import PurgedKFold
 from ..models.estimators import MODELS
@@ -298,6 +298,15 @@ def fold_length(
         return asked
     return min(asked, ((samples.X.index[-1] - test_start) / LEAST_FOLDS).ceil("1min"))
 
+# %% ../../nbs/runs/04_walk_forward.ipynb #14ff5c91
+def base_rate(
+    y: pd.Series,  # outcomes of the training, 0 or 1; NaN left out
+) -> float:  # above 0 and below 1; NaN without an outcome
+    "Compute the share of events; that of rate_of_one_class where they always or never happened."
+    known = y.dropna()
+    rate = float(known.mean())
+    return rate_of_one_class(len(known), rate == 1.0) if rate in (0.0, 1.0) else rate
+
 # %% ../../nbs/runs/04_walk_forward.ipynb #3a2273af
 def forecast_fold(
     fitted: Fitted,  # on `train`
@@ -311,7 +320,7 @@ def forecast_fold(
     side = None if samples.volatility is None else samples.volatility.X.iloc[rows]
     forecasts = fitted.forecast(samples.X.iloc[rows], side, labels["sigma"].to_numpy(np.float64) if "sigma" in labels else 1.0)
     out = labels[["known_ts", "end_ts", "y"]].assign(**forecasts, fold=fold)
-    base = {"base": samples.labels["y"].iloc[train].mean()} if event else {}
+    base = {"base": base_rate(samples.labels["y"].iloc[train])} if event else {}
     more = {name: labels[name] for name in ("held", "side", "sigma", "first_id") if name in labels}
     return out.assign(**base, **{str(name): column for name, column in samples.base.iloc[rows].items()}, **more)
 

@@ -363,7 +363,7 @@ def trials_section(
     "Show the best trials."
     top = report.found.table[report.found.table["state"] == "COMPLETE"].head(10)
     columns = {report.measure: [report.text(v) for v in top["loss"]]}
-    columns |= {str(c): [number(v, ".4g") for v in top[c]] for c in top if c not in ("state", "loss", "folds")}
+    columns |= {str(c): [v if isinstance(v, str) else number(v, ".4g") for v in top[c]] for c in top if c not in ("state", "loss", "folds")}
     note = "Similar scores with very different parameters mean that the parameters matter little."
     view = Table(pd.DataFrame(columns, index=[f"trial\u00a0{i}" for i in top.index]), note=note)
     command = f"cryptoresearch train --model {report.config.model} {param_options(report.found.config.params)}"

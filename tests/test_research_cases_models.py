@@ -437,6 +437,38 @@ def test_contributions_sum_to_the_forecast_in_the_unit_of_the_label(name, loss):
         assert np.allclose(total, np.log(p / (1 - p)) if loss == "probability" else p, rtol=0, atol=1e-5 if loss == "probability" else 1e-9)
 
 
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "garch"])
+def test_a_feature_that_is_constant_until_the_forecast_changes_nothing(name):
+    X = features(name)
+    X.iloc[:, 1] = 0.1  # the mean of many of these differs by rounding
+    y = outcomes(X)
+    later = X.assign(**{X.columns[1]: np.linspace(-5.0, 5.0, len(X))})
+    model = make(name).fit(X, y)
+    assert np.allclose(model.predict(later), model.predict(X), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_handful_of_rows_gives_forecasts_or_a_typed_error(name, n, tmp_path):
+    X = features(name)[:n]
+    for loss, y in (("mean", outcomes(X)), ("probability", np.ones(n)), ("probability", (np.arange(n) > 0).astype(float))):
+        if loss == "mean" or name in EVENTS:
+            try:
+                model = make(name, loss=loss).fit(X, y)
+            except CryptoResearchError as e:
+                assert name == "garch" and "expected" in str(e)
+                continue
+            assert np.isfinite(model.predict(X)).all()
+            model.save(tmp_path)
+            assert np.array_equal(MODELS[name].load(tmp_path).predict(X), model.predict(X))
+
+
+@pytest.mark.parametrize("returns", [np.r_[np.inf, np.full(900, 0.01)], np.zeros((900, 2)), ["a"] * 900, None])
+def test_garch_of_something_else_is_a_typed_error(returns):
+    with pytest.raises(InputError, match="expected"):
+        Garch(horizon=5).fit(returns)
+
+
 # searches, and runs of one class
 
 

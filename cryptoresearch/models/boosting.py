@@ -367,7 +367,7 @@ class _Fitted(_Standardised):
         self._learn_residuals(tail.outcome - self._in_label_unit(first, tail.values, self.best_iteration_))
         n, fitted, held_out = len(rows.outcome), len(early.outcome), len(tail.outcome)
         self.n_rows_ = {"fit": fitted, "purged": n - fitted - held_out, "tail": held_out}
-        self.booster_, _ = self._learn_in_units(rows, self.best_iteration_ + 1, None)
+        self.booster_, self.best_iteration_ = self._learn_in_units(rows, self.best_iteration_ + 1, None)
         return self
 
 # %% ../../nbs/models/03_boosting.ipynb #5c1e7a0a
@@ -401,8 +401,7 @@ class _FittedSmall(_Fitted):
             raise InputError("expected 2 rows or more; found n_samples=1. Load more data")
         text = f"{type(self).__name__} was fitted on {n} rows: too few for early stopping and for an interval"
         warnings.warn(f"{text}. It has all {self.n_estimators} trees", UserWarning, stacklevel=3)
-        self.best_iteration_ = self.n_estimators - 1
-        self.booster_, _ = self._learn_in_units(rows, self.n_estimators, None)
+        self.booster_, self.best_iteration_ = self._learn_in_units(rows, self.n_estimators, None)
         self._learn_residuals(rows.outcome - self._in_label_unit(self.booster_, rows.values, self.best_iteration_))
         self.residual_quantiles_ = None
         self.n_rows_ = {"fit": n, "purged": 0, "tail": 0}

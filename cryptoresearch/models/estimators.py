@@ -52,11 +52,12 @@ class _LightGBMFile(_LightGBMTrees):
     def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         data = lgb.Dataset(rows.values, rows.outcome, weight=rows.weight, params=self._params())
         if tail is None:
-            return lgb.train(self._params(), data, rounds), rounds - 1
+            trees = lgb.train(self._params(), data, rounds)
+            return trees, trees.num_trees() - 1  # fewer than `rounds` where nothing is left to split
         held_out = lgb.Dataset(tail.values, tail.outcome, weight=tail.weight, reference=data)
         stop = lgb.early_stopping(self.early_stopping_rounds, verbose=False)
         trees = lgb.train(self._params(), data, rounds, valid_sets=[held_out], callbacks=[stop])
-        return trees, (trees.best_iteration or rounds) - 1
+        return trees, (trees.best_iteration or trees.num_trees()) - 1
 
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         return np.asarray(trees.predict(values, num_iteration=best + 1, num_threads=self.n_threads), dtype=np.float64)

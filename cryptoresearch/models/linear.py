@@ -101,7 +101,7 @@ class _Submodels(_Chosen):
         known = ~np.isnan(design[:, pattern]).any(axis=1)
         Z, weight = design[known][:, pattern], None if rows.weight is None else rows.weight[known]
         mean, sd = Z.mean(axis=0), Z.std(axis=0)
-        scale = np.where(sd > 0, sd, 1.0)
+        scale = np.where(sd > 1e-12 * np.abs(mean), sd, 1.0)  # a constant column differs from its mean by rounding
         fitted = self._fit((Z - mean) / scale, rows.outcome[known], weight)
         numbers = {"mean": mean.tolist(), "scale": scale.tolist(), "coef": fitted.coef_.tolist(), "intercept": float(fitted.intercept_)}
         return {"columns": np.flatnonzero(pattern).tolist(), **numbers}
@@ -442,6 +442,18 @@ def _check_horizon(horizon: int) -> None:
         raise SchemaError(f"expected a horizon of 1 bar or more; found {horizon}. Correct horizon")
 
 
+def _path_of(returns: pd.Series | np.ndarray) -> np.ndarray:
+    "Check a series of returns; InputError for anything but finite numbers and NaN in one dimension."
+    try:
+        path = np.asarray(returns, dtype=np.float64)
+    except (ValueError, TypeError) as e:
+        raise InputError(problem("returns as numbers", str(e), "Convert them first")) from None
+    if path.ndim != 1 or np.isinf(path).any():
+        found = f"shape {path.shape}" if path.ndim != 1 else "infinity"
+        raise InputError(problem("one series of finite returns, NaN in gaps", found, "Take the log returns of positive prices"))
+    return path
+
+
 def _mapped(variance: np.ndarray, start: float, slope: float, lift: float) -> np.ndarray:
     "Map forecasts of the variance by the regression of `log_line`."
     return np.exp(start + slope * np.log(variance) + lift)
@@ -463,7 +475,7 @@ class Garch(BaseEstimator):
         y: object = None,  # ignored; for scikit-learn
     ) -> Self:  # the fitted estimator
         "Estimate by maximum likelihood on the known returns; SchemaError with fewer than 500."
-        r = np.asarray(returns, dtype=np.float64)
+        r = _path_of(returns)
         _check_horizon(self.horizon)
         self.path_ = estimate_garch(r)
         self.line_ = log_line(self.path_.variance(r, self.horizon), r, self.horizon) if self.log_linear else (0.0, 1.0, 0.0)
@@ -474,7 +486,7 @@ class Garch(BaseEstimator):
         returns: pd.Series | np.ndarray,  # m log returns in time order, NaN in gaps; begin some hundred bars early
     ) -> np.ndarray:  # variance of the next `horizon` bars at each close, m values
         "Compute a forecast at each bar from the returns until its close."
-        return _mapped(self.path_.variance(np.asarray(returns, dtype=np.float64), self.horizon), *self.line_)
+        return _mapped(self.path_.variance(_path_of(returns), self.horizon), *self.line_)
 
 # %% ../../nbs/models/05_linear.ipynb #4afe0381
 PATH_BARS = 168  # returns that the filter uses

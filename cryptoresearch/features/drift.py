@@ -22,13 +22,14 @@ SMOOTHING = 0.5  # rows added to each bin
 def quantile_edges(
     train: Array,  # one column of training rows, NaN allowed
     bins: int = 10,  # of equal counts
-) -> Array:  # inner edges, increasing, at most bins - 1
-    "Compute the inner edges of the bins, from the known values of the training rows."
+) -> Array:  # inner edges, increasing; bins - 1, more where a value has a bin of its own
+    "Compute the inner edges of the bins, from the known values of the training rows; a value that fills a bin gets one of its own."
     known = train[np.isfinite(train)]
     if not len(known):
         return np.empty(0)
-    edges = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)[1:-1], method="lower"))
-    return edges[edges < known.max()]
+    edges, times = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)[1:-1], method="lower"), return_counts=True)
+    tied = edges[[bool(t > 1 and (known == e).sum() > 1) for e, t in zip(edges, times, strict=True)]]
+    return np.unique(np.concatenate([edges[edges < known.max()], tied, np.nextafter(tied, -np.inf)]))
 
 
 def bin_counts(
@@ -105,7 +106,8 @@ def _row(old: Array, new: Array, bins: int) -> list[float]:
     silent = [1 - len(known) / max(len(old), 1), 1 - len(fresh) / max(len(new), 1), silence_index(old, new)]
     if not len(known) or not len(fresh):
         return [np.nan, np.nan, *silent, np.nan]
-    chance = chi2.ppf(0.95, max(len(quantile_edges(old, bins)), 1)) * (1 / len(known) + 1 / len(fresh))
+    filled = int((bin_counts(old, quantile_edges(old, bins)) > 0).sum())
+    chance = chi2.ppf(0.95, max(filled - 1, 1)) * (1 / len(known) + 1 / len(fresh))
     return [stability_index(old, new, bins), float(chance), *silent, float(np.mean(known <= np.median(fresh)))]
 
 # %% ../../nbs/features/23_drift.ipynb #858b02f0

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cryptoresearch.errors import DataNotFound, SchemaError
-from cryptoresearch.metrics.scores import calibration_table, coverage_table, diebold_mariano, ic, ic_t, rank_ic, score_table
+from cryptoresearch.metrics.scores import (
+    calibration_table,
+    coverage_table,
+    diebold_mariano,
+    hac_lags,
+    ic,
+    ic_test,
+    long_run_variance,
+    rank_ic,
+    score_table,
+)
 from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
 from cryptoresearch.labels.baselines import baselines
 from cryptoresearch.models.boosting import purged_tail, XGBoostModel
@@ -215,22 +225,33 @@ def test_a_random_walk_cannot_be_forecast() -> None:
         model = XGBoostModel(n_estimators=100, n_threads=1).fit(X.iloc[train], y.iloc[train], spans.iloc[train])
         parts.append(pd.DataFrame({"y": y.iloc[test], "prediction": model.predict(X.iloc[test]), "zero": 0.0}))
     out = pd.concat(parts)
-    assert abs(ic_t(out["prediction"], out["y"], 10)) < 3
+    assert abs(ic_test(out["prediction"], out["y"], 10).z) < 3
     assert score_table(out, "return", 10).loc["model", "r2_oos"] < 0.01
 
 
 @few
 @given(st.integers(0, 1000), st.sampled_from([(1, 0), (1, 5), (12, 11), (12, 40)]))
-def test_diebold_mariano_is_statsmodels(seed: int, how: tuple[int, int]) -> None:
+def test_newey_west_is_statsmodels(seed: int, how: tuple[int, int]) -> None:
     horizon, lags = how
+    x = np.random.default_rng(seed).gamma(2, 1, 150)
+    fit = sm.OLS(x, np.ones(150)).fit(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": False})
+    assert np.sqrt(long_run_variance(x, lags) / 150) == pytest.approx(fit.bse[0], rel=1e-9)
+    assert hac_lags(150, horizon) >= horizon - 1
+
+
+@few
+@given(st.integers(0, 1000), st.sampled_from([1, 4, 12]))
+def test_diebold_mariano_is_the_mean_over_that_of_the_low_frequencies(seed: int, horizon: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.gamma(2, 1, 150), rng.gamma(2, 1, 150)
-    fit = sm.OLS(a - b, np.ones(150)).fit(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": False})
-    factor = np.sqrt((150 + 1 - 2 * horizon + horizon * (horizon - 1) / 150) / 150)
-    got = diebold_mariano(a, b, horizon, lags)
-    assert got.stat == pytest.approx(fit.tvalues[0] * factor, rel=1e-9)
-    assert got.p_value == pytest.approx(2 * stats.t.sf(abs(got.stat), 149))
-    assert diebold_mariano(b, a, horizon, lags).stat == pytest.approx(-got.stat)
+    got = diebold_mariano(a, b, horizon)
+    assert got.df == {1: 11, 4: 11, 12: 5}[horizon]
+    angle = np.pi * np.outer(np.arange(150) + 0.5, np.arange(1, got.df + 1)) / 150
+    fit = sm.OLS(a - b, np.cos(angle)).fit()  # orthogonal regressors: the coefficients are those of the cosine transform
+    stat = (a - b).mean() / np.sqrt((fit.params**2).mean() * 150 / 2 / 150)
+    assert got.stat == pytest.approx(stat, rel=1e-9)
+    assert got.p_value == pytest.approx(2 * stats.t.sf(abs(stat), got.df))
+    assert diebold_mariano(b, a, horizon).stat == pytest.approx(-got.stat)
 
 
 def test_nothing_to_score_is_nan_and_silent() -> None:
@@ -239,7 +260,7 @@ def test_nothing_to_score_is_nan_and_silent() -> None:
         warnings.simplefilter("error")
         for some in (frame, frame.iloc[:2], frame.iloc[:0], frame.assign(y=np.nan)):
             table = score_table(some, "return", 5)
-            assert table[["ic", "rank_ic", "ic_t"]].isna().all(axis=None)
+            assert table[["ic", "rank_ic", "ic_t", "ic_p"]].isna().all(axis=None)
             calibration_table(some)
             coverage_table(some)
         assert np.isnan(ic([1.0] * 5, range(5))) and np.isnan(rank_ic([1.0] * 5, range(5)))

@@ -21,7 +21,7 @@ from scipy import stats
 from ..data.bars import bar_kind, check_frame, NUMBERS, PRICES
 from ..errors import ConfigError, problem
 from ..labels.targets import is_event, make_labels, primary_side
-from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_t, long_run_variance, rank_ic
+from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_test, long_run_variance, rank_ic, varies
 from ..metrics.verdict import Judgement, number
 from ..models.estimators import MODELS
 from ..runs.config import RunConfig
@@ -230,7 +230,7 @@ def independent_outcomes(
 ) -> float:  # at most n / horizon
     "Compute the effective number of independent outcomes from the autocorrelation of their ranks."
     ranks = stats.rankdata(finite_pairs(y)[0])
-    if len(ranks) < 2 or np.ptp(ranks) == 0:
+    if not varies(ranks):
         return 1.0
     span = long_run_variance(ranks, hac_lags(len(ranks), horizon)) / ranks.var()
     return max(len(ranks) / max(float(horizon), float(span)), 1.0)
@@ -249,7 +249,7 @@ def _scored(p: pd.DataFrame, horizon: int, oracle: pd.Series | None, twin: pd.Se
     "Score a pipeline's forecasts in one draw of a world; return nothing where they are constant."
     outcome = p["y"] if twin is None else p["y"] - twin.reindex(_keys(p)).to_numpy()
     f, y = finite_pairs(p["prediction"], outcome)
-    found = {"ic": ic(f, y), "rank_ic": rank_ic(f, y), "t": ic_t(stats.rankdata(f), stats.rankdata(y), horizon)}
+    found = {"ic": ic(f, y), "rank_ic": rank_ic(f, y), "t": ic_test(stats.rankdata(f), stats.rankdata(y), horizon).z}
     told = np.ones(len(y), bool) if twin is None else y != 0  # a twin that fared alike tells nothing
     best = float("nan") if oracle is None else rank_ic(oracle.reindex(_keys(p)), p["y"])
     more = {"n": len(y), "independent": independent_outcomes(y, horizon), "oracle": best, "auc": auc(f[told], y[told])}

@@ -22,11 +22,11 @@ from scipy.stats import norm, rankdata
 from ..errors import DataNotFound, SchemaError
 from ..labels.targets import is_event
 from cryptoresearch.metrics.scores import (
-    auc, cross_entropy, diebold_mariano, ic, ic_t, interval_coverage, LEAST_COVER, log_loss, loss_name, mse_log, qlike,
-    qlike_loss, r2_oos, rank_ic, REFERENCE, squared_loss,
+    auc, cross_entropy, diebold_mariano, ic, ic_test, interval_coverage, LEAST_COVER, log_loss, loss_name, loss_reduction,
+    mse_log, qlike, qlike_loss, r2_oos, rank_ic, REFERENCE, same_losses, squared_loss,
 )
 from cryptoresearch.metrics.significance import (
-    bootstrap_score, brier_loss, by_regime, confidence_set, Interval, pinball_loss, regimes, winkler_loss,
+    bootstrap_score, brier_loss, by_regime, confidence_set, crps_loss, Interval, pinball_loss, regimes, winkler_loss,
 )
 from ..metrics.verdict import ALPHA, FEWEST_OUTCOMES, number, p_value
 from ..runs.config import RunConfig
@@ -163,9 +163,10 @@ def measures(
         return {"Brier score": Measure(pair, _mean_of(squared_loss), -1, squared_loss)} | own | skill | order
     if target == "volatility":
         level_scores = {"QLIKE": Measure(pair, qlike, -1, qlike_loss, ".3f"), "log MSE": Measure(pair, mse_log, -1, log_loss, ".3f")}
-        saved = {f"QLIKE saved against {base}": Measure((*pair, base), lambda f, y, b: 1 - qlike(f, y) / qlike(b, y), 1, None, ".1%")}
+        saved = {f"QLIKE saved against {base}": Measure((*pair, base), _qlike_saved, 1, None, ".1%")}
         return level_scores | saved | order | interval
-    return {"RMSE": Measure(pair, _rmse, -1, squared_loss, ".4%")} | skill | order | _of_probability() | interval
+    crps = {"CRPS": Measure(both, _mean_of(_crps(level)), -1, _crps(level), ".4%")}
+    return {"RMSE": Measure(pair, _rmse, -1, squared_loss, ".4%")} | skill | order | _of_probability() | interval | crps
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #77c9f8fe
 def _rmse(f: np.ndarray, y: np.ndarray) -> float:
@@ -173,9 +174,19 @@ def _rmse(f: np.ndarray, y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(squared_loss(f, y))))
 
 
+def _qlike_saved(f: np.ndarray, y: np.ndarray, base: np.ndarray) -> float:
+    "Compute the share of the baseline's QLIKE that a forecast saves."
+    return loss_reduction(qlike(f, y), qlike(base, y))
+
+
 def _pinball(q: float) -> Callable[..., np.ndarray]:
     "Return the pinball loss of a quantile."
     return lambda f, y: pinball_loss(f, y, q)
+
+
+def _crps(level: float) -> Callable[..., np.ndarray]:
+    "Return the CRPS of the normal distribution of an interval."
+    return lambda low, high, y: crps_loss(low, high, y, level)
 
 
 def _of_probability() -> dict[str, Measure]:
@@ -282,7 +293,7 @@ def relative_gap(
 
 def _saved(own: pd.Series, other: pd.Series, horizon: int, draws: int, seed: int) -> Interval:
     "Compute the loss reduction against another forecaster with its bootstrap interval."
-    return bootstrap_score(lambda x, y: 1 - float(x.mean()) / float(y.mean()), own, other, horizon=horizon, draws=draws, seed=seed)
+    return bootstrap_score(loss_reduction, own, other, horizon=horizon, draws=draws, seed=seed)
 
 
 def _beats_baseline(line: Lineup) -> str:
@@ -308,7 +319,7 @@ def judge_lineup(
     n, h = len(line.losses), line.config.horizon
     rows = f"on {n:,} common rows from {line.losses.index[0]:%Y-%m-%d} to {line.losses.index[-1]:%Y-%m-%d}"
     prefix = "SIMULATED data, this says nothing about a market. " if any(r.info["simulated"] for r in line.runs.values()) else ""
-    if (line.losses.sub(line.losses[a], axis=0) == 0).all().all():
+    if all(same_losses(line.losses[k], line.losses[a]) for k in order):
         return Finding("the same", "", f"{prefix}{', '.join(line.letters)} forecast the same {rows}.")
     if n / h < FEWEST_OUTCOMES:
         found = f"{n:,} overlapping outcomes are {n / h:.0f} separate ones, {FEWEST_OUTCOMES} are needed"
@@ -382,7 +393,9 @@ def regime_table(
     target: str,  # name of a target
     horizon: int,  # bars that an outcome spans
     window_bars: int = 168,  # bars of the volatility that defines the terciles
-) -> pd.DataFrame:  # index regime, part: n, ic, ic_t, saved (loss reduction, fraction), dm_p, coverage; for events auc, log_loss
+    # index regime, part: n, ic, ic_t, ic_p, ic_margin (half of the 95 % interval), saved (loss reduction, fraction), dm_p, coverage;
+    # for events auc, log_loss
+) -> pd.DataFrame:
     "Compute scores by volatility tercile, part of the day and year."
     rows = predictions.dropna(subset=["y", "prediction", REFERENCE[target]])
     sigma = known_level(rows, bars, window_bars)
@@ -390,10 +403,11 @@ def regime_table(
     def scores(part: pd.DataFrame) -> dict[str, float]:
         a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", REFERENCE[target]))
         known = np.isfinite(a) & np.isfinite(b)
-        saved = 1 - float(a[known].mean() / b[known].mean()) if known.any() else float("nan")
+        saved = loss_reduction(a[known], b[known]) if known.any() else float("nan")
         f, y = part["prediction"], part["y"]
+        order = ic_test(f, y, horizon)
         p = diebold_mariano(a[known], b[known], horizon).p_value
-        found = {"ic": ic(f, y), "ic_t": ic_t(f, y, horizon), "saved": saved, "dm_p": p}
+        found = {"ic": ic(f, y), "ic_t": order.stat, "ic_p": order.p_value, "ic_margin": order.margin, "saved": saved, "dm_p": p}
         if is_event(target):
             return found | {"auc": auc(f, y), "log_loss": float(cross_entropy(f, y).mean())}
         return found | {"coverage": interval_coverage(part["y"], part["lower"], part["upper"])}
@@ -422,7 +436,7 @@ def feature_ic(
     y: pd.Series,  # outcome on the same index
     horizon: int,  # rows that an outcome spans
     stretches: int = 6,  # periods of about equal length
-) -> pd.DataFrame:  # index feature, largest first: rank_ic, lower, upper (95 %), t, steady (share with the overall sign), periods
+) -> pd.DataFrame:  # index feature, largest first: rank_ic, lower, upper (95 %), t, p, steady (share with the overall sign), periods
     "Compute the rank IC of each feature with its interval, and its stability over time."
     parts = np.array_split(np.arange(len(X)), stretches)
     rows = {}
@@ -431,21 +445,20 @@ def feature_ic(
         if known.sum() < 30 or X[name][known].nunique() < 2:
             continue
         a, b = rankdata(X[name].to_numpy()[known]), rankdata(y.to_numpy()[known])
-        value, t = ic(a, b), ic_t(a, b, horizon)
-        half = 1.96 * abs(value / t) if t else float("nan")
+        value, test = ic(a, b), ic_test(a, b, horizon)
         each = [rank_ic(X[name].iloc[p], y.iloc[p]) for p in parts]
-        rows[name] = [value, value - half, value + half, t, float(np.mean(np.sign(each) == np.sign(value))), *each]
-    columns = ["rank_ic", "lower", "upper", "t", "steady", *(str(k + 1) for k in range(stretches))]
+        steady = float(np.mean(np.sign(each) == np.sign(value)))
+        rows[name] = [value, value - test.margin, value + test.margin, test.stat, test.p_value, steady, *each]
+    columns = ["rank_ic", "lower", "upper", "t", "p", "steady", *(str(k + 1) for k in range(stretches))]
     out = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("feature")
     return out.loc[out["rank_ic"].abs().sort_values(ascending=False, kind="stable").index]
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #2d23ba30
 def discoveries(
-    t: pd.Series,  # t-values, index feature
+    p: pd.Series,  # p-values, index feature
     share: float = 0.1,  # expected share of false discoveries
 ) -> pd.Series:  # bool, index feature
-    "Mark the features whose t-value is significant at a false discovery rate (Benjamini and Hochberg 1995)."
-    p = pd.Series(2 * norm.sf(t.abs()), t.index)
+    "Mark the features whose p-value is significant at a false discovery rate (Benjamini and Hochberg 1995)."
     order = p.sort_values()
     below = order.to_numpy() <= share * np.arange(1, len(order) + 1) / max(len(order), 1)
     bar = order.iloc[np.flatnonzero(below).max()] if below.any() else -1.0

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch, SchemaError
 from .audit import Audit
-from ..metrics.scores import diebold_mariano, DieboldMariano, qlike_loss, REFERENCE, score_table, squared_loss
+from ..metrics.scores import diebold_mariano, MeanTest, qlike_loss, REFERENCE, same_losses, score_table, squared_loss
 from ..runs.identity import code_version
 from ..runs.run import load_run, question_key, Run
 from ..runs.stored import find_folder, read_info, runs_folder
@@ -38,7 +38,7 @@ class Comparison:
     b: str  # name of the second run
     settings: pd.DataFrame  # what differs: index setting; columns a, b
     scores: pd.DataFrame  # on the common rows: index score; columns a, b
-    test: DieboldMariano  # negative favours a
+    test: MeanTest  # negative favours a
     losses: pd.DataFrame  # index ts, columns a, b: losses on the common rows
 
     @property
@@ -60,8 +60,10 @@ class Comparison:
 # %% ../../nbs/evaluation/08_promotion.ipynb #bf2b9e76
 def _verdict(c: Comparison) -> str:
     "Summarise a comparison in one sentence."
-    if np.isnan(c.test.p_value):
+    if same_losses(c.losses["a"], c.losses["b"]):
         return f"{c.a} and {c.b} forecast the same on {c.n:,} common rows"
+    if np.isnan(c.test.p_value):
+        return f"the losses of {c.a} and {c.b} on {c.n:,} common rows cannot be tested: they differ by a constant, or one is infinite"
     (low, high), p = sorted(c.losses.mean()), c.test.p_value
     better, chance = c.a if c.test.stat < 0 else c.b, "more than chance explains" if p < 0.05 else "which chance can explain"
     return f"{better} has the lower loss by {1 - low / high:.1%} on {c.n:,} common rows, {chance} (p = {p:{'.3f' if p < 0.05 else '.2f'}})"

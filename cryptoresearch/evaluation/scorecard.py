@@ -15,7 +15,7 @@ import pandas as pd
 
 from .comparison import known_baselines, Measure, measures, outcome_columns
 from ..labels.horizon import fixed_horizon, Target
-from ..metrics.scores import calibration_table, cross_entropy, diebold_mariano, ic, ic_t, rank_ic, REFERENCE
+from ..metrics.scores import calibration_table, cross_entropy, diebold_mariano, ic, ic_test, rank_ic, REFERENCE, varies
 from ..metrics.significance import bootstrap_score, brier_loss
 
 # %% ../../nbs/evaluation/04_scorecard.ipynb #27a08206
@@ -85,7 +85,7 @@ def calibration_slope(
     "Compute the slope of the outcomes' log-odds on those of the forecasts by Newton's method (Cox 1958)."
     p = np.clip(probability, 1e-6, 1 - 1e-6)
     x = np.log(p / (1 - p))
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
+    if not varies(x) or not varies(y):
         return float("nan")
     beta = np.array([0.0, 1.0])
     for _ in range(25):
@@ -161,9 +161,9 @@ def hourly_ic(
     found = {}
     for hour, g in rows.groupby(pd.DatetimeIndex(rows.index).hour):
         per_day = max(1, round(len(g) / max((g.index[-1] - g.index[0]) / pd.Timedelta("1D"), 1)))
-        value, t = ic(g["prediction"], g["y"]), ic_t(g["prediction"], g["y"], max(1, round(horizon * bar_s / 86_400 * per_day)))
-        half = 1.96 * abs(value / t) if t else float("nan")
-        found[f"{hour:02d}"] = [len(g), value, value - half, value + half]
+        test = ic_test(g["prediction"], g["y"], max(1, round(horizon * bar_s / 86_400 * per_day)))
+        value = ic(g["prediction"], g["y"])
+        found[f"{hour:02d}"] = [len(g), value, value - test.margin, value + test.margin]
     return pd.DataFrame.from_dict(found, orient="index", columns=["n", "ic", "lower", "upper"]).rename_axis("hour")
 
 # %% ../../nbs/evaluation/04_scorecard.ipynb #032dafff
@@ -177,6 +177,6 @@ def steadiness(
     for name, part in parts.items():
         v = part.dropna()
         sd = float(v.std()) if len(v) > 1 else float("nan")
-        rows[name] = {"parts": len(v), "mean": v.mean(), "sd": sd, "ratio": v.mean() / sd if sd > 0 else float("nan")}
+        rows[name] = {"parts": len(v), "mean": v.mean(), "sd": sd, "ratio": v.mean() / sd if varies(v.to_numpy(float)) else float("nan")}
         rows[name] |= {"positive": (v > 0).mean() if len(v) else float("nan"), "lowest": v.min(), "highest": v.max()}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"parts": int})

@@ -23,7 +23,7 @@ from ..data.bars import bar_length
 from ..data.series import naive_utc, utc_now
 from ..data.store import write
 from ..errors import problem, SchemaError
-from ..metrics.scores import qlike_loss, REFERENCE, squared_loss
+from ..metrics.scores import qlike_loss, REFERENCE, squared_loss, varies
 from ..metrics.strategy import CLOCK, return_moments
 from .config import config_record, RunConfig
 
@@ -242,7 +242,7 @@ def align_trials(
     taken, start, end = _common(dated, first, last, share)
     columns = {(r.run_id, r.trial, r.origin): _values(con, r).loc[start:end] for r in taken.itertuples()}
     table = pd.DataFrame(columns).dropna() if columns else pd.DataFrame()
-    table = table.loc[:, [bool(np.isfinite(table[c]).all() and table[c].std() > 0) for c in table]].T.drop_duplicates().T
+    table = table.loc[:, [bool(np.isfinite(table[c]).all() and varies(table[c].to_numpy(float))) for c in table]].T.drop_duplicates().T
     return Aligned(table, len(rows) - len(dated), len(dated) - len(taken))
 
 

@@ -26,7 +26,7 @@ from cryptoresearch.features.selection import (
 )
 from ..labels.targets import is_event
 from ..metrics.scores import cross_entropy, qlike
-from ..metrics.verdict import LEAK_T, number, SUSPICIOUS_IC
+from ..metrics.verdict import LEAK_P, number, SUSPICIOUS_IC
 from ..runs.config import least_length, RunConfig
 from ..runs.identity import RunData
 from ..runs.tuning import inner_search, Search
@@ -117,7 +117,7 @@ def feature_report(
     folds, clusters = _fit(config, search, known), cluster_features(X)
     by_cluster = permutation_importance(folds, X, y, clusters, loss=target_loss(config.target)[1], repeats=3, seed=seed)
     progress(0.7, "drift, proof of causality")
-    drift, found = drift_table(X, samples.X[samples.X.index >= outer]), order.assign(discovery=discoveries(order["t"]))
+    drift, found = drift_table(X, samples.X[samples.X.index >= outer]), order.assign(discovery=discoveries(order["p"]))
     models = folds, clusters, by_cluster, _contributions(folds, X)
     proof = _prove(data.bars, list(map(str, X)), proof_bars, warmup, seed)
     return FeatureReport(config, data, samples, outer, X, y, filters, mi, found, *models, drift, *proof)
@@ -128,7 +128,7 @@ _COLORS: dict[str, Literal["good", "weak", "bad", ""]] = {
 }  # fmt: skip
 _RULES = {
     "leak": "a feature changed when the future was removed or changed",
-    "suspicious": f"returns and events of bars shorter than a day: a rank IC above {SUSPICIOUS_IC} with t above {LEAK_T:g}",
+    "suspicious": f"returns and events of bars shorter than a day: a rank IC above {SUSPICIOUS_IC} with p below {LEAK_P:g}",
     "something": "the rank IC of a feature is significant after the correction for multiple testing, and a cluster raises the loss of the"
     " inner folds with an interval above zero",
     "weak": "only one of the two",
@@ -141,7 +141,7 @@ def _high(report: FeatureReport) -> list[str]:
     order, config = report.order, report.config
     if config.target == "volatility" or least_length(config.spec) >= pd.Timedelta("1D"):
         return []
-    return order.index[(order["rank_ic"].abs() > SUSPICIOUS_IC) & (order["t"].abs() > LEAK_T)].tolist()
+    return order.index[(order["rank_ic"].abs() > SUSPICIOUS_IC) & (order["p"] < LEAK_P)].tolist()
 
 
 def _leaks(report: FeatureReport) -> list[str]:

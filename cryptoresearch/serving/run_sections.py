@@ -322,7 +322,7 @@ def _stability_block(report: RunReport) -> Sequence[Part | None]:
 def _regime_figure(table: pd.DataFrame) -> go.Figure:
     "Draw the IC of each regime with its interval."
     named = table.drop(index=("all", "all"))
-    width = 1.96 * (named["ic"] / named["ic_t"]).abs()
+    width = named["ic_margin"]
     drawn = pd.DataFrame({"value": named["ic"], "lower": named["ic"] - width, "upper": named["ic"] + width})
     drawn.index = pd.Index([regime_name(str(a), str(b)) for a, b in named.index])
     return research_figures.intervals_figure(drawn.dropna(), "IC by regime with 95 % interval; grey: interval includes zero")
@@ -354,7 +354,8 @@ def calibration_section(
     if report.event:
         return section("Calibration", (drawn, reliability_view(reliability_table(own, config.horizon), config.calibrate)))
     parts = interval_parts_view(interval_table(own, report.data.bars, level), level)
-    return section("Calibration", (drawn, coverage_view(coverage_table(own), level), parts, report_figures.coverage_figure(own, level)))
+    covered = coverage_view(coverage_table(own, level, config.horizon), level)
+    return section("Calibration", (drawn, covered, parts, report_figures.coverage_figure(own, level)))
 
 
 def calibration_scores_section(
@@ -365,7 +366,8 @@ def calibration_scores_section(
     drawn = report_figures.calibration_figure(calibration_table(own), config.target)
     if report.event:
         return section("Calibration", (drawn, calibration_view(calibration_scores(own, config.horizon, report.draws, report.seed))))
-    return section("Calibration", (drawn, coverage_view(coverage_table(own), float(report.run.model.level))))
+    level = float(report.run.model.level)
+    return section("Calibration", (drawn, coverage_view(coverage_table(own, level, config.horizon), level)))
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #3a8dcae3
 @dataclass(frozen=True)

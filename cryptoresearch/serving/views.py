@@ -71,9 +71,10 @@ def _texts(column: pd.Series, form: str) -> pd.Series:
 
 # %% ../../nbs/serving/08_views.ipynb #e135bab2
 _SCORES = {  # column: name, format
-    "ic": ("IC", ".3f"), "ic_t": ("t of IC", ".1f"), "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "rmse": ("RMSE", ".4f"),
+    "ic": ("IC", ".3f"), "ic_t": ("t of IC", ".1f"), "ic_p": ("p of IC", ""),
+    "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "rmse": ("RMSE", ".4f"),
     "auc": ("AUC", ".3f"), "brier": ("Brier", ".4f"), "log_loss": ("log loss", ".4f"),
-    "qlike": ("QLIKE", ".3f"), "mse_log": ("log MSE", ".3f"),
+    "qlike": ("QLIKE", ".3f"), "mse_log": ("log MSE", ".3f"), "mz_slope": ("slope", ".2f"), "mz_p": ("MZ p", ""),
     "dm_stat": ("DM", ".1f"),
 }  # fmt: skip
 
@@ -85,13 +86,15 @@ def score_view(
     "Show the score table."
     left_out = {"r2_oos"} if target == "volatility" else set()  # it is judged by QLIKE
     shown = {c: row for c, row in _SCORES.items() if c in scores and c not in left_out}
-    view = pd.DataFrame({name: _texts(scores[c], form) for c, (name, form) in shown.items()})
+    view = pd.DataFrame({name: _texts(scores[c], form) if form else _p_texts(scores[c]) for c, (name, form) in shown.items()})
     view["DM p"] = _p_texts(scores["dm_p"])
     note = (
         f"{int(scores['n'].iloc[0]):,} forecasts. {'OOS R² and the' if 'r2_oos' in shown else 'The'} Diebold-Mariano test "
         f"(DM, on {loss_name(target)}, negative is better) {'are' if 'r2_oos' in shown else 'is'} "
-        f"against “{_forecaster(REFERENCE[target])}”; t and DM allow for overlapping outcomes."
+        f"against “{_forecaster(REFERENCE[target])}”; all p-values allow for overlapping outcomes."
     )
+    if "slope" in view:
+        note += " Slope of the outcome on the forecast (Mincer-Zarnowitz, MZ); p of a slope of 1 and an intercept of 0."
     return Table(view.rename(index=_forecaster), note=note)
 
 # %% ../../nbs/serving/08_views.ipynb #0000001b
@@ -152,12 +155,16 @@ def coverage_view(
     view = pd.DataFrame({"forecasts": coverage["n"].map("{:,.0f}".format)})
     for name, (column, form) in _COVERAGE.items():
         view[name] = _texts(coverage[column], form)
+    if tested := "kupiec_p" in coverage:
+        view["Kupiec p"] = _p_texts(coverage["kupiec_p"])
     view.index = pd.Index(["all" if name == "all" else f"fold\u00a0{name}" for name in coverage.index])
     note = (
         f"Nominal coverage {level:.0%}. Except for the adaptive interval, the widths are learned before each fold, so a change of regime "
         "shows "
         "here first."
     )
+    if tested:
+        note += " Kupiec p: of the number of misses, if the nominal coverage is right; it allows for overlapping outcomes."
     return Table(view, note=note)
 
 # %% ../../nbs/serving/08_views.ipynb #ef349ca2
@@ -240,7 +247,8 @@ def baseline_view(
 
 # %% ../../nbs/serving/08_views.ipynb #9fa17565
 _REGIME = (  # name, column, format; those that the target has
-    ("IC", "ic", ".3f"), ("t of IC", "ic_t", ".1f"), ("loss reduction against {}", "saved", ".1%"), ("DM p", "dm_p", ""),
+    ("IC", "ic", ".3f"), ("t of IC", "ic_t", ".1f"), ("p of IC", "ic_p", ""),
+    ("loss reduction against {}", "saved", ".1%"), ("DM p", "dm_p", ""),
     ("AUC", "auc", ".3f"), ("log loss", "log_loss", ".4f"), ("coverage", "coverage", ".1%"),
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from ..errors import DataNotFound, SchemaError
 from ..labels.targets import is_event
 from cryptoresearch.metrics.scores import (
     auc, cross_entropy, diebold_mariano, ic, ic_test, interval_coverage, LEAST_COVER, log_loss, loss_name, loss_reduction,
-    mse_log, qlike, qlike_loss, r2_oos, rank_ic, REFERENCE, same_losses, squared_loss,
+    mse_log, qlike, qlike_loss, r2_oos, rank_ic, REFERENCE, ROUNDING, same_losses, squared_loss,
 )
 from cryptoresearch.metrics.significance import (
     bootstrap_score, brier_loss, by_regime, confidence_set, crps_loss, Interval, pinball_loss, regimes, winkler_loss,
@@ -382,6 +382,7 @@ def known_level(
 ) -> pd.Series:  # volatility of one bar, n rows; known at the close
     "Compute the volatility of the bars before each forecast."
     sigma = np.log(bars["close"]).diff().rolling(window_bars, min_periods=window_bars // 2).std()
+    sigma = sigma.mask(sigma < ROUNDING, 0.0)  # below is the rounding of the logarithms
     if bars.index.is_unique:
         return sigma.reindex(rows.index)
     return sigma.set_axis(bars["first_id"]).reindex(rows["first_id"]).set_axis(rows.index)

@@ -351,13 +351,12 @@ def beta_to(
 def fracdiff_weights(
     order: float,  # of the difference, above 0, at most 1
     threshold: float = 1e-4,  # weights smaller than this are left out
-) -> Array:  # newest first, sum 0
-    "Compute the weights of a fractional difference of fixed width."
+) -> Array:  # newest first; the sum is above 0 where weights were left out
+    "Compute the weights of a fractional difference of fixed width (López de Prado 2018, 5.5)."
     weights = [1.0]
     while abs(weights[-1]) >= threshold and len(weights) < 100_000:
         weights.append(-weights[-1] * (order - len(weights) + 1) / len(weights))
-    kept = np.array(weights[:-1])
-    return np.append(kept, -kept.sum()) if abs(kept.sum()) > 0 else kept
+    return np.array(weights[:-1])
 
 
 def fractional_difference(
@@ -365,8 +364,10 @@ def fractional_difference(
     order: float,  # of the difference
     threshold: float,  # smallest weight
 ) -> pd.Series:  # log units, n bars, first values NaN as the warm-up says
-    "Compute the fractional difference of the log."
-    return weighted_over(np.log(x.where(x > 0)), fracdiff_weights(order, threshold))
+    "Compute the fractional difference of the log, measured from the newest value."
+    weights = fracdiff_weights(order, threshold)
+    weights[0] -= weights.sum()  # of logs from the newest one, so that the unit of x cancels
+    return weighted_over(np.log(x.where(x > 0)), weights)
 
 # %% ../../nbs/features/15_derived.ipynb #70209e67
 def fracdiff(
@@ -375,7 +376,7 @@ def fracdiff(
     threshold: float = 1e-4,  # weights smaller than this are left out
 ) -> Feature:  # fracdiff_column_40
     "Make the fractional difference of a column's log, with a window of fixed width, a feature."
-    if not 0 < order <= 1 or round(order * 100) != order * 100 or not 1e-7 < threshold < 0.1:
+    if not (0 < order <= 1 and order == round(order, 2) and 1e-7 < threshold < 0.1):
         raise ConfigError(
             problem(
                 "an order of 0.01 to 1 in hundredths, a threshold of 1e-7 to 0.1", f"{order}, {threshold}", "Try fracdiff('close', 0.4)"

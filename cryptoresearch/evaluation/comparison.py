@@ -41,6 +41,7 @@ class Lineup:
     runs: dict[str, Run]  # by letter, in the order given
     frames: dict[str, pd.DataFrame]  # by letter: predictions on the common rows
     losses: pd.DataFrame  # index ts, one column per letter: squared error of returns, QLIKE of volatility
+    left_out: int = 0  # common rows with an outcome that the loss cannot score: a volatility of zero
 
     @property
     def config(self) -> RunConfig:  # target, horizon, symbol and bars are the same in all runs
@@ -58,7 +59,12 @@ class Lineup:
         return float(next(iter(self.runs.values())).model.level)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{k}  {run.id}" for k, run in self.runs.items()) + f"\n{len(self.losses):,} common rows"
+        return "\n".join(f"{k}  {run.id}" for k, run in self.runs.items()) + f"\n{len(self.losses):,} common rows{self._without}"
+
+    @property
+    def _without(self) -> str:
+        "Say how many rows are left out."
+        return f", without {self.left_out:,} whose outcome is zero" if self.left_out else ""
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #1df9190b
 def line_up(
@@ -79,12 +85,14 @@ def line_up(
         common = common.intersection(f.index)
     loss = _loss(found[0].config.target)
     by_letter = dict(zip(ascii_uppercase, frames, strict=False))
-    losses = pd.DataFrame({k: loss(f.loc[common, "prediction"], f.loc[common, "y"]) for k, f in by_letter.items()}, index=common).dropna()
+    every = pd.DataFrame({k: loss(f.loc[common, "prediction"], f.loc[common, "y"]) for k, f in by_letter.items()}, index=common)
+    losses = every.dropna()
     if len(losses) < 10:
         raise DataNotFound(f"expected rows that all runs forecast; found {len(losses)}. Give them the same test period")
-    return Lineup(dict(zip(ascii_uppercase, found, strict=False)), {k: f.loc[losses.index] for k, f in by_letter.items()}, losses)
+    aligned = {k: f.loc[losses.index] for k, f in by_letter.items()}
+    return Lineup(dict(zip(ascii_uppercase, found, strict=False)), aligned, losses, len(every) - len(losses))
 
-
+# %% ../../nbs/evaluation/03_comparison.ipynb #0b460994
 def _loss(target: str) -> Callable[..., np.ndarray]:
     "Return the loss that decides a comparison."
     return qlike_loss if target == "volatility" else squared_loss

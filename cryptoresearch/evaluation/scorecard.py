@@ -13,6 +13,7 @@ from typing import cast, get_args
 import numpy as np
 import pandas as pd
 
+from ..errors import SchemaError
 from .comparison import known_baselines, Measure, measures, outcome_columns
 from ..labels.horizon import fixed_horizon, Target
 from ..metrics.scores import calibration_table, cross_entropy, diebold_mariano, ic, ic_test, rank_ic, REFERENCE, varies
@@ -129,6 +130,9 @@ def reliability_table(
     "Compute the reliability of probabilities before and after calibration."
     columns = {"as the model says": "raw", "calibrated": "prediction"} if "raw" in predictions else {"as the model says": "prediction"}
     rows = predictions.dropna(subset=["y", *columns.values()])
+    if rows.empty:
+        found = f"none in {len(predictions)} rows"
+        raise SchemaError(f"expected forecasts with their outcomes; found {found}. Take predictions whose outcomes are known")
     y, out = rows["y"].to_numpy(np.float64), {}
     for name, column in columns.items():
         p = rows[column].to_numpy(np.float64)

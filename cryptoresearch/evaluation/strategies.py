@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from ..errors import SchemaError
 from ..metrics.costs import capacity_of, Costs, positions, random_signals, trade
 from ..metrics.strategy import ANNUAL_SECONDS, max_drawdown, on_bars, on_clock, sharpe_ratio, StrategyResult
 from ..metrics.verdict import deflate, FEWEST_TRADES, number
@@ -69,6 +70,8 @@ def strategies(
     latency_bars: int = 1,  # 1 trades at the next open, 2 one bar later
 ) -> dict[str, StrategyResult]:  # by rule, including rules without a trade
     "Trade forecasts by each rule."
+    if predictions["prediction"].isna().all():
+        raise SchemaError(f"expected forecasts to trade; found none in {len(predictions)} rows. Take predictions of one run")
     c = payable(costs or Costs(), bars, predictions.index[0])
     wanted, held = placed_positions(predictions, bars, c)
     return {rule: trade(wanted[rule], bars, horizon, c, latency_bars, held) for rule in wanted}
@@ -87,7 +90,7 @@ def strategy_rows(
     trials: Sequence[float] = (),  # Sharpe ratios per bar of the trials in the ledger
     draws: int = 300,  # random signals
     seed: int = 0,  # of the random signals
-) -> pd.DataFrame:  # index rule, columns as in `_measures_of`; the number of trials in attrs
+) -> pd.DataFrame:  # index rule, columns as in `_measures_of`, ruin; the number of trials in attrs
     "Compute the measures of each rule after costs, its capacity, and its rank among random signals of the same turnover."
     counted = [*trials, *(sharpe_ratio(clocked(r).returns) for r in results.values())]
     rows = {rule: _measures_of(r, counted, draws, seed) for rule, r in results.items()}
@@ -97,17 +100,18 @@ def strategy_rows(
     held = {"sharpe": sharpe_ratio(some.hold) * years, "max_drawdown": max_drawdown(some.hold), "exposure": 1.0}
     rows["holding"] = {"total_return": earned} | held
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("rule")
+    out["ruin"] = pd.Series({rule: r.ruin for rule, r in results.items()}, dtype="datetime64[us, UTC]").reindex(out.index)
     out.attrs["trials"] = int(np.isfinite(counted).sum())
     return out
 
 # %% ../../nbs/evaluation/02_strategies.ipynb #554d053e
 def _measures_of(r: StrategyResult, trials: Sequence[float], draws: int, seed: int) -> dict[str, float]:
     "Compute the measures of one rule: shares, Sharpe ratio per year, basis points, quote currency, probabilities."
-    days, moved = len(r.returns) * r.bar_s / 86_400, bool(r.turnover.sum() > 0)
+    days, moved = len(r.returns) * r.bar_s / 86_400 or float("nan"), bool(r.turnover.sum() > 0)
     chance = random_signals(r, draws, seed).attrs["p_value"] if moved and len(r.position) >= 100 else float("nan")
     paid = float("nan") if r.costs is None else float(r.costs.sum().sum()) / days * 365
     return {
-        "total_return": float(r.equity.iloc[-1]) - 1, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0],
+        "total_return": r.total_return, "sharpe": r.sharpe, "deflated": deflate(clocked(r), trials)[0],
         "max_drawdown": r.max_drawdown, "turnover_per_day": float(r.turnover.sum()) / days, "exposure": float(r.position.abs().mean()),
         "break_even_bps": r.break_even_bps if r.trades >= FEWEST_TRADES else float("nan"),
         "cost_per_year": paid, "capacity": capacity_of(r), "random_p": chance,

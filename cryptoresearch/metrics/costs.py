@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import SchemaError
-from .strategy import ANNUAL_SECONDS, bar_seconds, sharpe_ratio, slices, StrategyResult
+from .strategy import ANNUAL_SECONDS, bar_seconds, check_number, sharpe_ratio, slices, StrategyResult, until_ruin
 
 # %% ../../nbs/metrics/04_costs.ipynb #7ffa8ad1
 Rule = Literal["sign", "proportional", "interval"]
@@ -28,9 +28,11 @@ def positions(
     cost_bps: float = 5.0,  # cost per side, basis points; 'interval' must exceed it twice
 ) -> pd.Series:  # -1 to 1, n rows; NaN where the forecast is
     "Return the position that a rule takes on each forecast."
-    if rule not in get_args(Rule) or not scale > 0 or cost_bps < 0:
-        expected = f"a rule of {', '.join(get_args(Rule))}, a scale above 0 and costs of 0 or more"
-        raise SchemaError(f"expected {expected}; found {rule!r}, {scale:g}, {cost_bps:g}. Correct them")
+    check_number("a cost", cost_bps)
+    check_number("a scale", scale)
+    if rule not in get_args(Rule) or not scale > 0:
+        expected = f"a rule of {', '.join(get_args(Rule))} and a scale above 0"
+        raise SchemaError(f"expected {expected}; found {rule!r}, {scale:g}. Correct them")
     f = forecasts["prediction"].astype(float)
     if rule == "sign":
         return pd.Series(np.sign(f), f.index, name="position")
@@ -54,8 +56,12 @@ class Costs:
     funding_bps: float | pd.Series = 0.0  # paid by a long position at each funding time, basis points; a series (index UTC) if it varies
 
     def __post_init__(self) -> None:
-        if min(self.fee_bps, self.half_spread_bps, self.impact) < 0 or not self.capital > 0:
-            raise SchemaError(f"expected fees, spread and impact of 0 or more and a capital above 0; found {self}. Correct them")
+        for what, value in (("a fee", self.fee_bps), ("a half-spread", self.half_spread_bps), ("an impact", self.impact)):
+            check_number(what, value)
+        check_number("a capital", self.capital)
+        if not self.capital > 0:
+            raise SchemaError(f"expected a capital above 0; found {self.capital:g}. Give the amount that is traded")
+        _check_funding(self.funding_bps)
 
 
 def _market_size(bars: pd.DataFrame, bar_s: float) -> tuple[pd.Series, pd.Series]:
@@ -70,6 +76,27 @@ def _market_size(bars: pd.DataFrame, bar_s: float) -> tuple[pd.Series, pd.Series
 
 _FUNDING_S = 28_800  # eight hours, counted from midnight UTC
 
+# %% ../../nbs/metrics/04_costs.ipynb #05748e42
+def _check_funding(funding_bps: float | pd.Series) -> None:
+    "Refuse funding of which a rate or its time is not known."
+    if not isinstance(funding_bps, pd.Series):
+        return check_number("a funding rate", funding_bps, least=float("-inf"))
+    at = funding_bps.index
+    if not isinstance(at, pd.DatetimeIndex) or at.tz is None or not len(at):
+        found = f"{len(at)} of {'another index' if not isinstance(at, pd.DatetimeIndex) else f'time zone {at.tz}'}"
+        raise SchemaError(f"expected funding rates by their times in UTC; found {found}. Set the index, as by tz_localize('UTC')")
+    if not (at.is_monotonic_increasing and at.is_unique):
+        first = at[1:][at[1:] <= at[:-1]][0]
+        raise SchemaError(
+            f"expected funding rates in the order of their times, each once; found {first} too late. Use sort_index and drop_duplicates"
+        )
+    wrong = [not (isinstance(rate, int | float | np.number) and np.isfinite(rate)) for rate in funding_bps]
+    if any(wrong):
+        bad = funding_bps[wrong]
+        remedy = "Look the rate up, or drop the row if nothing was charged then"
+        raise SchemaError(f"expected a number for each funding rate; found {bad.iloc[0]} at {bad.index[0]}. {remedy}")
+
+
 # %% ../../nbs/metrics/04_costs.ipynb #bf951028
 def funding_paid(
     opens: pd.DatetimeIndex,  # of bars, UTC, n
@@ -77,6 +104,7 @@ def funding_paid(
     funding_bps: float | pd.Series = 0.0,  # as in Costs
 ) -> np.ndarray:  # fraction that a long position of 1 pays during each bar, n
     "Compute the funding of each bar: all rates charged after its open and up to its close."
+    _check_funding(funding_bps)
     start = opens.as_unit("us").asi8 // 1_000_000
     end = start + round(bar_s)
     if isinstance(funding_bps, pd.Series):
@@ -184,7 +212,7 @@ def _shifted(result: StrategyResult, n: int, seed: int) -> list[np.ndarray]:  # 
 
     def after(k: int) -> np.ndarray:
         held, moved = np.roll(position, k), np.roll(turnover, k)
-        return np.asarray(held * (market - funding) - moved * result.fee_bps / 1e4 - moved**1.5 * impact)
+        return until_ruin(held * (market - funding) - moved * result.fee_bps / 1e4 - moved**1.5 * impact)
 
     return [after(k) for k in (0, *rng.integers(size // 20, size - size // 20, n))]
 

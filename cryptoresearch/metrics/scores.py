@@ -6,10 +6,12 @@
 __all__ = ['ROUNDING', 'REFERENCE', 'LEAST_COVER', 'finite_pairs', 'varies', 'ic', 'rank_ic', 'squared_loss', 'qlike_loss',
            'log_loss', 'qlike', 'mse_log', 'r2_oos', 'loss_reduction', 'same_losses', 'cosine_count', 'cosine_variance',
            'MeanTest', 'mean_test', 'diebold_mariano', 'clark_west', 'ic_test', 'hac_lags', 'long_run_variance', 'auc',
-           'cross_entropy', 'score_table', 'interval_coverage', 'kupiec_test', 'christoffersen_test',
-           'calibration_table', 'coverage_table', 'MincerZarnowitz', 'mincer_zarnowitz', 'loss_name']
+           'cross_entropy', 'scored_rows', 'left_out_text', 'score_table', 'interval_coverage', 'kupiec_test',
+           'christoffersen_test', 'calibration_table', 'coverage_table', 'MincerZarnowitz', 'mincer_zarnowitz',
+           'loss_name']
 
 # %% ../../nbs/metrics/01_scores.ipynb #00000002
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -130,10 +132,10 @@ def r2_oos(
 def loss_reduction(
     own: ArrayLike,  # n losses of the forecaster
     other: ArrayLike,  # n losses of the one that it is compared with
-) -> float:  # share of the other's mean loss that is saved; negative where it is larger, NaN where the other loses nothing
+) -> float:  # share of the other's mean loss that is saved; negative where it is larger, NaN without rows or where the other loses nothing
     "Compute the share of another forecaster's mean loss that a forecaster saves."
-    base = float(np.mean(np.asarray(other, dtype=np.float64)))
-    return 1 - float(np.mean(np.asarray(own, dtype=np.float64))) / base if base != 0 else float("nan")
+    a, b = (_mean(np.asarray(x, dtype=np.float64)) for x in (own, other))
+    return 1 - a / b if b > 0 else float("nan")
 
 
 def same_losses(
@@ -300,7 +302,29 @@ def _scores(f: np.ndarray, y: np.ndarray, reference: np.ndarray, target: str, ho
     line = mincer_zarnowitz(f, y, horizon)
     return scores | {"qlike": qlike(f, y), "mse_log": mse_log(f, y), "mz_slope": line.slope, "mz_p": line.p_value}
 
+# %% ../../nbs/metrics/01_scores.ipynb #7b8d23db
+def scored_rows(
+    predictions: pd.DataFrame,  # y, prediction and the baselines' columns
+    target: str,  # kind of label of y
+) -> dict[str, int]:  # forecasts, without_outcome, without_baseline, zero (outcomes of a volatility), scored
+    "Count the forecasts that a score table uses, and those that it leaves out, by reason."
+    made = predictions["prediction"].notna()
+    known = made & predictions["y"].notna()
+    both = known & predictions[_forecasters(predictions, REFERENCE[target])].notna().all(axis=1)
+    zero = both & ~(predictions["y"] > 0) & (target == "volatility")
+    parts = {"forecasts": made, "without_outcome": made & ~known, "without_baseline": known & ~both, "zero": zero}
+    return {name: int(rows.sum()) for name, rows in parts.items()} | {"scored": int((both & ~zero).sum())}
 
+
+def left_out_text(
+    rows: Mapping[str, int],  # of scored_rows
+) -> str:  # such as '3 of 100 outcomes were zero, which QLIKE cannot score, and were left out'; empty where there were none
+    "Say how many outcomes of zero a score leaves out."
+    if not rows.get("zero"):
+        return ""
+    return f"{rows['zero']:,} of {rows['zero'] + rows['scored']:,} outcomes were zero, which QLIKE cannot score, and were left out"
+
+# %% ../../nbs/metrics/01_scores.ipynb #959cb2d7
 def _forecasters(predictions: pd.DataFrame, reference: str) -> list[str]:
     "List the model's column and the baselines that know enough rows, so that a short baseline does not remove rows of the others."
     asked = predictions[["y", "prediction", reference]].notna().all(axis=1)
@@ -315,7 +339,7 @@ def score_table(
     predictions: pd.DataFrame,  # index ts in order of time; y, prediction and the baselines' columns, in the label's unit
     target: str,  # kind of label of y, as in labels.targets
     horizon: int,  # rows that an outcome spans
-) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, ic_p, rank_ic, r2_oos, scores of the target, dm_stat, dm_p, model_dm_stat, model_dm_p
+) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, ic_p, rank_ic, r2_oos, scores of the target, dm_*, model_dm_*; attrs: rows
     "Score the model and its baselines on the rows that all of them know."
     reference = REFERENCE[target]
     if missing := [c for c in ("y", "prediction", reference) if c not in predictions]:
@@ -333,7 +357,9 @@ def score_table(
         ours = diebold_mariano(loss(rows["prediction"].to_numpy(), y), loss(f, y), horizon)  # NaN for the model itself
         tests = {"dm_stat": test.stat, "dm_p": test.p_value, "model_dm_stat": ours.stat, "model_dm_p": ours.p_value}
         table["model" if name == "prediction" else name] = _scores(f, y, base, target, horizon) | tests
-    return pd.DataFrame(table).T.astype({"n": int}).rename_axis("forecaster")
+    out = pd.DataFrame(table).T.astype({"n": int}).rename_axis("forecaster")
+    out.attrs["rows"] = scored_rows(predictions, target)
+    return out
 
 # %% ../../nbs/metrics/01_scores.ipynb #00000021
 def interval_coverage(

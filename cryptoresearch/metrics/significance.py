@@ -86,7 +86,7 @@ def bootstrap_score(
     level: float = 0.95,  # nominal coverage of the interval
     draws: int = 500,  # bootstrap samples
     seed: int = 0,  # of the random draws
-) -> Interval:  # value, lower, upper; NaN bounds with fewer than 10 rows or where no sample has a score
+) -> Interval:  # value, lower, upper; NaN bounds with fewer than 10 rows, or where the score is undefined
     "Compute a score and its interval by the circular block bootstrap."
     from arch.bootstrap import CircularBlockBootstrap  # heavy: loads statsmodels and matplotlib
 
@@ -96,9 +96,8 @@ def bootstrap_score(
         return Interval(float(score(*arrays)) if n else float("nan"), float("nan"), float("nan"))
     boot = CircularBlockBootstrap(block_length(n, horizon), *arrays, seed=seed)
     values = np.array([score(*data) for data, _ in boot.bootstrap(draws)])
-    if np.isnan(values).all():
-        return Interval(float(score(*arrays)), float("nan"), float("nan"))
-    lower, upper = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    known = values[~np.isnan(values)]
+    lower, upper = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
     return Interval(float(score(*arrays)), float(lower), float(upper))
 
 # %% ../../nbs/metrics/02_significance.ipynb #1d047974

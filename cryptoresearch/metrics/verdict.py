@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from .scores import loss_name, loss_reduction, qlike_loss, REFERENCE, squared_loss
+from .scores import left_out_text, loss_name, loss_reduction, qlike_loss, REFERENCE, squared_loss
 from .significance import bootstrap_score
 from .strategy import deflated_sharpe, sharpe_ratio, StrategyResult
 
@@ -95,7 +95,9 @@ def with_savings(
     rivals = {name: other for name, other in losses.items() if name != "model" and np.isfinite(other).all()}
     drawn = {"horizon": horizon, "draws": draws, "seed": seed}
     found = {name: bootstrap_score(loss_reduction, losses["model"], other, **drawn) for name, other in rivals.items()}
-    return scores.join(pd.DataFrame.from_dict(found, orient="index", columns=["saved", "saved_lower", "saved_upper"]))
+    out = scores.join(pd.DataFrame.from_dict(found, orient="index", columns=["saved", "saved_lower", "saved_upper"]))
+    out.attrs |= scores.attrs
+    return out
 
 # %% ../../nbs/metrics/05_verdict.ipynb #fda5ca3c
 def binding(
@@ -247,6 +249,8 @@ def _money(
 ) -> str:  # clause of the sentence
     "Judge whether trading the sign would have paid."
     even, fee = strategy.break_even_bps, strategy.fee_bps
+    if strategy.ruin is not None:
+        return f"trading {by} lost the whole capital on {strategy.ruin:%Y-%m-%d %H:%M}: not tradable"
     if not np.isfinite(even):
         return "no trades were made"
     if even <= 0:
@@ -296,6 +300,8 @@ def judge(
     level, sentence = _forecast(scores, target, horizon, intraday, _unbeaten(scores, target))
     if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):
         sentence += f"; {_money(strategy, deflated, n_trials, level, 'their sign' if REFERENCE[target] == 'zero' else 'them')}"
+    if left_out := left_out_text(scores.attrs.get("rows", {})):
+        sentence += f"; {left_out}"
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""
     return Judgement(level, f"{prefix}{sentence}.")
 

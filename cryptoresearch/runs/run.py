@@ -132,7 +132,7 @@ def _mimebundle(run: Run) -> dict[str, Any]:
 
 # %% ../../nbs/runs/05_run.ipynb #86820836
 def summary(
-    info: Mapping[str, Any],  # run.json
+    info: Record,  # run.json
 ) -> dict[str, str]:  # one fact per key
     "Summarise a run in a few words."
     c, d, event = info["config"], info["data"], TARGETS[info["config"]["target"]].event
@@ -148,7 +148,19 @@ def summary(
         "interval": interval,
         "warm-up": f"{info['warmup']:,} bars up to the one to forecast; with fewer there is no forecast",
         "pinned": f"store snapshot {info['snapshot']}, code {info['identity']['code']}",
-    } | _hour_warning(info)
+    } | _rows_of(info) | _hour_warning(info)
+
+# %% ../../nbs/runs/05_run.ipynb #ee6093fd
+def _rows_of(info: Record) -> dict[str, str]:
+    "Count the rows that are left on the way from the bars to the scores; nothing for runs of older versions."
+    if "usable" not in info or "scored" not in info:
+        return {}
+    label, s, names = info["label"], info["scored"], ("a known outcome", "a baseline", "a move")
+    counts = zip((s["without_outcome"], s["without_baseline"], s["zero"]), names, strict=True)
+    left_out = ", ".join(f"{count:,} without {what}" for count, what in counts if count)
+    zero = f", {info['zero']:,} of them zero" if info["zero"] else ""
+    rows = f"{info['usable']:,} of {info['data']['bars']:,} bars have features, {label['rows']:,} of these a known outcome{zero}"
+    return {"rows": f"{rows}; {s['scored']:,} of {s['forecasts']:,} forecasts are scored{f' (left out: {left_out})' if left_out else ''}"}
 
 
 def _listed(params: Mapping[str, Any]) -> str:
@@ -303,15 +315,16 @@ def judge_run(
     leaks = find_leaks(config, data.bars) if config.leaks == "allow" else {}
     said = with_leaks(said, leaks)
     table = {str(name): row for name, row in scores.to_dict("index").items()}
-    judged = {"scores": table, "baseline": binding(scores, config.target), "strategy": money}
+    judged = {"scores": table, "scored": scores.attrs["rows"], "baseline": binding(scores, config.target), "strategy": money}
     return judged | {"verdict": said.sentence, "level": said.level} | ({"leaks": leaks} if leaks else {})
 
 
 def _money(s: StrategyResult, config: RunConfig, deflated: float | None, n_trials: int, trials: list[float]) -> dict[str, Any]:
     "Collect the figures of a strategy for run.json."
     found = {"fee_bps": config.fee_bps, "break_even_bps": s.break_even_bps, "sharpe": s.sharpe, "deflated_sharpe": deflated}
-    total = {"total_return": float(s.equity.iloc[-1]) - 1, "turnover": float(s.turnover.sum())}
-    return found | {"n_trials": n_trials, "trials": trials, "max_drawdown": s.max_drawdown} | total
+    total = {"total_return": s.total_return, "turnover": float(s.turnover.sum())}
+    ruin = {} if s.ruin is None else {"ruin": s.ruin.isoformat()}
+    return ruin | found | {"n_trials": n_trials, "trials": trials, "max_drawdown": s.max_drawdown} | total
 
 # %% ../../nbs/runs/05_run.ipynb #48233226
 def run_record(
@@ -324,7 +337,7 @@ def run_record(
 ) -> dict[str, Any]:  # part of run.json
     "Collect the part of run.json that is known before training."
     known = samples.labels.loc[samples.labels["y"].notna(), "end_ts"]
-    about = TARGETS[config.target].meaning
+    about, zero = TARGETS[config.target].meaning, int((samples.labels["y"] == 0).sum()) if config.target == "volatility" else 0
     return {
         "id": run_id, "created_at": datetime.now(UTC).isoformat(timespec="seconds"), "config": parts["config"], "identity": parts,
         "identity_sha256": sha256_of(canonical(parts)), "snapshot": data.snapshot, "simulated": data.simulated, "data": _data_record(data),
@@ -333,6 +346,7 @@ def run_record(
         "interval_features": [] if samples.volatility is None else [str(c) for c in samples.volatility.X.columns],
         "warmup": _warmup(config, samples),
         "label": {"target": config.target, "horizon": config.horizon, "meaning": about, "params": dict(config.label), "rows": len(known)},
+        "usable": len(samples.X), "zero": zero,
         "fold_length": _length_text(config, samples, test_start), "test_start": test_start.isoformat(),
         "trained_until": known.max().isoformat(),
     }  # fmt: skip

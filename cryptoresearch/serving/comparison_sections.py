@@ -46,10 +46,11 @@ def runs_table(
         f"seed {run.config.seed}. {run.info['verdict']}"
         for k, run in line.runs.items()
     }
+    without = f" ({line.left_out:,} more have an outcome of zero, which QLIKE cannot score)" if line.left_out else ""
     note = (
         f"{config.target} of {config.symbol} over the next {config.horizon} bars of {config.spec}; {len(line.losses):,} rows that all runs "
-        f"forecast, {line.losses.index[0]:%Y-%m-%d} to {line.losses.index[-1]:%Y-%m-%d}. Everything below uses these rows and is out of "
-        "sample."
+        f"forecast{without}, {line.losses.index[0]:%Y-%m-%d} to {line.losses.index[-1]:%Y-%m-%d}. Everything below uses these rows and is "
+        "out of sample."
     )
     return Table(pd.DataFrame({"run, and its own verdict": said}), words=True, note=note)
 
@@ -155,9 +156,9 @@ def lineup_trials(
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #01317313
 def _earned(r: StrategyResult, deflated: float, count: int) -> dict[str, str]:
     "Return the measures of one run's sign strategy."
-    turnover = r.turnover.sum() / (len(r.returns) * r.bar_s / 86_400)
+    turnover = r.turnover.sum() / (len(r.returns) * r.bar_s / 86_400 or float("nan"))
     return {
-        "return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe per year": number(r.sharpe, ".2f"),
+        "return": number(r.total_return, ".1%") + r.ruin_note, "Sharpe per year": number(r.sharpe, ".2f"),
         "deflated Sharpe ratio (probability)": number(deflated, ".2f"), "number of trials": f"{count:,}",
         "maximum drawdown": number(r.max_drawdown, ".1%"), "turnover per day": number(turnover, ".2f"),
         "break-even, bp": number(r.break_even_bps if r.trades >= FEWEST_TRADES else None, ".1f"), "fee, bp": number(r.fee_bps, "g"),

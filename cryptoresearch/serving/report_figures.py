@@ -196,7 +196,7 @@ def equity_figure(
     strategy: StrategyResult,  # of metrics.strategy
     max_points: int = 1500,  # points per line at most
 ) -> go.Figure:  # growth of the capital, and the drawdown after costs
-    "Draw the return of a strategy before and after costs, that of buy and hold, and the drawdown."
+    "Draw the return of a strategy before and after costs, that of buy and hold, and the drawdown; the title says when it was ruined."
     lines = {"before costs": (strategy.gross, OUTCOME), "after costs": (strategy.returns, MODEL), "buy and hold": (strategy.hold, BASELINE)}
     capital = pd.DataFrame({name: (1 + series).cumprod() for name, (series, _) in lines.items()})
     capital["drawdown"] = capital["after costs"] / capital["after costs"].cummax().clip(lower=1) - 1
@@ -207,7 +207,7 @@ def equity_figure(
     fig.add_scatter(
         x=shown.index, y=shown["drawdown"], name="drawdown", line={"color": BAD, "width": 1}, fill="tozeroy", showlegend=False, row=2, col=1
     )
-    fig = _dress(fig, f"Return and drawdown after costs{note}", 420)
+    fig = _dress(fig, f"Return and drawdown after costs{note}{strategy.ruin_note}", 420)
     fig.update_yaxes(tickformat=".0%", title="return", row=1, col=1)
     fig.update_yaxes(tickformat=".0%", title="drawdown", row=2, col=1)
     return fig

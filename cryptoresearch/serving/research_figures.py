@@ -69,7 +69,7 @@ def equities_figure(
     band: pd.DataFrame | None = None,  # of random_equity: capital at 5 %, 50 % and 95 % of random signals
 ) -> go.Figure:  # return after costs over time, and that of buy and hold
     "Draw strategies after costs, buy and hold, and the range of random signals of the same turnover."
-    results = {name: clocked(r) for name, r in results.items()}  # event bars may share a timestamp
+    results = {name + r.ruin_note: clocked(r) for name, r in results.items()}  # event bars may share a timestamp
     longest = max(results.values(), key=lambda r: len(r.returns))
     lines = {name: (1 + r.returns).cumprod() - 1 for name, r in results.items()}
     shown, note = thin(pd.DataFrame({**lines, "buy and hold": (1 + longest.hold).cumprod() - 1}), max_points)

@@ -242,10 +242,11 @@ _BENCHMARKS = (
     "confidence set."
 )
 
-
+# %% ../../nbs/serving/08a_run_sections.ipynb #3f729641
 def _scores_block(report: RunReport) -> Sequence[Part]:
     "Return the score table with its explanation."
     scores = pd.DataFrame(report.run.info["scores"]).T.astype(float)
+    scores.attrs["rows"] = report.run.info.get("scored", {})
     text = _VOLATILITY if report.config.target == "volatility" else _PROBABILITY if report.event else _NUMBER
     return (text, score_view(scores, report.config.target))
 

@@ -23,7 +23,7 @@ from ..evaluation.overfitting import RunOverfitting, SearchOverfitting
 from ..evaluation.scorecard import FEWEST
 from ..evaluation.strategies import clocked, costs_text, RULES
 from ..metrics.costs import Costs
-from ..metrics.scores import loss_name, REFERENCE
+from ..metrics.scores import left_out_text, loss_name, REFERENCE
 from ..metrics.strategy import sharpe_ratio, StrategyResult
 from ..metrics.verdict import ALPHA, deflate, FEWEST_OUTCOMES, number, p_value
 from ..runs.trials import LEAST_BARS, LEAST_SHARE, read_trials, tried_sharpes
@@ -80,7 +80,7 @@ _SCORES = {  # column: name, format
 
 
 def score_view(
-    scores: pd.DataFrame,  # of score_table
+    scores: pd.DataFrame,  # of score_table, with its attrs
     target: str,  # name of a target
 ) -> Table:  # one row per forecaster
     "Show the score table."
@@ -95,6 +95,8 @@ def score_view(
     )
     if "slope" in view:
         note += " Slope of the outcome on the forecast (Mincer-Zarnowitz, MZ); p of a slope of 1 and an intercept of 0."
+    if without := left_out_text(scores.attrs.get("rows", {})):
+        note += f" {without}."
     return Table(view.rename(index=_forecaster), note=note)
 
 # %% ../../nbs/serving/08_views.ipynb #0000001b
@@ -298,7 +300,7 @@ _RULE_NOTE = (
     "share of the same positions, moved along time and with the same costs, whose Sharpe ratio is at least as high."
 )
 
-
+# %% ../../nbs/serving/08_views.ipynb #316af307
 def strategy_rows_view(
     table: pd.DataFrame,  # of strategy_rows
     costs: Costs,  # that the strategies paid
@@ -307,6 +309,8 @@ def strategy_rows_view(
     "Show the measures of each rule, the Sharpe ratio next to the deflated one."
     view = pd.DataFrame({name: _texts(table[c], f) for name, (c, f) in _RULE_COLUMNS.items()})
     view.index = pd.Index([RULES.get(str(i), str(i)) for i in table.index])
+    if table["ruin"].notna().any():
+        view.insert(1, "ruined on", [f"{t:%Y-%m-%d %H:%M}" if pd.notna(t) else "–" for t in table["ruin"]])
     return Table(view, note=_RULE_NOTE.format(costs=costs_text(costs, latency_bars), trials=table.attrs["trials"]))
 
 # %% ../../nbs/serving/08_views.ipynb #04577b3d
@@ -335,7 +339,7 @@ def ladder_view(
 
 def _ladder_row(r: StrategyResult, counted: Sequence[float]) -> dict[str, str]:
     "Return the measures of one step."
-    row = {"return": number(float(r.equity.iloc[-1]) - 1, ".1%"), "Sharpe per year": number(r.sharpe, ".2f")}
+    row = {"return": number(r.total_return, ".1%") + r.ruin_note, "Sharpe per year": number(r.sharpe, ".2f")}
     return row | {"deflated": number(deflate(clocked(r), counted)[0], ".2f"), "maximum drawdown": number(r.max_drawdown, ".1%")}
 
 # %% ../../nbs/serving/08_views.ipynb #9c6c49df

@@ -224,13 +224,14 @@ def audit(
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import import_modules, whole_paths
     from cryptoresearch.runs.identity import read_data
-    from cryptoresearch.runs.run import load_run, refuse_leaks
+    from cryptoresearch.runs.run import import_own, load_run, refuse_leaks
 
-    import_modules(whole_paths(given["modules"]))
     stored, refit = None if run is None else load_run(run, get_settings()), given["refit_every"]
     if stored is None:
+        import_modules(whole_paths(given["modules"]))
         asked = asked_config(given | {"refit_every": refit or "365D"})
     else:
+        import_own(stored, whole_paths(given["modules"]))
         asked = stored.config if refit is None else replace(stored.config, refit_every=refit)
     pinned = None if stored is None else int(stored.info["snapshot"])
     with connect(snapshot=pinned, read_only=True) as con:
@@ -251,12 +252,12 @@ def evaluate(
     output: Output = None,  # folder of the page
 ) -> None:
     "Write a page about a stored run: scores with intervals, baselines, regimes, strategies, capacity, overfitting, audit."
-    from cryptoresearch.runs.run import load_run
-
     from cryptoresearch.features.user_modules import whole_paths
+    from cryptoresearch.runs.run import import_own, load_run
 
     found = load_run(run, get_settings())
     given["modules"] = list(whole_paths(given["modules"]))
+    import_own(found, given["modules"])  # refuses before the notebook starts
     make_report("evaluate", found.id, given | {"run": found.id, "with_audit": with_audit}, output, get_settings())
 
 # %% ../nbs/93_cli_research.ipynb #73308072

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from cryptoresearch.cli import app
 from cryptoresearch.data.event_bars import event_bars
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.errors import ConfigError, SchemaError
+from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
+from cryptoresearch.evaluation.comparison import line_up
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.proof import find_leaks
 from cryptoresearch.features.registry import Feature, REGISTRY
@@ -25,6 +26,7 @@ from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.runs.tuning import tune
+from cryptoresearch.serving.comparison_sections import lineup_trials
 from cryptoresearch.serving.predictor import Predictor
 from cryptoresearch.settings import Settings
 
@@ -178,6 +180,80 @@ def test_commands_refuse_leaks_and_import_modules(store: Settings, module: str, 
     for command in ("audit", "tune"):
         done = CliRunner().invoke(app, [command, *flags])
         assert isinstance(done.exception, ConfigError) or "own_zscore_all (reads the whole sample" in done.output, done.output
+
+
+def forget_own() -> None:
+    "Leave the state of a process that has imported no module of the user."
+    for name in [n for n in REGISTRY if n.startswith("own_")]:
+        REGISTRY.pop(name)
+    sys.modules.pop("own_features.own_leaks", None)
+
+
+@pytest.fixture
+def own_run(store: Settings, module: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    "A run with a user-defined feature, in a process that does not know the feature."
+    with connect(store) as con:
+        run = train_run(con, asked(module, "own_body"), store)
+    for name in ("duckdb_path", "runs_dir"):
+        monkeypatch.setenv(name.upper(), getattr(store, name))
+    monkeypatch.setenv("COLUMNS", "400")
+    forget_own()
+    return run.id
+
+
+def bar_file(store: Settings, folder: Path) -> str:
+    with connect(store) as con:
+        read_data(con, PLAIN).bars.tail(200).reset_index().to_parquet(folder / "bars.parquet")
+    return str(folder / "bars.parquet")
+
+
+@pytest.mark.parametrize("command", ["audit RUN --draws 1", "evaluate RUN --no-audit", "predict RUN FILE", "predict RUN --source replay", "reproduce RUN"])
+def test_a_command_asks_for_the_module_of_a_run(store: Settings, own_run: str, command: str, tmp_path: Path) -> None:
+    words = [{"RUN": own_run, "FILE": bar_file(store, tmp_path)}.get(word, word) for word in command.split()]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError) and "--module own_leaks.py" in str(done.exception), (done.output, done.exception)
+
+
+@pytest.mark.parametrize("command", ["audit RUN --draws 1", "predict RUN FILE", "reproduce RUN"])
+def test_a_command_takes_the_module_of_a_run(store: Settings, module: str, own_run: str, command: str, tmp_path: Path) -> None:
+    words = [{"RUN": own_run, "FILE": bar_file(store, tmp_path)}.get(word, word) for word in command.split()]
+    done = CliRunner().invoke(app, [*words, "--module", module])
+    assert done.exit_code in (0, 2) and (done.exception is None or isinstance(done.exception, SystemExit)), (done.output, done.exception)
+    assert {"audit": "audit", "predict": "forecasts", "reproduce": "bit for bit"}[words[0]] in done.output
+
+
+def test_a_changed_module_is_refused(own_run: str, module: str, store: Settings, tmp_path: Path) -> None:
+    other = tmp_path / "own_leaks.py"
+    other.write_text(LEAKS.replace('b["close"] / b["open"]', 'b["open"] / b["close"]'))
+    for words in (["audit", own_run], ["evaluate", own_run], ["predict", own_run, bar_file(store, tmp_path)]):
+        done = CliRunner().invoke(app, [*words, "--module", str(other)])
+        assert isinstance(done.exception, RunMismatch) and "own_body" in str(done.exception), (done.output, done.exception)
+
+
+def test_commands_that_need_no_features_need_no_module(own_run: str, store: Settings, tmp_path: Path) -> None:
+    with connect(store) as con:
+        other = train_run(con, replace(PLAIN, target="return", model="ridge", features=("ret_1", "ret_6")), store).id
+    for words in (["compare", own_run, other], ["promote", own_run], ["runs"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exception is None or isinstance(done.exception, SystemExit), (done.output, done.exception)
+    line = line_up([own_run, other], store)
+    assert set(lineup_trials(line, store).results) == {"A", "B"}
+
+
+def test_own_features_are_exported_with_their_module(own_run: str, module: str, tmp_path: Path) -> None:
+    words = ["export", "WALKUSDT", "--to", str(tmp_path / "x.parquet"), "--what", "features", "--feature", "own_body", "--source", "simulated"]
+    done = CliRunner().invoke(app, [*words, "--module", module])
+    assert done.exit_code == 0 and "own_body" in pd.read_parquet(tmp_path / "x.parquet"), (done.output, done.exception)
+
+
+@pytest.mark.slow  # executes a notebook
+@pytest.mark.parametrize("command", ["evaluate RUN --audit", "compare RUN OTHER --report"])
+def test_a_page_of_a_run_with_own_features_is_written(store: Settings, module: str, own_run: str, command: str, tmp_path: Path) -> None:
+    with connect(store) as con:
+        other = train_run(con, replace(PLAIN, target="return", model="ridge", features=("ret_1", "ret_6")), store).id
+    words = [{"RUN": own_run, "OTHER": other}.get(word, word) for word in command.split()] + ["--output", str(tmp_path / "page")]
+    done = CliRunner().invoke(app, words + (["--module", module] if words[0] == "evaluate" else []))
+    assert done.exit_code == 0 and list((tmp_path / "page").glob("*.html")), (done.output, done.exception)
 
 
 def test_event_bars_that_share_an_open_are_proven_too() -> None:

@@ -219,6 +219,7 @@ WHERE list_contains(?::VARCHAR[], symbol) AND last_ts >= ? AND first_ts < ? ORDE
 def read_data(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # which bars
+    joined: bool = True,  # also what features and label need; False needs no user-defined feature
 ) -> RunData:  # bars and their origin, all as of one snapshot
     "Read the bars of a run, the columns that its features need in addition, and the checksums of the files they come from."
     read = _read_events if by_events(config.spec) else read_bars
@@ -226,11 +227,11 @@ def read_data(
     try:
         bars = read(con, config.symbol, config.spec, start=config.start, end=config.end, source=config.source)
         own = bars.attrs.get("sources") or ([bars.attrs["source"]] if bars.attrs.get("source") else [])
-        bars, joined = join_needed(con, bars, config.resolved.names)
-        sources = tuple(sorted({*own, *(s for used in joined.values() for s in used)}))
-        span = [[config.symbol, *joined], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
+        bars, others = join_needed(con, bars, config.resolved.names) if joined else (bars, {})
+        sources = tuple(sorted({*own, *(s for used in others.values() for s in used)}))
+        span = [[config.symbol, *others], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
         files = con.execute(_FILES, span).fetchall()
-        pinned, trades = snapshot(con), read_doubtful(con, config, bars) if config.label.get("trades") else None
+        pinned, trades = snapshot(con), read_doubtful(con, config, bars) if joined and config.label.get("trades") else None
     finally:
         con.execute("ROLLBACK")
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))

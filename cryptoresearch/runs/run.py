@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunParts', 'Run', 'predict_run', 'summary', 'to_json_value', 'save_fitted', 'folder_files', 'find_leaks',
            'with_leaks', 'refuse_leaks', 'run_strategy', 'judge_run', 'run_record', 'find_run', 'fit_last', 'train_run',
-           'read_record', 'load_run', 'question_key']
+           'read_record', 'load_run', 'import_own', 'question_key']
 
 # %% ../../nbs/runs/05_run.ipynb #e3792a07
 import html
@@ -13,7 +13,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, UTC
 from pathlib import Path
@@ -25,7 +25,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/05_run.ipynb #5c0be379
 from ..data.bars import bar_kind, bar_length
-from ..errors import CryptoResearchError, problem, RunMismatch, SchemaError
+from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, RunMismatch, SchemaError
 from ..features import proof
 from ..features.pipeline import DataProcessing, Feature
 from ..features.user_modules import import_modules
@@ -493,6 +493,22 @@ def load_run(
     return Run(folder.name, folder, config, info, model, predictions, ends=ends, calibrator=calibrator)
 
 # %% ../../nbs/runs/05_run.ipynb #710a27e0
+def import_own(
+    run: Run,  # loaded
+    modules: Iterable[str] = (),  # files or modules of its user-defined features; never taken from the record, which may run no code
+) -> None:  # ConfigError if one is missing, RunMismatch if it has changed
+    "Import the modules of a run's user-defined features, and check that they are those that it was trained on."
+    now, then = import_modules(modules), run.info["identity"]["own_features"]
+    try:
+        now |= own_features(run.config.resolved.all)
+    except DataNotFound as e:
+        options = " ".join(f"--module {m}" for m in run.config.modules or ["FILE"])
+        raise ConfigError(problem(f"the user-defined features of run {run.id}", str(e), f"Say where they are: {options}")) from None
+    if changed := sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+        remedy = "Give the module that the run was trained on, or train again"
+        raise RunMismatch(problem(f"{', '.join(changed)} as run {run.id} was trained on", "another content", remedy))
+
+# %% ../../nbs/runs/05_run.ipynb #fb1dcabf
 def question_key(
     run: Run,  # trained
 ) -> tuple[str, str, str, int]:  # symbol, bar length, target with its parameters, horizon

@@ -158,7 +158,7 @@ def _equity(page: ComparePage, line: Lineup) -> Any:
     results = {}
     for k, run in line.runs.items():
         with connect(page.settings, snapshot=run.info["snapshot"], read_only=True) as con:
-            strategy = run_strategy(line.frames[k], read_data(con, run.config).bars, run.config)
+            strategy = run_strategy(line.frames[k], read_data(con, run.config, joined=False).bars, run.config)
         assert strategy is not None  # noqa: S101  (only volatility is not traded)
         results[k] = strategy
     return equities_figure(results)

@@ -145,7 +145,8 @@ def lineup_trials(
     results: dict[str, StrategyResult] = {}
     for k, run in line.runs.items():
         with connect(settings, snapshot=run.info["snapshot"]) as con:
-            traded = run_strategy(line.frames[k], read_data(con, run.config).bars, run.config) if line.config.target == "return" else None
+            bars = read_data(con, run.config, joined=False).bars
+        traded = run_strategy(line.frames[k], bars, run.config) if line.config.target == "return" else None
         results |= {} if traded is None else {k: traded}
     with connect(settings, read_only=True) as con:
         sharpes = {k: trial_sharpes(con, line.config.spec, run.info["simulated"]) for k, run in line.runs.items()}

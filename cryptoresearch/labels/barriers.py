@@ -270,7 +270,7 @@ def uniqueness(
     brief = np.bincount(first[first == last], minlength=len(moments))  # labels that begin and end at the same moment
     alive = np.cumsum(np.bincount(first, minlength=len(moments)) - np.bincount(last, minlength=len(moments)))
     inverse = np.r_[0.0, np.cumsum(np.diff(moments) / np.maximum(alive[:-1], 1))]
-    share = (inverse[last] - inverse[first]) / np.maximum(end - begin, 1)
+    share = np.minimum((inverse[last] - inverse[first]) / np.maximum(end - begin, 1), 1.0)  # rounding may exceed 1
     out = np.full(len(labels), np.nan)
     out[known] = np.where(first == last, 1 / np.maximum(alive + brief, 1)[first], share)
     return pd.Series(out, labels.index, name="uniqueness")

@@ -145,11 +145,14 @@ def quantile_lines(
     y: np.ndarray,  # n outcomes
     level: float,  # share of outcomes between the two, 0 to 1
 ) -> list[np.ndarray]:  # coefficients of the lower and of the upper bound, k each
-    "Fit both bounds of an interval by linear quantile regression (Koenker and Bassett 1978)."
+    "Fit both bounds of an interval by linear quantile regression (Koenker and Bassett 1978); one column: by quantiles in its unit."
+    ends = ((1 - level) / 2, (1 + level) / 2)
+    if design.shape[1] == 1:  # a regression would weight the rows by the column, and so fit the tails of high volatility alone
+        return [np.array([bound]) for bound in np.quantile(y / design[:, 0], ends)]
     from statsmodels.regression.quantile_regression import QuantReg  # heavy: loads statsmodels and its formulas
 
     unit = np.abs(design).mean(axis=0)  # scales the columns alike, for the iterations
-    return [QuantReg(y, design / unit).fit(q=q, max_iter=2000).params / unit for q in ((1 - level) / 2, (1 + level) / 2)]
+    return [QuantReg(y, design / unit).fit(q=q, max_iter=2000).params / unit for q in ends]
 
 # %% ../../nbs/models/06_conformal.ipynb #fa3d6668
 class Model(Protocol):

@@ -110,6 +110,58 @@ def test_expanding_keeps_every_sample_that_it_may(intervals: pd.DataFrame, start
         assert train.tolist() == np.flatnonzero((intervals["end_ts"] < earliest).to_numpy()).tolist()
 
 
+@st.composite
+def decided_intervals(draw: st.DrawFn) -> pd.DataFrame:
+    "The same with the time of each decision, after the open and no later than the end of the label."
+    intervals = draw(random_intervals())
+    wait = pd.to_timedelta(np.random.default_rng(draw(st.integers(0, 10_000))).integers(0, 2, len(intervals)), "h")
+    return intervals.assign(known_ts=intervals.index + wait)
+
+
+@few
+@given(decided_intervals(), st.integers(10, 90), st.integers(5, 80), st.sampled_from([None, 30, 100]), st.integers(0, 20))
+def test_a_walk_trains_on_all_labels_known_at_its_first_decision(intervals, start: int, step: int, window: int | None, embargo: int) -> None:
+    "Training before the test: only labels can leak, so the warm-up of the test purges nothing."
+    mode = "expanding" if window is None else "sliding"
+    walk = WalkForward(intervals.index[0] + start * HOUR, f"{step}h", mode, None if window is None else f"{window}h", f"{embargo}h")
+    try:
+        folds = list(walk.split(intervals))
+    except DataNotFound:
+        assume(False)
+    for train, test in folds:
+        cut = intervals["known_ts"].iloc[test].min() - embargo * HOUR
+        assert (intervals["end_ts"].iloc[train] <= cut).all()  # no label is open at the first decision
+        known = intervals["end_ts"] <= cut
+        if window is not None:
+            known &= intervals["known_ts"] >= cut - window * HOUR
+        assert train.tolist() == np.flatnonzero(known).tolist()  # and none that is known is left out
+
+
+@few
+@given(decided_intervals().filter(lambda d: len(d) >= 80), st.floats(0.26, 0.5))
+def test_early_stopping_tail_keeps_all_labels_known_at_its_first_decision(intervals: pd.DataFrame, fraction: float) -> None:
+    try:
+        fit, tail = purged_tail(len(intervals), fraction, intervals)
+    except SchemaError as e:
+        assert "rows to fit" in str(e)
+        return
+    known = np.flatnonzero(intervals["end_ts"] <= intervals["known_ts"].iloc[tail].min())
+    assert fit.tolist() == known[known < tail[0]].tolist()
+
+
+@few
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_bars_that_close_together_know_only_earlier_labels(seed: int, horizon: int) -> None:
+    "Event bars that close in the same microsecond: a label of equal end is known only if its last bar is not after the decision."
+    rng = np.random.default_rng(seed)
+    close = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.cumsum(rng.choice([0, 0, 1, 3], 60)), "ms")
+    bars = pd.DataFrame({"close_ts": close}, index=pd.DatetimeIndex(close, name="ts"))
+    labels = pd.DataFrame({"end_ts": bars["close_ts"].shift(-horizon)})
+    spans, last = sample_intervals(labels, bars, 3), np.arange(60) + horizon
+    for at in range(60):
+        assert (last[(spans["end_ts"] <= spans["known_ts"].iloc[at]).to_numpy()] <= at).all()
+
+
 @few
 @given(random_intervals().filter(lambda d: len(d) >= 80), st.floats(0.26, 0.5))
 def test_early_stopping_tail_is_purged(intervals: pd.DataFrame, fraction: float) -> None:

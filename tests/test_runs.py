@@ -29,10 +29,12 @@ from cryptoresearch.features import pandas_ta
 from cryptoresearch.features.derived import lagged, of_symbol, on_frame, register, with_symbol
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature, OnColumns, REGISTRY, resolve
+from cryptoresearch.models.splits import WalkForward
 from cryptoresearch.runs import identity as question, run as runs
 from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.stored import list_runs
 from cryptoresearch.runs.run import load_run, train_run
+from cryptoresearch.runs.walk_forward import first_test, fit_rows, known_by
 from cryptoresearch.serving.batch import notebook_path, outside, run_notebook, train_report
 from cryptoresearch.serving.report_figures import plotly_js
 from cryptoresearch.serving.predictor import Predictor
@@ -132,8 +134,8 @@ def test_a_run_on_simulated_noise_claims_nothing(trained):
     p = run.predictions
     assert list(p.columns) == ["known_ts", "end_ts", "y", "prediction", "lower", "upper", "fold", "zero", "last"]
     assert p["prediction"].notna().all() and p["y"].isna().sum() == 6  # only the last outcomes are open
-    for fold in run.info["folds"]:
-        assert pd.Timestamp(fold["train_end"]) < pd.Timestamp(fold["test_start"])
+    decided = p.groupby("fold")["known_ts"].min()
+    assert [pd.Timestamp(fold["train_end"]) for fold in run.info["folds"]] == decided.tolist()  # the label that ends then is known
 
 
 def test_made_again_bit_for_bit_although_the_store_has_moved_on(store):
@@ -537,6 +539,22 @@ def test_a_label_s_own_inputs_are_purged(trained):
     assert (samples.intervals["end_ts"].dropna() - samples.labels["known_ts"][samples.intervals["end_ts"].notna()] == pd.Timedelta("6h")).all()  # the planned end
 
 
+@pytest.mark.parametrize("window", [None, "30D"])
+def test_a_fold_trains_on_the_rows_of_a_live_model(trained, window):
+    "Bars that end with the first decision of a fold: the final model on them has the same rows, features and outcomes."
+    bars = read_walk(trained[0])
+    config = replace(WALK, features=("returns", "rv_168"), params={}, model="ridge", mode="sliding" if window else "expanding", train_window=window)
+    samples, start = runs.prepare(bars, config), first_test(config, bars)
+    folds = list(WalkForward(start, config.refit_every, config.mode, window).split(samples.intervals))
+    assert len(folds) > 1
+    for train, test in folds:
+        seen = bars[bars["close_ts"] <= samples.labels["known_ts"].iloc[test[0]]]
+        live = runs.prepare(seen, replace(config, test_start=start))
+        rows = known_by(config, live, live.intervals["end_ts"].max())
+        assert live.X.iloc[rows].equals(samples.X.iloc[train]) and live.labels["y"].iloc[rows].equals(samples.labels["y"].iloc[train])
+    assert runs.fit_last(replace(config, test_start=start), live, None).model.n_rows_ == fit_rows(config, live, rows).n_rows_
+
+
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
     "Event bars of simulated trades of three days, the second of which is missing."
@@ -571,8 +589,9 @@ def test_event_bars_are_trained_and_made_again(events, target, spec, label):
         known = ~np.isnan(y)
         assert np.allclose(y[known], (bars["close"].to_numpy()[last[known]] / bars["open"].to_numpy()[at[known] + 1] - 1), rtol=1e-12)
         assert (p["end_ts"].to_numpy()[known] == bars["close_ts"].to_numpy()[last[known]]).all()
-    for fold in run.info["folds"]:
-        assert pd.Timestamp(fold["train_end"]) < pd.Timestamp(fold["test_start"])
+    decided = p.groupby("fold")["known_ts"].min()
+    for fold in run.info["folds"]:  # by the first decision, not by its open: what is known then is trained on
+        assert pd.Timestamp(fold["train_end"]) <= decided[fold["fold"]]
     assert ledger < 60 < len(p) and len(sharpes) >= 1  # hours, not bars
     checks = reproduce(run.id, events)
     assert checks["same"].all(), checks[~checks["same"]]

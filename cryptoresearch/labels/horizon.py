@@ -68,8 +68,8 @@ def sample_intervals(
     labels: pd.DataFrame,  # of fixed_horizon, or others with end_ts and, where the end depends on the path, planned_ts; n rows
     bars: pd.DataFrame,  # the bars that the labels were made from, n rows
     warmup: int,  # bars that a feature row looks back, including the current one
-) -> pd.DataFrame:  # index ts, n rows: start_ts, end_ts (NaT where the label ends after the data)
-    "Return the span of each sample, from the open of its first feature input to the end of its label."
+) -> pd.DataFrame:  # index ts, n rows: start_ts, known_ts (labels that have ended by it are known), end_ts (NaT where after the data)
+    "Return the span of each sample, from the open of its first feature input to the end of its label, and the time of its decision."
     if not labels.index.equals(bars.index):
         raise SchemaError(
             "expected labels with the index of their bars; found another index. Take intervals first, then drop rows from both"
@@ -79,4 +79,7 @@ def sample_intervals(
     first = np.maximum(np.arange(len(bars)) - (warmup - 1), 0)
     # the planned end: keeping the labels that ended early would select samples by their outcome
     end = labels["planned_ts" if "planned_ts" in labels else "end_ts"]
-    return pd.DataFrame({"start_ts": bars.index[first], "end_ts": end.array}, index=bars.index)
+    known = bars["close_ts"]
+    tied = known == known.shift(-1)  # the next bar closes at the same time, and its labels are not known yet
+    known = known.mask(tied, known - pd.Timedelta("1us"))
+    return pd.DataFrame({"start_ts": bars.index[first], "known_ts": known.array, "end_ts": end.array}, index=bars.index)

@@ -26,7 +26,7 @@ from sklearn.utils import check_array, column_or_1d, Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..errors import CryptoResearchError, DataNotFound, InputError, problem, SchemaError
-from .splits import overlaps
+from .splits import known_before
 from .tree_files import check_best, check_xgboost, damaged, refuse_damage, Trees
 
 # %% ../../nbs/models/03_boosting.ipynb #b73b8270
@@ -36,21 +36,21 @@ _FEWEST = 20  # rows; fewer support neither early stopping nor a quantile of res
 def purged_tail(
     n: int,  # number of rows, in time order
     fraction: float,  # share of the rows in the tail, 0 to 1
-    intervals: pd.DataFrame | None = None,  # start_ts and end_ts of each row (UTC), n rows
+    intervals: pd.DataFrame | None = None,  # start_ts, end_ts and, if given, known_ts of each row (UTC), n rows
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows to fit, positions of the tail; both increasing
-    "Split off the last rows and purge the rows before them by their intervals."
+    "Split off the last rows and drop the rows before them whose label is not known at the first of them."
     if intervals is not None and len(intervals) != n:
         raise SchemaError(f"expected an interval for each of {n} rows; found {len(intervals)}. Take the same rows of both")
     if intervals is not None and not intervals.index.is_monotonic_increasing:
         raise SchemaError("expected rows in order of time; found intervals out of order. Sort X, y and intervals by time")
     start = n - round(n * fraction)
     fit, tail = np.arange(start), np.arange(start, n)
-    if intervals is not None:
-        fit = fit[~overlaps(intervals.iloc[:start], intervals.iloc[start:])]
+    if intervals is not None and len(tail):
+        fit = np.intersect1d(fit, known_before(intervals, tail))
     if min(len(fit), len(tail)) < _FEWEST:
         found = f"{len(fit)} and {len(tail)} of {n}"
         raise SchemaError(
-            f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {found}. Load more data or use features with a shorter warm-up"
+            f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {found}. Load more data or use a shorter horizon"
         )
     return fit, tail
 
@@ -350,7 +350,7 @@ class _Fitted(_Standardised):
         self,
         X: pd.DataFrame | np.ndarray,  # n rows in time order, one column per feature, NaN allowed
         y: pd.Series | np.ndarray,  # n outcomes, no NaN; 0 or 1 for a probability
-        intervals: pd.DataFrame | None = None,  # start_ts and end_ts of each row (UTC), for purging; n rows
+        intervals: pd.DataFrame | None = None,  # of sample_intervals, for purging; n rows
         sample_weight: pd.Series | np.ndarray | None = None,  # n weights of zero or more; equal weights when None
     ) -> Self:  # the fitted model
         "Grow trees until the purged tail stops improving, then refit on all rows with that number."

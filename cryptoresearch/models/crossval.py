@@ -194,7 +194,8 @@ def intervals_of(
         return found
     groups = intervals.groupby(number)
     open_ended = intervals["end_ts"].isna().groupby(number).any()
-    widest = {"start_ts": groups["start_ts"].min(), "end_ts": groups["end_ts"].max().mask(open_ended)}
+    widest = {name: groups[name].min() for name in ("start_ts", "known_ts") if name in intervals}
+    widest["end_ts"] = groups["end_ts"].max().mask(open_ended)
     return found.assign(**{name: found[name].where(whole, column.iloc[asked].array) for name, column in widest.items()})
 
 # %% ../../nbs/models/02_crossval.ipynb #cd3c87d3-1

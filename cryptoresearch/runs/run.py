@@ -42,7 +42,7 @@ from .identity import canonical, identity, own_features, read_data, run_name, Ru
 from .stored import find_folder, read_info, Record, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from cryptoresearch.runs.walk_forward import (
-    check_length, first_test, fit_all, Fitted, fold_length, prepare, Progress, Samples, usable_rows, walk_folds,
+    check_length, first_test, fit_all, Fitted, fold_length, known_by, prepare, Progress, Samples, usable_rows, walk_folds,
 )  # fmt: skip
 from ..settings import Settings
 
@@ -388,8 +388,9 @@ def fit_last(
     samples: Samples,  # of `prepare`
     sigma: np.ndarray | None,  # volatilities forecast out of sample; None unless the interval is scaled
 ) -> Fitted:  # for live use
-    "Fit the final model on all rows with a known outcome."
-    return fit_all(config, samples, np.arange(len(samples.X)), sigma, samples.intervals["end_ts"].max())
+    "Fit the final model on all rows with a known outcome, in a sliding window on its last length."
+    now = samples.intervals["end_ts"].max()
+    return fit_all(config, samples, known_by(replace(config, embargo="0h"), samples, now), sigma, now)
 
 # %% ../../nbs/runs/05_run.ipynb #238ca265
 def train_run(

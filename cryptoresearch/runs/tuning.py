@@ -194,9 +194,7 @@ def inner_search(
     n_folds: int = 4,  # inner folds
 ) -> Search:  # without the outer test
     "Cut off the outer test and split the rest."
-    outer = samples.intervals.index >= test_start
-    cut = samples.intervals["start_ts"][outer].min() - pd.Timedelta(config.embargo)
-    rows = np.flatnonzero((samples.intervals["end_ts"] < cut).to_numpy())
+    rows = np.flatnonzero((samples.intervals["end_ts"] < test_start - pd.Timedelta(config.embargo)).to_numpy())
     if len(rows) < 50 * (n_folds + 1):
         expected = f"{50 * (n_folds + 1)} samples or more before the test at {test_start:%Y-%m-%d} to search on"
         raise DataNotFound(problem(expected, str(len(rows)), "Load more data, or choose a later test_start"))

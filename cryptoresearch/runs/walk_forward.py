@@ -23,7 +23,7 @@ from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
 from ..features.registry import Feature
 from ..labels.barriers import recency, uniqueness
-from ..labels.baselines import har_volatility
+from ..labels.baselines import fitted_ewma, har_volatility
 from ..labels.horizon import fixed_horizon, sample_intervals
 from ..labels.targets import is_event, label_warmup, make_labels, previous_outcome, target_baselines
 from ..models.boosting import purged_tail, rate_of_one_class, TailModel
@@ -53,7 +53,7 @@ class Samples:
 
     X: pd.DataFrame  # features, index ts
     labels: pd.DataFrame  # of make_labels: y, known_ts, end_ts and columns of the target
-    intervals: pd.DataFrame  # start_ts, end_ts, for purging
+    intervals: pd.DataFrame  # start_ts, known_ts, end_ts of sample_intervals, for purging
     base: pd.DataFrame  # baselines
     left_out: tuple[str, ...]  # features that the data cannot give, or whose warm-up is too long for them
     volatility: "Samples | None" = None  # of the same bars, for the volatility of a scaled interval
@@ -96,8 +96,8 @@ def prepare(
     X = raw.loc[:, known]
     asked = (bars, config.target, config.horizon, config.label)
     labels, base = make_labels(*asked, trades=trades), target_baselines(*asked)
-    if config.target == "volatility" and bars.index.is_unique:
-        base["har"] = har_volatility(bars, config.horizon)
+    if config.target == "volatility":
+        base = base.assign(ewma=fitted_ewma(bars, config.horizon).to_numpy(), har=har_volatility(bars, config.horizon).to_numpy())
     if is_event(config.target):
         base["last"] = previous_outcome(labels, labels)
     labels = labels.assign(**{c: bars[c] for c in bar_kind(bars).id_columns})
@@ -111,7 +111,7 @@ def prepare(
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #e21283e9
 def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[Feature, ...], rows: np.ndarray) -> Samples:
-    "Make samples of the same rows with the volatility as outcome; their spans begin at the decision."
+    "Make samples of the same rows with the volatility as outcome."
     labels = fixed_horizon(bars, horizon, "volatility")
     X = DataProcessing(features=list(features), leaks="allow").process_data(bars)
     return Samples(X[rows], labels[rows], sample_intervals(labels, bars, 1)[rows], labels.loc[rows, []], ())
@@ -190,14 +190,14 @@ class Fitted:
 # %% ../../nbs/runs/04_walk_forward.ipynb #9c157b7d
 def known_by(
     config: RunConfig,  # sliding window and embargo
-    samples: Samples,  # whose intervals begin at the decision
+    samples: Samples,  # of the run, or of its volatility
     now: pd.Timestamp,  # UTC
 ) -> np.ndarray:  # positions of rows
     "Find the rows whose outcome is known at a time."
     spans, end = samples.intervals, now - pd.Timedelta(config.embargo)
     known = spans["end_ts"] <= end
     if config.train_window is not None:
-        known &= spans["start_ts"] >= end - pd.Timedelta(config.train_window)
+        known &= spans["known_ts"] >= end - pd.Timedelta(config.train_window)
     return np.flatnonzero(known)
 
 
@@ -220,7 +220,7 @@ def past_volatility(
         return None
     vol, before = samples.volatility, int((samples.X.index < test_start).sum())
     out = np.full(len(vol.X), np.nan)
-    times = pd.DatetimeIndex(vol.labels["known_ts"])
+    times = pd.DatetimeIndex(vol.intervals["known_ts"])
     first = min(max(before // 4, 2000), before // 2)
     for a, b in pairwise(np.linspace(first, before, PAST_BLOCKS + 1).astype(int).tolist()):
         if b > a:
@@ -336,7 +336,7 @@ def walk_folds(
     total, parts, folds = split.get_n_splits(samples.intervals), [], []
     sigma = past_volatility(config, samples, test_start)
     for k, (train, test) in enumerate(split.split(samples.intervals), start=1):
-        fitted = fit_all(config, samples, train, sigma, pd.DatetimeIndex(samples.labels["known_ts"])[test[0]])
+        fitted = fit_all(config, samples, train, sigma, samples.intervals["known_ts"].iloc[test[0]])
         parts.append(forecast_fold(fitted, samples, train, test, k))
         if sigma is not None:
             sigma[test] = parts[-1]["volatility"]
@@ -390,9 +390,8 @@ def rows_to_fit(
     kept = sorted(f.warmup for f in of_model.model if f.warmup <= n_before // 4 - config.horizon or f.name in of_model.fixed)
     warmups = kept or sorted(f.warmup for f in of_model.model)
     of_label = label_warmup(config.target, config.label)
-    purged = max(of_label, *warmups, *(f.warmup for f in of_model.interval)) + config.horizon
     unknown = max(of_label, warmups[-1 if fixed_inputs(config) else len(warmups) // 2])  # rows at the beginning that cannot be used
-    return int((n_before - unknown - purged) * (1 - make_model(config).validation_fraction)) - purged
+    return int((n_before - unknown - config.horizon) * (1 - make_model(config).validation_fraction)) - config.horizon
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #bb952aef
 def check_length(
@@ -417,7 +416,7 @@ def check_length(
         used = (*fitting_features(config, bars), *config.resolved.interval)
         warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in used))
         found = f"{len(bars):,} bars of {config.spec}, {before:,} before the test from {start:%Y-%m-%d %H:%M}"
-        needed = f"a warm-up of {warmup:,} bars and a horizon of {config.horizon}, each lost twice to purging ({_first_clause(e)})"
+        needed = f"a warm-up of {warmup:,} bars, and a horizon of {config.horizon} lost twice to purging ({_first_clause(e)})"
         remedies = enough_with(config, len(bars), before, sources)
         raise ConfigError(problem("enough bars to train the first model", f"{found}, with {needed}", "; ".join(remedies))) from None
 

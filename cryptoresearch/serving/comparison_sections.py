@@ -326,7 +326,7 @@ def search_facts(
     return facts_table(_subject(report) | {
         "searched on": f"{len(inner.X):,} samples, {inner.X.index[0]:%Y-%m-%d %H:%M} to {inner.X.index[-1]:%Y-%m-%d %H:%M}; "
         f"the last outcome was known at {known:%Y-%m-%d %H:%M}",
-        "not seen": f"everything from {outer:%Y-%m-%d %H:%M} to {bars['close_ts'].iloc[-1]:%Y-%m-%d %H:%M}, and the inputs of its features",
+        "not seen": f"everything from {outer:%Y-%m-%d %H:%M} to {bars['close_ts'].iloc[-1]:%Y-%m-%d %H:%M}",
         "trials": f"{report.found.n_trials} complete or pruned ({pruned} pruned)",
         "in the trial ledger": f"{counted.n_trials}, each with its {kept}",
         "objective": f"mean {report.loss} over the inner folds; TPE, pruned below the median",

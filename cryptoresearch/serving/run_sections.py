@@ -149,8 +149,8 @@ def lookahead_section(
 ) -> Section:  # training and test period of each fold
     "Show that each fold is tested on rows after its training."
     text = (
-        "Each fold has its own model, trained on rows whose outcome was known before the first input of the fold. "
-        "The gap between the training and the test bar is the purge gap."
+        "Each fold has its own model, trained on the rows whose outcome was known at the first decision of the fold. "
+        "The training bar ends with the last of these outcomes."
     )
     return section("Look-ahead check", (text, report_figures.folds_figure(report.run.info["folds"])))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from sklearn.linear_model import Ridge
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -28,6 +29,7 @@ from cryptoresearch.metrics.scores import (
 from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
 from cryptoresearch.labels.baselines import baselines
 from cryptoresearch.models.boosting import purged_tail, XGBoostModel
+from cryptoresearch.models.linear import HARRidgeModel
 from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
 from cryptoresearch.models.splits import overlaps, WalkForward
 
@@ -369,3 +371,25 @@ def test_deflated_sharpe_of_the_paper() -> None:
     sr, variance = 2.5 / np.sqrt(250), 0.5 / 250
     assert expected_max_sharpe(100, variance) == pytest.approx(0.113172, abs=5e-7)
     assert deflated_sharpe(sr, 1250, -3, 10, 100, variance) == pytest.approx(0.900397, abs=5e-7)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.booleans(), st.floats(0.0, 300.0))
+def test_a_ridge_from_sums_is_a_fresh_ridge(seed: int, weighted: bool, penalty: float) -> None:
+    "Each submodel, with columns of any level, one of them constant, and rows of which some columns are unknown."
+    rng = np.random.default_rng(seed)
+    n, names = 400, list(HARRidgeModel.needs)
+    X = pd.DataFrame(rng.normal(size=(n, len(names))) * rng.uniform(0.1, 3, len(names)) + rng.normal(0, 30, len(names)), columns=names)
+    X["har_24"], X["hour_of_week"] = -5.3, rng.integers(0, 168, n)
+    y, weight = X["har_168"] - X["har_720"] + rng.normal(size=n), rng.uniform(0.2, 2, n) if weighted else None
+    X.loc[rng.random(n) < 0.3, ["har_720", "har_range_720"]] = np.nan
+    model = HARRidgeModel(penalty=penalty + 1e-3).fit(X, y, sample_weight=weight)
+    design = np.c_[X[names[:-1]], X[names[-1]].to_numpy()[:, None] == np.arange(168)]
+    assert len(model.booster_) == 3
+    for sub in model.booster_[:-1]:
+        rows = ~np.isnan(design[:, sub["columns"]]).any(axis=1)
+        Z = design[rows][:, sub["columns"]]
+        scale = np.where(np.ptp(Z, axis=0) > 0, Z.std(axis=0), 1.0)
+        fresh = Ridge(alpha=penalty + 1e-3, solver="cholesky").fit((Z - Z.mean(axis=0)) / scale, y[rows], None if weight is None else weight[rows])
+        made = (Z - np.array(sub["mean"])) / np.array(sub["scale"]) @ np.array(sub["coef"]) + sub["intercept"]
+        assert np.allclose(made, fresh.predict((Z - Z.mean(axis=0)) / scale), rtol=1e-9, atol=1e-9)

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from numba import njit
 from sklearn.base import BaseEstimator
-from sklearn.linear_model import LinearRegression, Ridge
 
 from ..errors import ConfigError, InputError, problem, SchemaError
 from .boosting import column_names, keep_params, Loss, Rows, TailModel
@@ -87,24 +86,64 @@ class _Chosen(TailModel):
         return trees
 
 # %% ../../nbs/models/05_linear.ipynb #c39e9396
+def _sums(
+    columns: np.ndarray,  # n rows: 1, k columns (0 where unknown), outcome
+    fits: np.ndarray,  # bool, n rows by p patterns: whether a row has all columns of a pattern
+    weight: np.ndarray | None,  # n; None for equal weights
+) -> np.ndarray:  # p matrices of k+2 by k+2
+    "Add up the products of the columns over the rows of each pattern, in one pass over the rows."
+    out = np.zeros((fits.shape[1], columns.shape[1], columns.shape[1]))
+    kinds, first, number = np.unique(fits @ (1 << np.arange(fits.shape[1])), return_index=True, return_inverse=True)
+    for k in range(len(kinds)):
+        part = columns[number == k]
+        out[fits[first[k]]] += part.T @ (part if weight is None else part * weight[number == k, None])
+    return out
+
+
+def _about_mean(
+    sums: np.ndarray,  # of one pattern
+) -> tuple[float, np.ndarray, np.ndarray]:  # total weight; means and centred products of columns and outcome
+    "Centre sums of products."
+    total, mean = float(sums[0, 0]), sums[0, 1:] / sums[0, 0]
+    return total, mean, sums[1:, 1:] - total * np.outer(mean, mean)
+
+# %% ../../nbs/models/05_linear.ipynb #3f1f7a11
+def _pattern_sums(
+    design: np.ndarray,  # n rows by k columns, NaN where unknown
+    rows: Rows,  # their outcomes and weights
+    patterns: Sequence[np.ndarray],  # bool, k each
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # origin of columns and outcome; sums by pattern, without and with the weights
+    "Add up the products of each pattern's rows, about an origin near the means so that centring costs no digits."
+    known = ~np.isnan(design)
+    origin = np.r_[design[known.all(axis=1)].mean(axis=0), rows.outcome.mean()]
+    shifted = np.where(known, design - origin[:-1], 0.0)
+    columns = np.column_stack([np.ones(len(design)), shifted, rows.outcome - origin[-1]])
+    fits = np.column_stack([known[:, pattern].all(axis=1) for pattern in patterns])
+    plain = _sums(columns, fits, None)
+    return origin, plain, plain if rows.weight is None else _sums(columns, fits, rows.weight)
+
+# %% ../../nbs/models/05_linear.ipynb #3f1f7a10
+_CONSTANT = 1e-20  # variance, relative to the squared mean, that is rounding
+
+
 class _Submodels(_Chosen):
-    "Fit one submodel per pattern of known columns."
+    "Fit one submodel per pattern of known columns, from sums of products."
 
     @abstractmethod
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
-        "Fit the outcome on standardised columns of `_design`."
+    def _solve(self, products: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        "Return the coefficients from the products of standardised columns with each other and with the outcome."
 
-    def _submodel(self, design: np.ndarray, pattern: np.ndarray, rows: Rows) -> dict[str, object]:
-        "Fit the columns of a pattern on all rows that have them."
-        if not pattern.any():
-            return {"columns": [], "mean": [], "scale": [], "coef": [], "intercept": float(np.average(rows.outcome, weights=rows.weight))}
-        known = ~np.isnan(design[:, pattern]).any(axis=1)
-        Z, weight = design[known][:, pattern], None if rows.weight is None else rows.weight[known]
-        mean, sd = Z.mean(axis=0), Z.std(axis=0)
-        scale = np.where(sd > 1e-12 * np.abs(mean), sd, 1.0)  # a constant column differs from its mean by rounding
-        fitted = self._fit((Z - mean) / scale, rows.outcome[known], weight)
-        numbers = {"mean": mean.tolist(), "scale": scale.tolist(), "coef": fitted.coef_.tolist(), "intercept": float(fitted.intercept_)}
-        return {"columns": np.flatnonzero(pattern).tolist(), **numbers}
+    def _submodel(self, pattern: np.ndarray, plain: np.ndarray, weighted: np.ndarray, origin: np.ndarray) -> dict[str, object]:
+        "Fit the columns of a pattern by the sums over all rows that have them; `origin` was subtracted from columns and outcome."
+        places = np.flatnonzero(pattern)
+        count, mean, products = _about_mean(plain)
+        variance, mean = products[places, places] / count, mean[places]
+        scale = np.sqrt(np.where(variance > _CONSTANT * (origin[places] + mean) ** 2, variance, 1.0))
+        _, level, products = _about_mean(weighted)
+        coef = self._solve(products[np.ix_(places, places)] / np.outer(scale, scale), products[places, -1] / scale)
+        intercept = float(origin[-1] + level[-1] - (level[places] - mean) / scale @ coef)
+        numbers = {"mean": (origin[places] + mean).tolist(), "scale": scale.tolist(), "coef": coef.tolist(), "intercept": intercept}
+        return {"columns": places.tolist(), **numbers}
 
 # %% ../../nbs/models/05_linear.ipynb #2e5902dc
 class _PatternModel(_Submodels):
@@ -122,7 +161,9 @@ class _PatternModel(_Submodels):
     def _grow(self, rows: Rows, rounds: int, tail: Rows | None) -> tuple[Trees, int]:
         design = self._design(rows.values)
         self._refuse_unknown(design, 0)
-        return [self._submodel(design, pattern, rows) for pattern in _patterns(~np.isnan(design))], 0
+        patterns = _patterns(~np.isnan(design))
+        origin, plain, weighted = _pattern_sums(design, rows, patterns)
+        return [self._submodel(*parts, origin) for parts in zip(patterns, plain, weighted, strict=True)], 0
 
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         design = self._design(values)
@@ -151,8 +192,8 @@ class HARModel(_PatternModel):
     ) -> None:
         keep_params(self, locals())
 
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
-        return LinearRegression().fit(Z, outcome, sample_weight=weight)
+    def _solve(self, products: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        return np.linalg.lstsq(products, cross, rcond=None)[0]
 
     def _gain(self) -> np.ndarray:
         out = np.zeros(len(self.names_))
@@ -169,8 +210,8 @@ class _Calendar(_PatternModel):
         chosen = super()._design(values)
         return np.c_[chosen[:, :-1], (chosen[:, -1:] == np.arange(168)).astype(float)]
 
-    def _fit(self, Z: np.ndarray, outcome: np.ndarray, weight: np.ndarray | None) -> Trees:
-        return Ridge(alpha=self.penalty, solver="cholesky").fit(Z, outcome, sample_weight=weight)
+    def _solve(self, products: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(products + self.penalty * np.eye(len(cross)), cross)
 
     def _gain(self) -> np.ndarray:
         places = _places(self.names_, self.needs, self.model)

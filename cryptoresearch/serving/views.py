@@ -78,7 +78,7 @@ _SCORES = {  # column: name, format
     "dm_stat": ("DM", ".1f"),
 }  # fmt: skip
 
-
+# %% ../../nbs/serving/08_views.ipynb #e135bab3
 def score_view(
     scores: pd.DataFrame,  # of score_table, with its attrs
     target: str,  # name of a target

@@ -10,7 +10,7 @@ from scipy import stats
 from cryptoresearch.evaluation.comparison import baseline_table
 from cryptoresearch.evaluation.promotion import Comparison
 from cryptoresearch.features.drift import drift_over_time, drift_table, quantile_edges, stability_index
-from cryptoresearch.metrics.scores import diebold_mariano, ic, ic_test, mean_test, same_losses, score_table
+from cryptoresearch.metrics.scores import diebold_mariano, ic, ic_test, mean_test, r2_oos, same_losses, score_table
 from cryptoresearch.metrics.significance import by_regime, confidence_set, effective_trials, overfitting, regimes
 from cryptoresearch.metrics.strategy import deflated_sharpe, probabilistic_sharpe, return_moments, sharpe_ratio, sign_strategy
 from cryptoresearch.metrics.verdict import judge, with_savings
@@ -95,6 +95,8 @@ def test_rounding_noise_has_no_p_value() -> None:
     assert np.isnan(diebold_mariano(never + 1e-12, never).p_value)  # base rate 0 against a probability of 1e-6
     f = 0.1 + 1e-17 * rng.normal(size=500) + np.where(rng.random(500) < 0.5, 0.0, 1.4e-17)
     assert np.isnan(ic(f, y)) and np.isnan(ic_test(f, y).p_value)
+    steady = 0.02 + 3e-18 * rng.integers(-1, 2, 500)
+    assert steady.std() > 0 and np.isnan(r2_oos(np.full(500, 0.02), steady, np.full(500, 0.02 + 4e-18)))
     frame = pd.DataFrame({"y": never, "prediction": 1e-6, "base": 0.0, "half": 0.5})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

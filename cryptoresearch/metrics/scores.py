@@ -122,11 +122,12 @@ def r2_oos(
     prediction: pd.Series | np.ndarray,  # n forecasts
     y: pd.Series | np.ndarray,  # n outcomes
     baseline: pd.Series | np.ndarray,  # n forecasts of the baseline
-) -> float:  # share of the baseline's squared error that the forecast removes; negative where it adds
+) -> float:  # share of the baseline's squared error that the forecast removes; negative where it adds, NaN where there is none
     "Compute the out-of-sample R² against a baseline: 1 - MSE / MSE of the baseline."
     f, o, b = finite_pairs(prediction, y, baseline)
     error = float(((o - b) ** 2).sum())
-    return 1 - float(((o - f) ** 2).sum()) / error if error > 0 else float("nan")
+    noise = len(o) * (ROUNDING * float(np.abs(o).max(initial=0.0))) ** 2  # of a baseline that is right up to rounding
+    return 1 - float(((o - f) ** 2).sum()) / error if error > noise else float("nan")
 
 
 def loss_reduction(

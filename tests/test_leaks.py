@@ -22,6 +22,7 @@ from cryptoresearch.errors import ConfigError, SchemaError
 from cryptoresearch.features.causality import prove_causal
 from cryptoresearch.features.derived import lagged, of_symbol, on_frame
 from cryptoresearch.features.pipeline import DataProcessing
+from cryptoresearch.features.proof import find_leaks
 from cryptoresearch.features.registry import Feature
 from cryptoresearch.labels.horizon import fixed_horizon
 
@@ -593,3 +594,15 @@ SMALL: dict[str, Any] = {  # each about a hundred-millionth of its column
 def test_small_leaks_are_caught_and_not_taken_for_rounding(name: str) -> None:
     row = prove_causal(SMALL[name], BARS).iloc[0]
     assert not row["causal"] and "rounding" not in row["note"] and row["through"] == "close", row
+
+
+def test_a_leak_without_a_value_among_the_last_bars_is_found() -> None:
+    "A feature of a column that ended, or that gaps leave without a value at the end, trains on earlier bars."
+    bars = make_bars(3000, gaps=tuple(range(1500, 3000, 20)))
+    size = np.log(bars["close"]).diff().abs()
+    assert size.tail(1400).rolling(30).mean().isna().all()
+    leak = Feature("leak", ("close",), 61, "1", "own", "own", lambda b: np.log(b["close"]).diff().abs().rolling(61, center=True).mean())
+    honest = Feature("honest", ("close",), 61, "1", "own", "own", lambda b: np.log(b["close"]).diff().abs().rolling(60).mean())
+    assert list(find_leaks([leak, honest], bars)) == ["leak"]
+    with pytest.raises(ConfigError, match="leak"):
+        DataProcessing([honest, leak]).process_data(bars)

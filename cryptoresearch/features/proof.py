@@ -9,6 +9,7 @@ __all__ = ['PROOF_BARS', 'find_leaks', 'named_leaks', 'refuse_leaks']
 import warnings
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
 
 from ..errors import ConfigError, problem
@@ -19,17 +20,30 @@ from .registry import Feature
 PROOF_BARS = 1000  # bars of the proof, or three times the longest warm-up
 
 
+def _proved(features: list[Feature], bars: pd.DataFrame) -> pd.DataFrame:
+    "Prove features on their last bars; those without a value there, on the bars up to their last value."
+    rows = max(PROOF_BARS, 3 * max(f.warmup for f in features))
+    table = prove_causal(features, bars.tail(rows), cuts=6, search=16)
+    if len(bars) <= rows or not table["causal"].isna().any():
+        return table
+    parts = [table[table["causal"].notna()]]
+    for f in (f for f in features if f.name in table.index[table["causal"].isna()]):
+        known = np.flatnonzero(np.isfinite(f.values(bars)))
+        last = int(known[-1]) + 1 if len(known) else len(bars)
+        parts.append(prove_causal([f], bars.iloc[max(last - rows, 0) : last + f.warmup], cuts=6, search=16))
+    return pd.concat(parts)
+
+# %% ../../nbs/features/20a_proof.ipynb #1dc53fac
 def find_leaks(
     features: Iterable[Feature],  # to prove
     bars: pd.DataFrame,  # bar frame
 ) -> dict[str, str]:  # what is wrong, by name of the feature; empty if nothing is
-    "Prove features on the last bars of a frame."
+    "Prove features on the last bars of a frame in which they have values."
     if not (made := list(features)):
         return {}
-    rows = max(PROOF_BARS, 3 * max(f.warmup for f in made))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about data that a feature holds
-        table = prove_causal(made, bars.tail(rows), cuts=6, search=16)
+        table = _proved(made, bars)
     wrong = table[table["causal"].eq(False).fillna(False).astype(bool)]
     at = [f" at {t:%Y-%m-%d %H:%M}" if pd.notna(t) else "" for t in wrong["where"]]
     return {str(name): note + t for name, note, t in zip(wrong.index, wrong["note"], at, strict=True)}

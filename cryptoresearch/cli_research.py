@@ -224,7 +224,7 @@ def audit(
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import import_modules, whole_paths
     from cryptoresearch.runs.identity import read_data
-    from cryptoresearch.runs.run import import_own, load_run, refuse_leaks
+    from cryptoresearch.runs.run import import_own, load_run
 
     stored, refit = None if run is None else load_run(run, get_settings()), given["refit_every"]
     if stored is None:
@@ -236,8 +236,7 @@ def audit(
     pinned = None if stored is None else int(stored.info["snapshot"])
     with connect(snapshot=pinned, read_only=True) as con:
         data = read_data(con, asked)
-    refuse_leaks(replace(asked, leaks=given["leaks"]), data.bars)
-    show_audit(data.bars, asked, given["seed"], draws, stored)
+    show_audit(data.bars, replace(asked, leaks=given["leaks"]), given["seed"], draws, stored)
 
 # %% ../nbs/93_cli_research.ipynb #095c68cd
 _FEE = (replace(o, none=_OWN["fee_bps"]) for o in options(RunOptions, ["fee_bps", "modules"], fee_bps=None))

@@ -18,16 +18,20 @@ from cryptoresearch.data.event_bars import event_bars
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, RunMismatch, SchemaError
 from cryptoresearch.evaluation.comparison import line_up
+from cryptoresearch.evaluation.audit import audit
 from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.proof import find_leaks
 from cryptoresearch.features.registry import Feature, REGISTRY
+from cryptoresearch.features.user_modules import import_modules
 from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.run import load_run, train_run
 from cryptoresearch.runs.tuning import tune
 from cryptoresearch.serving.comparison_sections import lineup_trials
+from cryptoresearch.serving.feature_sections import feature_report, feature_verdict
 from cryptoresearch.serving.predictor import Predictor
+from cryptoresearch.serving.run_sections import current_verdict, RunReport
 from cryptoresearch.settings import Settings
 
 PLAIN = RunConfig("WALKUSDT", source="simulated", horizon=6, test_start="2024-05-01", refit_every="60D", target="volatility", features=("returns", "har", "calendar"))
@@ -254,6 +258,100 @@ def test_a_page_of_a_run_with_own_features_is_written(store: Settings, module: s
     words = [{"RUN": own_run, "OTHER": other}.get(word, word) for word in command.split()] + ["--output", str(tmp_path / "page")]
     done = CliRunner().invoke(app, words + (["--module", module] if words[0] == "evaluate" else []))
     assert done.exit_code == 0 and list((tmp_path / "page").glob("*.html")), (done.output, done.exception)
+
+
+def centred(length: int) -> Callable[[pd.DataFrame], pd.Series]:
+    return lambda b: np.log(b["close"]).diff().abs().rolling(length, center=True).mean()
+
+
+def peeking(strength: float) -> Callable[[pd.DataFrame], pd.Series]:
+    "The mean size of the last day's returns, with a little of the next one's."
+
+    def leak(b: pd.DataFrame) -> pd.Series:
+        size = np.log(b["close"]).diff().abs()
+        return size.rolling(24).mean() + strength * size.shift(-1).fillna(0.0)
+
+    return leak
+
+
+VOLATILITY_LEAKS = {f"centred_{n}": centred(n) for n in (3, 25, 101)} | {f"peek_{s:g}": peeking(s) for s in (1.0, 0.1, 1e-2, 1e-4, 1e-6)}
+
+
+def as_feature(name: str, fn: Callable[[pd.DataFrame], pd.Series]) -> Feature:
+    return Feature(name, ("close",), 125, "1", "own", "own", fn)
+
+
+@pytest.mark.parametrize("name", VOLATILITY_LEAKS)
+def test_a_leak_of_volatility_of_any_strength_is_found(store: Settings, name: str) -> None:
+    with connect(store) as con:
+        bars = read_data(con, PLAIN).bars.tail(1500)
+    honest = as_feature("trailing", lambda b: np.log(b["close"]).diff().abs().rolling(24).mean())
+    leak = as_feature(name, VOLATILITY_LEAKS[name])
+    assert list(find_leaks([leak, honest], bars)) == [name]
+    with pytest.raises(ConfigError, match=name):
+        DataProcessing([honest, leak]).process_data(bars)
+
+
+VOLATILE = """
+import numpy as np
+from cryptoresearch.features.registry import feature
+
+def size(b):
+    return np.log(b["close"]).diff().abs()
+
+@feature(name="own_sized", inputs="close", warmup=25)
+def own_sized(b):
+    return size(b).rolling(25, center=True).mean()
+
+@feature(name="own_weak", inputs="close", warmup=25)
+def own_weak(b):
+    return size(b).rolling(24).mean() + 1e-3 * size(b).shift(-1).fillna(0.0)
+"""
+
+
+@pytest.mark.parametrize("name", ["own_sized", "own_weak"])
+@pytest.mark.parametrize("use", ["train", "tune", "audit", "command"])
+def test_a_leak_of_volatility_is_refused_everywhere(store: Settings, name: str, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own_volatile.py"
+    file.write_text(VOLATILE)
+    config = replace(PLAIN, model="ridge", features=(name, "ret_1"), modules=(str(file),))
+    import_modules(config.modules)
+    try:
+        if use == "command":
+            for setting in ("duckdb_path", "runs_dir"):
+                monkeypatch.setenv(setting.upper(), getattr(store, setting))
+            flags = ["--symbol", "WALKUSDT", "--source", "simulated", "--target", "volatility", "--module", str(file), "--feature", name, "--model", "ridge"]
+            assert name in str(CliRunner().invoke(app, ["audit", *flags]).exception)
+            return
+        with connect(store) as con, pytest.raises(ConfigError, match=rf"{name} \(.*--leaks allow"):
+            {"train": train_run, "tune": tune}[use](con, config, settings=store) if use != "audit" else audit(read_data(con, config).bars, config)
+    finally:
+        REGISTRY.pop(name, None), sys.modules.pop("own_features.own_volatile", None)
+
+
+def test_a_run_on_an_allowed_leak_of_volatility_stays_suspicious_when_evaluated(store: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "own_volatile.py"
+    file.write_text(VOLATILE)
+    config = replace(PLAIN, model="ridge", features=("own_sized", "ret_1"), modules=(str(file),), leaks="allow")
+    with connect(store) as con:
+        run = train_run(con, config, store)
+        data = read_data(con, config)
+    said = current_verdict(RunReport(run, data, 20, 0), [], None)
+    assert said.level == "suspicious" and "own_sized" in said.sentence
+    REGISTRY.pop("own_sized", None), REGISTRY.pop("own_weak", None), sys.modules.pop("own_features.own_volatile", None)
+
+
+def test_the_feature_report_proves_own_features(store: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "own_volatile.py"
+    file.write_text(VOLATILE)
+    config = replace(PLAIN, model="lightgbm", params=BOOST, features=("own_weak", "ret_1", "ret_6"), modules=(str(file),))
+    import_modules(config.modules)
+    try:
+        with connect(store) as con:
+            report = feature_report(read_data(con, config), config, 2)
+        assert feature_verdict(report).label == "leak" and report.proof["causal"].to_dict() == {"own_weak": False, "ret_1": True, "ret_6": True}
+    finally:
+        REGISTRY.pop("own_sized", None), REGISTRY.pop("own_weak", None), sys.modules.pop("own_features.own_volatile", None)
 
 
 def test_event_bars_that_share_an_open_are_proven_too() -> None:

@@ -291,3 +291,33 @@ def test_a_result_can_be_changed_and_stays_stopped() -> None:
     wanted, bars = ruined()
     r = replace(sign_strategy(wanted, bars, 1), horizon=2)
     assert r.equity.iloc[-1] == 0.0 and r.ruin is not None
+
+
+# forecasts of volatility that are too good
+
+
+def of_volatility(share: float, n: int = 2000) -> pd.DataFrame:
+    "Predictions that know a share of the next outcome's surprise, and baselines that know nothing of it."
+    rng = np.random.default_rng(5)
+    index = pd.date_range("2024-01-01", periods=n, freq="1h", tz="UTC", name="ts")
+    surprise = rng.normal(0, 0.5, n)
+    frame = {"y": 0.01 * np.exp(surprise), "prediction": 0.0125 * np.exp(share * surprise + rng.normal(0, 0.05, n))}
+    return pd.DataFrame(frame | {name: 0.0125 * np.exp(rng.normal(0, 0.05, n)) for name in ("ewma", "har", "last")}, index=index)
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.0, "none"), (0.1, "skill"), (0.5, "suspicious"), (1.0, "suspicious")])
+def test_volatility_is_too_good_to_believe_from_a_third_of_the_loss_on(share: float, level: str) -> None:
+    p = of_volatility(share)
+    scores = with_savings(score_table(p, "volatility", 1), p, "volatility", 1, draws=20)
+    said = judge(scores, None, "volatility")
+    assert said.level == level, (said, scores["saved"])
+    assert ("check for leakage" in said.sentence) == (level == "suspicious")
+
+
+def test_the_limit_of_volatility_needs_a_test_and_har() -> None:
+    p = of_volatility(0.5)
+    assert judge(score_table(p, "volatility", 1), None, "volatility").level == "suspicious"
+    assert judge(score_table(p.drop(columns="har"), "volatility", 1), None, "volatility").level == "skill"
+    few = p.head(31)
+    few = few.assign(prediction=np.where(np.arange(31) == 3, few["y"], few["har"]), y=few["y"].where(np.arange(31) != 3, 0.2))
+    assert judge(score_table(few, "volatility", 1), None, "volatility").level != "suspicious"

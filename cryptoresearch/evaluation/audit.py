@@ -25,6 +25,7 @@ from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_test, long_run_
 from ..metrics.verdict import Judgement, number
 from ..models.estimators import MODELS
 from ..runs.config import RunConfig
+from ..runs.run import refuse_leaks
 from ..runs.walk_forward import first_test, prepare, Samples, walk_forward
 
 # %% ../../nbs/evaluation/07_audit.ipynb #2e6d8a63
@@ -399,7 +400,8 @@ def audit(
     make: Maker = prepare,  # how samples are made of bars
     progress: Callable[[float, str], None] | None = None,  # receives the fraction done and a text before each training
 ) -> Audit:  # one row per world
-    "Run the whole pipeline in worlds whose answer is known."
+    "Run the whole pipeline in worlds whose answer is known; ConfigError if a user-defined feature looks ahead, unless `leaks` allows it."
+    refuse_leaks(config, bars)
     config = replace(config, interval="residual", interval_params={})  # intervals are not judged here
     tell, forecast, start = progress or (lambda fraction, text: None), pipeline or _walk_forward, first_test(config, bars)
     found: dict[str, tuple[str, list[dict[str, float]]]] = {}

@@ -18,6 +18,9 @@ from cryptoresearch.metrics.costs import capacity, cost_ladder, Costs, positions
 from cryptoresearch.metrics.scores import calibration_table, coverage_table, score_table
 from cryptoresearch.metrics.strategy import max_drawdown, on_clock, sign_strategy, StrategyResult
 from cryptoresearch.metrics.verdict import deflate, judge, with_savings
+from cryptoresearch.serving.report_figures import equity_figure
+from cryptoresearch.serving.research_figures import equities_figure
+from cryptoresearch.serving.views import ladder_view, strategy_rows_view
 
 
 def make_bars(returns: np.ndarray, scale: float = 1.0) -> pd.DataFrame:
@@ -135,6 +138,19 @@ def test_every_measure_of_a_ruined_strategy_is_defined() -> None:
         assert pd.isna(rows.loc["holding", "ruin"])
         assert capacity(wanted[30:], bars, 1) == 0.0
         assert all(r.equity.iloc[-1] == 0.0 for r in cost_ladder(wanted, bars, 1, Costs(5, 1)).values())
+
+
+def test_tables_figures_and_verdict_say_when_a_strategy_was_ruined() -> None:
+    wanted, bars = ruined()
+    when, costs = f"{bars.index[40]:%Y-%m-%d %H:%M}", Costs(5.0)
+    results = strategies(pd.DataFrame({"prediction": wanted, "lower": wanted, "upper": wanted}), bars, 1)
+    assert f"ruined on {when}" in equity_figure(results["sign"]).layout.title.text
+    assert any(f"ruined on {when}" in str(line.name) for line in equities_figure(results).data)
+    view = strategy_rows_view(strategy_rows(results, draws=10), costs)
+    assert when in view.frame["ruined on"].tolist()
+    assert all(f"ruined on {when}" in text for text in ladder_view(cost_ladder(wanted, bars, 1, costs), costs).frame["return"][:-1])
+    scores = pd.DataFrame({"n": 5000, "ic": 0.01, "ic_t": 0.5, "r2_oos": -0.1, "dm_stat": 1.0, "dm_p": 0.3}, index=["model"])
+    assert f"lost the whole capital on {when}: not tradable" in judge(scores, results["sign"]).sentence
 
 
 def test_a_drawdown_ends_at_the_whole_capital() -> None:

@@ -577,7 +577,7 @@ class XGBoostModel(_XGBoostFile):
         min_child_weight: float = 50,  # rows in a leaf, at least; rows of average curvature for a probability or a quantile
         subsample: float = 0.7,  # share of the rows for each tree
         colsample_bytree: float = 0.5,  # share of the features for each tree
-        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows
+        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows; a row of a probability counts p(1 - p)
         early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping
         validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y) and forecast the root of the mean square; for volatility

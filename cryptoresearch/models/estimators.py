@@ -85,7 +85,7 @@ class LightGBMModel(_LightGBMFile):
         min_child_samples: int = 100,  # rows in a leaf, at least
         subsample: float = 0.7,  # share of the rows for each tree
         colsample_bytree: float = 0.5,  # share of the features for each tree
-        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows
+        reg_lambda: float = 10,  # ridge penalty on leaf values, in rows; a row of a probability counts p(1 - p)
         early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping
         validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y); for volatility
@@ -266,7 +266,7 @@ class HistGradientBoostingModel(_HistFile):
         max_leaf_nodes: int = 15,  # of a tree
         min_samples_leaf: int = 100,  # rows in a leaf, at least
         max_features: float = 0.5,  # share of the features for each split
-        l2_regularization: float = 10,  # ridge penalty on leaf values, in rows
+        l2_regularization: float = 10,  # ridge penalty on leaf values, in rows; a row of a probability counts p(1 - p)
         early_stopping_rounds: int = 50,  # trees without improvement on the tail before stopping, and step of growth
         validation_fraction: float = 0.15,  # share of the rows, last in time, for the tail
         log_target: bool = False,  # fit log(y); for volatility

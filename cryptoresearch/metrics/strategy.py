@@ -315,11 +315,11 @@ def sign_strategy(
     prediction: pd.Series,  # forecasts of the return, index ts (bar opens, UTC), known at close_ts; NaN opens nothing
     bars: pd.DataFrame,  # bars of the contract, covering the forecasts and `horizon` + 1 bars after
     horizon: int,  # bars that each slice of 1/horizon is held
-    fee_bps: float = 5.0,  # 0 or more; cost per unit of turnover, basis points of the traded value
+    fee_bps: float = 5.0,  # cost per unit of turnover, basis points of the traded value; below 0 for a rebate
     held: pd.Series | None = None,  # bars after which each slice is closed, where that is not the horizon: barrier trades
 ) -> StrategyResult:  # bar by bar, from the first forecast's bar until the last slice is closed or the bars end
     "Trade the sign of each forecast in overlapping slices, entered at the next open, and pay for the turnover."
-    check_number("a fee", fee_bps)
+    check_number("a fee", fee_bps, least=-np.inf)
     open_ = slices(np.sign(prediction), bars, horizon, held=held)
     turnover = open_["position"].diff().fillna(open_["position"]).abs().rename("turnover")
     gross = (open_["position"] * open_["market"]).rename("gross")

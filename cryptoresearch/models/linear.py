@@ -71,6 +71,8 @@ class _Chosen(TailModel):
         super()._check_params()
         if self.loss != "mean":
             raise SchemaError(f"expected the loss mean for {self.model}; found {self.loss!r}. Use one of the boosters")
+        if not 0 <= getattr(self, "penalty", 0.0) < np.inf:
+            raise SchemaError(f"expected a penalty of 0 or more for {self.model}; found {getattr(self, 'penalty', 0.0)!r}. Correct penalty")
 
     def _design(self, values: np.ndarray) -> np.ndarray:
         "Select the features of the model; unknown values stay NaN, those of `needs` come first."

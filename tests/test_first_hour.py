@@ -65,10 +65,10 @@ def test_the_horizon_that_the_verdict_names_is_judged(month):
 
 
 REFUSED = {
-    "long warm-ups by name": RunConfig(features=("ret_168", "rv_168"), params=SMALL),
+    "long warm-ups by name": RunConfig(features=("har_720", "har_range_720"), params=SMALL),
     "fixed inputs": RunConfig(model="har_ridge", target="volatility"),
     "long horizon": RunConfig(horizon=300, features=("ret_1",), params=SMALL),
-    "long label": RunConfig(target="triple_barrier", label={"window": 400}, params=SMALL),
+    "long label": RunConfig(target="triple_barrier", label={"window": 800}, params=SMALL),
 }
 
 

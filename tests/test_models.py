@@ -390,7 +390,7 @@ def test_a_ridge_from_sums_is_a_fresh_ridge(seed: int, weighted: bool, penalty: 
         rows = ~np.isnan(design[:, sub["columns"]]).any(axis=1)
         Z = design[rows][:, sub["columns"]]
         scale = np.where(np.ptp(Z, axis=0) > 0, Z.std(axis=0), 1.0)
-        fresh = Ridge(alpha=penalty + 1e-3, solver="cholesky").fit((Z - Z.mean(axis=0)) / scale, y[rows], None if weight is None else weight[rows])
+        fresh = Ridge(alpha=penalty + 1e-3, solver="cholesky").fit((Z - Z.mean(axis=0)) / scale, y[rows], None if weight is None else (weight / weight.mean())[rows])
         made = (Z - np.array(sub["mean"])) / np.array(sub["scale"]) @ np.array(sub["coef"]) + sub["intercept"]
         made = model.centre_ + model.scale_ * made  # the outcomes were standardised
         assert np.allclose(made, fresh.predict((Z - Z.mean(axis=0)) / scale), rtol=1e-9, atol=1e-9)

@@ -52,7 +52,7 @@ class DemoData:
         return f"{len(self.files)} days of {self.symbol}: {what}"
 
 
-SAMPLE = Path(cryptoresearch.__file__).parent / "sample" / "BTCUSDT-1h-2022-04-22_2024-04-21.parquet"  # real hourly candles
+SAMPLE = Path(cryptoresearch.__file__).parent / "sample" / "BTCUSDT-1h-2021-04-22_2024-04-21.parquet"  # real hourly candles
 
 
 def _found(folder: Path) -> DemoData | None:
@@ -89,7 +89,7 @@ BAR_LENGTHS = ("1m", "5m", "1h")
 
 def market_configs() -> list[RunConfig]:  # volatility, return
     "Configure the two runs on the sample of real candles."
-    common = {"symbol": "BTCUSDT", "source": "klines", "spec": "1h", "horizon": 24, "start": "2022-04-22", "end": "2024-04-22"}
+    common = {"symbol": "BTCUSDT", "source": "klines", "spec": "1h", "horizon": 24, "start": "2021-04-22", "end": "2024-04-22"}
     asked = ({"target": "volatility", "model": "har_ridge"}, {"target": "return", "model": "ridge"})
     return [RunConfig(**common, **one) for one in asked]  # type: ignore[arg-type]
 

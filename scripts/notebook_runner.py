@@ -247,12 +247,15 @@ def serve(cache: Path, private: Path) -> int:
     numba_cache.install(cache)
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
     python = start_kernels(private)
-    print(json.dumps(report), flush=True)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)  # what a library prints must not come between them
+    os.dup2(2, 1)
+    print(json.dumps(report), file=answers)
     while line := sys.stdin.readline():
         request = json.loads(line) | {"python": python}
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
+            answers.close()
             os.close(0)
             os.open(os.devnull, os.O_RDONLY)
             code = run_here(request)
@@ -260,9 +263,9 @@ def serve(cache: Path, private: Path) -> int:
             return code
         with suppress(OSError):  # here and in the child: whichever comes first
             os.setpgid(pid, pid)
-        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"pid": pid}), file=answers)
         _, status, usage = os.wait4(pid, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "cpu_s": round(usage.ru_utime + usage.ru_stime, 2)}), file=answers)
     return 0
 
 

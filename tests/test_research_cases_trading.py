@@ -150,7 +150,7 @@ def test_tables_figures_and_verdict_say_when_a_strategy_was_ruined() -> None:
     view = strategy_rows_view(strategy_rows(results, draws=10), costs)
     assert when in view.frame["ruined on"].tolist()
     assert all(f"ruined on {when}" in text for text in ladder_view(cost_ladder(wanted, bars, 1, costs), costs).frame["return"][:-1])
-    scores = pd.DataFrame({"n": 5000, "ic": 0.01, "ic_t": 0.5, "r2_oos": -0.1, "dm_stat": 1.0, "dm_p": 0.3}, index=["model"])
+    scores = pd.DataFrame({"n": 5000, "ic": 0.01, "ic_t": 0.5, "ic_p": 0.6, "r2_oos": -0.1, "dm_stat": 1.0, "dm_p": 0.3}, index=["model"])
     assert f"lost the whole capital on {when}: not tradable" in judge(scores, results["sign"]).sentence
 
 

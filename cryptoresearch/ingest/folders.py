@@ -25,7 +25,7 @@ from ..data.archive import list_objects, parse_s3, stored
 from ..data.store import cursor
 from ..errors import DataNotFound, problem, SchemaError
 from .files import IngestResult, process_file
-from .formats import Market
+from .formats import Market, parse_period
 from .parsing import Kind
 from .staging import Report
 from ..settings import get_settings, Settings
@@ -98,7 +98,8 @@ def _nothing_matches(pattern: str, there: list[str]) -> DataNotFound:
     "Describe which files are there instead of those that were asked for."
     name, names = re.split(r"[/\\]", pattern)[-1], {re.split(r"[/\\]", uri)[-1]: uri for uri in sorted(there)}
     exact = not Path(pattern).is_dir() and not re.search(r"[*?\[]", name)  # a name of one file: only those like it are of use
-    close = difflib.get_close_matches(name, names, 3, 0.6 if exact else 0.0)
+    data = {n: uri for n, uri in names.items() if not exact or parse_period(n)}  # names of data, whatever was asked for
+    close = difflib.get_close_matches(name, names, 3, 0.6) or difflib.get_close_matches(name, data, 3, 0.0)
     near = [names[n] for n in close] or ["nothing at all" if Path(pattern).is_dir() else "no such file"]
     more = f" and {len(there) - 3} more" if len(there) > 3 and not exact else ""
     wanted = f"files of trades or candles ({', '.join(DATA_ENDINGS)}) that match {pattern}"

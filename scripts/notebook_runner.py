@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -284,6 +285,7 @@ class Runner:
         self.process: subprocess.Popen | None = None
         self.running: int | None = None  # process group of the notebook that runs
         self.report: dict[str, Any] = {}
+        self.turn = threading.Lock()  # a test may call from several threads
 
     def __enter__(self) -> "Runner":
         return self
@@ -382,10 +384,11 @@ class Runner:
         if not CAN_FORK:
             return subprocess.run(command, env=env, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False)
         out, err = folder / "stdout.txt", folder / "stderr.txt"
-        for file in (out, err):
-            file.write_text("")
-        done, late = self._fork({"code": code, "args": [*map(str, args)], "home": str(home), "env": env, "out": str(out), "err": str(err)}, timeout_s)
-        told = [file.read_text(errors="replace") for file in (out, err)]
+        with self.turn:
+            for file in (out, err):
+                file.write_text("")
+            done, late = self._fork({"code": code, "args": [*map(str, args)], "home": str(home), "env": env, "out": str(out), "err": str(err)}, timeout_s)
+            told = [file.read_text(errors="replace") for file in (out, err)]
         if late:
             raise subprocess.TimeoutExpired(command, timeout_s, *told)
         return subprocess.CompletedProcess(command, done["code"], *told)

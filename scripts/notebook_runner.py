@@ -158,7 +158,7 @@ if sys.argv[1:2] != ["-m"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 runner = socket.socket(socket.AF_UNIX)
 runner.connect({address!r})
-request = json.dumps({{"args": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
+request = json.dumps({{"python": sys.argv[0], "args": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
 socket.send_fds(runner, [len(request).to_bytes(4)], [0, 1, 2])
 runner.sendall(request)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -188,6 +188,7 @@ def fork_kernel(asked: socket.socket) -> int | None:
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
+        sys.executable = request["python"]
         end(run_code(request["args"][0], request["args"][1:], module=True))
     for stream in streams:
         os.close(stream)

@@ -611,7 +611,7 @@ def _description(model: TailModel, trees: bytes) -> dict[str, object]:
 
 # %% ../../nbs/models/03_boosting.ipynb #5c1e7a0c
 def _ends(stored: Sequence[float | None] | None) -> tuple[float, float] | None:
-    "Read the two residuals of an interval; null stands for infinity."
+    "Read the two residuals of an interval; null means infinity."
     if stored is None:
         return None
     low, high = stored

@@ -149,12 +149,15 @@ def ingest(
     workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
 ) -> None:
     "Load trades (time, price, qty; id and side if there are) or candles (time, open, high, low, close, volume), each file once."
-    from cryptoresearch.ingest.folders import process_files
-    from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.ingest.folders import find_files, process_files
+    from cryptoresearch.data.store import catalog_file, init_duckdb
 
     named = dict(pair.split("=", 1) for pair in (columns or "").split(",") if "=" in pair)
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
+    catalog = catalog_file(get_settings())
+    if catalog is not None and not catalog.is_file():
+        find_files(uris)  # a wrong name makes no store
     found = process_files(init_duckdb(), uris, workers=workers, told=_tell, **facts)
     _ingested(found.outcome.value_counts(sort=False))
 

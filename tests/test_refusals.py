@@ -96,6 +96,12 @@ def test_reading_creates_no_store(run, tmp_path, arguments):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_that_is_not_there_makes_no_store(run, tmp_path):
+    done = run("ingest", str(tmp_path / "nope.csv"), env=store_env(tmp_path / "store" / "catalog.sqlite"))
+    assert done.returncode == 2 and "nope.csv; found none" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def foreign(path: Path) -> Path:
     "Make the database of another program."
     made = sqlite3.connect(path) if path.suffix == ".sqlite" else duckdb.connect(path)

@@ -18,7 +18,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 S3_SERVERS ?= build versitygw seaweedfs
 
-.PHONY: help venv demo test test-all quick lab dashboards api bench lint docs minio s3-matrix hooks clean distclean
+.PHONY: help venv demo test test-all quick lab dashboards api bench lint docs docs-site minio s3-matrix hooks clean distclean
 
 help:  ## show this text
 	@echo "cryptoresearch: from raw trades to a prediction one can believe"
@@ -78,6 +78,9 @@ lint: $(READY)  ## run ruff and mypy
 
 docs: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py
+
+docs-site: $(READY)  ## build the documentation site into _docs/html
+	@$(BIN)/python scripts/docs_site.py $(ARGS)
 
 minio: $(READY)  ## find an S3 server for the tests
 	@$(BIN)/python scripts/s3_server.py --prepare

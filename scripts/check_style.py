@@ -477,7 +477,8 @@ def notebooks(root: Path) -> list[Path]:
 def check(root: Path, paths: list[Path] | None = None) -> tuple[list[Finding], Totals]:
     "Check notebooks and text files; all of the project when none is given."
     totals, found = Totals(), []
-    every = [*notebooks(root), *(root / p for p in PROSE if (root / p).is_file()), root / "cryptoresearch/__init__.py"]
+    prose = [*(root / p for p in PROSE if (root / p).is_file()), *sorted((root / "docs").rglob("*.md"))]
+    every = [*notebooks(root), *prose, root / "cryptoresearch/__init__.py"]
     for path in every if paths is None else paths:
         name = path.relative_to(root).as_posix()
         text = path.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -29,9 +30,11 @@ from cryptoresearch.metrics.scores import (
 from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
 from cryptoresearch.labels.baselines import baselines
 from cryptoresearch.models.boosting import purged_tail, XGBoostModel
+from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.models.linear import HARRidgeModel
 from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
 from cryptoresearch.models.splits import overlaps, WalkForward
+from cryptoresearch.runs.walk_forward import sample_weights
 
 HOUR = pd.Timedelta("1h")
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -396,3 +399,55 @@ def test_a_ridge_from_sums_is_a_fresh_ridge(seed: int, weighted: bool, penalty: 
         made = (Z - np.array(sub["mean"])) / np.array(sub["scale"]) @ np.array(sub["coef"]) + sub["intercept"]
         made = model.centre_ + model.scale_ * made  # the outcomes were standardised
         assert np.allclose(made, fresh.predict((Z - Z.mean(axis=0)) / scale), rtol=1e-9, atol=1e-9)
+
+
+def _hours_with_gaps(names: list[str], n: int = 1400) -> tuple[pd.DataFrame, pd.Series, pd.DataFrame]:
+    "Features of which the longer windows are unknown after two gaps, outcomes above zero of the next day, and their spans."
+    rng, index = np.random.default_rng(5), pd.date_range("2024-01-01", periods=n, freq="1h", tz="UTC", name="ts")
+    X = pd.DataFrame(rng.normal(size=(n, len(names))) + rng.normal(0, 9, len(names)), index, names)
+    y = pd.Series(np.exp(0.3 * X[names[0]] - 0.2 * X[names[1]] + rng.normal(size=n)), index, name="y")
+    if "hour_of_week" in names[-1]:
+        X[names[-1]] = np.arange(n) % 168.0
+    for begin in (300, 1010):
+        for k, length in enumerate((5, 30, 90)):
+            X.iloc[begin : begin + length, k] = np.nan
+        y.iloc[begin - 24 : begin] = np.nan
+    y.iloc[-24:] = np.nan
+    known_ts = index + pd.Timedelta("1h")
+    spans = pd.DataFrame({"start_ts": known_ts, "known_ts": known_ts, "end_ts": known_ts + pd.Timedelta("24h")}, index)
+    return X, y, spans
+
+
+@pytest.mark.parametrize("mode", ["expanding", "sliding"])
+@pytest.mark.parametrize("weights", [None, "recency:20D", "uneven"])
+@pytest.mark.parametrize("model", ["har", "har_ridge", "decay_ridge"])
+def test_fits_that_carry_sums_equal_fresh_fits(model: str, weights: str | None, mode: str) -> None:
+    "Forecasts, interval ends and rows of each fold, also for rows after a gap and where the weights are not those of before times a factor."
+    made = MODELS[model](log_target=True)
+    X, y, spans = _hours_with_gaps(list(made.needs))
+    known, rng, refits = np.flatnonzero(y.notna()), np.random.default_rng(1), made.refits(X, y, spans)
+    for cut in range(700, 1400, 48):
+        rows = known[(known < cut - 24) & (known >= (cut - 620 if mode == "sliding" else 0))]
+        weight = rng.uniform(0.5, 2, len(rows)) if weights == "uneven" else sample_weights(spans.assign(y=y).iloc[rows], weights)
+        fresh = clone(made).fit(X.iloc[rows], y.iloc[rows], intervals=spans.iloc[rows], sample_weight=weight)
+        fast = refits.fit(rows, weight)
+        asked = X.iloc[cut - 24 : cut + 24]
+        np.testing.assert_allclose(np.array(fast.predict_all(asked)), np.array(fresh.predict_all(asked)), rtol=1e-9)
+        assert np.allclose(fast.predict(X.iloc[300:400]), fresh.predict(X.iloc[300:400]), rtol=1e-9)
+        assert (fast.n_rows_, fast.floor_, fast.best_iteration_) == (fresh.n_rows_, fresh.floor_, fresh.best_iteration_)
+    assert fast.predict_all(asked)[0][0] != made.refits(X, y, spans).fit(known[known < 900]).predict(asked)[0]
+
+
+def test_what_sums_cannot_carry_gets_a_fit_of_its_own() -> None:
+    "Outcomes of zero, which each fit raises to its own smallest one; rows that are too few are refused as by a fresh fit."
+    made = MODELS["har"](log_target=True)
+    X, y, spans = _hours_with_gaps(list(made.needs), 400)
+    y.iloc[[5, 200]] = 0.0
+    rows = np.flatnonzero(y.notna())[:250]
+    fresh = clone(made).fit(X.iloc[rows], y.iloc[rows], intervals=spans.iloc[rows])
+    assert np.array_equal(made.refits(X, y, spans).fit(rows).predict(X), fresh.predict(X))
+    with pytest.raises(SchemaError, match="20 rows to fit"):
+        made.refits(X, y.where(y > 0), spans).fit(rows[10:60])
+    few = X.assign(har_24=np.where(np.arange(400) == 30, X["har_24"], np.nan))
+    with pytest.raises(SchemaError, match="more than 3 rows with all of"):
+        made.refits(few, y.where(y > 0), spans).fit(rows[10:190])

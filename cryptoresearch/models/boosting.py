@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Loss', 'purged_tail', 'column_names', 'Rows', 'rate_of_one_class', 'OneClass', 'monotone_list', 'Grower',
-           'keep_params', 'interval_ranks', 'TailModel', 'XGBoostModel']
+           'keep_params', 'interval_ranks', 'Refits', 'TailModel', 'XGBoostModel']
 
 # %% ../../nbs/models/03_boosting.ipynb #4ae9991b
 import hashlib
@@ -21,12 +21,12 @@ from typing import Any, ClassVar, get_args, Literal, Self
 import numpy as np
 import pandas as pd
 import xgboost as xgb
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import BaseEstimator, clone, RegressorMixin
 from sklearn.utils import check_array, column_or_1d, Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..errors import CryptoResearchError, DataNotFound, InputError, problem, SchemaError
-from .splits import known_before
+from .splits import known_before, SpanTimes
 from .tree_files import check_best, check_xgboost, damaged, refuse_damage, Trees
 
 # %% ../../nbs/models/03_boosting.ipynb #b73b8270
@@ -36,22 +36,21 @@ _FEWEST = 20  # rows; fewer support neither early stopping nor a quantile of res
 def purged_tail(
     n: int,  # number of rows, in time order
     fraction: float,  # share of the rows in the tail, 0 to 1
-    intervals: pd.DataFrame | None = None,  # start_ts, end_ts and, if given, known_ts of each row (UTC), n rows
+    intervals: pd.DataFrame | SpanTimes | None = None,  # start_ts, end_ts and, if given, known_ts of each row (UTC), n rows
 ) -> tuple[np.ndarray, np.ndarray]:  # positions of the rows to fit, positions of the tail; both increasing
     "Split off the last rows and drop the rows before them whose label is not known at the first of them."
-    if intervals is not None and len(intervals) != n:
-        raise SchemaError(f"expected an interval for each of {n} rows; found {len(intervals)}. Take the same rows of both")
-    if intervals is not None and not intervals.index.is_monotonic_increasing:
-        raise SchemaError("expected rows in order of time; found intervals out of order. Sort X, y and intervals by time")
+    if isinstance(intervals, pd.DataFrame):
+        if len(intervals) != n:
+            raise SchemaError(f"expected an interval for each of {n} rows; found {len(intervals)}. Take the same rows of both")
+        if not intervals.index.is_monotonic_increasing:
+            raise SchemaError("expected rows in order of time; found intervals out of order. Sort X, y and intervals by time")
     start = n - round(n * fraction)
-    fit, tail = np.arange(start), np.arange(start, n)
-    if intervals is not None and len(tail):
-        fit = np.intersect1d(fit, known_before(intervals, tail))
+    tail = np.arange(start, n)
+    fit = known_before(intervals, tail) if intervals is not None and len(tail) else np.arange(start)
+    fit = fit[fit < start]
     if min(len(fit), len(tail)) < _FEWEST:
-        found = f"{len(fit)} and {len(tail)} of {n}"
-        raise SchemaError(
-            f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {found}. Load more data or use a shorter horizon"
-        )
+        found, remedy = f"{len(fit)} and {len(tail)} of {n}", "Load more data or use a shorter horizon"
+        raise SchemaError(f"expected {_FEWEST} rows to fit and {_FEWEST} to stop by; found {found}. {remedy}")
     return fit, tail
 
 # %% ../../nbs/models/03_boosting.ipynb #b37b1a97
@@ -88,7 +87,8 @@ def _columns_of_fit(model: Any, X: Any) -> np.ndarray:
         if missing := [name for name in names if name not in X.columns]:
             found = f"found none of {', '.join(missing)}"
             raise InputError(f"expected the features the model was fitted on; {found}. Make X with the run's own DataProcessing")
-        X = X[names]
+        X = X if list(X.columns) == names else X[names]
+        X = values if (values := X.to_numpy()).dtype == np.float64 else X  # quicker to check
     with _refusals():
         values = check_array(X, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=0, input_name="X")
     if values.shape[1] != len(names):
@@ -441,6 +441,13 @@ class _Intervals(_Forecasting):
         X: pd.DataFrame | np.ndarray,  # m rows with the features of the fit
     ) -> tuple[np.ndarray, np.ndarray]:  # lower and upper bounds, m each, in the unit of y; infinite where the tail is too short
         "Forecast an interval that should contain the share `level` of outcomes."
+        return self.predict_all(X)[1:]
+
+    def predict_all(
+        self,
+        X: pd.DataFrame | np.ndarray,  # m rows with the features of the fit
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # of `predict`; lower and upper bounds of `predict_interval`
+        "Forecast each row and its interval at once."
         if self.loss != "mean":
             found = f"found loss {self.loss!r}"
             raise SchemaError(f"expected a model of the mean for intervals from residuals; {found}. Fit two quantiles instead")
@@ -448,8 +455,9 @@ class _Intervals(_Forecasting):
         if self.residual_quantiles_ is None:
             found = f"found {self.n_rows_['fit']} rows in all"
             raise SchemaError(f"expected a fit with {_FEWEST} rows in its tail for an interval; {found}. Fit on more rows")
-        lower, upper = (raw + q for q in self.residual_quantiles_)
-        return (np.exp(lower), np.exp(upper)) if self.log_target else (lower, upper)
+        ends = [raw + self.log_correction_, *(raw + q for q in self.residual_quantiles_)]
+        prediction, lower, upper = map(np.exp, ends) if self.log_target else (raw, *ends[1:])
+        return prediction, lower, upper
 
 # %% ../../nbs/models/03_boosting.ipynb #5c1e7a0b
 _ONE_CLASS = b'{"probability": '
@@ -481,8 +489,43 @@ def _try_forecast(model: _Intervals) -> None:
     if found.shape != (2,) or found.dtype != np.float64:
         raise damaged("a model that gives no forecasts")
 
+# %% ../../nbs/models/03_boosting.ipynb #5c1e7a0e
+class Refits[M: _Packed]:
+    "Fit a model on one set of rows after another; models that can carry work from fit to fit have a class of their own."
+
+    def __init__(
+        self,
+        model: M,  # with its parameters; it stays unfitted
+        X: pd.DataFrame,  # features of all samples, n rows in time order
+        y: pd.Series,  # n outcomes, NaN where unknown
+        intervals: pd.DataFrame,  # of sample_intervals, n rows
+    ) -> None:
+        self.model, self.X, self.y, self.intervals = model, X, y, intervals
+
+    def fit(
+        self,
+        rows: np.ndarray,  # m positions, increasing, of samples with an outcome
+        weight: np.ndarray | None = None,  # m sample weights; equal ones when None
+    ) -> M:  # the model that its own fit gives for these rows
+        "Fit on these rows."
+        parts = (a.iloc[rows] for a in (self.X, self.y, self.intervals))
+        return clone(self.model).fit(*parts, sample_weight=weight)
+
+# %% ../../nbs/models/03_boosting.ipynb #5c1e7a0f
+class _Refitting(_Packed):
+    "Many fits on the same samples."
+
+    def refits(
+        self,
+        X: pd.DataFrame,  # features of all samples, n rows in time order
+        y: pd.Series,  # n outcomes, NaN where unknown
+        intervals: pd.DataFrame,  # of sample_intervals, n rows
+    ) -> Refits[Self]:  # whose `fit` takes positions of rows
+        "Prepare the fits of a walk, each on other rows of the same samples."
+        return Refits(self, X, y, intervals)
+
 # %% ../../nbs/models/03_boosting.ipynb #c8b6aa8a
-class TailModel(_Packed):
+class TailModel(_Refitting):
     "Base of all models: early stopping and intervals from a purged tail; a library's own part is in `Grower`."
 
     def save(

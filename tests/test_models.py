@@ -29,10 +29,13 @@ from cryptoresearch.metrics.scores import (
 )
 from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe, sign_strategy, slices
 from cryptoresearch.labels.baselines import baselines
+from cryptoresearch.evaluation.scorecard import known_quantiles
 from cryptoresearch.models.boosting import purged_tail, XGBoostModel
+from cryptoresearch.models.conformal import adaptive_intervals
 from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.models.linear import HARRidgeModel
 from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
+from cryptoresearch.labels.targets import previous_outcome
 from cryptoresearch.models.splits import overlaps, WalkForward
 from cryptoresearch.runs.walk_forward import sample_weights
 
@@ -451,3 +454,28 @@ def test_what_sums_cannot_carry_gets_a_fit_of_its_own() -> None:
     few = X.assign(har_24=np.where(np.arange(400) == 30, X["har_24"], np.nan))
     with pytest.raises(SchemaError, match="more than 3 rows with all of"):
         made.refits(few, y.where(y > 0), spans).fit(rows[10:190])
+
+
+def _closing_together(seed: int, n: int = 400, horizon: int = 3) -> tuple[pd.DataFrame, np.ndarray]:
+    "Events of event bars of which many close in the same microsecond, and the position of the bar that ends each outcome."
+    rng = np.random.default_rng(seed)
+    close = pd.Series(pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.cumsum(rng.choice([0, 0, 1, 3], n)), "ms"))
+    y = pd.Series(rng.integers(0, 2, n), dtype=float).where(close.shift(-horizon).notna())
+    return pd.DataFrame({"known_ts": close, "end_ts": close.shift(-horizon), "y": y}), np.arange(n) + horizon
+
+
+@pytest.mark.parametrize("at", [150, 201, 260, 333])
+def test_nothing_forecast_at_a_bar_changes_with_outcomes_of_later_bars(at: int) -> None:
+    "Of event bars that close in the same microsecond too: the last outcome, the naive quantiles and an adapted interval."
+    labels, last = _closing_together(at)
+    at += int(np.argmax(labels["known_ts"].iloc[at:-1].to_numpy() == labels["known_ts"].iloc[at + 1 :].to_numpy()))
+    later = labels.assign(y=labels["y"].where(last <= at, 1 - labels["y"]))
+    event_bars = pd.DataFrame(index=pd.DatetimeIndex([labels["known_ts"].iloc[0]] * 2))
+    ends = {"lower": -0.5, "upper": 0.5}
+    for made, changed in (
+        (previous_outcome(labels, labels), previous_outcome(later, later)),
+        *((a[c], b[c]) for a, b in [(known_quantiles(labels, event_bars, "direction", 3), known_quantiles(later, event_bars, "direction", 3))] for c in a),
+        *((a[c], b[c]) for a, b in [[adaptive_intervals(d.assign(**ends), 3, least=50, step=0.3) for d in (labels, later)]] for c in a),
+    ):
+        pd.testing.assert_series_equal(made.iloc[: at + 1], changed.iloc[: at + 1])
+        assert made.iloc[at] == made.iloc[at]

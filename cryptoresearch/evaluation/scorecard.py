@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..errors import SchemaError
 from .comparison import known_baselines, Measure, measures, outcome_columns
-from ..labels.horizon import fixed_horizon, Target
+from ..labels.horizon import decision_times, fixed_horizon, Target
 from ..metrics.scores import calibration_table, cross_entropy, diebold_mariano, ic, ic_test, rank_ic, REFERENCE, varies
 from ..metrics.significance import bootstrap_score, brier_loss
 
@@ -40,7 +40,7 @@ def known_quantiles(
     tails = [past.rolling(LOOK_BACK, min_periods=FEWEST).quantile(q) for q in ((1 - level) / 2, (1 + level) / 2)]
     rate = (past > 0).astype(float).expanding(FEWEST).mean()
     told = pd.DataFrame({"naive_lower": tails[0], "naive_upper": tails[1], "base_rate": rate})
-    at = np.searchsorted(past.index.to_numpy(), predictions["known_ts"].to_numpy(), "right") - 1
+    at = np.searchsorted(past.index.to_numpy(), decision_times(predictions["known_ts"]).to_numpy(), "right") - 1
     return told.iloc[np.maximum(at, 0)].set_axis(predictions.index).where(np.repeat(at[:, None] >= 0, 3, axis=1))
 
 # %% ../../nbs/evaluation/04_scorecard.ipynb #f182ce58

@@ -18,7 +18,7 @@ from ..errors import ConfigError, problem
 from ..features.registry import Feature, resolve
 from .barriers import meta_label, trend_scanning, triple_barrier, volatility_scaled
 from .baselines import baselines
-from .horizon import fixed_horizon, realised, Target
+from .horizon import decision_times, fixed_horizon, realised, Target
 
 # %% ../../nbs/labels/04_targets.ipynb #5aa3cb00
 class LabelParams(TypedDict, total=False):
@@ -220,13 +220,13 @@ def previous_outcome(
     labels: pd.DataFrame,  # of an event, on all bars: known_ts, end_ts, y
 ) -> pd.Series:  # 0 to 1, m rows; NaN before 50 outcomes of its kind are known
     "Forecast an event by the share of events so far that followed an outcome equal to the last known one."
-    past = labels[["known_ts", "end_ts", "y"]].dropna().sort_values("end_ts", kind="stable")
+    past = labels[["end_ts", "y"]].assign(known_ts=decision_times(labels["known_ts"])).dropna().sort_values("end_ts", kind="stable")
     y, end = past["y"].to_numpy(), past["end_ts"].to_numpy()
     out = np.full(len(asked), np.nan)
     if not len(y):
         return pd.Series(out, asked.index, name="last")
     before = np.searchsorted(end, past["known_ts"].to_numpy(), "right") - 1  # for each outcome, the last one known at its decision
-    at = np.searchsorted(end, asked["known_ts"].to_numpy(), "right") - 1
+    at = np.searchsorted(end, decision_times(asked["known_ts"]).to_numpy(), "right") - 1
     for value in (0.0, 1.0):
         like = (before >= 0) & (y[np.maximum(before, 0)] == value)
         count, hits = np.cumsum(like), np.cumsum(like & (y == 1))

@@ -93,7 +93,8 @@ def adaptive_intervals(
 ) -> pd.DataFrame:  # index of forecasts: lower, upper (NaN before `least` outcomes are known), alpha (miss rate aimed at)
     "Compute adaptive conformal intervals that learn an outcome only when it is known."
     _check_adaptive(forecasts, horizon, level, step)
-    known, end = (pd.DatetimeIndex(forecasts[c]).as_unit("us").asi8 for c in ("known_ts", "end_ts"))
+    known, end = (pd.DatetimeIndex(forecasts[c]).as_unit("us").asi8.copy() for c in ("known_ts", "end_ts"))
+    known[:-1] -= known[:-1] == known[1:]  # 1 us: of bars that close together, the last one alone knows outcomes that end then
     y, lower, upper = (forecasts[c].to_numpy(np.float64) for c in ("y", "lower", "upper"))
     teaches = np.flatnonzero(~np.isnan(y) & ~np.isnan(lower) & forecasts["end_ts"].notna().to_numpy())
     order = teaches[np.argsort(end[teaches], kind="stable")]

@@ -77,6 +77,21 @@ def test_funding_that_would_be_paid_wrongly_is_refused(spoil: Callable[[pd.Serie
         trade(wanted, bars, 1, Costs(0, funding_bps=spoil(rates)))
 
 
+@pytest.mark.parametrize("part", [slice(2, None), slice(0, 87)], ids=["begins late", "ends early"])
+def test_funding_of_a_part_of_the_positions_is_refused(part: slice) -> None:
+    "A part would pay nothing outside it; each remedy works."
+    wanted, bars, rates = month_of_funding()
+    with pytest.raises(SchemaError, match="funding rates for all positions"):
+        trade(wanted, bars, 1, Costs(0, funding_bps=rates.iloc[part]))
+    ends = pd.Series(0.0, rates.index[[0, -1]])
+    paid = trade(wanted, bars, 1, Costs(0, funding_bps=rates.iloc[part].combine_first(ends))).costs
+    assert paid is not None and paid["funding"].sum() * 1e4 == pytest.approx(len(rates.iloc[part]))
+    first, last = rates.iloc[part].index[[0, -1]]
+    inside = wanted.where((wanted.index >= first) & (wanted.index < last), 0.0)
+    paid = trade(inside, bars, 1, Costs(0, funding_bps=rates.iloc[part])).costs
+    assert paid is not None and paid["funding"].sum() * 1e4 == pytest.approx(len(rates.iloc[part]) - 1)
+
+
 @pytest.mark.parametrize("name", ["fee_bps", "half_spread_bps", "impact", "capital", "funding_bps"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, "5", None])
 def test_a_cost_that_is_no_cost_is_refused(name: str, value: float) -> None:

@@ -13,7 +13,7 @@ from typing import get_args, Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import SchemaError
+from ..errors import problem, SchemaError
 from .strategy import ANNUAL_SECONDS, bar_seconds, check_number, sharpe_ratio, slices, StrategyResult, until_ruin
 
 # %% ../../nbs/metrics/04_costs.ipynb #7ffa8ad1
@@ -113,6 +113,20 @@ def funding_paid(
         return np.asarray(total[np.searchsorted(at, end, "right")] - total[np.searchsorted(at, start, "right")]) / 1e4
     return np.asarray((end // _FUNDING_S - start // _FUNDING_S) * float(funding_bps) / 1e4)
 
+# %% ../../nbs/metrics/04_costs.ipynb #361b4f04
+def _check_covered(position: pd.Series, bar_s: float, funding_bps: float | pd.Series) -> None:
+    "Refuse funding rates that begin or end more than eight hours away from a bar with a position."
+    held = position.index[position.to_numpy() != 0]
+    if not isinstance(funding_bps, pd.Series) or not len(held):
+        return
+    begin, end = held[0], held[-1] + pd.Timedelta(seconds=bar_s)
+    usual, first, last = pd.Timedelta(seconds=_FUNDING_S), funding_bps.index[0], funding_bps.index[-1]
+    if begin < first - usual or end >= last + usual:
+        found = f"rates from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M}"
+        expected = f"funding rates for all positions, which are held from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}"
+        remedy = "Load the missing rates, leave the bars without rates out, or add a rate of 0 at each end if nothing was charged"
+        raise SchemaError(problem(expected, found, remedy))
+
 # %% ../../nbs/metrics/04_costs.ipynb #361b4f03
 def _rates(turnover: pd.Series, bars: pd.DataFrame, bar_s: float, c: Costs) -> pd.DataFrame:
     "Compute impact (per turnover to the power of 1.5) and funding (per position) of each bar."
@@ -145,6 +159,7 @@ def trade(
     "Trade positions in overlapping slices and charge all costs."
     c, open_, bar_s = costs or Costs(), slices(wanted, bars, horizon, latency_bars, held), bar_seconds(bars)
     position, turnover = open_["position"], open_["position"].diff().fillna(open_["position"]).abs().rename("turnover")
+    _check_covered(position, bar_s, c.funding_bps)
     rates = _rates(turnover, bars, bar_s, c)
     paid = {"fee": turnover * c.fee_bps / 1e4, "spread": turnover * c.half_spread_bps / 1e4, "funding": position * rates["funding"]}
     if c.impact:

@@ -15,7 +15,7 @@ from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.registry import Feature, REGISTRY, resolve
 from cryptoresearch.settings import shared_data
 
-GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators", "averages", "statistics", "decay", "breakout")
+GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators", "averages", "statistics", "decay", "breakout", "reversal")
 NEW = resolve([*GROUPS, "cycles"])
 SHORT = [f for f in NEW if f.warmup <= 400]
 

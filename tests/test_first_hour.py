@@ -134,14 +134,15 @@ def test_the_test_and_its_folds_follow_the_length_of_the_data():
         assert fold_length(replace(config, refit_every="10D"), samples, start) == pd.Timedelta("10D")
 
 
-@pytest.mark.parametrize(("model", "more"), [("har", {}), ("har_ridge", {}), ("decay_ridge", {}), ("garch", {}), ("ensemble", {"members": ["har_ridge", "ridge"]})])
+@pytest.mark.parametrize(("model", "more"), [("har", {}), ("har_ridge", {}), ("decay_ridge", {}), ("garch", {}), ("ensemble", {"members": ["har_ridge", "ridge"]}), ("reversal", {"n_estimators": 5})])
 def test_a_model_brings_its_fixed_inputs(tmp_path, model, more):
     from test_runs import put_bars, random_walk
 
     settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), duckdb_threads=1)
     with init_duckdb(settings) as con:
         put_bars(con, random_walk(5500), "WALKUSDT", "simulated")
-        config = RunConfig("WALKUSDT", target="volatility", model=model, params=more, refit_every="200D")
+        target = "direction" if model == "reversal" else "volatility"
+        config = RunConfig("WALKUSDT", target=target, model=model, params=more, refit_every="200D")
         run = train_run(con, config, settings)
         bars = read_data(con, config).bars.tail(run.warmup)
     assert set(config.resolved.fixed) <= {f["name"] for f in run.info["features"]}

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import nbformat
 import pytest
@@ -14,7 +17,9 @@ import pytest
 import cryptoresearch
 from cryptoresearch.runs.config import config_record, RunConfig
 from cryptoresearch.runs.identity import canonical
-from cryptoresearch.runs.options import parameters_cell, TEMPLATES
+from cryptoresearch.errors import ConfigError
+from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.runs.options import Model, parameters_cell, TEMPLATES
 from cryptoresearch.runs.trials import model_text
 from cryptoresearch.serving.batch import check_parameters, notebook_path
 
@@ -44,6 +49,31 @@ def test_stored_runs_keep_their_identity(name):
     config, of_config, of_model = KNOWN[name]
     assert short_digest(canonical(config_record(config))) == of_config
     assert short_digest(model_text(config)) == of_model
+
+
+def config_of(command: str) -> RunConfig:
+    "Read the options of a command of the README into a configuration."
+    words = shlex.split(command, comments=True)[3:]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    given = {k: dict(pairs)[f"--{k}"] for k in ("target", "model") if f"--{k}" in dict(pairs)}
+    params = {name: json.loads(value) for option, text in pairs if option == "--param" for name, value in [text.split("=", 1)]}
+    features = tuple(value for option, value in pairs if option == "--feature") or ("default",)
+    return RunConfig("BTCUSDT", dict(pairs)["--bars"], horizon=int(dict(pairs).get("--horizon", 24)), params=params, features=features, **given)
+
+
+def test_the_readme_has_a_command_for_every_model():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    configs = [config_of(line) for line in text.splitlines() if line.startswith("cryptoresearch train BTCUSDT --bars 1h") and "--model" in line]
+    assert {c.model for c in configs} == set(MODELS) == set(get_args(Model)) and all(c.resolved.model for c in configs)
+    assert set(re.findall(r"--model (\w+)", text)) <= set(MODELS)
+    figures = text.split("## Figures")[1].split("\n## ")[0]
+    assert {"ensemble", "har_ridge", "reversal"} <= set(re.findall(r"`(\w+)`", figures))
+
+
+def test_a_model_of_signs_is_refused_for_volatility_and_the_remedy_works():
+    with pytest.raises(ConfigError, match="such as decay_ridge"):
+        RunConfig(target="volatility", model="reversal")
+    assert RunConfig(target="volatility", model="decay_ridge").resolved.model
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -41,6 +41,7 @@ NEEDS = {
     "har_ridge": {"features": ("har", "volume_ratio_24", "volume_ratio_168", "hour_of_week")},
     "decay_ridge": {"features": ("decay", "har_720", "har_range_720", "hour_of_week_new_york")},
     "garch": {"features": ("ret_1_lags_167",)},
+    "reversal": {"target": "return", "features": ("default",), "params": {"n_estimators": 20, "n_threads": 1}},
     "ridge": {},
     "ensemble": {"params": {"members": ["ridge", "har"]}},
 }

@@ -190,6 +190,8 @@ def _check_order_and_model(c: RunConfig) -> None:
     allowed = sorted(set(inspect.signature(MODELS[c.model].__init__).parameters) - {"self", "seed", "loss", "alpha", "horizon"})
     if unknown := sorted(set(c.params) - set(allowed)):
         raise _wrong("params", f"among {', '.join(allowed)} (the seed is a field of its own)", unknown)
+    if c.model == "reversal" and c.target == "volatility":
+        raise _wrong("model", "another one than reversal, which learns the sign of an outcome, such as decay_ridge", c.model)
     if c.model == "garch" and c.target != "volatility":
         raise _wrong("model", "another one than garch, which forecasts volatility alone", c.target)
     if is_event(c.target):

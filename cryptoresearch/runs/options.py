@@ -16,7 +16,7 @@ from typing import Any, cast, get_args, get_origin, Literal
 
 # %% ../../nbs/runs/00_options.ipynb #a2563900
 Target = Literal["return", "volatility", "scaled_return", "direction", "triple_barrier", "trend", "meta"]
-Model = Literal["xgboost", "lightgbm", "histgb", "gb", "ridge", "har", "har_ridge", "decay_ridge", "garch", "ensemble"]
+Model = Literal["xgboost", "lightgbm", "histgb", "gb", "ridge", "har", "har_ridge", "decay_ridge", "garch", "ensemble", "reversal"]
 Mode = Literal["expanding", "sliding"]
 Interval = Literal["residual", "scaled", "quantile", "adaptive"]
 Calibration = Literal["none", "isotonic", "platt"]

@@ -111,9 +111,18 @@ def _decay_ridge(t: _Trial) -> Params:
     return {"penalty": t.suggest_float("penalty", 1, 1e5, log=True)}
 
 
+def _reversal(t: _Trial) -> Params:
+    "Suggest parameters of reversal."
+    return {
+        "penalty": t.suggest_float("penalty", 10, 1e5, log=True), "learning_rate": t.suggest_float("learning_rate", 0.005, 0.1, log=True),
+        "num_leaves": t.suggest_int("num_leaves", 4, 31, log=True),
+        "min_child_samples": t.suggest_int("min_child_samples", 100, 2000, log=True),
+    }  # fmt: skip
+
+# %% ../../nbs/runs/07_tuning.ipynb #9b5bf05b
 SPACES: dict[str, Callable[[_Trial], Params]] = {
     "xgboost": _xgboost, "lightgbm": _lightgbm, "histgb": _histgb, "gb": _gb, "ridge": _ridge,
-    "har_ridge": _har_ridge, "decay_ridge": _decay_ridge,
+    "har_ridge": _har_ridge, "decay_ridge": _decay_ridge, "reversal": _reversal,
 }  # fmt: skip
 
 # %% ../../nbs/runs/07_tuning.ipynb #c95f7cf2

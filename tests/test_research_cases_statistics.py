@@ -10,10 +10,10 @@ from scipy import stats
 from cryptoresearch.evaluation.comparison import baseline_table
 from cryptoresearch.evaluation.promotion import Comparison
 from cryptoresearch.features.drift import drift_over_time, drift_table, quantile_edges, stability_index
-from cryptoresearch.metrics.scores import diebold_mariano, ic, ic_test, mean_test, r2_oos, same_losses, score_table
+from cryptoresearch.metrics.scores import calibration_table, diebold_mariano, ic, ic_test, mean_test, r2_oos, same_losses, score_table
 from cryptoresearch.metrics.significance import by_regime, confidence_set, effective_trials, overfitting, regimes
 from cryptoresearch.metrics.strategy import deflated_sharpe, probabilistic_sharpe, return_moments, sharpe_ratio, sign_strategy
-from cryptoresearch.metrics.verdict import judge, with_savings
+from cryptoresearch.metrics.verdict import binding, judge, with_savings
 
 
 def overlapping(rng: np.random.Generator, n: int, horizon: int) -> np.ndarray:
@@ -164,3 +164,32 @@ def test_drift_of_a_feature_with_ties() -> None:
     assert stability_index(old, new) == pytest.approx(index_by_hand([0, 950, 50], [50, 950, 0]))
     assert stability_index(old, np.r_[np.zeros(950), np.full(50, 7.0)]) == pytest.approx(0)  # a larger mode, in the same bin
     assert quantile_edges(np.arange(10.0)).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1.0, ""), (1.15, "below the forecasts"), (0.9, "above the forecasts")])
+def test_the_verdict_of_a_volatility_states_its_bias_by_the_loss_that_it_counts(scale: float, told: str) -> None:
+    rng = np.random.default_rng(4)
+    sigma = np.exp(rng.normal(-4, 0.5, 5000))
+    predictions = pd.DataFrame({"y": sigma * np.sqrt(rng.chisquare(3, 5000) / 3), "prediction": scale * sigma})
+    predictions["ewma"] = float(np.sqrt(np.mean(predictions["y"] ** 2)))
+    predictions["har"] = sigma * np.exp(rng.normal(0, 0.25, 5000))
+    scores = with_savings(score_table(predictions, "volatility", 1), predictions, "volatility", 1, draws=20)
+    said, dots = judge(scores, target="volatility"), calibration_table(predictions, target="volatility")
+    assert said.level == "skill" and binding(scores, "volatility") == "har" and "beat HAR" in said.sentence
+    assert (told in said.sentence) and ("biased" in said.sentence) == bool(told)
+    assert (dots["outcome"] / dots["forecast"] * scale).mean() == pytest.approx(1, abs=0.02)
+    assert (scores.loc["model", "mz_p"] < 0.05) == bool(told)
+
+
+@pytest.mark.parametrize(("target", "told"), [("return", "20.0 bp below the forecasts"), ("direction", "5.0% less often than forecast")])
+def test_the_verdict_of_returns_and_events_states_a_bias(target: str, told: str) -> None:
+    rng, n = np.random.default_rng(5), 6000
+    p = rng.uniform(0.2, 0.8, n)
+    y = {"return": rng.normal(0, 0.01, n), "direction": (rng.random(n) < p).astype(float)}[target]
+    exact = {"return": y * 0.3 + rng.normal(0, 0.003, n), "direction": p}[target]
+    shift = y.mean() - exact.mean() + {"return": 0.002, "direction": 0.05}[target]
+    predictions = pd.DataFrame({"y": y, "prediction": exact + shift, "zero": 0.0, "base": 0.5, "half": 0.5, "last": 0.5})
+    scores = score_table(predictions, target, 1)
+    assert told in judge(scores, target=target, intraday=False).sentence
+    honest = score_table(predictions.assign(prediction=exact + y.mean() - exact.mean()), target, 1)
+    assert "biased" not in judge(honest, target=target, intraday=False).sentence

@@ -6,9 +6,9 @@
 __all__ = ['ROUNDING', 'REFERENCE', 'LEAST_COVER', 'finite_pairs', 'varies', 'ic', 'rank_ic', 'squared_loss', 'qlike_loss',
            'log_loss', 'qlike', 'mse_log', 'r2_oos', 'loss_reduction', 'same_losses', 'cosine_count', 'cosine_variance',
            'MeanTest', 'mean_test', 'diebold_mariano', 'clark_west', 'ic_test', 'hac_lags', 'long_run_variance', 'auc',
-           'cross_entropy', 'scored_rows', 'left_out_text', 'score_table', 'interval_coverage', 'kupiec_test',
-           'christoffersen_test', 'calibration_table', 'coverage_table', 'MincerZarnowitz', 'mincer_zarnowitz',
-           'loss_name']
+           'cross_entropy', 'scored_rows', 'left_out_text', 'Bias', 'bias_test', 'score_table', 'interval_coverage',
+           'kupiec_test', 'christoffersen_test', 'calibration_table', 'coverage_table', 'MincerZarnowitz',
+           'mincer_zarnowitz', 'loss_name']
 
 # %% ../../nbs/metrics/01_scores.ipynb #00000002
 from collections.abc import Mapping
@@ -300,7 +300,7 @@ def _scores(f: np.ndarray, y: np.ndarray, reference: np.ndarray, target: str, ho
     scores |= {"rmse": float(np.sqrt(_mean(squared_loss(f, y))))}
     if target != "volatility":
         return scores
-    line = mincer_zarnowitz(f, y, horizon)
+    line = mincer_zarnowitz(f**2, y**2, horizon)  # the forecast is a root mean square
     return scores | {"qlike": qlike(f, y), "mse_log": mse_log(f, y), "mz_slope": line.slope, "mz_p": line.p_value}
 
 # %% ../../nbs/metrics/01_scores.ipynb #7b8d23db
@@ -335,12 +335,34 @@ def _forecasters(predictions: pd.DataFrame, reference: str) -> list[str]:
 
     return ["prediction", *(c for c in _BASELINES[reference] if c in predictions and covers(c))]
 
+# %% ../../nbs/metrics/01_scores.ipynb #a6f10406
+class Bias(NamedTuple):
+    "Average difference between outcomes and forecasts."
+
+    size: float  # mean outcome minus mean forecast, label's unit; volatility: root mean square of outcome over forecast, minus 1
+    p_value: float  # two-sided; NaN with fewer than 10 rows
+
+
+def bias_test(
+    prediction: pd.Series | np.ndarray,  # n forecasts
+    y: pd.Series | np.ndarray,  # n outcomes
+    target: str,  # kind of label of y
+    horizon: int = 1,  # rows that an outcome spans
+) -> Bias:  # NaN without rows, or with a volatility forecast of zero
+    "Test whether forecasts are too high or too low, by the condition for the least mean loss of the target."
+    f, o = finite_pairs(prediction, y)
+    if not len(f) or (target == "volatility" and not (f > 0).all()):
+        return Bias(float("nan"), float("nan"))
+    away = (o / f) ** 2 - 1 if target == "volatility" else o - f
+    mean, p = float(away.mean()), mean_test(away, horizon, float(np.abs(o).max())).p_value
+    return Bias(float(np.sqrt(mean + 1) - 1) if target == "volatility" else mean, p)
+
 # %% ../../nbs/metrics/01_scores.ipynb #6535ccc9
 def score_table(
     predictions: pd.DataFrame,  # index ts in order of time; y, prediction and the baselines' columns, in the label's unit
     target: str,  # kind of label of y, as in labels.targets
     horizon: int,  # rows that an outcome spans
-) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, ic_p, rank_ic, r2_oos, scores of the target, dm_*, model_dm_*; attrs: rows
+) -> pd.DataFrame:  # index forecaster: n, ic, ic_t, ic_p, rank_ic, r2_oos, scores of the target, dm_*, model_dm_*; attrs: rows, bias
     "Score the model and its baselines on the rows that all of them know."
     reference = REFERENCE[target]
     if missing := [c for c in ("y", "prediction", reference) if c not in predictions]:
@@ -359,7 +381,7 @@ def score_table(
         tests = {"dm_stat": test.stat, "dm_p": test.p_value, "model_dm_stat": ours.stat, "model_dm_p": ours.p_value}
         table["model" if name == "prediction" else name] = _scores(f, y, base, target, horizon) | tests
     out = pd.DataFrame(table).T.astype({"n": int}).rename_axis("forecaster")
-    out.attrs["rows"] = scored_rows(predictions, target)
+    out.attrs |= {"rows": scored_rows(predictions, target), "bias": bias_test(rows["prediction"], rows["y"], target, horizon)}
     return out
 
 # %% ../../nbs/metrics/01_scores.ipynb #00000021
@@ -404,11 +426,18 @@ def christoffersen_test(
     return float(stats.chi2.sf(2 * special.xlogy(counts, counts / expected).sum(), 1))
 
 # %% ../../nbs/metrics/01_scores.ipynb #c6fbe8e6
+def _root_mean_square(x: pd.Series) -> float:
+    "Return the root mean square of some numbers."
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
 def calibration_table(
     predictions: pd.DataFrame,  # y, prediction and, where there are intervals, lower and upper
     bins: int = 10,  # parts of about equal size
+    target: str = "return",  # kind of label of y; the means of a volatility are root mean squares, as its forecasts
 ) -> pd.DataFrame:  # one row per part, by rising forecast: n, forecast, outcome (means, label's unit), [coverage]
     "Compute the mean outcome, and the coverage of the interval, by the size of the forecast."
+    mean = _root_mean_square if target == "volatility" else _mean
     rows = predictions.dropna(subset=["y", "prediction"])
     interval = {"lower", "upper"} <= set(rows.columns)
     columns = ["n", "forecast", "outcome", *(["coverage"] if interval else [])]
@@ -417,7 +446,7 @@ def calibration_table(
     edges = np.unique(np.quantile(rows["prediction"], np.linspace(0, 1, bins + 1)[1:-1]))
     part = np.searchsorted(edges, rows["prediction"], side="left")
     table = [
-        (len(g), g["prediction"].mean(), g["y"].mean(), *([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []))
+        (len(g), mean(g["prediction"]), mean(g["y"]), *([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []))
         for _, g in rows.groupby(part)
     ]
     return pd.DataFrame(table, columns=columns, index=pd.RangeIndex(1, len(table) + 1, name="part"))

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from .scores import left_out_text, loss_name, loss_reduction, qlike_loss, REFERENCE, squared_loss
+from .scores import Bias, left_out_text, loss_name, loss_reduction, qlike_loss, REFERENCE, squared_loss
 from .significance import bootstrap_score
 from .strategy import deflated_sharpe, sharpe_ratio, StrategyResult
 
@@ -39,7 +39,8 @@ _SUSPICIOUS = (
 _SKILL = (
     f"better than the baseline by the Diebold-Mariano test, p below {ALPHA}. Returns: squared error, OOS R² above 0, and an IC "
     f"above 0 with p below {ALPHA}, because a forecast that only follows the drift has no skill. Events: the same with the Brier score "
-    "against the base rate of the training. Volatility: QLIKE, against every baseline; the sentence names the hardest to beat"
+    "against the base rate of the training. Volatility: QLIKE, against every baseline; the sentence names the hardest to beat. "
+    f"Skill or weak: the sentence also states a bias, p below {ALPHA}"
 )
 _WEAK = (
     f"returns and events: not skill, but the forecasts order the outcomes (IC above 0, p below {ALPHA}); "
@@ -302,6 +303,22 @@ def _unbeaten(scores: pd.DataFrame, target: str) -> list[str]:
     rivals = scores[scores.index.isin(others)] if "model_dm_p" in scores else scores.iloc[:0]
     return [str(name) for name, r in rivals.iterrows() if not (r["model_dm_stat"] < 0 and r["model_dm_p"] < ALPHA)]
 
+# %% ../../nbs/metrics/05_verdict.ipynb #0c78a237
+_SIZES = {"return": (1e4, ".1f", " bp"), "scaled_return": (1.0, ".3f", "")}  # factor, format and unit of a bias; a share for the others
+
+
+def _biased(bias: Bias | None, target: str) -> str:
+    "Write the bias of the forecasts; empty where the test finds none."
+    if bias is None or not bias.p_value < ALPHA:
+        return ""
+    factor, form, unit = _SIZES.get(target, (1.0, ".1%", ""))
+    size, low = f"{number(abs(bias.size) * factor, form)}{unit}", bias.size < 0
+    if REFERENCE[target] == "base":
+        said = f"the event occurs {size} {'less' if low else 'more'} often than forecast"
+    else:
+        said = f"outcomes are {size} {'below' if low else 'above'} the forecasts on average"
+    return f"the forecasts are biased: {said} ({p_value(bias.p_value)})"
+
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000e
 def judge(
     scores: pd.DataFrame,  # of score_table; the row 'model' is judged
@@ -318,6 +335,8 @@ def judge(
     level, sentence = _forecast(scores, target, horizon, intraday, _unbeaten(scores, target))
     if strategy is not None and target != "volatility" and level not in ("unclear", "suspicious"):
         sentence += f"; {_money(strategy, deflated, n_trials, level, 'their sign' if REFERENCE[target] == 'zero' else 'them')}"
+    if level in ("skill", "weak") and (biased := _biased(scores.attrs.get("bias"), target)):
+        sentence += f"; {biased}"
     if left_out := left_out_text(scores.attrs.get("rows", {})):
         sentence += f"; {left_out}"
     prefix = "SIMULATED data, this says nothing about a market. " if simulated else ""

@@ -153,8 +153,8 @@ def skill_figure(
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000019
 def calibration_figure(
-    table: pd.DataFrame,  # of calibration_table: forecast and outcome (means), one row per decile
-    target: str = "return",  # for the axes' titles
+    table: pd.DataFrame,  # of calibration_table for the target: forecast and outcome (means), one row per decile
+    target: str = "return",  # kind of label, for the titles
 ) -> go.Figure:  # mean outcome against mean forecast, with the diagonal
     "Draw the mean outcome against the mean forecast of each decile."
     x, y = table["forecast"].to_numpy(float), table["outcome"].to_numpy(float)
@@ -164,8 +164,9 @@ def calibration_figure(
     fig.add_scatter(x=x, y=y, mode="markers", name="deciles", marker={"color": MODEL, "size": 8})
     fig = _dress(fig, f"Calibration of the {target} forecasts", 340)
     fig.update_layout(hovermode="closest")
-    fig.update_xaxes(title="mean forecast", tickformat=".2%")
-    fig.update_yaxes(title="mean outcome", tickformat=".2%")
+    mean = "root mean square" if target == "volatility" else "mean"
+    fig.update_xaxes(title=f"{mean} of the forecast", tickformat=".2%")
+    fig.update_yaxes(title=f"{mean} of the outcome", tickformat=".2%")
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #de42a775

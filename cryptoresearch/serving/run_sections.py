@@ -351,7 +351,7 @@ def calibration_section(
 ) -> Section:  # calibration; reliability of probabilities, or coverage of intervals
     "Show whether the forecasts are calibrated."
     own, level, config = report.predictions, float(report.run.model.level), report.config
-    drawn = report_figures.calibration_figure(calibration_table(own), config.target)
+    drawn = report_figures.calibration_figure(calibration_table(own, target=config.target), config.target)
     if report.event:
         return section("Calibration", (drawn, reliability_view(reliability_table(own, config.horizon), config.calibrate)))
     parts = interval_parts_view(interval_table(own, report.data.bars, level), level)
@@ -364,7 +364,7 @@ def calibration_scores_section(
 ) -> Section:  # calibration; bias, slope and Brier parts of probabilities, or coverage of intervals
     "Show whether the forecasts are calibrated, with intervals of the calibration scores."
     own, config = report.predictions, report.config
-    drawn = report_figures.calibration_figure(calibration_table(own), config.target)
+    drawn = report_figures.calibration_figure(calibration_table(own, target=config.target), config.target)
     if report.event:
         return section("Calibration", (drawn, calibration_view(calibration_scores(own, config.horizon, report.draws, report.seed))))
     level = float(report.run.model.level)

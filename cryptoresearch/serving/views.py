@@ -94,7 +94,7 @@ def score_view(
         f"against “{_forecaster(REFERENCE[target])}”; all p-values allow for overlapping outcomes."
     )
     if "slope" in view:
-        note += " Slope of the outcome on the forecast (Mincer-Zarnowitz, MZ); p of a slope of 1 and an intercept of 0."
+        note += " Slope of the squared outcome on the squared forecast (Mincer-Zarnowitz, MZ); p of a slope of 1 and an intercept of 0."
     if without := left_out_text(scores.attrs.get("rows", {})):
         note += f" {without}."
     return Table(view.rename(index=_forecaster), note=note)

@@ -171,8 +171,10 @@ def _ingested(counts: Any) -> None:
 
 # %% ../nbs/94_cli.ipynb #c0864cf7
 @app.command()
-def forget(file: Annotated[str, typer.Argument(help="sha256 of a loaded file, or its first characters (table ingest_ledger).")]) -> None:
-    "Remove a loaded file from the store."
+def forget(
+    file: Annotated[str, typer.Argument(help="sha256 of a loaded file or id of a live session, or its first characters.")],
+) -> None:
+    "Remove a loaded file or a live session from the store."
     from cryptoresearch.ingest.files import forget_file
     from cryptoresearch.data.store import init_duckdb
 

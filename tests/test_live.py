@@ -23,20 +23,24 @@ import fastapi.testclient
 import pandas as pd
 import pytest
 import websocket
+from typer.testing import CliRunner
 from websockets.sync.server import ServerConnection, serve
 
+from cryptoresearch.cli import app
 from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import read_event_bars
+from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.quality import daily
+from cryptoresearch.data.series import AMOUNT_LIMIT
 from cryptoresearch.data.status import read_trades, status
 from cryptoresearch.data.store import init_duckdb
-from cryptoresearch.errors import CryptoResearchError, DataNotFound, FeedError
-from cryptoresearch.ingest.files import process_file
+from cryptoresearch.errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, SchemaError
+from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.collector import Collector, replay_journal, Session
 from cryptoresearch.live.feed import FinnhubWebSocket
-from cryptoresearch.live.messages import LIMIT, Trade
+from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.api import create_app
 from cryptoresearch.settings import Settings, shared_data
@@ -253,7 +257,7 @@ def test_files_of_another_exchange_are_a_series_of_their_own(settings: Settings,
 
 @pytest.mark.parametrize(("price", "volume"), [(1e16, 1.0), (1.0, 1e19), (1e8, 1e8)])
 def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, volume: float) -> None:
-    assert LIMIT == LIMITS["price"] == LIMITS["qty"] == LIMITS["quote_qty"]
+    assert AMOUNT_LIMIT == LIMITS["price"] == LIMITS["qty"] == LIMITS["quote_qty"]
     with stub(lambda c, n: (c.send(frame({"p": price, "v": volume}, {})), hold(c))) as (url, _):
         feed = listen(url, settings, collect=True).start()
         wait_for(lambda: feed.stats.trades == 1)
@@ -265,6 +269,46 @@ def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, 
         assert con.execute("SELECT price, qty FROM trades").fetchall() == [(100.0, 0.5)]
         reasons = con.execute("SELECT reason FROM quarantine").fetchall()
         assert reasons == [("price, volume or their product is not below 1e+15, which is beyond any market",)] * 2
+
+
+def test_impossible_trades_of_an_older_version_are_named_and_the_remedy_removes_them(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "A session that stored 1e16 x 1e19 blocks the bars of its symbol until it is forgotten; the other session stays."
+    t0 = datetime(2024, 8, 10, tzinfo=UTC)
+    for hour, price, volume in ((0, 100.0, 1.0), (2, 1e16, 1e19)):
+        with monkeypatch.context() as patch:
+            patch.setattr("cryptoresearch.live.collector.impossible", lambda price, volume: None)
+            collector = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+            collector.add([Trade(BTC, price, volume, t0 + timedelta(hours=hour, minutes=m)) for m in range(3)], datetime.now(UTC))
+            collector.stop()
+    with init_duckdb(settings) as con:
+        with pytest.raises(SchemaError, match="cryptoresearch data verify"):
+            make_bars(con, "BTCUSDT", "1m")
+        (bad,) = verify(con).bad.itertuples()
+        assert (bad.check, bad.what) == ("session", collector.session.session_id)
+        assert "3 with a price or volume beyond any market" in bad.detail
+    remedy = re.search(r"cryptoresearch (forget \S+)$", bad.detail)
+    assert remedy is not None
+    done = CliRunner().invoke(app, remedy[1].split(), env={"DUCKDB_PATH": settings.duckdb_path})
+    assert done.exit_code == 0 and "3 rows removed" in done.output, done.output
+    with init_duckdb(settings) as con:
+        assert verify(con).ok and make_bars(con, "BTCUSDT", "1m") >= 1
+        tables = ("trades", "coverage", "gaps", "live_sessions")
+        left = [con.execute(f"SELECT count(*) FROM {t} WHERE {'session_id' if t == 'live_sessions' else 'file_id'} = ?", [bad.what]).fetchone() for t in tables]
+        assert left == [(0,)] * 4
+        assert con.execute("SELECT event, symbol, detail FROM data_log").fetchall() == [("forgotten", "BTCUSDT", "3 trades of a live session taken out")]
+
+
+def test_a_session_that_collects_is_not_forgotten(settings: Settings) -> None:
+    collector = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+    collector.add([Trade(BTC, 100.0, 1.0, datetime.now(UTC))], datetime.now(UTC))
+    collector.flush()
+    with init_duckdb(settings) as con:
+        with pytest.raises(ConfigError, match="Stop its collector first"):
+            forget_file(con, collector.session.session_id)
+        collector.stop()
+        assert forget_file(con, collector.session.session_id) == 1
 
 
 @pytest.mark.parametrize(("bad", "covers"), [

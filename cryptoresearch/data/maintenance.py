@@ -37,7 +37,7 @@ from rich.text import Text
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
 from .ledger import DIGEST_VERSION, stored_digest
-from .series import quote, utc_now
+from .series import IMPOSSIBLE, quote, utc_now
 from cryptoresearch.data.store import (
     catalog_file, catalog_kind, connect, data_path, dead_folders, extension_file, in_turn, init_duckdb, log, maintain, META,
     schema_version, turn, write,
@@ -264,14 +264,18 @@ def _read_file(
     return "ok", ""
 
 # %% ../../nbs/data/15_maintenance.ipynb #6fca98a6
-_NAMES = ("rows", "first_ts", "last_ts", "first_id", "last_id", "symbol", "source", "interval", "odd rows", "rejected", "gaps")
+_NAMES = (
+    *("rows", "first_ts", "last_ts", "first_id", "last_id", "symbol", "source", "interval"),
+    *("odd rows", "impossible rows", "rejected", "gaps"),
+)
 _ONE = "CASE WHEN min({0}) = max({0}) THEN min({0}) ELSE concat(min({0}), ' to ', max({0})) END"
 _SERIES = f"{_ONE.format('symbol')}, {_ONE.format('source')}"
 _STORED = {  # the figures of the ledger, computed from the data themselves
     "trades": f"count(*), min(ts), max(ts), min(trade_id), max(trade_id), {_SERIES}, NULL, "
-    "count(*) FILTER (symbol IS NULL OR source IS NULL OR received_at IS NOT NULL)",
+    "count(*) FILTER (symbol IS NULL OR source IS NULL OR received_at IS NOT NULL), "
+    f"count(*) FILTER ({IMPOSSIBLE})",
     "candles": f"count(*), min(ts), max(ts), NULL, NULL, {_SERIES}, {_ONE.format('interval')}, "
-    "count(*) FILTER (symbol IS NULL OR source IS NULL OR interval IS NULL)",
+    "count(*) FILTER (symbol IS NULL OR source IS NULL OR interval IS NULL), 0",
 }
 
 # %% ../../nbs/data/15_maintenance.ipynb #fad88f08
@@ -283,7 +287,7 @@ def _ledger(
     have = {row[0] for row in con.execute("DESCRIBE ingest_ledger").fetchall()}  # a snapshot of an older store has fewer columns
     ids = "first_id, last_id" if table == "trades" else "NULL, NULL"
     interval = "interval" if table == "candles" and "interval" in have else "NULL"
-    columns = f"file_id, rows, first_ts, last_ts, {ids}, symbol, source, {interval}, 0, rejected, gaps"
+    columns = f"file_id, rows, first_ts, last_ts, {ids}, symbol, source, {interval}, 0, 0, rejected, gaps"
     query = f"SELECT {columns} FROM ingest_ledger WHERE rows > 0 AND (kind = 'klines') = ? ORDER BY symbol, source, first_ts"
     return {row[0]: list(row[1:]) for row in con.execute(query, [table == "candles"]).fetchall()}
 
@@ -318,14 +322,12 @@ def _check_ledger(
         ledger = _ledger(con, table)
         stored, digests = _stored(con, table, list(ledger)), _digests(con, table, list(ledger))
         for file, expected in ledger.items():
-            found = stored.pop(file, (0, *[None] * 7, 0))
+            found = stored.pop(file, (0, *[None] * 7, 0, 0))
             found = found if isinstance(found, str) else (*found, *(n.get(file, 0) for n in notes))
             yield "ledger", f"{expected[5]} {expected[6]} {file[:12]}", *_compare(expected, found, digests.get(file))
         for file, found in stored.items():
             if file in sessions:
-                same = sessions[file] in (None, found[0])
-                detail = "" if same else f"expected {sessions[file]:,} trades; found {found[0]:,}"
-                yield "session", str(file), "ok" if same else "differs", detail
+                yield "session", str(file), *_compare_session(sessions[file], found, str(file))
             else:
                 yield "rows", f"{table} {str(file)[:12]}", "differs", f"{found[0]} rows of a file that is not in the ledger"
 
@@ -343,6 +345,21 @@ def _compare(
     if digest and digest[0] != digest[1]:
         parts.append(f"digest: expected {digest[0]}; found {digest[1]}")
     return ("differs", "; ".join(parts)) if parts else ("ok", _OLDER_DIGEST if digest and digest[2] < DIGEST_VERSION else "")
+
+# %% ../../nbs/data/15_maintenance.ipynb #5e100001
+def _compare_session(
+    expected: int | None,  # trades that the session noted at its end; None while it runs
+    found: tuple[object, ...] | str,  # of the store, by the names of `_NAMES`; a text if it cannot be read
+    session_id: str,
+) -> tuple[State, str]:  # state, detail
+    "Compare a live session with its stored trades, and look for values that older versions took from a feed unchecked."
+    if isinstance(found, str):
+        return "unreadable", found
+    count, odd = found[0], found[_NAMES.index("impossible rows")]
+    parts = [f"expected {expected:,} trades; found {count:,}"] if expected not in (None, count) else []
+    if odd:
+        parts.append(f"{odd:,} with a price or volume beyond any market; remove the session: cryptoresearch forget {session_id}")
+    return ("differs", "; ".join(parts)) if parts else ("ok", "")
 
 # %% ../../nbs/data/15_maintenance.ipynb #78d4e098
 def _digests(

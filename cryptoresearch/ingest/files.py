@@ -38,7 +38,7 @@ from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_dige
 from ..data.series import from_us, normal_symbol, quote, Series, to_us, utc_now, where_rows
 from ..data.maintenance import clean_dead
 from ..data.store import data_path, exclusive, work_folder, write
-from ..errors import DataNotFound, SchemaError, StoreBusy
+from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
 )
@@ -864,12 +864,15 @@ def ingest_frame(
 
 # %% ../../nbs/ingest/06_files.ipynb #660d11bd
 def _forget(con: DuckDBPyConnection, file_id: str) -> int:
-    "Take a file out of all tables; runs inside `write`."
+    "Take a file or session out of all tables; runs inside `write`."
     found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
-    if len(found) != 1 or len(file_id) < 6:
-        raise DataNotFound(
-            f"expected one loaded file whose sha256 begins with {file_id!r}; found {len(found)}. See the table ingest_ledger"
-        )
+    sessions = con.execute(_SESSION_OF, [file_id]).fetchall()
+    if len(found) + len(sessions) != 1 or len(file_id) < 6:
+        expected = f"one loaded file or live session whose id begins with {file_id!r}"
+        remedy = "See the tables ingest_ledger and live_sessions"
+        raise DataNotFound(problem(expected, f"{len(found) + len(sessions)}", remedy))
+    if sessions:
+        return _forget_session(con, *sessions[0])
     row = _ledger_dict(found[0])
     series = Series(row["symbol"], row["source"], row["kind"], row["interval"])
     old = next((o for o in stored_files(con, series) if o.file_id == row["file_id"]), None)
@@ -882,10 +885,31 @@ def _forget(con: DuckDBPyConnection, file_id: str) -> int:
     log_event(con, "forgotten", row["symbol"], row["source"], row["file_id"], row["uri"], span, detail)
     return int(row["rows"])
 
+# %% ../../nbs/ingest/06_files.ipynb #5e200001
+_SESSION_OF = """SELECT s.session_id, s.source, s.url,
+    coalesce(bool_or(s.ended_at IS NULL AND t.received_at > now()::TIMESTAMP - INTERVAL 10 MINUTE), false)
+  FROM lake.main.live_sessions s LEFT JOIN lake.main.trades t ON t.file_id = s.session_id
+  WHERE starts_with(s.session_id, ?) GROUP BY ALL"""
+
+
+def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: str, running: bool) -> int:
+    "Take the trades of a live session and their coverage out of the store; runs inside `write`."
+    if running:
+        remedy = "Stop its collector first; if it was killed, start one of the same symbols once"
+        raise ConfigError(problem("a session that has ended", f"{session_id}, which received trades in the last ten minutes", remedy))
+    query = "SELECT symbol, count(*), epoch_us(min(ts)), epoch_us(max(ts)) FROM lake.main.trades WHERE file_id = ? GROUP BY 1 ORDER BY 1"
+    by_symbol = con.execute(query, [session_id]).fetchall()
+    for table, name in (*((t, "file_id") for t in ("trades", "gaps", "coverage", "quarantine")), ("live_sessions", "session_id")):
+        con.execute(f"DELETE FROM lake.main.{table} WHERE {name} = ?", [session_id])
+    for symbol, rows, start, end in by_symbol or [(None, 0, None, None)]:
+        span = None if start is None else (start, end)
+        log_event(con, "forgotten", symbol, source, session_id, url, span, f"{rows} trades of a live session taken out")
+    return sum(int(row[1]) for row in by_symbol)
+
 # %% ../../nbs/ingest/06_files.ipynb #4e3f6f86
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
-    file_id: str,  # sha256 of a loaded file, or its first six characters or more
+    file_id: str,  # sha256 of a loaded file or id of a live session, or its first six characters or more
 ) -> int:  # rows taken out of trades and candles
-    "Remove a file's rows, ledger row, gaps, coverage and quarantine. Errors: `DataNotFound`."
+    "Remove a file or session: rows, record, gaps, coverage and quarantine. Errors: `DataNotFound`, `ConfigError` (it still collects)."
     return write(con, _forget, file_id)

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ..data.series import to_us
+from ..data.series import AMOUNT_LIMIT, to_us
 from ..errors import SchemaError
 
 # %% ../../nbs/ingest/01_parsing.ipynb #076593c7
@@ -453,7 +453,7 @@ class Block:
 # %% ../../nbs/ingest/01_parsing.ipynb #6ea8a657
 Check = tuple[str, Callable[[dict[str, np.ndarray]], np.ndarray]]
 LIMITS: dict[str, float] = {
-    **dict.fromkeys(("price", "qty", "quote_qty", "open", "high", "low", "close"), 1e15),
+    **dict.fromkeys(("price", "qty", "quote_qty", "open", "high", "low", "close"), AMOUNT_LIMIT),
     **dict.fromkeys(("volume", "quote_volume", "buy_volume", "trades"), 9e18),
     **dict.fromkeys(("trade_id", "first_id", "last_id"), 2**62),
 }

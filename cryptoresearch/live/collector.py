@@ -28,10 +28,10 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from ..data.ledger import log_event
-from ..data.series import normal_symbol, to_us
+from ..data.series import impossible, normal_symbol, to_us
 from ..data.store import cursor, init_duckdb, not_writable, write
 from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
-from .messages import impossible, shorten, Trade
+from .messages import shorten, Trade
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/live/02_collector.ipynb #170b5b72

@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime, UTC
 
-from ..data.series import EPOCH, impossible
+import msgspec
+
+from ..data.series import AMOUNT_LIMIT, impossible
 
 # %% ../../nbs/live/01_messages.ipynb #00000006
-@dataclass(frozen=True, slots=True)
-class Trade:
+class Trade(msgspec.Struct, frozen=True):
     "Hold one trade as the exchange reported it."
 
     symbol: str  # with the exchange as prefix, such as BINANCE:BTCUSDT
@@ -112,7 +113,7 @@ def _trade(
         raise ValueError("t is not in UNIX milliseconds between 2000 and 2100")
     given = item.get("c")
     conditions = None if given is None else tuple(str(c) for c in given) if isinstance(given, list) else (str(given),)
-    return Trade(symbol, price, volume, EPOCH + timedelta(milliseconds=t), conditions)
+    return Trade(symbol, price, volume, datetime.fromtimestamp(t / 1000, UTC), conditions)
 
 # %% ../../nbs/live/01_messages.ipynb #0000000d
 def _trades(
@@ -133,10 +134,8 @@ def _trades(
     return Trades(tuple(trades), tuple(quotes), tuple(rejected))
 
 # %% ../../nbs/live/01_messages.ipynb #5b38ba11
-def parse_message(
-    text: str | bytes,  # one text frame as received
-) -> Message:  # `Malformed` for a frame that cannot be read
-    "Parse one frame of Finnhub's stream; never raises."
+def _parse_any(text: str | bytes) -> Message:
+    "Parse a frame item by item, which names what is wrong with each."
     try:
         frame = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -151,3 +150,51 @@ def parse_message(
         case {"type": str(kind)} if kind != "trade":
             return Unknown(kind, shorten(text))
     return Malformed(shorten(text), "a trade frame without a list" if isinstance(frame, dict) and "type" in frame else "no type")
+
+# %% ../../nbs/live/01_messages.ipynb #5e300002
+class _Item(msgspec.Struct, rename={"symbol": "s", "price": "p", "volume": "v", "ms": "t", "conditions": "c"}):
+    "One trade of a frame; the types are those of the protocol."
+
+    symbol: str
+    price: float
+    volume: float
+    ms: float
+    conditions: list[str] | None = None
+
+
+class _Frame(msgspec.Struct, tag_field="type", tag="trade"):
+    "A frame of trades."
+
+    data: list[_Item]
+
+
+_decode = msgspec.json.Decoder(_Frame).decode
+
+# %% ../../nbs/live/01_messages.ipynb #5e300003
+def _typed(items: list[_Item]) -> Trades | None:  # None where an item is out of bounds
+    "Convert the items of a frame, with the checks of `_trade`."
+    trades, quotes, last, ts = [], [], -1.0, datetime.min
+    for i in items:
+        symbol, price, volume, ms, given = i.symbol, i.price, i.volume, i.ms, i.conditions
+        if volume == 0 and symbol:
+            quotes.append(symbol)
+            continue
+        if not (0 < price < AMOUNT_LIMIT and 0 < volume < AMOUNT_LIMIT and price * volume < AMOUNT_LIMIT and symbol):
+            return None
+        if ms != last:
+            if not _FIRST_MS <= ms < _LAST_MS:
+                return None
+            last, ts = ms, datetime.fromtimestamp(ms / 1000, UTC)
+        trades.append(Trade(symbol, price, volume, ts, None if given is None else tuple(given)))
+    return Trades(tuple(trades), tuple(quotes))
+
+# %% ../../nbs/live/01_messages.ipynb #5e300004
+def parse_message(
+    text: str | bytes,  # one text frame as received
+) -> Message:  # `Malformed` for a frame that cannot be read
+    "Parse one frame of Finnhub's stream; never raises."
+    try:
+        message = _typed(_decode(text).data)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        message = None
+    return message or _parse_any(text)

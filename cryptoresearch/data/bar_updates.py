@@ -26,7 +26,7 @@ from tenacity import retry_if_exception_type, Retrying, stop_after_attempt
 
 from .aggregation import combine_bars, fold_trades, NUMBERS, place_bars, TRADE_COLUMNS, Trades
 from .bars import bar_length, bar_spec
-from .coverage import missing_bars
+from .coverage import CLAIMS, missing_bars
 from .series import BARS_OF, normal_symbol, Series
 from .store import cursor, exclusive, harmless_ids, write
 from ..errors import DataNotFound, StoreBusy
@@ -114,13 +114,13 @@ def _row_heights(
     return edges, np.cumsum(steps)[: len(edges) - 1] * np.diff(edges)
 
 # %% ../../nbs/data/08_bar_updates.ipynb #13287f84
-_ONCE = """ AND NOT EXISTS (FROM coverage c WHERE c.symbol = t.symbol AND c.source = t.source
-  AND c.file_id > t.file_id AND t.ts BETWEEN c.start_ts AND c.end_ts)"""
+_ONCE = f""" AND t.file_id = coalesce((SELECT max(c.file_id) FROM {CLAIMS} c WHERE c.symbol = t.symbol AND c.source = t.source
+  AND t.ts BETWEEN c.start_ts AND c.end_ts), t.file_id)"""
 
 
 def _query(con: DuckDBPyConnection, symbol: str, source: str, start_us: int, end_us: int) -> Iterator[Trades]:
     "Stream the trades of [start, end) as they are stored."
-    once = _ONCE if source == "replay" else ""  # what was replayed several times counts once: the latest session has it
+    once = _ONCE if source == "replay" else ""  # what was replayed several times counts once: in the latest session that covers it
     where = f"symbol = ? AND source = ? AND ts >= make_timestamp(?) AND ts < make_timestamp(?){once}"
     query = f"SELECT {', '.join(TRADE_COLUMNS)} FROM trades t WHERE {where}"
     reader = con.execute(query, [symbol, source, start_us, end_us]).to_arrow_reader(_BATCH)
@@ -276,8 +276,8 @@ def _recorded(con: DuckDBPyConnection, key: Series) -> tuple[tuple[Input, ...], 
     return tuple(sorted(map(Input._make, rows), key=repr)), int(row[0]), row[1], int(row[2])
 
 # %% ../../nbs/data/08_bar_updates.ipynb #0e51a1af
-_STRETCHES = """SELECT c.file_id, coalesce(l.rows, 0), l.digest, epoch_us(c.start_ts), epoch_us(c.end_ts), l.file_id IS NOT NULL
-  FROM coverage c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
+_STRETCHES = f"""SELECT c.file_id, coalesce(l.rows, 0), l.digest, epoch_us(c.start_ts), epoch_us(c.end_ts), l.file_id IS NOT NULL
+  FROM {CLAIMS} c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
   WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0"""
 _GAPS = """SELECT g.kind, g.file_id, g.first_missing_id, epoch_us(g.start_ts), epoch_us(g.end_ts)
   FROM gaps g WHERE symbol = $1 AND source = $2
@@ -491,8 +491,8 @@ def _traded_bar(con: DuckDBPyConnection, key: Series, before: int | None, after:
     return None if row is None or row[0] is None else int(row[0]) // length_us
 
 # %% ../../nbs/data/08_bar_updates.ipynb #b106d2c7
-_COVERED = """SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id
-  FROM coverage c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
+_COVERED = f"""SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id
+  FROM {CLAIMS} c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
   WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0"""
 
 

@@ -25,7 +25,7 @@ from cryptoresearch.data.aggregation import (
 )
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
 from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
-from .coverage import covered_spans
+from .coverage import CLAIMS, covered_spans
 from .series import BARS_OF, check_range, naive_utc, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, write
 from ..errors import DataNotFound, SchemaError
@@ -312,8 +312,8 @@ _STORED = ("ts", "close_ts", *NUMBERS, "gap", "first_id", "last_id", "threshold"
 def _hole_ends(con: DuckDBPyConnection, symbol: str, source: str, change: Change) -> list[int]:
     "Return the ends of the stretches in which trades are missing."
     rows = con.execute(
-        """SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id
-        FROM coverage c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
+        f"""SELECT epoch_us(c.start_ts), epoch_us(c.end_ts), l.first_id, l.last_id
+        FROM {CLAIMS} c LEFT JOIN (FROM ingest_ledger WHERE symbol = $1 AND source = $2) l ON l.file_id = c.file_id
         WHERE c.symbol = $1 AND c.source = $2 AND coalesce(l.rows, 1) > 0""", [symbol, source]).fetchall()
     starts = [a for a, _ in covered_spans(rows, harmless_ids(con))][1:] if rows else []
     return [*starts, *(i.end for i in change.inputs if i.file_id.startswith("gap ") and i.start < i.end)]

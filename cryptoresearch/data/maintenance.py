@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Check', 'State', 'Found', 'FORMAT', 'MANIFEST', 'Opener', 'pinned_snapshots', 'length_of', 'expire', 'measure_store',
-           'Tidied', 'tidy', 'Verified', 'verify', 'clean_dead', 'ManifestFile', 'Manifest', 'Backup', 'backup',
-           'restore']
+           'Tidied', 'upkeep', 'tidy', 'Verified', 'verify', 'clean_dead', 'ManifestFile', 'Manifest', 'Backup',
+           'backup', 'restore']
 
 # %% ../../nbs/data/15_maintenance.ipynb #3fa804e7
 import hashlib
@@ -36,6 +36,7 @@ from rich.text import Text
 # %% ../../nbs/data/15_maintenance.ipynb #5c0b3fa8
 from .. import __version__
 from .archive import local_copy, minio_client, parse_s3
+from .coverage import fold_claims
 from .ledger import DIGEST_VERSION, stored_digest
 from .series import IMPOSSIBLE, quote, utc_now
 from cryptoresearch.data.store import (
@@ -154,17 +155,17 @@ class Tidied:
         return f"Tidied({self.expired:,} snapshots expired, {a['snapshots']:,} left, {self.pinned} pinned by runs; {sizes})"
 
 # %% ../../nbs/data/15_maintenance.ipynb #39b6be9e
-def tidy(
+def upkeep(
     con: DuckDBPyConnection,  # from `init_duckdb`
     settings: Settings | None = None,  # the same store's; from the environment when None
     *,
     keep: str | pd.Timedelta = "1d",  # snapshots younger than this stay
     delete_after: str | pd.Timedelta = "1d",  # remove files that were not needed for so long
-) -> Tidied:  # sizes before and after
-    "Let old snapshots expire, merge small pieces, and free the space; a snapshot that a run pins stays."
-    s = settings or get_settings()
+) -> int:  # number of snapshots that expired
+    "Fold claims, let old snapshots expire, merge small pieces and remove unneeded files; a snapshot that a run pins stays."
     seconds = length_of(delete_after, "delete_after").total_seconds()
-    before, expired = measure_store(s), expire(con, s, keep=keep)
+    write(con, fold_claims)
+    expired = expire(con, settings, keep=keep)
     maintain(con)
     in_turn(con, "CALL ducklake_rewrite_data_files('lake', delete_threshold => 0.5)")
     in_turn(con, f"CALL ducklake_cleanup_old_files('lake', older_than => now() - to_seconds({seconds}))")
@@ -172,6 +173,19 @@ def tidy(
         row = [utc_now(), f"{expired} snapshots older than {keep}, pinned by no run"]
         statement = "INSERT INTO data_log (logged_at, event, detail) VALUES (?, 'expired', ?)"
         write(con, lambda c: c.execute(statement, row))
+    return expired
+
+# %% ../../nbs/data/15_maintenance.ipynb #5e500001
+def tidy(
+    con: DuckDBPyConnection,  # from `init_duckdb`
+    settings: Settings | None = None,  # the same store's; from the environment when None
+    *,
+    keep: str | pd.Timedelta = "1d",  # snapshots younger than this stay
+    delete_after: str | pd.Timedelta = "1d",  # remove files that were not needed for so long
+) -> Tidied:  # sizes before and after
+    "Do `upkeep`, and shrink the catalog."
+    s = settings or get_settings()
+    before, expired = measure_store(s), upkeep(con, s, keep=keep, delete_after=delete_after)
     catalog = catalog_file(s)
     if catalog and catalog_kind(s.duckdb_path) == "sqlite":
         with turn(con):

@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .coverage import holes_between, join_claims, without_holes
+from .coverage import CLAIMS, holes_between, join_claims, without_holes
 from .series import check_range, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, store_size
 from ..errors import ConfigError, DataNotFound, problem
@@ -80,7 +80,7 @@ def _claims(
     source: str | None = None,  # one source only
 ) -> pd.DataFrame:  # one row per claim, by series and time; interval '' for trades, start and end in µs, and columns of the ledger
     "Read the coverage rows together with the ledger rows of their files."
-    covered = _rows(con, "coverage", [*_KEY, "start_ts", "end_ts", "file_id"], symbol, source)
+    covered = _rows(con, CLAIMS, [*_KEY, "start_ts", "end_ts", "file_id"], symbol, source)
     known = ["file_id", "symbol", "source", "kind", "rows", "rejected", "duplicates", "first_id", "last_id", "uri"]
     ledger = _rows(con, "ingest_ledger", known, symbol, source)
     frame = covered.merge(ledger[ledger["rows"] > 0], on=["file_id", "symbol", "source"], how="left")

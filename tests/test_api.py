@@ -227,3 +227,92 @@ def test_many_readers_while_a_writer_commits(client, settings):
     assert {count % size for counts in seen for count in counts} == {0}
     assert len({count for counts in seen for count in counts}) > 3
     assert len(client.get("/bars", params={"symbol": "LIVE", "spec": "1m"}).json()["bars"]) == batches * size
+
+
+def test_parameters_that_do_not_exist_are_refused_with_the_near_miss(client):
+    for path, near in (("/bars?symbl=TESTUSD", "symbol"), ("/bars?symbol=TESTUSD&spec=1m&zone=UTC", "Leave it out"), ("/runs?limits=1", "none"), ("/predictions?run=r1", "run_id")):
+        answer = client.get(path)
+        assert answer.status_code == 422 and near in answer.json()["detail"], (path, answer.text)
+    assert client.get("/bars?symbol=TESTUSD&spec=1m&limit=1&format=json").status_code == 200
+
+
+def test_errors_are_problem_details_with_the_id_of_the_request(client):
+    for path, status in (("/bars?symbol=NOPE", 404), ("/bars", 422), ("/nowhere", 404)):
+        answer = client.get(path, headers={"X-Request-ID": "abc-1"})
+        told = answer.json()
+        assert answer.headers["content-type"] == "application/problem+json" and answer.headers["x-request-id"] == "abc-1"
+        assert (told["status"], told["request_id"], told["instance"], told["detail"]) == (status, "abc-1", path.split("?")[0], told["message"])
+    assert len({client.get("/health", headers={"X-Request-ID": given}).headers["x-request-id"] for given in ("", "a b", "x" * 99)}) == 3
+
+
+@pytest.mark.parametrize("form", ["csv", "arrow", "parquet"])
+@pytest.mark.parametrize("path", ["/bars", "/features"])
+def test_tables_hold_the_rows_of_the_json(client, path, form):
+    import io
+
+    import pyarrow as pa
+
+    asked = {"symbol": "TESTUSD", "spec": "1m", "start": "2024-01-01T00:40:00Z", "limit": 20} | ({"names": "ret_1"} if path == "/features" else {})
+    answer = client.get(path, params=asked | {"format": form})
+    same = client.get(path, params=asked, headers={"Accept": answer.headers["content-type"].split(";")[0]})
+    assert same.content == answer.content and answer.headers["x-next-start"] == "2024-01-01T01:00:00+00:00"
+    read = {"csv": lambda b: pd.read_csv(b, float_precision="round_trip"), "arrow": lambda b: pa.ipc.open_stream(b).read_pandas(), "parquet": pd.read_parquet}[form]
+    table, page = read(io.BytesIO(answer.content)), client.get(path, params=asked).json()
+    want = pd.DataFrame(page["bars"] if path == "/bars" else [{"ts": r["ts"], **r["values"]} for r in page["rows"]])
+    assert len(table) == 20 and pd.to_datetime(table["ts"], utc=True).tolist() == pd.to_datetime(want["ts"], utc=True).tolist()
+    value = "close" if path == "/bars" else "ret_1"
+    np.testing.assert_array_equal(table[value].astype(float), want[value].astype(float))
+
+
+def test_only_tables_may_be_long(client):
+    assert client.get("/bars?symbol=TESTUSD&spec=1m&limit=20000&format=arrow").status_code == 200
+    assert "format=arrow" in client.get("/bars?symbol=TESTUSD&spec=1m&limit=20000").json()["detail"]
+
+
+def test_a_repeated_request_is_answered_from_memory_until_the_store_changes(settings, monkeypatch):
+    from cryptoresearch.serving import api
+
+    calls = []
+    plain = api.bars_page
+    monkeypatch.setattr(api, "bars_page", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    asked = {"symbol": "KEPT", "spec": "1m", "limit": 5}
+    with init_duckdb(settings) as con, served(settings) as client:
+        put(con, minutes(600).assign(symbol="KEPT"))
+        time.sleep(0.15)
+        first, again = client.get("/bars", params=asked), client.get("/bars", params=asked)
+        assert len(calls) == 1 and again.content == first.content and first.headers["content-encoding"] == "gzip"
+        assert client.get("/bars", params=asked, headers={"If-None-Match": first.headers["etag"]}).status_code == 304
+        assert client.get("/bars", params=asked, headers={"Host": "evil.example"}).status_code == 421
+        put(con, minutes(600, "2024-02-01").assign(symbol="KEPT"))
+        changed = client.get("/bars", params=asked, headers={"If-None-Match": first.headers["etag"]})
+        assert changed.status_code == 200 and changed.json()["bars"][-1]["ts"] == "2024-02-01T09:59:00Z" and len(calls) == 2
+
+
+def test_health_is_answered_while_many_clients_wait(settings, monkeypatch):
+    from cryptoresearch.serving import api
+
+    page = minutes(60).iloc[-1:]
+    page.attrs["source"] = "simulated"
+    monkeypatch.setattr(api, "bars_page", lambda *a, **k: time.sleep(0.2) or (page, None))
+    with served(settings) as client, ThreadPoolExecutor(60) as pool:
+        asked = [pool.submit(client.get, "/bars", params={"symbol": "TESTUSD", "spec": "1m", "limit": 1 + k}) for k in range(60)]
+        time.sleep(0.2)
+        begun = time.monotonic()
+        assert client.get("/health").status_code == 200
+        took = time.monotonic() - begun
+        assert took < 2 and sum(future.done() for future in asked) < 50, took  # 24 s without a limit
+        assert {future.result().status_code for future in asked} == {200}
+
+
+def test_the_stretches_of_the_store_and_the_scores_of_a_run_are_served(client, settings):
+    import json
+
+    folder = settings.path(settings.runs_dir) / "r-scored"
+    folder.mkdir(parents=True)
+    record = {"level": "none", "verdict": "No skill.", "baseline": "zero", "scores": {"model": {"ic": 0.1, "dm_p": None}, "zero": {"ic": None}}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert client.get("/runs/r-scored/scores").json() == record | {"run_id": "r-scored"}
+    (folder / "run.json").write_text("{", encoding="utf-8")
+    assert client.get("/runs/r-scored/scores").status_code == 404
+    (folder / "run.json").unlink()
+    assert client.get("/coverage").json() == [] and client.get("/coverage?symbol=TESTUSD").json() == []

@@ -380,7 +380,7 @@ def resample_bars(
 
 # %% ../../nbs/data/07_bars.ipynb #ec166919
 # the first that covers a bar fully gives it
-SOURCES = ("trades", "aggTrades", "klines", "finnhub", "um.trades", "um.aggTrades", "um.klines", "replay", "simulated")
+SOURCES = ("trades", "aggTrades", "klines", "binance", "finnhub", "um.trades", "um.aggTrades", "um.klines", "replay", "simulated")
 PLAYED = ("replay", "simulated")  # of no market
 Market = Literal["spot", "um", "played"]
 

@@ -667,7 +667,7 @@ def data_status(
     return DataStatus(_summed(claims, gaps, _live_rows(con, claims), doubts), coverage(con, symbol), gaps, store_size(con))
 
 # %% ../../nbs/data/13_status.ipynb #b12c8bbb
-PREFERRED = {"spot": ("trades", "aggTrades", "finnhub"), "um": ("um.trades", "um.aggTrades")}
+PREFERRED = {"spot": ("trades", "aggTrades", "binance", "finnhub"), "um": ("um.trades", "um.aggTrades")}
 
 
 def _market(source: str) -> str:

@@ -41,8 +41,9 @@ from ..settings import get_settings, Settings
 
 # %% ../../nbs/live/02_collector.ipynb #170b5b72
 logger = logging.getLogger(__name__)
-Source = Literal["finnhub", "replay"]  # of live trades, as stored
-Arrival = tuple[str, float, float, int]  # symbol without exchange, price, volume, event time in microseconds
+Source = Literal["finnhub", "binance", "replay"]  # of live trades, as stored
+# symbol without exchange, price, volume, event time in microseconds; then id and side of the exchange, from a feed that has them
+Arrival = Sequence[Any]
 Event = dict[str, Any]  # one line of a journal, as orjson.loads returns it
 MARGIN_US = 100_000  # of event time, at both ends of a connected interval
 
@@ -89,11 +90,12 @@ class _Columns:
     "Hold trades as columns, n each; times in microseconds."
 
     symbol: list[str] = field(default_factory=list)  # without exchange
-    trade_id: array[int] = field(default_factory=lambda: array("q"))  # number of arrival
+    trade_id: array[int] = field(default_factory=lambda: array("q"))  # of the exchange, or number of arrival
     ts: array[int] = field(default_factory=lambda: array("q"))  # event time
     price: array[float] = field(default_factory=lambda: array("d"))  # quote currency
     qty: array[float] = field(default_factory=lambda: array("d"))  # base currency
     side: array[int] = field(default_factory=lambda: array("b"))  # by the tick rule; 0 unknown
+    reported: array[int] = field(default_factory=lambda: array("b"))  # side of the exchange; 0 unknown
     received_at: array[int] = field(default_factory=lambda: array("q"))  # local clock
 
     def __len__(self) -> int:
@@ -117,7 +119,8 @@ class Arrived(_Columns):
         session_id: str,  # stored as `file_id`
     ) -> pa.Table:  # columns of the table `trades`
         "Convert the columns to Arrow."
-        n, side, price, qty = len(self), np.array(self.side), np.array(self.price), np.array(self.qty)
+        n, side, reported = len(self), np.array(self.side), np.array(self.reported)
+        price, qty = np.array(self.price), np.array(self.qty)
         columns = {
             "symbol": pa.array(self.symbol, pa.string()),
             "source": pa.repeat(source, n),
@@ -126,6 +129,7 @@ class Arrived(_Columns):
             "price": price,
             "qty": qty,
             "quote_qty": price * qty,
+            "side_reported": pa.array(reported, mask=reported == 0),
             "side_tick": pa.array(side, mask=side == 0),
             "n_trades": np.ones(n, np.int32),
             "received_at": np.array(self.received_at).view("datetime64[us]"),
@@ -175,6 +179,7 @@ class _SessionState:
         self.started_at, self.next_id = started_at, next_id
         self.tracks: dict[str, _Track] = {}
         self.batch = Batch()
+        self.gaps = list[tuple[str, int, int]]()  # all of the session that have ended: symbol, start, end in microseconds
         self.refused = 0
         self.repeated: Counter[str] = Counter()  # trades of repeated frames, by symbol
         self.last_at = started_at
@@ -188,10 +193,22 @@ class _Claims(_SessionState):
         if track.start is not None:
             if hole is not None:
                 self.batch.gaps.append((symbol, hole, track.start, at))
+                self.gaps.append((symbol, hole, track.start))
             self.batch.coverage[symbol, track.start] = track.end
 
+# %% ../../nbs/live/02_collector.ipynb #5e600021
+class _Numbers(_Claims):
+    "Number the arrivals."
+
+    def _number(self, items: Sequence[Arrival], n: int) -> None:
+        "Take the ids and sides of the exchange where a frame has them, else number its trades on."
+        rows, own = self.batch.trades, n > 0 and len(items[0]) > 4
+        rows.trade_id.extend([item[4] for item in items] if own else range(self.next_id, self.next_id + n))
+        rows.reported.extend([item[5] or 0 for item in items] if own else bytes(n))
+        self.next_id += 0 if own else n
+
 # %% ../../nbs/live/02_collector.ipynb #5e600015
-class _Arrivals(_Claims):
+class _Arrivals(_Numbers):
     "Turn arriving trades into rows."
 
     def add(
@@ -202,7 +219,7 @@ class _Arrivals(_Claims):
     ) -> None:
         "Number the trades, apply the tick rule, and extend the coverage."
         self.last_at, n, rows, tracks = at, len(items), self.batch.trades, self.tracks
-        for symbol, price, volume, ts in items:
+        for symbol, price, volume, ts, *_ in items:
             if (track := tracks.get(symbol)) is None:
                 track = tracks[symbol] = _Track()
             rows.symbol.append(symbol)
@@ -212,18 +229,21 @@ class _Arrivals(_Claims):
             rows.side.append(track.tick(price))
             if whole and (track.start is None or ts - MARGIN_US > track.end):
                 self._cover(symbol, track, ts, at)
-        rows.trade_id.extend(range(self.next_id, self.next_id + n))
         rows.received_at.extend([at] * n)
-        self.next_id += n
+        self._number(items, n)
 
 # %% ../../nbs/live/02_collector.ipynb #922a7f76
 class _Refusals(_Arrivals):
     "Take losses of the connection and items that are no trades."
 
-    def lost(self) -> None:
-        "Close every interval, because the connection was lost."
-        for track in self.tracks.values():
-            track.lose()
+    def lost(
+        self,
+        symbol: str | None = None,  # without exchange; every symbol if None
+    ) -> None:
+        "Close the open intervals, because trades may have been missed."
+        for name, track in self.tracks.items():
+            if symbol in (None, name):
+                track.lose()
 
     def refuse(
         self,
@@ -277,7 +297,7 @@ def _apply(
         case "trades":
             session.add(event["d"], event["at"], event.get("whole", True))
         case "lost":
-            session.lost()
+            session.lost(event.get("s"))
         case "refused":
             session.refuse(event["d"], event.get("trades", False), event.get("more", 0))
 
@@ -393,7 +413,7 @@ class Journal(_Turning):
 
 # %% ../../nbs/live/02_collector.ipynb #e8fce4f1
 _NEW = {
-    "trades": " WHERE trade_id NOT IN (SELECT trade_id FROM trades WHERE file_id = $1)",
+    "trades": " WHERE (symbol, trade_id) NOT IN (SELECT (symbol, trade_id) FROM trades WHERE file_id = $1)",
     "gaps": " WHERE (symbol, start_ts) NOT IN (SELECT (symbol, start_ts) FROM gaps WHERE file_id = $1)",
     "quarantine": " WHERE line NOT IN (SELECT line FROM quarantine WHERE file_id = $1)",
 }  # what a failed or recovered commit may have stored already; claims may be there twice
@@ -664,13 +684,31 @@ class _Recording(_Opening):
                 raise FeedError(problem("a journal that can be written", found, "Free disk space, then start again")) from e
             _apply(self.session, event)
 
-    def lost(self) -> None:
-        "Close the open intervals after a lost connection; the next trade begins a new one."
-        if any(t.start is not None for t in self.session.tracks.values()):
-            self._event({"e": "lost"})
+# %% ../../nbs/live/02_collector.ipynb #ec82a4c6
+class _Losing(_Recording):
+    "End the coverage, and list what it misses."
+
+    def lost(
+        self,
+        symbol: str | None = None,  # whose trades were missed; every symbol's if None
+    ) -> None:
+        "Close the open intervals after a lost connection or missed ids; the next trade begins a new one."
+        name = None if symbol is None else plain_symbol(symbol)
+        if any(t.start is not None and name in (None, s) for s, t in self.session.tracks.items()):
+            self._event({"e": "lost"} if name is None else {"e": "lost", "s": name})
+
+    def gaps(
+        self,
+        symbol: str,  # without exchange
+    ) -> list[tuple[int, int | None]]:  # start and end in microseconds; the end of a gap that has not ended is None
+        "List the gaps of this session so far."
+        with self._lock:
+            track = self.session.tracks.get(symbol)
+            known: list[tuple[int, int | None]] = [(start, end) for name, start, end in self.session.gaps if name == symbol]
+            return known + ([(track.before, None)] if track and track.start is None and track.before is not None else [])
 
 # %% ../../nbs/live/02_collector.ipynb #c200000e
-class _Refusing(_Recording):
+class _Refusing(_Losing):
     "Take rejected items."
 
     def refuse(
@@ -684,12 +722,18 @@ class _Refusing(_Recording):
         if items:
             self._event({"e": "refused", "d": texts, "trades": trades, "more": max(len(items) - room, 0)})
 
-# %% ../../nbs/live/02_collector.ipynb #c200000f
+# %% ../../nbs/live/02_collector.ipynb #6bf0e404
 def _us(time: datetime) -> int:
     since = time - EPOCH  # faster than a division
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
+def _arrival(t: Trade) -> Arrival:
+    "Return what the journal keeps of a trade."
+    known = (plain_symbol(t.symbol), t.price, t.volume, _us(t.ts))
+    return known if t.trade_id is None else (*known, t.trade_id, t.side)
+
+# %% ../../nbs/live/02_collector.ipynb #c200000f
 class _Intake(_Refusing):
     "Take trades."
 
@@ -706,7 +750,7 @@ class _Intake(_Refusing):
         whole &= not any(reasons)
         if any(reasons):
             self.refuse([(shorten(str(t)), reason) for t, reason in zip(trades, reasons, strict=True) if reason])
-        rows = [(plain_symbol(t.symbol), t.price, t.volume, _us(t.ts)) for t, reason in zip(trades, reasons, strict=True) if not reason]
+        rows = [_arrival(t) for t, reason in zip(trades, reasons, strict=True) if not reason]
         self._event({"e": "trades", "at": _us(received_at), "d": rows} | ({} if whole else {"whole": False}))
         if len(self.session.batch.trades) >= self.most_trades:
             self._wake.set()

@@ -25,6 +25,8 @@ class Trade(msgspec.Struct, frozen=True):
     volume: float  # base currency, above zero
     ts: datetime  # event time, UTC
     conditions: tuple[str, ...] | None = None  # stocks only; None for crypto
+    trade_id: int | None = None  # of the exchange; None where the feed has no ids
+    side: int | None = None  # of the aggressor: 1 bought, -1 sold; None where the feed has no sides
 
 
 @dataclass(frozen=True, slots=True)

@@ -426,7 +426,7 @@ def christoffersen_test(
     return float(stats.chi2.sf(2 * special.xlogy(counts, counts / expected).sum(), 1))
 
 # %% ../../nbs/metrics/01_scores.ipynb #c6fbe8e6
-def _root_mean_square(x: pd.Series) -> float:
+def _root_mean_square(x: np.ndarray) -> float:
     "Return the root mean square of some numbers."
     return float(np.sqrt(np.mean(np.square(x))))
 
@@ -446,7 +446,7 @@ def calibration_table(
     edges = np.unique(np.quantile(rows["prediction"], np.linspace(0, 1, bins + 1)[1:-1]))
     part = np.searchsorted(edges, rows["prediction"], side="left")
     table = [
-        (len(g), mean(g["prediction"]), mean(g["y"]), *([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []))
+        (len(g), *(mean(g[name].to_numpy()) for name in ("prediction", "y")), *([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []))
         for _, g in rows.groupby(part)
     ]
     return pd.DataFrame(table, columns=columns, index=pd.RangeIndex(1, len(table) + 1, name="part"))

@@ -120,7 +120,7 @@ class SymbolSource(Answer):
 
     symbol: str = Field(examples=["BTCUSDT"])
     source: str = Field(
-        description="trades, aggTrades, klines: the exchange's archive; finnhub: live; replay: of stored trades; simulated: not a market"
+        description="trades, aggTrades, klines: the archive; binance, finnhub: live; replay: of stored trades; simulated: not a market"
     )
     first_ts: Time | None = Field(description="first trade or candle, UTC; null where only bars are stored")
     last_ts: Time | None = Field(description="last trade or candle, UTC")
@@ -201,7 +201,7 @@ class Prediction(Answer):
         default=None, description="id of the first trade of an event bar, several of which may open at one timestamp; null for time bars"
     )
     made_at: Time | None = Field(description="when it was actually made, UTC")
-    source: str | None = Field(description="feed of the bars: finnhub, or replay of stored trades")
+    source: str | None = Field(description="feed of the bars: binance, finnhub, or replay of stored trades")
     prediction: Number = Field(description="fraction: 0.01 is one per cent; for an event, its probability")
     lower: Number = Field(default=None, description="lower end of the interval, the same unit; null for a probability")
     upper: Number = Field(default=None, description="upper end of the interval")
@@ -472,7 +472,7 @@ def get_coverage(
     found = coverage(con, symbol and normal_symbol(symbol), source)
     return [Stretch(**row) for row in records(found[list(Stretch.model_fields)])]
 
-
+# %% ../../nbs/serving/03_api.ipynb #7a10c0f3
 def get_bars(
     con: Con,  # cursor of the request
     form: Chosen,  # of the answer

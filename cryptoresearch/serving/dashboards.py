@@ -41,7 +41,7 @@ from ..settings import get_settings, served_names, Settings
 # %% ../../nbs/serving/10_dashboards.ipynb #00000006
 _SOURCES = {
     "trades": "archived trades", "aggTrades": "archived trades, aggregated", "klines": "archived candles",
-    "finnhub": "live trades from Finnhub",
+    "finnhub": "live trades from Finnhub", "binance": "live trades from Binance",
     "replay": "replay of stored trades", "simulated": "trades of the simulated exchange",
 }  # fmt: skip
 

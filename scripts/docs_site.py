@@ -7,6 +7,7 @@ every command, and one reference page for each module with the parameters that i
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -87,25 +88,25 @@ def stage_pages() -> None:
     index.write_text(relink(readme) + "\n" + index.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def stage_modules() -> list[str]:
-    "Copy the package with its comments as docstrings, and write a reference page for each module; returns their names."
+def stage_modules() -> None:
+    "Copy the package with its comments as docstrings, and write a reference page for each module."
     package = STAGE.parent / "package"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "cryptoresearch", package / "cryptoresearch", ignore=shutil.ignore_patterns("__pycache__"))
-    names = []
+    names: dict[str, str] = {}
     for path in sorted((package / "cryptoresearch").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         path.write_text(with_sections(text), encoding="utf-8")
         parts = path.relative_to(package).with_suffix("").parts
         if not any(part.startswith("_") for part in parts) and "__all__" in text:
-            names.append(".".join(parts))
+            names[".".join(parts[1:])] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
     folder = STAGE / "api"
     folder.mkdir()
-    for name in names:
-        title = name.removeprefix("cryptoresearch.")
-        (folder / f"{name}.rst").write_text(f"{title}\n{'=' * len(title)}\n\n.. automodule:: {name}\n   :members:\n", encoding="utf-8")
-    (folder / "index.md").write_text("# Python reference\n\nOne page for each module.\n\n" + toctree(names), encoding="utf-8")
-    return names
+    for name in names:  # not in the sidebar, which would name each on every page
+        page = f":orphan:\n\n{name}\n{'=' * len(name)}\n\n.. automodule:: cryptoresearch.{name}\n   :members:\n"
+        (folder / f"{name}.rst").write_text(page, encoding="utf-8")
+    rows = [f"| [`{name}`]({name}.rst) | {text} |" for name, text in names.items()]
+    (folder / "index.md").write_text("\n".join(["# Python reference", "", "| module | purpose |", "| --- | --- |", *rows, ""]), encoding="utf-8")
 
 
 def commands(group, path: str = "cryptoresearch"):

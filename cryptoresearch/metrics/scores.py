@@ -446,7 +446,8 @@ def calibration_table(
     edges = np.unique(np.quantile(rows["prediction"], np.linspace(0, 1, bins + 1)[1:-1]))
     part = np.searchsorted(edges, rows["prediction"], side="left")
     table = [
-        (len(g), *(mean(g[name].to_numpy()) for name in ("prediction", "y")), *([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []))
+        [len(g), *(mean(g[name].to_numpy()) for name in ("prediction", "y"))]
+        + ([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else [])
         for _, g in rows.groupby(part)
     ]
     return pd.DataFrame(table, columns=columns, index=pd.RangeIndex(1, len(table) + 1, name="part"))

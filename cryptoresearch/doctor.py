@@ -160,7 +160,7 @@ def check_token(
             "Finnhub",
             "absent",
             "FINNHUB_TOKEN is not set",
-            "Only needed for the live feed (free at finnhub.io); cryptoresearch replay works without",
+            "Only needed for Finnhub's feed (free at finnhub.io); live and stream use Binance's public one without",
         )
     return Check("Finnhub", "ok", "a token is set (not shown)")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
-COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "replay", "predict", "api", "dashboards", "demo"]
+COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "live", "replay", "predict", "api", "dashboards", "demo"]
 
 
 @pytest.fixture
@@ -45,7 +45,9 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["reproduce", "no-such-run"], "no-such-run"),
         (["bars", "BTCUSDT", "1fortnight"], "1fortnight"),
         (["predict", "no-such-run"], "no-such-run"),
-        (["stream", "--seconds", "1"], "FINNHUB_TOKEN"),
+        (["stream", "--seconds", "1", "--feed", "finnhub"], "FINNHUB_TOKEN"),
+        (["stream", "--feed", "nasdaq"], "binance, finnhub"),
+        (["live", "BTCUSDT", "--run", "no-such-run"], "no-such-run"),
         (["replay", "BTCUSDT"], "cryptoresearch"),
         (["replay", "BTCUSDT", "--port", "99999"], "65535"),
         (["forget", "no-such-file"], "no-such-file"),

@@ -918,7 +918,7 @@ def test_a_store_that_breaks_ends_the_feed_in_words(settings: Settings) -> None:
 def test_the_readme_streams_the_symbol_that_its_replay_plays(settings: Settings, real: pd.DataFrame) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (played,) = re.findall(r"^cryptoresearch replay (\S+)", readme, re.MULTILINE)
-    (streamed,) = re.findall(r"^cryptoresearch stream --symbol (\S+) --url", readme, re.MULTILINE)
+    (streamed,) = re.findall(r"^cryptoresearch live (\S+) --run RUN --url", readme, re.MULTILINE)
     server = ReplayServer(real.head(500), played, speed=math.inf)
-    with server, FinnhubWebSocket((streamed,), url=server.url, settings=settings) as feed:
+    with server, FinnhubWebSocket((f"BINANCE:{streamed}",), url=server.url, settings=settings) as feed:
         wait_for(lambda: server.done.is_set() and feed.stats.trades == 500, 30)

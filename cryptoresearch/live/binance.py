@@ -106,11 +106,13 @@ FEEDS: dict[str, type[Feed]] = {"binance": BinanceWebSocket, "finnhub": FinnhubW
 
 
 def find_feed(
-    name: str | None = None,  # of FEEDS or of an entry point; chosen by the settings if None
+    name: str | None = None,  # of FEEDS or of an entry point; chosen by the rule above if None
     settings: Settings | None = None,  # read from the environment if None
+    *,
+    url: str | None = None,  # the address to connect to, if it is given
 ) -> type[Feed]:  # a class; its objects connect and collect
     "Find a feed; raise `ConfigError` with the names that exist."
-    chosen = name or ("finnhub" if (settings or get_settings()).finnhub_token else "binance")
+    chosen = name or ("finnhub" if url or (settings or get_settings()).finnhub_token else "binance")
     if chosen in FEEDS:
         return FEEDS[chosen]
     added = {e.name: e for e in entry_points(group="cryptoresearch.feeds")}

@@ -43,7 +43,7 @@ from ..settings import get_settings, Settings
 logger = logging.getLogger(__name__)
 Source = Literal["finnhub", "binance", "replay"]  # of live trades, as stored
 # symbol without exchange, price, volume, event time in microseconds; then id and side of the exchange, from a feed that has them
-Arrival = Sequence[Any]
+Arrival = tuple[str, float, float, int] | tuple[str, float, float, int, int, int | None]
 Event = dict[str, Any]  # one line of a journal, as orjson.loads returns it
 MARGIN_US = 100_000  # of event time, at both ends of a connected interval
 
@@ -202,9 +202,9 @@ class _Numbers(_Claims):
 
     def _number(self, items: Sequence[Arrival], n: int) -> None:
         "Take the ids and sides of the exchange where a frame has them, else number its trades on."
-        rows, own = self.batch.trades, n > 0 and len(items[0]) > 4
-        rows.trade_id.extend([item[4] for item in items] if own else range(self.next_id, self.next_id + n))
-        rows.reported.extend([item[5] or 0 for item in items] if own else bytes(n))
+        rows, own = self.batch.trades, [(item[4], item[5]) for item in items if len(item) == 6]
+        rows.trade_id.extend([number for number, _ in own] if own else range(self.next_id, self.next_id + n))
+        rows.reported.extend([side or 0 for _, side in own] if own else bytes(n))
         self.next_id += 0 if own else n
 
 # %% ../../nbs/live/02_collector.ipynb #5e600015

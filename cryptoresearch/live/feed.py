@@ -279,6 +279,7 @@ class Protocol:
     key: bool = True  # a key is needed
     ids: bool = False  # trades have the exchange's ids, one after the other, so that missed and repeated trades are seen
     sides: bool = False  # trades have the side of the aggressor
+    order_s: float = 0.0  # by how much a trade may arrive after one of a later time, seconds
     max_symbols: int | None = None  # per connection; None where the account decides
     message_gap_s: float = 0.0  # between two messages to the server, seconds
     heartbeat: Mapping[str, object] | None = None  # sent after a third of `silence_s` in quiet; its answer is a sign of life
@@ -700,7 +701,7 @@ def _finnhub_subscriptions(symbols: Sequence[str]) -> list[Mapping[str, object]]
     return [{"type": "subscribe", "symbol": s} for s in symbols]
 
 
-FINNHUB = Protocol("Finnhub", "finnhub", ("finnhub.io",), address, parse_message, _finnhub_subscriptions, spell=str)
+FINNHUB = Protocol("Finnhub", "finnhub", ("finnhub.io",), address, parse_message, _finnhub_subscriptions, str, order_s=0.1)
 
 
 class FinnhubWebSocket(Feed):

@@ -340,6 +340,7 @@ class _FeedState:
         self._connection: Connection | None = None
         self._frames: OrderedDict[int, datetime] = OrderedDict()  # when the last frames of trades first arrived, by hash
         self._sequence, self._subscribers = _Sequence(), list[Callable[[Arrived], object]]()
+        self.idle_at = 0.0  # time.monotonic() when a read last found nothing: all that had arrived was passed on before
 
 
 def _symbols(given: str | Sequence[str], protocol: Protocol) -> tuple[str, ...]:
@@ -502,8 +503,8 @@ def _take(feed: _Feed, data: bytes, at: datetime) -> None:
     stats.frames += 1
 
 # %% ../../nbs/live/03_feed.ipynb #b3000009
-class _Listening:
-    "Read frames from one connection."
+class _Opened:
+    "Hold the feed of a reader."
 
     def __init__(self, feed: _Feed) -> None:
         self.feed = feed
@@ -514,17 +515,22 @@ class _Listening:
         stats.connections, stats.reconnects, stats.state = stats.connections + 1, stats.connections, "connected"
         logger.info("connected to %s", self.feed.address.shown)
 
+# %% ../../nbs/live/03_feed.ipynb #49b57821
+class _Listening(_Opened):
+    "Read frames from one connection."
+
     def listen(self, connection: Connection) -> None:
         "Read frames until the feed is stopped; raise `ConnectionLost` if nothing arrives for `silence_s`."
         feed, heard, asked = self.feed, time.monotonic(), 0.0
         while not feed._stop.is_set():
             if feed.collector is not None and feed.collector.error is not None:
                 raise feed.collector.error
-            data = connection.receive()
+            data, now = connection.receive(), time.monotonic()
+            feed.idle_at = now if data is None else feed.idle_at
             if data is not None:
-                heard = time.monotonic()
+                heard = now
                 _take(feed, data, datetime.now(UTC))
-            elif (now := time.monotonic()) - heard > feed.silence_s:
+            elif now - heard > feed.silence_s:
                 raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
             elif feed.protocol.heartbeat and now - max(heard, asked) > feed.silence_s / 3:
                 connection.send(feed.protocol.heartbeat)

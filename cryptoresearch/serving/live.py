@@ -7,6 +7,7 @@ __all__ = ['logger', 'LATENESS_S', 'Row', 'Gaps', 'LiveStats', 'LivePredictions'
 
 # %% ../../nbs/serving/02a_live.ipynb #4ee4382b
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 LATENESS_S = 1.0  # after the end of a bar, without any later trade
 _SAVE_S = 1.0  # between two writes of predictions
 _TOGETHER_S = 0.005  # frames that arrive within this time are taken together
+_WAIT_S = 0.05  # between two looks at the clock
 _HELD_ROWS = 20_000  # trades that wait as tuples
 _CATCH_UP_BARS = 10_000  # most bars that are predicted after a restart
 Row = tuple[int, int, float, float, float, int | None, int | None]  # id, µs, price, qty, quote amount, side reported, side by the tick rule
@@ -91,36 +93,42 @@ class _Flow:
         self.runs: dict[str, Run] = {}
         self.newest: int | None = None  # event time, µs
         self.first = 0  # event time of the first trade, µs
-        self.heard = 0.0  # monotonic clock when the newest trade was received
         self.has_late = False  # rows of a bar that has ended are waiting
 
-    def take(self, rows: list[Row], clock: float) -> None:
+    def take(self, rows: list[Row]) -> None:
         "Keep the rows of a frame."
         self.rows += rows
         newest, returned = max(row[1] for row in rows), getattr(self.bars, "returned", None)
         self.has_late |= returned is not None and min(row[1] for row in rows) < to_us(returned)
         if self.newest is None:
             self.first = rows[0][1]
+        self.newest = newest if self.newest is None else max(newest, self.newest)
+
+# %% ../../nbs/serving/02a_live.ipynb #0b8ac6e5
+class _Clock:
+    "Estimate the time of the exchange from the newest trade of any symbol."
+
+    def __init__(self) -> None:
+        self.newest: int | None = None  # event time, µs
+        self.heard = 0.0  # monotonic clock when it was received
+
+    def take(self, rows: list[Row], clock: float) -> None:
+        "Note the rows of a frame."
+        newest = max(row[1] for row in rows)
         if self.newest is None or newest > self.newest:
             self.newest, self.heard = newest, clock
 
-# %% ../../nbs/serving/02a_live.ipynb #0b8ac6e5
-def _until(flow: _Flow, clock: float, order_s: float, lateness_s: float | None) -> pd.Timestamp | None:
+    def now(self, idle_at: float) -> float:  # µs; never beyond what the feed has read
+        "Return the time up to which every trade that has arrived is known."
+        return -math.inf if self.newest is None else self.newest + max(idle_at - self.heard, 0.0) * 1e6
+
+
+def _until(flow: _Flow, now: float, order_s: float, lateness_s: float | None) -> pd.Timestamp | None:
     "Return the time before which no trade is expected any more."
     if flow.newest is None:
         return None
-    until = flow.newest - order_s * 1e6
-    if lateness_s is not None:
-        until = max(until, flow.newest + (clock - flow.heard - lateness_s) * 1e6)
+    until = max(flow.newest - order_s * 1e6, -math.inf if lateness_s is None else now - lateness_s * 1e6)
     return pd.Timestamp(int(until), unit="us", tz="UTC").as_unit("us")
-
-
-def _wait_s(flow: _Flow, clock: float, lateness_s: float | None, most: float) -> float:
-    "Return how long a flow can wait for trades before the clock ends its next bar."
-    if lateness_s is None or flow.newest is None or not isinstance(flow.bars, LiveBars) or flow.bars.next_open is None:
-        return most
-    end = to_us(flow.bars.next_open + flow.bars.length)
-    return min(most, max(flow.heard + lateness_s + (end - flow.newest) / 1e6 - clock, 0.0))
 
 # %% ../../nbs/serving/02a_live.ipynb #e4f05ed8
 Gaps = list[tuple[int, int | None]]  # start and end in µs; the end of a gap that has not ended is None
@@ -215,6 +223,7 @@ class _State:
         self.feed, self.lateness_s = feed, None if feed.source == "replay" else lateness_s
         self.error: CryptoResearchError | None = None
         self.flows, self._tapes, self._made = dict[tuple[str, str], _Flow](), _Tapes(_Tape), LiveStats()
+        self._clock, self._idle_at = _Clock(), 0.0
         self._queue, self._stop, self._callbacks = SimpleQueue[Arrived](), threading.Event(), list[Callable[[pd.DataFrame], object]]()
         self._threads: list[threading.Thread] = []
         self._con: duckdb.DuckDBPyConnection
@@ -284,21 +293,26 @@ class _Telling(_Publishing):
 class _Predicting(_Telling):
     "Take frames."
 
+    def _take(self, arrived: Arrived) -> None:
+        for symbol, rows in self._tapes.rows(arrived).items():
+            self._clock.take(rows, arrived.clock)
+            for flow in self.flows.values():
+                if flow.symbol == symbol:
+                    flow.take(rows)
+
     def _receive(self, wait_s: float) -> bool:  # whether anything came
         "Take the frames that have arrived."
-        try:
-            arrived = self._queue.get(timeout=wait_s) if wait_s else self._queue.get_nowait()
-        except Empty:
-            return False
-        time.sleep(_TOGETHER_S)
+        came = False
+        with suppress(Empty):
+            self._take(self._queue.get(timeout=wait_s))
+            came = True
+            time.sleep(_TOGETHER_S)
+        self._idle_at = self.feed.idle_at  # before the queue is emptied, so that all frames that were read by then are taken
         with suppress(Empty):
             while True:
-                for symbol, rows in self._tapes.rows(arrived).items():
-                    for flow in self.flows.values():
-                        if flow.symbol == symbol:
-                            flow.take(rows, arrived.clock)
-                arrived = self._queue.get_nowait()
-        return True
+                self._take(self._queue.get_nowait())
+                came = True
+        return came
 
 # %% ../../nbs/serving/02a_live.ipynb #13101f99
 class _Advancing(_Predicting):
@@ -313,7 +327,7 @@ class _Advancing(_Predicting):
                 _hold(flow)  # the first trade tells where the history ends
                 for run in flow.runs.values():
                     self._publish(_begin(self._con, flow, run, collector.session.session_id))
-            until = _until(flow, time.monotonic(), order_s, None if last else self.lateness_s)
+            until = _until(flow, self._clock.now(self._idle_at), order_s, None if last else self.lateness_s)
             done = _finished(flow, until, collector.gaps)
             for predictor in flow.predictors.values() if len(done) else ():
                 self._publish(predictor.update(done))
@@ -325,8 +339,8 @@ class _Working(_Advancing):
     def _work(self) -> None:
         try:
             while True:
-                last, clock = self._stop.is_set(), time.monotonic()  # read first, so that the last turn sees every frame
-                came = self._receive(0.0 if last else min(_wait_s(f, clock, self.lateness_s, 0.25) for f in self.flows.values()))
+                last = self._stop.is_set()  # read first, so that the last turn sees every frame
+                came = self._receive(_WAIT_S)
                 self._advance(last)
                 if last and not came:
                     return

@@ -18,7 +18,7 @@ from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from cryptoresearch.ingest.files import process_file
-from cryptoresearch.data.maintenance import backup, expire, measure_store, pinned_snapshots, restore, tidy, verify
+from cryptoresearch.data.maintenance import backup, expire, measure_store, pinned_snapshots, restore, tidy, upkeep, verify
 from cryptoresearch.data.coverage import without_holes
 from cryptoresearch.data.status import gap_table, read_trades, status
 from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
@@ -127,6 +127,16 @@ def test_tidy_makes_a_collectors_store_small(settings: Settings) -> None:
     again = tidy(con, settings, keep="0s", delete_after="0s")  # what it left behind does not grow
     assert again.after["snapshots"] <= done.after["snapshots"] + 3
     assert again.after["catalog_bytes"] < before["catalog_bytes"] * 0.6
+
+
+@pytest.mark.parametrize(("delete_after", "left"), [("1h", 6), ("1d", 6), ("0s", 1)])
+def test_files_that_were_needed_a_moment_ago_stay(settings: Settings, delete_after: str, left: int) -> None:
+    "A query that began before the merge still reads them, whatever the time of day."
+    con = init_duckdb(settings)
+    for _ in range(5):
+        write(con, lambda c: c.execute("INSERT INTO trades (symbol, trade_id) SELECT 'X', i FROM range(2000) r(i)"))
+    upkeep(con, settings, delete_after=delete_after)
+    assert len(list(Path(settings.duckdb_path).parent.glob("lake/main/trades/*.parquet"))) == left
 
 
 @pytest.mark.slow

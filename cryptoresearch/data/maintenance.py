@@ -154,6 +154,14 @@ class Tidied:
         sizes = f"catalog {b['catalog_bytes'] / 1e6:.1f} to {a['catalog_bytes'] / 1e6:.1f} MB, {b['files']:,} to {a['files']:,} files"
         return f"Tidied({self.expired:,} snapshots expired, {a['snapshots']:,} left, {self.pinned} pinned by runs; {sizes})"
 
+# %% ../../nbs/data/15_maintenance.ipynb #5e500002
+def _older_than(length: pd.Timedelta) -> str:
+    "Build the argument that selects files which were not needed for a length of time, rounded up to the start of a day."
+    if not length:
+        return "cleanup_all => true"
+    # DuckLake compares the times of an SQLite catalog as texts of two forms: within a day, every file would be older
+    return f"older_than => date_trunc('day', now() - to_seconds({length.total_seconds()})) - INTERVAL 1 MICROSECOND"
+
 # %% ../../nbs/data/15_maintenance.ipynb #39b6be9e
 def upkeep(
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -161,14 +169,15 @@ def upkeep(
     *,
     keep: str | pd.Timedelta = "1d",  # snapshots younger than this stay
     delete_after: str | pd.Timedelta = "1d",  # remove files that were not needed for so long
+    merge_below: int | None = None,  # bytes; merge only smaller files
 ) -> int:  # number of snapshots that expired
     "Fold claims, let old snapshots expire, merge small pieces and remove unneeded files; a snapshot that a run pins stays."
-    seconds = length_of(delete_after, "delete_after").total_seconds()
+    unneeded = length_of(delete_after, "delete_after")
     write(con, fold_claims)
     expired = expire(con, settings, keep=keep)
-    maintain(con)
+    maintain(con, merge_below)
     in_turn(con, "CALL ducklake_rewrite_data_files('lake', delete_threshold => 0.5)")
-    in_turn(con, f"CALL ducklake_cleanup_old_files('lake', older_than => now() - to_seconds({seconds}))")
+    in_turn(con, f"CALL ducklake_cleanup_old_files('lake', {_older_than(unneeded)})")
     if expired:
         row = [utc_now(), f"{expired} snapshots older than {keep}, pinned by no run"]
         statement = "INSERT INTO data_log (logged_at, event, detail) VALUES (?, 'expired', ?)"

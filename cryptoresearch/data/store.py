@@ -683,11 +683,13 @@ def in_turn(
 
 def maintain(
     con: DuckDBPyConnection,  # from `init_duckdb`
+    merge_below: int | None = None,  # bytes; merge only smaller files, so that frequent calls do not write large ones again and again
 ) -> dict[str, int]:  # the size of the store afterwards, as from `store_size`
     "Move inlined rows into Parquet files and merge small files; loses no snapshot."
     for (name,) in con.execute("SELECT table_name FROM duckdb_tables() WHERE database_name = 'lake' ORDER BY 1").fetchall():
         in_turn(con, f"CALL ducklake_flush_inlined_data('lake', table_name => {quote(name)})")
-    while in_turn(con, "CALL ducklake_merge_adjacent_files('lake', max_compacted_files => 20)"):
+    limit = f", max_file_size => {merge_below:d}" if merge_below else ""
+    while in_turn(con, f"CALL ducklake_merge_adjacent_files('lake', max_compacted_files => 20{limit})"):
         pass
     in_turn(con, "CALL ducklake_delete_orphaned_files('lake', older_than => now() - INTERVAL 1 DAY)")
     return store_size(con)

@@ -816,11 +816,13 @@ class _Syncing(_Committing):
 class _Maintaining(_Syncing):
     "Maintain the store at quiet moments."
 
+    large_bytes = 16_000_000  # size from which a file is not merged again
+
     def _maintain(self, trades: int) -> None:
         if not self._upkeep.due(time.monotonic(), trades):
             return
         try:
-            upkeep(self._own, self.settings)
+            upkeep(self._own, self.settings, delete_after="1h", merge_below=self.large_bytes)
         except (CryptoResearchError, duckdb.Error) as e:
             logger.warning("the store was not maintained, which is tried again later: %s", e)
 

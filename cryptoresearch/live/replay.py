@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self, TypedDict
 
 import duckdb
+import orjson
 import pandas as pd
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -330,7 +331,7 @@ class _Sender(_Clock):
         for client in list(self.server._clients):
             wanted = [i for i in items if i["s"] in client.symbols]
             if wanted:
-                client.send(json.dumps({"data": wanted, "type": "trade"}, separators=(",", ":")))
+                client.send(orjson.dumps({"data": wanted, "type": "trade"}).decode())
                 self.server.sent += len(wanted)
 
 # %% ../../nbs/live/04_replay.ipynb #00000015-1

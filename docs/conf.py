@@ -19,6 +19,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the sections of the docstrings have them
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 default_role = "code"
 # plotly's pictures are in the notebooks twice, for JupyterLab and as PNG; a page needs no script from elsewhere for the second
 nb_mime_priority_overrides = [("html", "image/png", 0), ("html", "application/vnd.plotly.v1+json", None)]

@@ -119,16 +119,16 @@ def commands(group, path: str = "cryptoresearch"):
 
 
 def stage_commands() -> None:
-    "Write the page of the command line: the help of each command, as the terminal shows it at 100 columns."
+    "Write the page of the command line: the help of each command, as a terminal shows it at 80 columns."
     sys.path.insert(0, str(STAGE.parent / "package"))
-    os.environ.update(COLUMNS="100", NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS="80", NO_COLOR="1", TERM="dumb")
     import typer.main
     from cryptoresearch.cli import app
     from typer.testing import CliRunner
 
     parts = ["# Command line\n"]
     for path, _ in commands(typer.main.get_command(app)):
-        text = CliRunner().invoke(app, [*path.split()[1:], "--help"]).output
+        text = CliRunner().invoke(app, [*path.split()[1:], "--help"], prog_name="cryptoresearch").output
         parts.append(f"## `{path}`\n\n```text\n{text.rstrip()}\n```\n")
     (STAGE / "commands.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -138,7 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--to", type=Path, default=ROOT / "_docs" / "html")
     target = parser.parse_args().to.resolve()
-    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.rmtree(STAGE.parent, ignore_errors=True)
     STAGE.mkdir(parents=True)
     stage_notebooks()
     stage_pages()
@@ -146,7 +146,7 @@ def main() -> int:
     stage_commands()
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "auto", "-b", "html", STAGE, target]
     environment = {**os.environ, "PYTHONPATH": str(STAGE.parent / "package"), "NUMBA_DISABLE_JIT": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment, cwd=STAGE, check=False).returncode  # the root would come first in sys.path
 
 
 if __name__ == "__main__":

@@ -650,7 +650,7 @@ class _Stoppable(_Feed):
         except CryptoResearchError as e:
             logger.error("at exit: %s", e)
 
-# %% ../../nbs/live/03_feed.ipynb #b300000e
+# %% ../../nbs/live/03_feed.ipynb #b300001e
 class _Startable(_Stoppable):
     "Start a feed."
 

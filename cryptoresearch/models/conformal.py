@@ -18,8 +18,8 @@ from scipy.special import expit, logit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from ..errors import SchemaError
-from .boosting import rate_of_one_class
+from ..errors import problem, SchemaError
+from .boosting import interval_ranks, rate_of_one_class
 from .crossval import Splitter
 
 # %% ../../nbs/models/06_conformal.ipynb #8783ef30
@@ -146,14 +146,20 @@ def quantile_lines(
     y: np.ndarray,  # n outcomes
     level: float,  # share of outcomes between the two, 0 to 1
 ) -> list[np.ndarray]:  # coefficients of the lower and of the upper bound, k each
-    "Fit both bounds of an interval by linear quantile regression (Koenker and Bassett 1978); one column: by quantiles in its unit."
-    ends = ((1 - level) / 2, (1 + level) / 2)
-    if design.shape[1] == 1:  # a regression would weight the rows by the column, and so fit the tails of high volatility alone
-        return [np.array([bound]) for bound in np.quantile(y / design[:, 0], ends)]
+    "Fit both bounds by linear quantile regression (Koenker and Bassett 1978), all rows on a bound outside; SchemaError for too few rows."
+    n, k = design.shape
+    low, high = interval_ranks(n, level)
+    if low <= k / 2 + 0.25:  # a bound runs through k rows
+        advice = "Load more bars, begin the test later, or lower the level"
+        raise SchemaError(problem(f"enough outcomes for an interval of {level:.4g} with {k} columns", f"{n}", advice))
+    if k == 1:  # a regression would weight the rows by the column, and so fit the tails of high volatility alone
+        ordered = np.sort(y / design[:, 0])
+        return [ordered[[low - 1]], ordered[[high - 1]]]
     from statsmodels.regression.quantile_regression import QuantReg  # heavy: loads statsmodels and its formulas
 
     unit = np.abs(design).mean(axis=0)  # scales the columns alike, for the iterations
-    return [QuantReg(y, design / unit).fit(q=q, max_iter=2000).params / unit for q in ends]
+    q = (low - k / 2 - 0.25) / n  # k / 2 of the rows on the line are below it; the quarter keeps the solution unique
+    return [QuantReg(y, design / unit).fit(q=share, max_iter=2000).params / unit for share in (q, 1 - q)]
 
 # %% ../../nbs/models/06_conformal.ipynb #fa3d6668
 class Model(Protocol):

@@ -381,8 +381,7 @@ def walk_folds(
 def _fold_record(fold: int, model: TailModel, samples: Samples, train: np.ndarray, test: np.ndarray) -> dict[str, Any]:
     "Describe a fold: its stretches, rows and trees."
     spans, counts = samples.intervals, model.n_rows_
-    start, end = (spans[name].array[train] for name in ("start_ts", "end_ts"))
-    times = {"train_start": start.min(), "train_end": end.max()}
+    times = {"train_start": spans["start_ts"].iloc[train[0]], "train_end": spans["end_ts"].array[train].max()}
     times |= {"test_start": samples.X.index[test[0]], "test_end": samples.labels["known_ts"].iloc[test[-1]]}
     rows = {"n_train": counts["fit"] + counts["purged"] + counts["tail"], "n_test": len(test), "trees": model.best_iteration_ + 1}
     return {"fold": fold} | {name: t.isoformat() for name, t in times.items()} | rows

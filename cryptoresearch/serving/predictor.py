@@ -317,15 +317,16 @@ def _in_utc(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 # %% ../../nbs/serving/02_predictor.ipynb #00000012
 def _own_and_live(con: duckdb.DuckDBPyConnection, run: Run, source: str) -> list[str | None]:
-    "List the sources of a run's history, and bring the bars of the live one up to date; a replay, which repeats stored time, is none."
-    c = run.config
-    if source_market(source) == "played" or source == c.source:
+    "List the sources of a run's history, of one market, and bring the bars of the live one up to date."
+    c, market = run.config, source_market(source)
+    if market == "played":  # a replay repeats stored time
         return [c.source]
     with suppress(DataNotFound):
         make_bars(con, c.symbol, c.spec, source=source)
-    return [c.source, source]
+    own = [c.source] if c.source is None or source_market(c.source) == market else []
+    return list(dict.fromkeys([*own, source]))
 
-
+# %% ../../nbs/serving/02_predictor.ipynb #be656020
 def read_history(
     con: duckdb.DuckDBPyConnection,  # the store
     run: Run,  # gives symbol, bar length and source
@@ -334,10 +335,11 @@ def read_history(
     source: str,  # of the live trades
 ) -> pd.DataFrame:  # bar frame that ends before it; empty where nothing is stored
     "Read the stored bars before a live session: those of the run's source, and where it has none, those of earlier sessions."
-    c, frames = run.config, list[pd.DataFrame]()
+    c, frames, start = run.config, list[pd.DataFrame](), before - bars * bar_length(run.config.spec)
     for one in _own_and_live(con, run, source) if bars else []:
+        market = None if one or source_market(source) == "played" else source_market(source)
         with suppress(DataNotFound):
-            frames.append(read_bars(con, c.symbol, c.spec, start=before - bars * bar_length(c.spec), end=before, source=one))
+            frames.append(read_bars(con, c.symbol, c.spec, start=start, end=before, source=one, market=market))
     if len(frames) < 2:
         return frames[0] if frames else pd.DataFrame()
     whole = pd.concat([f[~f["gap"]] for f in frames])

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .errors import RunMismatch
 from .settings import get_settings
 
 # %% ../nbs/92_cli_data.ipynb #c7825d1d
@@ -82,14 +83,14 @@ def report(
 # %% ../nbs/92_cli_data.ipynb #66c7e383
 @data_app.command()
 def verify() -> None:
-    "Read all data again and compare them with the ledger; exit code 2 and the differences if there are any."
+    "Read all data again and compare them with the ledger; exit code 6 and the differences if there are any."
     from cryptoresearch.data.maintenance import verify as check
     from cryptoresearch.data.store import connect
 
     with connect(read_only=True) as con:
         found = check(con)
     console.print(found)
-    raise typer.Exit(code=0 if found.ok else 2)
+    raise typer.Exit(code=0 if found.ok else RunMismatch.exit_code)
 
 # %% ../nbs/92_cli_data.ipynb #4e4985f4
 @data_app.command()
@@ -137,4 +138,4 @@ def restore(
     with connect(read_only=True) as con:
         found = check(con)
     console.print(found)
-    raise typer.Exit(code=0 if found.ok else 2)
+    raise typer.Exit(code=0 if found.ok else RunMismatch.exit_code)

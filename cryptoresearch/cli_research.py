@@ -18,7 +18,7 @@ from typing import Annotated, Any, TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from .errors import ConfigError, problem
+from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
 from .settings import get_settings, Settings
 
@@ -192,7 +192,7 @@ def show_audit(
     draws: int,  # of each world without anything to find
     run: "Run | None" = None,  # the stored run, where the audit is of one
 ) -> None:
-    "Audit a configuration on bars; exit code 2 unless it passes."
+    "Audit a configuration on bars; exit code 6 unless it passes."
     from cryptoresearch.evaluation.audit import audit as examine
     from cryptoresearch.evaluation.promotion import save_audit
 
@@ -203,7 +203,7 @@ def show_audit(
     show_frame(found.table.round(4))
     console.print(found.verdict, soft_wrap=True)
     if not found.passed:
-        raise typer.Exit(code=2)
+        raise typer.Exit(code=RunMismatch.exit_code)
 
 # %% ../nbs/93_cli_research.ipynb #5c0a1e04
 _AUDITED = (
@@ -220,7 +220,7 @@ def audit(
     run: Annotated[str | None, typer.Argument(help="Run whose configuration is audited on its bars. Default: the options below.")] = None,
     draws: Annotated[int, typer.Option(help="Draws of each world without anything to find.", min=1)] = 2,
 ) -> None:
-    "Run the whole pipeline where there is nothing to find and where there is something; exit code 2 unless it passes."
+    "Run the whole pipeline where there is nothing to find and where there is something; exit code 6 unless it passes."
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import import_modules, whole_paths
     from cryptoresearch.runs.identity import read_data
@@ -285,13 +285,13 @@ def compare(
 def promote(
     run: RunName,  # stored
 ) -> None:
-    "Promote a run to the champion of its forecast if it passes all checks; exit code 2 if it stays a candidate."
+    "Promote a run to the champion of its forecast if it passes all checks; exit code 6 if it stays a candidate."
     from cryptoresearch.evaluation.promotion import promote as gate
 
     done = gate(run, get_settings())
     console.print(f"{done.run}: {'champion' if done.promoted else 'not promoted'}; {done.reason}", soft_wrap=True)
     if not done.promoted and "already" not in done.reason:
-        raise typer.Exit(code=2)
+        raise typer.Exit(code=RunMismatch.exit_code)
 
 
 @research_app.command()

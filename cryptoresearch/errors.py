@@ -10,17 +10,26 @@ __all__ = ['CryptoResearchError', 'ConfigError', 'DataNotFound', 'SchemaError', 
 class CryptoResearchError(Exception):
     "Base class of all errors that this package raises on purpose."
 
+    exit_code = 1  # of the command line
+
+
 # %% ../nbs/01_errors.ipynb #00000006
 class ConfigError(CryptoResearchError):
     "A setting is missing or cannot work; names the variable, its problem and an example."
+
+    exit_code = 3
 
 
 class DataNotFound(CryptoResearchError):
     "A requested file, object, symbol, interval or run does not exist."
 
+    exit_code = 4
+
 
 class SchemaError(CryptoResearchError):
     "Data are there but not in the expected form."
+
+    exit_code = 5
 
 
 class InputError(SchemaError, ValueError):
@@ -30,13 +39,19 @@ class InputError(SchemaError, ValueError):
 class FeedError(CryptoResearchError):
     "The live feed refused or broke in a way that a retry does not fix."
 
+    exit_code = 7
+
 
 class StoreBusy(CryptoResearchError):
     "The store stayed locked for longer than the retries last; nothing was written."
 
+    exit_code = 7
+
 
 class RunMismatch(CryptoResearchError):
     "A rebuilt run differs from the stored one."
+
+    exit_code = 6
 
 # %% ../nbs/01_errors.ipynb #00000008
 def problem(

@@ -247,7 +247,7 @@ def test_orphans_show_on_the_command_line(settings: Settings, shared: Path, comm
     assert not orphan.exists()
 
 
-def test_verify_ends_with_2_on_the_command_line(settings: Settings, shared: Path, command: Command) -> None:
+def test_verify_ends_with_6_on_the_command_line(settings: Settings, shared: Path, command: Command) -> None:
     con = init_duckdb(settings)
     process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
     con.close()
@@ -255,7 +255,7 @@ def test_verify_ends_with_2_on_the_command_line(settings: Settings, shared: Path
     assert command("data", "verify", env=env).returncode == 0
     next(Path(settings.duckdb_path).parent.glob("lake/main/trades/*.parquet")).unlink()
     done = command("data", "verify", env=env)
-    assert done.returncode == 2
+    assert done.returncode == 6
     assert "missing" in done.stdout
 
 

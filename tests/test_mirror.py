@@ -498,7 +498,7 @@ def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path
     assert (tmp_path / "there/data/spot/daily/trades/BTCUSDT/BTCUSDT-trades-2024-01-05.zip").stat().st_size == 60_000
     archive.files[archive.publish("2024-01-06")] = b"damaged"
     bad = run(archive, tmp_path, *asked)
-    assert bad.returncode == 2 and "expected sha256" in bad.stderr and "1 there already" in bad.stdout and "Traceback" not in bad.stderr
+    assert bad.returncode == 5 and "expected sha256" in bad.stderr and "1 there already" in bad.stdout and "Traceback" not in bad.stderr
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_wrong_words_are_told(archive: Archive, tmp_path: Path, words: dict[str,
 
 def test_wrong_words_are_told_in_a_sentence(archive: Archive, tmp_path: Path) -> None:
     done = run(archive, tmp_path, "--from", "2022-03", "--to", "2022-01")
-    assert done.returncode == 2 and "the other way round" in done.stderr and "Traceback" not in done.stderr and archive.asked == []
+    assert done.returncode == 3 and "the other way round" in done.stderr and "Traceback" not in done.stderr and archive.asked == []
 
 
 def test_progress_shows_rate_and_remaining_time(archive: Archive, tmp_path: Path) -> None:
@@ -690,6 +690,6 @@ def test_ingest_takes_folders_on_the_command_line(archive: Archive, tmp_path: Pa
     (tmp_path / "raw/BTCUSDT-trades-2024-01-03.zip").write_text("<html></html>")
     command = [*COMMAND[:3], "ingest"]
     first = subprocess.run([*command, "raw"], env=os.environ | environment(archive, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert first.returncode == 2 and "3 files: 2 loaded, 1 refused" in first.stdout and "SchemaError: raw/BTCUSDT-trades-2024-01-03.zip" in first.stderr, first
+    assert first.returncode == 5 and "3 files: 2 loaded, 1 refused" in first.stdout and "SchemaError: raw/BTCUSDT-trades-2024-01-03.zip" in first.stderr, first
     again = subprocess.run([*command, "raw/*-0[12].zip"], env=os.environ | environment(archive, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "2 files: 2 already loaded" in again.stdout, again

@@ -80,25 +80,25 @@ def test_only_scheme_host_and_port_are_shown(settings, caplog):
 
 def test_a_stream_that_never_connected_fails(run, tmp_path):
     done = run("stream", "--url", URL, "--seconds", "1", env=store_env(tmp_path / "catalog.sqlite"))
-    assert done.returncode == 2 and "expected a connection to ws://127.0.0.1:9" in done.stderr
+    assert done.returncode == 7 and "expected a connection to ws://127.0.0.1:9" in done.stderr
     assert not [key for key in KEYS if key in done.stdout + done.stderr]
     data = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert not [key for key in KEYS if key.encode() in data]
     done = run("stream", "--url", "ws://127.0.0.1:99999", env=store_env(tmp_path / "other.sqlite"))
-    assert done.returncode == 2 and "ConfigError" in done.stderr and not (tmp_path / "other.sqlite").exists()
+    assert done.returncode == 3 and "ConfigError" in done.stderr and not (tmp_path / "other.sqlite").exists()
 
 
 @pytest.mark.parametrize("arguments", [("bars", "BTCUSDT", "1h"), ("train", "--symbol", "BTCUSDT"), ("data", "status"), ("replay", "BTCUSDT")])
 def test_reading_creates_no_store(run, tmp_path, arguments):
     done = run(*arguments, env=store_env(tmp_path / "store" / "catalog.sqlite"))
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 4, done.stdout + done.stderr
     assert "expected a store at" in done.stderr and "cryptoresearch ingest FILE" in done.stderr
     assert not (tmp_path / "store").exists()
 
 
 def test_a_file_that_is_not_there_makes_no_store(run, tmp_path):
     done = run("ingest", str(tmp_path / "nope.csv"), env=store_env(tmp_path / "store" / "catalog.sqlite"))
-    assert done.returncode == 2 and "nope.csv; found none" in done.stderr
+    assert done.returncode == 4 and "nope.csv; found none" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +163,7 @@ def test_a_store_that_may_only_be_read(run, tmp_path, hours_in):
     try:
         for arguments in (("bars", "BTCUSDT", "4h"), ("stream", "--url", "ws://127.0.0.1:9", "--seconds", "1")):
             done = run(*arguments, env=store_env(folder / "catalog.sqlite"), without_rights=True)
-            assert done.returncode == 2, done.stdout + done.stderr
+            assert done.returncode == 3, done.stdout + done.stderr
             assert "ConfigError: expected a store that can be written" in done.stderr, done.stderr[-800:]
     finally:
         for path in paths:
@@ -178,7 +178,7 @@ def test_a_duckdb_catalog_that_another_process_holds_is_reported_before_training
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         done = run("train", "--symbol", "BTCUSDT", env=store_env(path))
         holder.communicate("")
-    assert done.returncode == 2 and "StoreBusy" in done.stderr and "set DUCKDB_PATH to an SQLite file" in done.stderr
+    assert done.returncode == 7 and "StoreBusy" in done.stderr and "set DUCKDB_PATH to an SQLite file" in done.stderr
 
 
 def test_a_file_name_that_is_not_utf_8(run, tmp_path):
@@ -187,7 +187,7 @@ def test_a_file_name_that_is_not_utf_8(run, tmp_path):
     name = os.fsencode(tmp_path) + b"/BTCUSDT-trades-2024-01-01\xff.csv"
     Path(os.fsdecode(name)).write_text("1,100.0,1.0,100.0,1704067200000,true,true\n")
     done = run("ingest", os.fsdecode(name), env=store_env(tmp_path / "catalog.sqlite"))
-    assert done.returncode == 2 and r"expected a file name in UTF-8; found" in done.stderr and "Rename the file" in done.stderr, done.stderr[-800:]
+    assert done.returncode == 5 and r"expected a file name in UTF-8; found" in done.stderr and "Rename the file" in done.stderr, done.stderr[-800:]
 
 
 def test_doctor_checks_the_signatures_that_opening_a_store_does_not(tmp_path, monkeypatch, settings):

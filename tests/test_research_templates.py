@@ -213,9 +213,9 @@ def test_a_report_says_whether_it_was_audited(desk: Desk) -> None:
 @pytest.mark.slow
 def test_wrong_questions_are_told_in_a_sentence(desk: Desk) -> None:
     two = desk.call("compare", desk.runs[0].id, desk.runs[2].id, "--report")
-    assert two.returncode == 2 and "the same target" in two.stderr and "Traceback" not in two.stderr
+    assert two.returncode == 5 and "the same target" in two.stderr and "Traceback" not in two.stderr
     none = desk.call("features", "--feature", "crystal_ball", "--report")
-    assert none.returncode == 2 and "crystal_ball" in none.stderr and "Traceback" not in none.stderr
+    assert none.returncode == 4 and "crystal_ball" in none.stderr and "Traceback" not in none.stderr
     listed = desk.call("features", "--feature", "momentum")
     assert listed.returncode == 0 and "rsi_14" in listed.stdout
 

@@ -46,7 +46,7 @@ from .formats import FileSpec, Given, inspect_file, interval_us, Market, parse_n
 from .layouts import read_foreign, recognise
 from .parsing import Kind
 from cryptoresearch.ingest.staging import (
-    close_refused, copy_rows, discard, Facts, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
+    close_refused, copy_rows, discard, Facts, interruptible, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
 )
 from ..settings import Settings
 
@@ -655,7 +655,7 @@ def _load(
     files, kept, folder = set[str](), "", work_folder(data_path(con), work_mark(job))
     try:
         with con.cursor() as cur, folder as name, _progress(job.name, wanted.progress) as report:
-            cur.execute("SET enable_progress_bar = false")
+            interruptible(cur).execute("SET enable_progress_bar = false")
             facts, file = write_rows(cur, job, report, name)
             close_refused(facts.refused)
             files.add(file)

@@ -12,7 +12,7 @@ import glob
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..errors import DataNotFound, problem, SchemaError
 from .files import IngestResult, process_file
 from .formats import Market, parse_period
 from .parsing import Kind
-from .staging import Report
+from .staging import HALT, Halt, interruptible, Report
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/ingest/07_folders.ipynb #bb0c50bd
@@ -210,22 +210,35 @@ class _Loads:
     options: FileOptions
     results: dict[str, IngestResult | Exception] = field(default_factory=dict)
     guard: threading.Lock = field(default_factory=threading.Lock)
-    stop: threading.Event = field(default_factory=threading.Event)
+    halt: Halt = field(default_factory=Halt)
 
     def load(self, chain: list[str]) -> None:
         "Load files one after another, unless the call was interrupted."
+        HALT.set(self.halt)
         with cursor(self.con) as own:
+            interruptible(own)
             for uri in chain:
-                if self.stop.is_set():
+                if self.halt.asked.is_set():
                     return
                 try:
                     result: IngestResult | Exception = process_file(own, uri, settings=self.settings, **self.options)
                 except Exception as e:  # one bad file must not stop the others
                     result = e
+                if self.halt.asked.is_set() and isinstance(result, Exception):
+                    return  # interrupted: the file is not loaded, and nothing of it is stored
                 with self.guard:
                     self.results[uri] = result
                     if self.told:
                         self.told(uri, result)
+
+# %% ../../nbs/ingest/07_folders.ipynb #06228ddc
+def _interrupt(loads: _Loads, work: list[Future[None]]) -> None:
+    "End the queries of all workers, until the workers have ended; files that are not committed are not loaded."
+    loads.halt.end()
+    for future in work:
+        future.cancel()
+    while wait(work, timeout=0.1).not_done:  # a worker may have been between two queries
+        loads.halt.end()
 
 # %% ../../nbs/ingest/07_folders.ipynb #e5ff7721
 def process_files(
@@ -240,9 +253,11 @@ def process_files(
     "Load all files that match; a bad one does not stop the others. Errors: `DataNotFound` where nothing matches."
     uris, loads = _without_own(con, find_files(what, settings)), _Loads(con, settings, told, options)
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="ingest") as pool:
+        work = [pool.submit(loads.load, chain) for chain in _chains(uris)]
         try:
-            list(pool.map(loads.load, _chains(uris)))
+            for done in work:
+                done.result()
         except BaseException:
-            loads.stop.set()
+            _interrupt(loads, work)
             raise
     return pd.DataFrame([_row(uri, loads.results[uri]) for uri in uris], columns=list(_COLUMNS)).astype(_COLUMNS)

@@ -472,7 +472,7 @@ def get_coverage(
     found = coverage(con, symbol and normal_symbol(symbol), source)
     return [Stretch(**row) for row in records(found[list(Stretch.model_fields)])]
 
-# %% ../../nbs/serving/03_api.ipynb #7a10c0f3
+# %% ../../nbs/serving/03_api.ipynb #a5c83b13
 def get_bars(
     con: Con,  # cursor of the request
     form: Chosen,  # of the answer

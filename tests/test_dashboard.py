@@ -128,3 +128,68 @@ def test_without_a_store_the_page_says_what_to_run(page, process, settings):
     assert "Traceback" not in page.content()
     assert page.outside == []
     assert page.errors == []
+
+
+def test_the_page_follows_models_that_come_and_go(settings, shared):
+    import shutil
+
+    from cryptoresearch.serving.dashboards import MarketPage
+
+    fill(settings, shared)
+    runs = Path(settings.runs_dir)
+    for spec, symbol, name in (("1d", "BTCUSDT", "btcusdt-1d-return5-0000000001"), ("1d", "TESTUSD", "testusd-1d-return5-0000000002")):
+        (runs / name).mkdir()
+        (runs / name / "run.json").write_text(json.dumps({"id": name, "config": {"symbol": symbol, "spec": spec, "target": "return", "horizon": 5}}))
+    with init_duckdb(settings) as con:
+        write(con, lambda c: c.execute("INSERT INTO bars SELECT * REPLACE ('1d' AS spec, ts + INTERVAL 1 DAY AS close_ts) FROM bars WHERE symbol = 'TESTUSD' AND hour(ts) = 0 AND minute(ts) = 0"))
+        write(con, lambda c: c.execute("INSERT INTO bars SELECT * REPLACE ('1m' AS spec, 'BTCUSDT' AS symbol, 'klines' AS source) FROM bars WHERE symbol = 'TESTUSD' AND spec = '1m'"))
+    page = MarketPage(settings)
+    page.market.value, page.spec.value = ("BTCUSDT", "klines"), "1m"
+    assert page.run.value == ""
+    page.market.value = ("TESTUSD", "simulated")  # has 1m bars too, but its model is of 1d
+    assert (page.spec.value, page.run.value) == ("1d", "testusd-1d-return5-0000000002")
+    page.spec.value = "1m"
+    assert page.spec.value == "1m", "a chosen length is kept"
+    page.market.value, page.spec.value = ("BTCUSDT", "klines"), "1h"
+    chosen = page.run.value
+    shutil.rmtree(runs / chosen)
+    page.refresh()
+    assert page.run.value == "" and chosen in page.gone and chosen in page.forecast.figure
+    page.spec.value = "1d"
+    page.run.value = "btcusdt-1d-return5-0000000001"
+    assert page.gone == ""
+    page.con.close()
+
+
+def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkeypatch):
+    kernels = "import sys, cryptoresearch.serving.dashboards as d; d.write_template.__defaults__ = (*d.write_template.__defaults__[:-1], 6); d.dashboards(port=int(sys.argv[1]))"
+    monkeypatch.setitem(globals(), "SERVE", kernels)
+    address = start(process, settings)
+
+    def running() -> int:
+        return sum(b"ipykernel_launcher" in command(p) and settings.runs_dir.encode() in environment(p) for p in Path("/proc").glob("[0-9]*"))
+
+    def environment(p: Path) -> bytes:
+        return read(p / "environ")
+
+    def command(p: Path) -> bytes:
+        return read(p / "cmdline")
+
+    def read(file: Path) -> bytes:
+        try:
+            return file.read_bytes()
+        except OSError:
+            return b""
+
+    page.goto(address, timeout=120_000)
+    page.wait_for_selector(".cr-provenance", timeout=120_000)
+    assert running() == 1
+    time.sleep(12)
+    assert running() == 1, "an open page keeps its kernel"
+    httpx.get(address, timeout=120)  # a visitor who never connects
+    assert running() == 2
+    for _ in range(40):
+        time.sleep(0.5)
+        if running() == 1:
+            break
+    assert running() == 1

@@ -212,28 +212,34 @@ class _Loads:
     guard: threading.Lock = field(default_factory=threading.Lock)
     halt: Halt = field(default_factory=Halt)
 
-    def load(self, chain: list[str]) -> None:
-        "Load files one after another, unless the call was interrupted."
-        HALT.set(self.halt)
-        with cursor(self.con) as own:
-            interruptible(own)
-            for uri in chain:
-                if self.halt.asked.is_set():
-                    return
-                try:
-                    result: IngestResult | Exception = process_file(own, uri, settings=self.settings, **self.options)
-                except Exception as e:  # one bad file must not stop the others
-                    result = e
-                if self.halt.asked.is_set() and isinstance(result, Exception):
-                    return  # interrupted: the file is not loaded, and nothing of it is stored
-                with self.guard:
-                    self.results[uri] = result
-                    if self.told:
-                        self.told(uri, result)
+
+# %% ../../nbs/ingest/07_folders.ipynb #27c358aa
+def _note(loads: _Loads, uri: str, result: IngestResult | Exception) -> None:
+    "Record the outcome of a file, and report it."
+    with loads.guard:
+        loads.results[uri] = result
+        if loads.told:
+            loads.told(uri, result)
+
+def _load_chain(loads: _Loads, chain: list[str]) -> None:
+    "Load files one after another, unless the call was interrupted."
+    HALT.set(loads.halt)
+    with cursor(loads.con) as own:
+        interruptible(own)
+        for uri in chain:
+            if loads.halt.asked.is_set():
+                return
+            try:
+                result: IngestResult | Exception = process_file(own, uri, settings=loads.settings, **loads.options)
+            except Exception as e:  # one bad file must not stop the others
+                result = e
+            if loads.halt.asked.is_set() and isinstance(result, Exception):
+                return  # interrupted: the file is not loaded, and nothing of it is stored
+            _note(loads, uri, result)
 
 # %% ../../nbs/ingest/07_folders.ipynb #06228ddc
 def _interrupt(loads: _Loads, work: list[Future[None]]) -> None:
-    "End the queries of all workers, until the workers have ended; files that are not committed are not loaded."
+    "Stop all workers by interrupting their queries; files that are not committed are not loaded."
     loads.halt.end()
     for future in work:
         future.cancel()
@@ -253,7 +259,7 @@ def process_files(
     "Load all files that match; a bad one does not stop the others. Errors: `DataNotFound` where nothing matches."
     uris, loads = _without_own(con, find_files(what, settings)), _Loads(con, settings, told, options)
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="ingest") as pool:
-        work = [pool.submit(loads.load, chain) for chain in _chains(uris)]
+        work = [pool.submit(_load_chain, loads, chain) for chain in _chains(uris)]
         try:
             for done in work:
                 done.result()

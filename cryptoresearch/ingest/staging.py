@@ -20,6 +20,8 @@ from queue import Full, Queue
 from threading import Event, Thread
 from typing import Literal
 
+
+# %% ../../nbs/ingest/04_staging.ipynb #f67f3ebe
 import duckdb
 import numpy as np
 import pyarrow as pa

@@ -445,11 +445,10 @@ def calibration_table(
         return pd.DataFrame(columns=columns, index=pd.RangeIndex(1, 1, name="part"), dtype=float)
     edges = np.unique(np.quantile(rows["prediction"], np.linspace(0, 1, bins + 1)[1:-1]))
     part = np.searchsorted(edges, rows["prediction"], side="left")
-    table = [
-        [len(g), *(mean(g[name].to_numpy()) for name in ("prediction", "y"))]
-        + ([interval_coverage(g["y"], g["lower"], g["upper"])] if interval else [])
-        for _, g in rows.groupby(part)
-    ]
+    table = []
+    for _, g in rows.groupby(part):
+        covered = [interval_coverage(g["y"], g["lower"], g["upper"])] if interval else []
+        table.append((len(g), mean(g["prediction"].to_numpy()), mean(g["y"].to_numpy()), *covered))
     return pd.DataFrame(table, columns=columns, index=pd.RangeIndex(1, len(table) + 1, name="part"))
 
 # %% ../../nbs/metrics/01_scores.ipynb #00000022

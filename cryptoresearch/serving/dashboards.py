@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'EXTENSIONS', 'log', 'true_source', 'provenance', 'PlotlyView', 'MarketPage', 'fill_lists', 'run_config',
-           'draw', 'say', 'write_template', 'voila_command', 'voila_env', 'dashboards']
+           'draw', 'say', 'cull_after', 'write_template', 'voila_command', 'voila_env', 'dashboards']
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000003
 import html
@@ -150,6 +150,8 @@ class MarketPage:
     ) -> None:
         self.settings, self.busy = settings or get_settings(), True
         self.con: duckdb.DuckDBPyConnection | None = None
+        self.drawn: tuple[str, str] | None = None  # market of the last drawing
+        self.gone = ""  # what happened to the selected model
         names = [("none", ""), *((name, name) for name in REGISTRY)]
         self.market, self.spec, self.run = _dropdown("Market"), _dropdown("Bars"), _dropdown("Model")
         self.count, self.first = _dropdown("Show", COUNTS, 500), _dropdown("Indicator", names, "rsi_14")
@@ -196,6 +198,13 @@ def _offer(box: widgets.Dropdown, options: list[tuple[str, Any]], default: int =
         box.value = keep if keep in values else values[min(default, len(values) - 1)]
 
 
+def _note_gone(page: MarketPage, stored: set[str]) -> None:
+    "Note a selected model whose run was deleted, until another one is selected."
+    if page.run.value:
+        page.gone = "" if page.run.value in stored else f"The selected model is gone: run {page.run.value} was deleted"
+
+
+# %% ../../nbs/serving/10_dashboards.ipynb #f694e8b2
 def fill_lists(
     page: MarketPage,  # the page
     con: duckdb.DuckDBPyConnection,  # of data.store
@@ -206,11 +215,19 @@ def fill_lists(
         raise DataNotFound(problem("bars in the store", "none yet", "Run: cryptoresearch demo"))
     _offer(page.market, list(dict.fromkeys((f"{r.symbol} ({r.source})", (r.symbol, r.source)) for r in specs.itertuples())))
     symbol, source = page.market.value
+    runs = read_runs(page.settings)
     names = sorted(specs[(specs["symbol"] == symbol) & (specs["source"] == source)]["spec"], key=bar_length)
-    trained = [c.get("spec") for c in map(run_config, read_runs(page.settings)) if c.get("symbol") == symbol]
+    trained = [c.get("spec") for c in map(run_config, runs) if c.get("symbol") == symbol]
     first = next((spec for spec in [*trained, "1h"] if spec in names), names[0])  # the bar length of the latest model
     _offer(page.spec, [(name, name) for name in names], default=names.index(first))
-    _offer(page.run, [("none", ""), *_models(page.settings, con, symbol, page.spec.value)], default=1)
+    moved, page.drawn = page.drawn not in (None, page.market.value), page.market.value
+    if moved and page.spec.value not in trained:
+        page.spec.value = first  # the length that was kept has no model of this market
+    _note_gone(page, {run["run_id"] for run in runs})
+    models = [("none", ""), *_models(page.settings, con, symbol, page.spec.value)]
+    _offer(page.run, models, default=0 if page.gone else 1)
+    if moved and not page.run.value:
+        page.run.value = models[:2][-1][1]
 
 # %% ../../nbs/serving/10_dashboards.ipynb #00000011
 def run_config(
@@ -246,7 +263,8 @@ def draw(
     page.note.value = provenance(bars, origin, snapshot(con))
     page.candles.show(candles_figure(bars, values, forecasts, target=target, source=origin))
     if forecasts is None:
-        page.forecast.show(empty_figure("No model selected" if len(page.run.options) > 1 else f"No model of {symbol} {spec} yet", 120))
+        absent = "No model selected" if len(page.run.options) > 1 else f"No model of {symbol} {spec} yet"
+        page.forecast.show(empty_figure(page.gone or absent, 120))
     else:
         page.forecast.show(prediction_figure(forecasts, target, source=origin, title=f"{symbol} · {page.run.label}"))
 
@@ -295,10 +313,18 @@ _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 """
 EXTENSIONS = ("anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8")
 
+# %% ../../nbs/serving/10_dashboards.ipynb #4f76fed0
+def cull_after(
+    idle_s: int,  # seconds without a message
+) -> dict[str, int | bool]:  # options of Jupyter's MappingKernelManager
+    "Return the options that end the kernels of closed pages; an open page keeps its own."
+    return {"cull_idle_timeout": idle_s, "cull_interval": max(1, min(60, idle_s // 2)), "cull_connected": False}
+
 # %% ../../nbs/serving/10_dashboards.ipynb #29d550be
 def write_template(
     folder: Path,  # becomes a Jupyter data folder, and one of configuration
     names: Collection[str] = ("localhost",),  # that requests may give in their Host header; "*" for any
+    idle_s: int = 600,  # seconds after which the kernel of a closed page ends
 ) -> Path:  # the same folder
     "Write a page template that loads nothing from the internet, and a configuration that refuses the names of others."
     place = folder / "voila" / "templates" / "cryptoresearch"
@@ -306,7 +332,8 @@ def write_template(
     (place / "conf.json").write_text(json.dumps({"base_template": "lab"}), encoding="utf-8")
     (place / "index.html.j2").write_text(_TEMPLATE.replace("CSS", _CSS), encoding="utf-8")
     hosts = {"allow_remote_access": "*" in names, "local_hostnames": sorted(names)}
-    (folder / "voila.json").write_text(json.dumps({"Voila": {"tornado_settings": hosts}}), encoding="utf-8")
+    config = {"Voila": {"tornado_settings": hosts}, "MappingKernelManager": cull_after(idle_s)}
+    (folder / "voila.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 # %% ../../nbs/serving/10_dashboards.ipynb #0000001b

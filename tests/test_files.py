@@ -56,6 +56,20 @@ def test_the_container_images_are_pinned_and_the_same_everywhere() -> None:
     assert not re.search(r"^\s+- \"?(?!127\.0\.0\.1:)[\d.]+:\d+:\d+", compose, re.MULTILINE)
 
 
+def test_each_container_receives_only_the_secrets_that_it_needs() -> None:
+    yaml = pytest.importorskip("yaml")
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    given = {name: set(service["environment"]) for name, service in services.items()}
+    assert not [name for name, service in services.items() if "env_file" in service], "an env_file gives every secret to a service"
+    assert [name for name, names in given.items() if "FINNHUB_TOKEN" in names] == ["collector"]
+    assert {name for name, names in given.items() if any("ROOT" in n for n in names)} == {"s3", "minio"}
+    ours = {name: names for name, names in given.items() if services[name].get("build")}
+    assert set(ours) == {"lab", "dashboards", "api", "collector"}
+    of_the_host = {"MINIO_CA_FILE", "API_HOST", "API_PORT", "DASHBOARD_PORT", "CRYPTORESEARCH_SHARED_DATA", "DUCKDB_TEMP_DIR"}
+    wanted = {name.upper() for name in Settings.model_fields} - of_the_host - {"FINNHUB_TOKEN"}
+    assert all(wanted <= names for names in ours.values()), {name: wanted - names for name, names in ours.items()}
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_says_what_it_can_do() -> None:
     text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

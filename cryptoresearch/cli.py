@@ -11,7 +11,7 @@ __all__ = ['EXIT_CODES', 'app', 'console', 'runs_app', 'Modules', 'FeedName', 'U
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TYPE_CHECKING
 
@@ -399,15 +399,17 @@ def live(
     stopped = _stopped_by(signal.SIGINT, signal.SIGTERM)
     _watch(predictions, stopped, None if seconds is None else time.monotonic() + seconds)
     _check_connected(predictions.feed)
-    console.print(f"{predictions.feed.stats.trades:,} trades received, {predictions.stored:,} predictions stored")
+    told = f"{predictions.stored:,} predictions stored{_without(predictions.stats.skipped)}"
+    console.print(f"{predictions.feed.stats.trades:,} trades received, {told}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #2d7428bf
 def _tell_predictions(rows: "DataFrame") -> None:
     "Print a line for each prediction: bar, run, forecast, interval, and the time from the bar's end to the forecast."
     for r in rows.to_dict("records"):
         ends = f" [{r['lower']:.6g}, {r['upper']:.6g}]" if r["lower"] == r["lower"] else ""
-        bar, lag = f"{r['symbol']} {r['spec']} {r['ts']:%Y-%m-%d %H:%M:%S}", (r["made_at"] - r["close_ts"]).total_seconds()
-        text = f"{bar} {r['run_id']} {r['target']}: {r['prediction']:.6g}{ends} lag {lag:.3f} s"
+        bar = f"{r['symbol']} {r['spec']} {r['ts']:%Y-%m-%d %H:%M:%S}"
+        lag = "" if r["source"] == "replay" else f" lag {(r['made_at'] - r['close_ts']).total_seconds():.3f} s"
+        text = f"{bar} {r['run_id']} {r['target']}: {r['prediction']:.6g}{ends}{lag}"
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -425,6 +427,16 @@ def _stopped_by(*signals: int) -> "Event":
 _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 
+_WITHOUT = {
+    "trained on": "that the run was trained on", "warm-up": "of the warm-up", "gap": "with a gap", "features": "with unknown features",
+}  # fmt: skip
+
+
+def _without(skipped: Mapping[str, int]) -> str:
+    "Say how many bars have no prediction, and why."
+    return "".join(f", none for {n:,} bars {_WITHOUT[reason]}" for reason, n in skipped.items())
+
+
 def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
     shown, trades, at = time.monotonic(), 0, time.monotonic()
@@ -433,8 +445,9 @@ def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
             if now - at >= 1:
                 rate, trades, at = (feed.trades - trades) / (now - at), feed.trades, now
-                lag = "" if feed.lag_s is None else f", lag {feed.lag_s:.2f} s"
-                text = f"{feed.state}: {feed.trades:,} trades, {rate:,.0f}/s{lag}, {made.gaps} gaps, {made.late} late"
+                lag = "" if feed.lag_s is None or live.feed.source == "replay" else f", lag {feed.lag_s:.2f} s"
+                told = f", {made.predictions:,} predictions{_without(made.skipped)}"
+                text = f"{feed.state}: {feed.trades:,} trades, {rate:,.0f}/s{lag}, {made.gaps} gaps, {made.late} late{told}"
                 status.update(text)
                 if not console.is_terminal and now - shown >= _STATUS_S:
                     console.print(text, soft_wrap=True, highlight=False)
@@ -456,7 +469,8 @@ def replay(
 
     feed_symbol = symbol if ":" in symbol else f"BINANCE:{symbol}"
     with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port) as server:
-        console.print(f"{server.url}   now run: cryptoresearch stream --symbol {feed_symbol} --url {server.url}", soft_wrap=True)
+        told = f"cryptoresearch live {symbol} --run RUN --url {server.url}, or: cryptoresearch stream --symbol {feed_symbol} --url {server.url}"
+        console.print(f"{server.url}   now run: {told}", soft_wrap=True)
         try:
             while not server.done.wait(0.5) and not server.error:
                 pass

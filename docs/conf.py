@@ -23,7 +23,7 @@ napoleon_use_ivar = True
 default_role = "code"
 # plotly's pictures are in the notebooks twice, for JupyterLab and as PNG; a page needs no script from elsewhere for the second
 nb_mime_priority_overrides = [("html", "image/png", 0), ("html", "application/vnd.plotly.v1+json", None)]
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]  # types such as `Feature` are exported by two modules
 
 _SPECIAL = re.compile(r"(`[^`]*`)|([*|\\])|(\w)_(?=\W|$)")
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
+import typer
 from conftest import Command
 from pyarrow import csv
 
-from cryptoresearch.data.store import connect
+from cryptoresearch import cli
+from cryptoresearch.data.build_bars import make_bars
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.ingest.files import process_file
+from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.run import train_run
 from cryptoresearch.settings import Settings
 
 COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "live", "replay", "predict", "api", "dashboards", "demo"]
@@ -113,6 +123,161 @@ def test_exit_codes_are_documented_and_each_error_has_one(run: Command, tmp_path
     assert all("exit_code" in vars(kind) or kind.__mro__[1] is not errors.CryptoResearchError for kind in kinds), "a new class needs a code"
     told = " ".join(run(tmp_path, "--help").stdout.split())
     assert all(f"{code} {meaning}" in told for code, meaning in EXIT_CODES.items()), told
+
+
+def all_commands(group: Any = None, above: str = "") -> dict[str, Any]:
+    "Every command and group by its full name."
+    found = {}
+    for name, command in (group or typer.main.get_command(cli.app)).commands.items():
+        found[above + name] = command
+        found |= all_commands(command, f"{above}{name} ") if hasattr(command, "commands") else {}
+    return found
+
+
+def test_the_help_page_is_a_table_of_contents(run: Command, tmp_path: Path) -> None:
+    done = run(tmp_path, "--help", COLUMNS="80")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    panels = [line.split()[1] for line in lines if line.startswith("╭")]
+    assert panels == ["Options", "Data", "Research", "Live", "Serve", "Check"]
+    told = [line for line in lines if line.startswith("│ ") and not line.startswith(("│ --", "│  "))]
+    named = [line.split()[1] for line in told]
+    assert sorted(named) == sorted(COMMANDS) and named == [name for panel in cli.PAGES.values() for name in panel]
+    assert all(line.rstrip("│ ").endswith(".") for line in told), "one line for each command"
+    below = run(tmp_path, "data", "--help", COLUMNS="80").stdout.splitlines()
+    assert all(line.rstrip("│ ").endswith(".") for line in below if line.startswith("│ ") and "--" not in line)
+
+
+@pytest.mark.parametrize("name", all_commands())
+def test_the_examples_of_each_command_parse(name: str) -> None:
+    examples = [line.strip() for line in (all_commands()[name].epilog or "").splitlines()[1:]]
+    assert examples, "a command without an example"
+    for line in examples:
+        assert len(line) <= 78, "wraps at 80 columns"
+        parse_line(line, name)
+
+
+def parse_line(line: str, name: str) -> None:
+    "Parse a command line as the program does, without running the command."
+    words = shlex.split(line)
+    assert words.pop(0) == "cryptoresearch"
+    context, command = None, typer.main.get_command(cli.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    assert command.name == name.split()[-1] or command.name in name.split() or hasattr(all_commands()[name], "commands")
+    if words or not command.no_args_is_help:
+        command.make_context(command.name, words, parent=context)
+
+
+def test_an_example_with_an_unknown_option_is_found() -> None:
+    with pytest.raises(Exception, match="--modle"):
+        parse_line("cryptoresearch train BTCUSDT --modle ridge", "train")
+
+
+def read_json(done: subprocess.CompletedProcess[str], code: int = 0) -> Any:
+    "The one value on standard output, without NaN."
+    assert done.returncode == code, done.stdout + done.stderr
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(done.stdout, parse_constant=refuse)
+
+
+def trades(seed: int, n: int = 12_000) -> pd.DataFrame:
+    "Ten hours of trades as the archive has them."
+    rng = np.random.default_rng(seed)
+    ms = np.sort(rng.integers(0, 600 * 60_000, n)) + 1_704_067_200_000
+    price, qty = np.round(100 * np.exp(np.cumsum(rng.normal(0, 2e-4, n))), 2), np.round(rng.lognormal(0, 1, n), 3)
+    return pd.DataFrame({"id": np.arange(n) + 1, "price": price, "qty": qty, "quote": price * qty, "ms": ms, "maker": rng.random(n) < 0.5, "best": True})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A home with a store of two symbols, and two runs on the first."
+    folder = tmp_path_factory.mktemp("home")
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "data" / "catalog.sqlite"), runs_dir=str(folder / "runs"), duckdb_threads=1)
+    with init_duckdb(settings) as con:
+        for seed, symbol in enumerate(("AAAUSDT", "BBBUSDT")):
+            trades(seed).to_csv(folder / f"{symbol}-trades-2024-01-01.csv", header=False, index=False)
+            process_file(con, folder / f"{symbol}-trades-2024-01-01.csv")
+        make_bars(con, "AAAUSDT", "1m")
+        for seed in (1, 2):
+            asked = RunConfig("AAAUSDT", "1m", horizon=3, features=("ret_1", "ret_3"), model="ridge", seed=seed, test_start="2024-01-01 05:00", refit_every="120min")
+            train_run(con, asked, settings)
+    return folder
+
+
+def test_json_of_the_store(run: Command, home: Path, tmp_path: Path) -> None:
+    found = read_json(run(home, "data", "status", "--json"))
+    assert [row["symbol"] for row in found] == ["AAAUSDT", "BBBUSDT"] and found[0]["rows"] == 12_000
+    assert found[0]["start"].startswith("2024-01-01T00:") and found[0]["start"].endswith("+00:00") and found[0]["interval"] is None
+    events = read_json(run(home, "data", "log", "BBBUSDT", "--last", "1", "--json"))
+    assert [(e["event"], e["symbol"]) for e in events] == [("loaded", "BBBUSDT")]
+    missing = run(tmp_path, "data", "status", "--json")
+    assert missing.returncode == 4 and not missing.stdout
+
+
+def test_json_of_runs_features_and_the_registry(run: Command, home: Path, tmp_path: Path) -> None:
+    found = read_json(run(home, "runs", "--json"))
+    assert len(found) == 2 and found[0]["symbol"] == "AAAUSDT" and found[0]["created_at"].endswith("+00:00") and isinstance(found[0]["n"], int)
+    assert read_json(run(tmp_path, "runs", "--json")) == read_json(run(tmp_path, "registry", "--json")) == []
+    names = [row["feature"] for row in read_json(run(tmp_path, "features", "--feature", "momentum", "--json"))]
+    assert "rsi_14" in names
+    assert read_json(run(tmp_path, "features", "--feature", "ret_1", "--json"))[0]["warmup"] == 2
+    assert run(tmp_path, "features", "--json", "--report").returncode == 3
+    assert run(home, "promote", found[0]["run"]).returncode == 6
+    assert [(row["run"], row["state"]) for row in read_json(run(home, "registry", "--json"))] == [(found[0]["run"], "candidate")]
+
+
+@pytest.mark.slow
+def test_json_of_verdicts(run: Command, home: Path) -> None:
+    first, second = sorted(path.parent.name for path in (home / "runs").glob("*/run.json"))
+    compared = read_json(run(home, "compare", first, second, "--json"))
+    assert compared["runs"] == {"A": first, "B": second} and compared["rows"] > 100 and compared["verdict"]["sentence"]
+    assert [row["setting"] for row in compared["settings"]] and {"measure", "A", "B", "difference"} <= set(compared["differences"]["B"][0])
+    checks = read_json(run(home, "reproduce", first, "--json"))
+    assert all(row["same"] for row in checks if row["check"].startswith("reproduced")) and len(checks) > 5
+    done = run(home, "audit", first, "--draws", "1", "--json")
+    assert read_json(done, done.returncode)["passed"] is (done.returncode == 0) and done.returncode in (0, 6)
+
+
+def completed(run: Command, home: Path, *words: str) -> list[str]:
+    "What bash is offered after the words; the last one may be unfinished."
+    env = {"_CRYPTORESEARCH_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("cryptoresearch", *words)), "COMP_CWORD": str(len(words))}
+    return run(home, **env).stdout.split()
+
+
+def test_a_shell_completes_commands_runs_and_symbols(run: Command, home: Path, tmp_path: Path) -> None:
+    names = sorted(path.parent.name for path in (home / "runs").glob("*/run.json"))
+    assert completed(run, home, "re") == ["registry", "replay", "reproduce"]
+    for words in (["evaluate"], ["reproduce"], ["runs", "delete"], ["compare", names[0]], ["live", "AAAUSDT", "--run"], ["audit"]):
+        assert completed(run, home, *words, "aaa") == names, words
+    for words in (["bars"], ["data", "status"], ["train"], ["train", "--symbol"], ["export"]):
+        assert completed(run, home, *words, "A") == ["AAAUSDT"], words
+    assert completed(run, tmp_path, "bars", "A") == completed(run, tmp_path, "evaluate", "a") == []
+    assert not list(tmp_path.iterdir()), "completion made files"
+    assert "_CRYPTORESEARCH_COMPLETE=complete_bash" in run(tmp_path, "--show-completion", "bash").stdout
+
+
+ABSENT = [
+    "data status", "data log", "data report X", "data verify", "data maintain", "data backup kept", "data restore kept", "export X --to x.csv", "forget abc", "bars X",
+    "features --report", "train X", "tune", "audit", "replay X", "evaluate x", "promote x", "reproduce x", "compare x y", "predict x", "live X --run x",
+    "runs delete x --yes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ABSENT)
+def test_a_store_that_is_absent_stays_so(run: Command, tmp_path: Path, line: str) -> None:
+    done = run(tmp_path, *line.split())
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", ["runs", "registry", "features"])
+def test_lists_without_a_store_are_empty_and_make_none(run: Command, tmp_path: Path, line: str) -> None:
+    assert run(tmp_path, line).returncode == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TYPE_CHECKING
 
@@ -142,7 +143,7 @@ def _text(value: object) -> str:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
+# %% ../nbs/94_cli.ipynb #d1fb5302
 def _version(value: bool) -> None:
     if value:
         console.print(f"cryptoresearch {__version__}")
@@ -488,8 +489,7 @@ def live(
     stopped = _stopped_by(signal.SIGINT, signal.SIGTERM)
     _watch(predictions, stopped, None if seconds is None else time.monotonic() + seconds)
     _check_connected(predictions.feed)
-    told = f"{predictions.stored:,} predictions stored{_without(predictions.stats.skipped)}"
-    console.print(f"{predictions.feed.stats.trades:,} trades received, {told}", soft_wrap=True)
+    _sum_up(predictions)
 
 # %% ../nbs/94_cli.ipynb #2d7428bf
 def _tell_predictions(rows: "DataFrame") -> None:
@@ -512,10 +512,7 @@ def _stopped_by(*signals: int) -> "Event":
         signal.signal(number, lambda *_: stopped.set())
     return stopped
 
-# %% ../nbs/94_cli.ipynb #62c07791
-_STATUS_S = 10.0  # between two status lines where there is no terminal
-
-
+# %% ../nbs/94_cli.ipynb #62c07792
 _WITHOUT = {
     "trained on": "that the run was trained on", "warm-up": "of the warm-up", "gap": "with a gap", "features": "with unknown features",
 }  # fmt: skip
@@ -524,6 +521,15 @@ _WITHOUT = {
 def _without(skipped: Mapping[str, int]) -> str:
     "Say how many bars have no prediction, and why."
     return "".join(f", none for {n:,} bars {_WITHOUT[reason]}" for reason, n in skipped.items())
+
+
+def _sum_up(live: "LivePredictions") -> None:
+    "Say what was received and predicted."
+    told = f"{live.stored:,} predictions stored{_without(live.stats.skipped)}"
+    console.print(f"{live.feed.stats.trades:,} trades received, {told}", soft_wrap=True)
+
+# %% ../nbs/94_cli.ipynb #62c07791
+_STATUS_S = 10.0  # between two status lines where there is no terminal
 
 
 def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None:
@@ -535,9 +541,8 @@ def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None
             if now - at >= 1:
                 rate, trades, at = (feed.trades - trades) / (now - at), feed.trades, now
                 lag = "" if feed.lag_s is None or live.feed.source == "replay" else f", lag {feed.lag_s:.2f} s"
-                told = f", {made.predictions:,} predictions{_without(made.skipped)}"
-                text = f"{feed.state}: {feed.trades:,} trades, {rate:,.0f}/s{lag}, {made.gaps} gaps, {made.late} late{told}"
-                status.update(text)
+                text = f"{feed.state}: {feed.trades:,} trades, {rate:,.0f}/s{lag}, {made.gaps} gaps, {made.late} late, "
+                status.update(text := f"{text}{made.predictions:,} predictions{_without(made.skipped)}")
                 if not console.is_terminal and now - shown >= _STATUS_S:
                     console.print(text, soft_wrap=True, highlight=False)
                     shown = now
@@ -560,15 +565,12 @@ def replay(
 
     feed_symbol = symbol if ":" in symbol else f"BINANCE:{symbol}"
     with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port) as server:
-        told = f"cryptoresearch live {symbol} --run RUN --url {server.url}"
-        also = f"cryptoresearch stream --symbol {feed_symbol} --url {server.url}"
-        console.print(f"{server.url}   now run: {told}, or without predictions: {also}", soft_wrap=True)
-        try:
+        told = f"live {symbol} --run RUN --url {server.url}, or: cryptoresearch stream --symbol {feed_symbol} --url {server.url}"
+        console.print(f"{server.url}   now run: cryptoresearch {told}", soft_wrap=True)
+        with suppress(KeyboardInterrupt):
             while not server.done.wait(0.5) and not server.error:
                 pass
             time.sleep(1.0)  # the clients read what is on its way
-        except KeyboardInterrupt:
-            pass
     if server.error:
         raise server.error
     console.print(f"{server.sent:,} trades sent")

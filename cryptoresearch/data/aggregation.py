@@ -239,7 +239,7 @@ def check_amounts(
         if not total < _MOST:
             raise SchemaError(
                 f"{name}: expected {what} that add up to less than {_MOST:g} in a bar and a batch of trades; "
-                f"found {total:g}. cryptoresearch data verify names those that no market has"
+                f"found {total:g}. Run: cryptoresearch data verify, which names those that no market has"
             )
     return fine > 0
 

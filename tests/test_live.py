@@ -1,6 +1,8 @@
 """Live collection as a user has it: real sockets on the loopback address, a real store, faults on purpose, kill -9."""
 
+import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -42,6 +44,7 @@ from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
 from cryptoresearch.errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, SchemaError
 from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.ingest.parsing import LIMITS
+from cryptoresearch.live.binance import BinanceWebSocket
 from cryptoresearch.live.collector import _Upkeep, Collector, replay_journal, Session
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
@@ -433,6 +436,91 @@ def test_a_frame_in_pieces_and_pings_of_the_protocol(settings: Settings) -> None
     with stub(script) as (url, _), listen(url, settings) as feed:
         wait_for(lambda: feed.stats.frames == 1)
         assert feed.stats.trades == 1
+
+
+def on_the_wire(data: bytes, first: int = 0x81) -> bytes:
+    """A frame as a server sends it: text, not fragmented, unless the first byte says otherwise."""
+    n = len(data)
+    length = bytes([n]) if n < 126 else b"\x7e" + n.to_bytes(2) if n < 65_536 else b"\x7f" + n.to_bytes(8)
+    return bytes([first]) + length + data
+
+
+@contextlib.contextmanager
+def raw_server(*writes: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that sends its bytes exactly in these writes, 50 ms apart; and what the client sent afterwards."""
+    server, heard = socket.create_server(("127.0.0.1", 0)), list[bytes]()
+
+    def play() -> None:
+        with server.accept()[0] as c, contextlib.suppress(OSError):
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += c.recv(4096)
+            key = next(line[19:] for line in request.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key"))
+            answer = base64.b64encode(hashlib.sha1(key.strip() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+            c.sendall(b"HTTP/1.1 101 OK\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " + answer + b"\r\n\r\n")
+            c.recv(4096)  # the subscription
+            for data in writes:
+                c.sendall(data)
+                time.sleep(0.05)
+            while data := c.recv(4096):
+                heard.append(data)
+
+    threading.Thread(target=play, daemon=True).start()
+    yield f"ws://127.0.0.1:{server.getsockname()[1]}", heard
+    server.close()
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (3,), (200,), (700, 701, 70_000)])
+def test_frames_of_any_kind_that_arrive_together_keep_their_order(settings: Settings, cuts: tuple[int, ...]) -> None:
+    texts = [frame({"p": 100.0 + i}).encode() for i in range(5)]
+    long = frame(*({"p": 105.0, "t": T0 + i} for i in range(1500))).encode()
+    assert len(long) > 65_536
+    data = on_the_wire(texts[0]) + on_the_wire(b"are you there", 0x89) + on_the_wire(texts[1][:20], 0x01) + on_the_wire(b"", 0x89)
+    data += on_the_wire(texts[1][20:], 0x80) + b"".join(map(on_the_wire, texts[2:])) + on_the_wire(long) + on_the_wire(texts[0], 0x82)
+    data += on_the_wire(b'{"type":"ping"}') + on_the_wire(b"\x03\xe8", 0x88)  # the last before the close counts too
+    ends, got = (*cuts, len(data)), list[Trade]()
+    writes = [data[a:b] for a, b in zip((0, *cuts), ends, strict=True)]
+    with raw_server(*writes) as (url, heard), listen(url, settings, on_trades=got.extend, retry_base_s=60) as feed:
+        wait_for(lambda: feed.stats.state == "waiting")
+        assert [t.price for t in got] == [100.0, 101.0, 102.0, 103.0, 104.0, *[105.0] * 1500, 100.0]
+        assert (feed.stats.frames, feed.stats.pings, feed.stats.last_problem) == (8, 1, "the server closed the connection")
+        wait_for(lambda: [b"".join(heard)[:1], b"".join(heard)[19:20]] == [b"\x8a", b"\x8a"])  # two pongs
+
+
+def test_a_frame_inside_a_fragmented_one_ends_the_connection(settings: Settings) -> None:
+    text, got = frame({}).encode(), list[Trade]()
+    data = on_the_wire(text) + on_the_wire(text[:20], 0x01) + on_the_wire(b"", 0x89) + on_the_wire(text) + on_the_wire(text[20:], 0x80)
+    with raw_server(data) as (url, _), listen(url, settings, on_trades=got.extend, retry_base_s=60) as feed:
+        wait_for(lambda: feed.stats.state == "waiting")
+        assert (len(got), "Illegal frame" in feed.stats.last_problem) == (1, True)
+
+
+def test_frames_read_together_are_stored_as_if_they_came_one_by_one(settings: Settings, tmp_path: Path) -> None:
+    def event(number: int, **more: Any) -> bytes:
+        data = {"e": "trade", "s": "BTCUSDT", "t": number, "p": str(100 + number), "q": "1", "T": T0 + 200 * number, "m": True}
+        return on_the_wire(json.dumps({"data": data | more}).encode())
+
+    frames = [event(1), event(2), event(2), event(5), event(3), event(6, s="ETHUSDT"), event(6), on_the_wire(b"{"), event(7), event(8)]
+    frames += [event(9, p="-1"), event(10), event(11, T=T0 * 2), event(12)]
+    found = []
+    for number, writes in enumerate((frames, [b"".join(frames)])):
+        own = settings.model_copy(update={"duckdb_path": str(tmp_path / f"{number}.sqlite")})
+        with raw_server(*writes) as (url, _):
+            with BinanceWebSocket("BTCUSDT", url=url, settings=own) as feed:
+                wait_for(lambda feed=feed: feed.stats.frames == len(frames))
+            stats = feed.stats
+        queries = (
+            "SELECT trade_id, ts, price, side_tick, side_reported FROM trades ORDER BY trade_id",
+            "SELECT symbol, start_ts, end_ts FROM gaps ORDER BY ALL", "SELECT symbol, start_ts, end_ts FROM coverage ORDER BY ALL",
+            "SELECT line, reason FROM quarantine ORDER BY line",
+        )  # fmt: skip
+        with init_duckdb(own) as con:
+            rows = [con.execute(q).fetchall() for q in queries]
+            reads = con.execute("SELECT count(DISTINCT received_at) FROM trades").fetchone()
+        found.append((rows, stats.trades, stats.repeated, stats.missing, stats.rejected, stats.malformed))
+        assert reads == ((1,) if number else (9,))
+    assert found[0] == found[1]
+    assert found[0][1:] == (9, 1, 4, 3, 1)
 
 
 # ------------------------------------------------------------------ connections that die

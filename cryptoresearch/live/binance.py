@@ -10,8 +10,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from importlib.metadata import entry_points
 
+import msgspec
 from pydantic import SecretStr
 
 from ..data.series import EPOCH, normal_symbol
@@ -43,10 +45,8 @@ def _trade(event: Mapping[str, object]) -> Trade:
     return Trade(f"BINANCE:{symbol}", price, volume, EPOCH + timedelta(milliseconds=at), None, number, -1 if maker else 1)
 
 # %% ../../nbs/live/03a_binance.ipynb #22185303
-def parse_binance(
-    text: str | bytes,  # one text frame as received
-) -> Message:  # `Malformed` for a frame that cannot be read; answers to requests are frames without trades
-    "Parse one frame of Binance's combined streams; never raises."
+def _parse_any(text: str | bytes) -> Message:
+    "Parse a frame of any kind, which names what is wrong with it."
     try:
         frame = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -64,6 +64,52 @@ def parse_binance(
         case {"data": {"e": str(kind)}} | {"e": str(kind)}:
             return Unknown(kind, shorten(text))
     return Malformed(shorten(text), "neither an event nor an answer")
+
+# %% ../../nbs/live/03a_binance.ipynb #5f500002
+class _Event(msgspec.Struct, tag_field="e", tag="trade", rename={"number": "t", "at": "T", "maker": "m", "price": "p", "volume": "q"}):
+    "A trade event; the types are those of the protocol."
+
+    s: str  # symbol
+    number: int
+    at: int
+    maker: bool
+    price: str
+    volume: str
+
+
+class _Frame(msgspec.Struct):
+    "A frame of a combined stream."
+
+    data: _Event
+
+
+_decode = msgspec.json.Decoder(_Frame).decode
+
+
+@lru_cache(maxsize=4096)
+def _prefixed(symbol: str) -> str:
+    return f"BINANCE:{symbol}"
+
+# %% ../../nbs/live/03a_binance.ipynb #5f500003
+def _typed(text: str | bytes) -> Trades | None:  # None where `_parse_any` must look
+    "Read a trade of a combined stream, with the checks of `_trade`."
+    e = _decode(text).data
+    price, volume = float(e.price), float(e.volume)
+    if impossible(price, volume) or not e.s or e.number < 0 or not _FIRST_MS <= e.at < _LAST_MS:
+        return None
+    ts = EPOCH + timedelta(milliseconds=e.at)
+    return Trades((Trade(_prefixed(e.s), price, volume, ts, None, e.number, -1 if e.maker else 1),))
+
+
+def parse_binance(
+    text: str | bytes,  # one text frame as received
+) -> Message:  # `Malformed` for a frame that cannot be read; answers to requests are frames without trades
+    "Parse one frame of Binance's combined streams; never raises."
+    try:
+        message = _typed(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        message = None
+    return message or _parse_any(text)
 
 # %% ../../nbs/live/03a_binance.ipynb #88067274
 _STREAMS = "wss://stream.binance.com:9443/stream"

@@ -156,6 +156,50 @@ def _refused(status: int | None, headers: Mapping[str, str] | None, where: Addre
     after = (headers or {}).get("retry-after", "")
     return ConnectionLost(f"HTTP {status} instead of 101 from {where.shown}", min(float(after), 600.0) if after.isdigit() else 0.0)
 
+# %% ../../nbs/live/03_feed.ipynb #5f400002
+_READ_BYTES = 65_536  # most bytes of one read
+
+
+class _Buffered(websocket.WebSocket):
+    "Read what has arrived at once."
+
+    def __init__(self) -> None:
+        super().__init__(skip_utf8_validation=True)  # json reads bytes and checks them; the library's own check is slow
+        self.arrived, self.used = b"", 0  # the last read, and how many of its bytes were taken
+        self.waits = True  # for further bytes; otherwise their lack is a timeout
+
+    def _recv(self, bufsize: int) -> bytes:
+        "Return at most so many bytes, for frames that the library reads."
+        if self.used == len(self.arrived):
+            if not self.waits:
+                raise websocket.WebSocketTimeoutException("the rest of a frame has not arrived")
+            self.arrived, self.used = super()._recv(_READ_BYTES), 0
+        data = self.arrived[self.used : self.used + bufsize]
+        self.used += len(data)
+        return data
+
+# %% ../../nbs/live/03_feed.ipynb #5f400003
+_WHOLE = (0x80 | websocket.ABNF.OPCODE_TEXT, 0x80 | websocket.ABNF.OPCODE_BINARY)  # first byte of a data frame that is not fragmented
+
+
+class _Cutting(_Buffered):
+    "Cut frames out of what has arrived."
+
+    def cut(self) -> bytes | None:  # None: the library must read the next frame
+        "Return the next data frame, if all of it has arrived and it is neither fragmented, masked nor above 64 KiB."
+        data, begin = self.arrived, self.used + 2
+        if begin > len(data) or data[begin - 2] not in _WHOLE or self.frame_buffer.header or self.frame_buffer.recv_buffer:
+            return None
+        size = data[begin - 1]
+        if size == 126:
+            size, begin = int.from_bytes(data[begin : begin + 2]), begin + 2
+        elif size > 126:
+            return None
+        if begin + size > len(data) or self.cont_frame.recving_frames:
+            return None
+        self.used = begin + size
+        return data[begin : begin + size]
+
 # %% ../../nbs/live/03_feed.ipynb #b3000004
 class _Socket:
     "Hold one websocket."
@@ -167,7 +211,8 @@ class _Socket:
         poll_s: float = 0.25,  # longest wait of one read
     ) -> None:
         self.where, self.connect_timeout_s, self.poll_s = where, connect_timeout_s, poll_s
-        self._ws = websocket.WebSocket(skip_utf8_validation=True)  # json reads bytes and checks them; the library's own check is slow
+        self._ws = _Cutting()
+        self._lost: ConnectionLost | None = None  # after the frames of the last read
 
     def close(self) -> None:
         "Send a close frame if possible and free the socket; never raises."
@@ -205,8 +250,8 @@ class _Handshake(_Socket):
                 return  # closed already
 
 # %% ../../nbs/live/03_feed.ipynb #00000023
-class Connection(_Handshake):
-    "Open, read and close one websocket; raise `FeedError` (do not retry) or `ConnectionLost` (retry)."
+class _Reading(_Handshake):
+    "Send messages, and read what has arrived."
 
     def send(
         self,
@@ -218,17 +263,39 @@ class Connection(_Handshake):
         except (websocket.WebSocketException, OSError) as e:
             raise ConnectionLost(f"{type(e).__name__}: {self.where.hide(e)}") from None
 
-    def receive(self) -> bytes | None:  # None if no data frame arrived within `poll_s`
-        "Return the next data frame."
+    def _read(self, frames: list[bytes]) -> None:
+        "Wait for a frame, and take all others that have arrived."
+        ws, ws.waits = self._ws, True
+        while ws.waits or ws.used < len(ws.arrived):
+            data, opcode = ws.cut(), websocket.ABNF.OPCODE_TEXT
+            if data is None:
+                opcode, data = ws.recv_data(control_frame=True)
+            if opcode == websocket.ABNF.OPCODE_CLOSE:
+                raise ConnectionLost("the server closed the connection")
+            if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                frames.append(bytes(data))
+            ws.waits = False
+
+
+# %% ../../nbs/live/03_feed.ipynb #5f400004
+class Connection(_Reading):
+    "Open, read and close one websocket; raise `FeedError` (do not retry) or `ConnectionLost` (retry)."
+
+    def receive(self) -> list[bytes]:  # in order of arrival; empty if none arrived within `poll_s`
+        "Return the data frames that have arrived since the last call; frames before the end of a connection come before its error."
+        frames = list[bytes]()
         try:
-            opcode, data = self._ws.recv_data(control_frame=True)
+            if self._lost is None:
+                self._read(frames)
         except websocket.WebSocketTimeoutException:
-            return None
+            return frames
+        except ConnectionLost as lost:
+            self._lost = lost
         except (websocket.WebSocketException, OSError, ValueError) as e:
-            raise ConnectionLost(f"{type(e).__name__}: {self.where.hide(e)}") from None
-        if opcode == websocket.ABNF.OPCODE_CLOSE:
-            raise ConnectionLost("the server closed the connection")
-        return bytes(data) if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY) else None
+            self._lost = ConnectionLost(f"{type(e).__name__}: {self.where.hide(e)}")
+        if self._lost is not None and not frames:
+            raise self._lost from None
+        return frames
 
 # %% ../../nbs/live/03_feed.ipynb #00000025
 def backoff_s(
@@ -293,16 +360,16 @@ class Protocol:
         return any(host == own or host.endswith(f".{own}") for own in self.hosts)
 
 # %% ../../nbs/live/03_feed.ipynb #6a103355
-_REMEMBERED = 10_000  # missing ids of one hole that may still arrive
-
-
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    "Hold trades of one frame that are in the journal."
+    "Hold trades of frames that were read together; they are in the journal."
 
     trades: list[Trade]  # in order of arrival
     first_id: int  # stored id of the first, where the feed has none; the others follow
-    clock: float  # time.monotonic() when the frame was received
+    clock: float  # time.monotonic() when they were read
+
+# %% ../../nbs/live/03_feed.ipynb #5f400007
+_REMEMBERED = 10_000  # missing ids of one hole that may still arrive
 
 
 class _Sequence:
@@ -319,8 +386,12 @@ class _Sequence:
 
     def take(self, trade: Trade) -> int:  # ids that are missing before this one
         "Note the id of a trade."
-        number, missing = trade.trade_id or 0, self._missing.setdefault(trade.symbol, set())
+        number = trade.trade_id or 0
         last = self._last.setdefault(trade.symbol, number)
+        if number == last + 1:
+            self._last[trade.symbol] = number
+            return 0
+        missing = self._missing.setdefault(trade.symbol, set())
         missing.discard(number)
         self._last[trade.symbol] = max(last, number)
         missing.update(range(max(last + 1, number - _REMEMBERED), number))
@@ -367,7 +438,7 @@ class _FeedOptions(_FeedState):
         url: str | None = None,  # such as a replay server's `url`; the setting FINNHUB_URL if None
         settings: Settings | None = None,  # read from the environment if None
         con: duckdb.DuckDBPyConnection | None = None,  # the store to collect into; opened with `settings` if None
-        on_trades: Callable[[list[Trade]], object] | None = None,  # called in the feed's thread with the trades of each frame
+        on_trades: Callable[[list[Trade]], object] | None = None,  # called in the feed's thread with the trades of each read
         source: Source | None = None,  # stored with each trade; chosen by the address if None
         collect: bool = True,  # write trades into the store
         silence_s: float = 180.0,  # a connection that delivers nothing for so long counts as lost
@@ -379,7 +450,7 @@ class _FeedOptions(_FeedState):
         protocol, self.settings, self.con, self.on_trades = self.protocol, settings or get_settings(), con, on_trades
         self.symbols, self.address = _symbols(symbols, protocol), protocol.locate(url, token, self.settings)
         self.source: Source = source or (protocol.source if protocol.owns(self.address) else "replay")
-        self.collect, self.silence_s, self.connect_timeout_s = collect, silence_s, connect_timeout_s
+        self._known, self.collect, self.silence_s, self.connect_timeout_s = frozenset(self.symbols), collect, silence_s, connect_timeout_s
         self.future, self.retry_base_s, self.retry_cap_s = timedelta(seconds=future_s), retry_base_s, retry_cap_s
         super().__init__()
 
@@ -410,8 +481,8 @@ _FOREIGN = "not subscribed"
 
 
 def _unusable(feed: _Feed, trades: Sequence[Trade], latest: datetime) -> list[Rejected]:
-    late = [t for t in trades if t.ts > latest or t.symbol not in feed.symbols]
-    return [Rejected(shorten(vars_of(t)), "dated in the future" if t.symbol in feed.symbols else _FOREIGN) for t in late]
+    late = [t for t in trades if t.ts > latest or t.symbol not in feed._known]
+    return [Rejected(shorten(vars_of(t)), "dated in the future" if t.symbol in feed._known else _FOREIGN) for t in late]
 
 
 def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
@@ -429,36 +500,67 @@ def _refuse_unusable(feed: _Feed, message: Trades, latest: datetime) -> bool:
     feed._stats.rejected += len(message.rejected) + len(odd)
     return bool(torn)
 
-# %% ../../nbs/live/03_feed.ipynb #9fa1b473
-def _note_missing(feed: _Feed, trades: Sequence[Trade]) -> None:
-    "Count missing ids, which end the coverage of their symbol."
-    for trade in trades if feed.protocol.ids else ():
-        if missing := feed._sequence.take(trade):
-            feed._stats.missing += missing
-            if feed.collector is not None:
-                feed.collector.lost(trade.symbol)
-
 # %% ../../nbs/live/03_feed.ipynb #64c4fb09
-def _pass_on(feed: _Feed, message: Trades, at: datetime) -> None:
-    "Pass trades to the collector and the caller, and rejected items to quarantine."
-    stats, latest, clock = feed._stats, at + feed.future, time.monotonic()
-    trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed.symbols]
-    torn = _refuse_unusable(feed, message, latest)
-    stats.quotes += len(message.quotes)
-    stats.trades += len(trades)
-    for symbol in (*message.quotes, *(t.symbol for t in trades)):
-        stats.last_seen[symbol] = at
-    if not trades:
-        return
-    stats.lag_s = (at - max(t.ts for t in trades)).total_seconds()
-    _note_missing(feed, trades)
-    first_id = feed.collector.session.next_id if feed.collector is not None else 0
-    if feed.collector is not None:
-        feed.collector.add(trades, at, whole=not torn)
-    if feed.on_trades is not None:
-        feed.on_trades(trades)
-    for tell in feed._subscribers:
-        tell(Arrived(trades, first_id, clock))
+class _Batch:
+    "Gather the trades of frames that were read together."
+
+    def __init__(self, feed: _Feed, at: datetime, clock: float) -> None:
+        self.feed, self.at, self.clock = feed, at, clock
+        self.trades = list[Trade]()
+
+    def pass_on(self, whole: bool = True) -> None:
+        "Pass the trades so far to the collector and the caller."
+        feed, trades, self.trades = self.feed, self.trades, list[Trade]()
+        if not trades:
+            return
+        feed._stats.trades += len(trades)
+        feed._stats.last_seen |= dict.fromkeys([t.symbol for t in trades], self.at)
+        feed._stats.lag_s = (self.at - max([t.ts for t in trades])).total_seconds()
+        first_id = feed.collector.session.next_id if feed.collector is not None else 0
+        if feed.collector is not None:
+            feed.collector.add(trades, self.at, whole=whole)
+        if feed.on_trades is not None:
+            feed.on_trades(trades)
+        for tell in feed._subscribers:
+            tell(Arrived(trades, first_id, self.clock))
+
+# %% ../../nbs/live/03_feed.ipynb #9fa1b473
+class _Sorted(_Batch):
+    "Sort the contents of frames; what ends the coverage comes after the trades before it."
+
+    def refuse(self, items: list[Rejected], trades: bool = True) -> None:
+        "Send rejected items to quarantine."
+        self.pass_on()
+        _refuse(self.feed, items, trades)
+
+    def note_missing(self, trades: Sequence[Trade]) -> None:
+        "Count missing ids, which end the coverage of their symbol."
+        feed = self.feed
+        for trade in trades if feed.protocol.ids else ():
+            if missing := feed._sequence.take(trade):
+                self.pass_on()
+                feed._stats.missing += missing
+                if feed.collector is not None:
+                    feed.collector.lost(trade.symbol)
+
+# %% ../../nbs/live/03_feed.ipynb #5f400005
+class _Gathering(_Sorted):
+    "Take frames of trades."
+
+    def gather(self, message: Trades) -> None:
+        "Keep the usable trades of a frame, and send its other items to quarantine."
+        feed, latest, torn = self.feed, self.at + self.feed.future, False
+        trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed._known]
+        if message.rejected or len(trades) < len(message.trades):
+            self.pass_on()
+            torn = _refuse_unusable(feed, message, latest)
+        if message.quotes:
+            feed._stats.quotes += len(message.quotes)
+            feed._stats.last_seen |= dict.fromkeys(message.quotes, self.at)
+        self.note_missing(trades)
+        self.trades += trades
+        if torn:
+            self.pass_on(whole=False)
 
 # %% ../../nbs/live/03_feed.ipynb #6ee50e53
 _FRAMES = 10_000  # that are remembered, across reconnects
@@ -470,37 +572,49 @@ def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], at: datetime
     if feed.protocol.ids:
         return all(feed._sequence.is_repeated(t) for t in trades)
     key = hash(data)
-    first = feed._frames.setdefault(key, at)
-    feed._frames.move_to_end(key)
+    if (first := feed._frames.get(key)) is not None:
+        feed._frames.move_to_end(key)
+        return at - first >= _LATER or len({t.ts for t in trades}) > 1 or len(set(trades)) > 2
+    feed._frames[key] = at
     if len(feed._frames) > _FRAMES:
         feed._frames.popitem(last=False)
-    certain = at - first >= _LATER or len({t.ts for t in trades}) > 1 or len(set(trades)) > 2
-    return first is not at and certain
+    return False
 
 # %% ../../nbs/live/03_feed.ipynb #3324e0bb
-def _take(feed: _Feed, data: bytes, at: datetime) -> None:
-    "Count one frame and pass its trades on."
-    stats = feed._stats
-    stats.last_message_at = at
-    match feed.protocol.parse(data):
-        case Trades(trades) if trades and _is_repeated(feed, data, trades, at):
-            stats.repeated += 1
-            if feed.collector is not None:
-                feed.collector.note_repeated(trades)
-        case Trades() as message:
-            _pass_on(feed, message, at)
-        case Ping():
-            stats.pings += 1
-        case ErrorMessage(text):
-            stats.server_errors, stats.last_problem = stats.server_errors + 1, feed.address.hide(text)
-            logger.warning("the server reports: %s", stats.last_problem)
-        case Unknown(kind, raw):
-            stats.malformed += 1
-            _refuse(feed, [Rejected(raw, f"unknown type {kind}")], trades=False)
-        case Malformed(raw, reason):
-            stats.malformed += 1
-            _refuse(feed, [Rejected(raw, reason)])
-    stats.frames += 1
+class _Taking(_Gathering):
+    "Take frames of any kind."
+
+    def take(self, data: bytes) -> None:
+        "Count one frame and gather its trades."
+        feed, stats = self.feed, self.feed._stats
+        match feed.protocol.parse(data):
+            case Trades(trades) if trades and _is_repeated(feed, data, trades, self.at):
+                stats.repeated += 1
+                if feed.collector is not None:
+                    feed.collector.note_repeated(trades)
+            case Trades() as message:
+                self.gather(message)
+            case Ping():
+                stats.pings += 1
+            case ErrorMessage(text):
+                stats.server_errors, stats.last_problem = stats.server_errors + 1, feed.address.hide(text)
+                logger.warning("the server reports: %s", stats.last_problem)
+            case Unknown(kind, raw):
+                stats.malformed += 1
+                self.refuse([Rejected(raw, f"unknown type {kind}")], trades=False)
+            case Malformed(raw, reason):
+                stats.malformed += 1
+                self.refuse([Rejected(raw, reason)])
+
+# %% ../../nbs/live/03_feed.ipynb #5f400006
+def _take(feed: _Feed, frames: Sequence[bytes], clock: float) -> None:
+    "Take the frames of one read; trades of frames that follow each other are passed on together."
+    batch = _Taking(feed, datetime.now(UTC), clock)
+    feed._stats.last_message_at = batch.at
+    for data in frames:
+        batch.take(data)
+    batch.pass_on()
+    feed._stats.frames += len(frames)
 
 # %% ../../nbs/live/03_feed.ipynb #b3000009
 class _Opened:
@@ -525,11 +639,11 @@ class _Listening(_Opened):
         while not feed._stop.is_set():
             if feed.collector is not None and feed.collector.error is not None:
                 raise feed.collector.error
-            data, now = connection.receive(), time.monotonic()
-            feed.idle_at = now if data is None else feed.idle_at
-            if data is not None:
+            frames, now = connection.receive(), time.monotonic()
+            feed.idle_at = feed.idle_at if frames else now
+            if frames:
                 heard = now
-                _take(feed, data, datetime.now(UTC))
+                _take(feed, frames, now)
             elif now - heard > feed.silence_s:
                 raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
             elif feed.protocol.heartbeat and now - max(heard, asked) > feed.silence_s / 3:
@@ -676,9 +790,9 @@ class Feed(_Startable):
 
     def subscribe(
         self,
-        callback: Callable[[Arrived], object],  # called in the feed's thread with the trades of each frame
+        callback: Callable[[Arrived], object],  # called in the feed's thread with the trades of each read
     ) -> None:
-        "Pass on trades of all later frames, each after it is in the journal."
+        "Pass on trades of all later frames, after they are in the journal."
         self._subscribers.append(callback)
 
     def join(

@@ -23,7 +23,7 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, SymbolName
-from .cli_research import asked_config, research_app, takes
+from .cli_research import asked_config, research_app, Symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
@@ -341,8 +341,7 @@ def _progress(text: str) -> Any:
 @takes(*options(RunOptions), *options(ReportOptions))
 def train(
     given: dict[str, Any],  # options of the run and its report
-    symbol_given: Annotated[str | None, typer.Argument(metavar="SYMBOL", help="Such as BTCUSDT; the same as --symbol.",
-                                                            autocompletion=complete_symbols)] = None,
+    symbol_given: Symbol = None,  # in place of --symbol
 ) -> None:
     """Train a walk-forward model and write its report.
 

@@ -77,6 +77,8 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["promote", "no-such-run"], "no-such-run", 4),
         (["runs", "delete", "no-such-run", "--yes"], "no-such-run", 4),
         (["audit", "--symbol", "NOSUCH"], "cryptoresearch", 4),
+        (["audit", "BTC?USDT"], "a symbol such as", 5),
+        (["tune", "BTC?USDT"], "a symbol such as", 5),
         (["tune", "--model", "oracle"], "oracle", 2),
         (["data", "verify"], "cryptoresearch", 4),
     ],

@@ -522,7 +522,7 @@ def test_fixed_parameters_are_in_the_table_and_not_searched(walked):
     with connect(walked) as con:
         one = tune(con, replace(SEARCHED, params={"penalty": 10.0, "validation_fraction": 0.2}), 3, n_folds=2, settings=walked)
         assert (one.table["penalty"] == 10.0).all() and (one.table["validation_fraction"] == 0.2).all() and one.table["clip"].nunique() == 3
-        assert set(one.study.best_params) == {"clip"} and one.config.params["penalty"] == 10.0
+        assert set(one.study.best_params) == {"clip", "weights", "refit_every"} and one.config.params["penalty"] == 10.0
         members = {"members": ["ridge", "lightgbm"], "member_params": {"ridge": {"clip": 5.0}, "lightgbm": {"n_estimators": 5, "num_leaves": 4}}}
         many = tune(con, replace(SEARCHED, model="ensemble", params=members), 2, n_folds=2, settings=walked)
         assert (many.table["ridge.clip"] == 5.0).all() and (many.table["lightgbm.num_leaves"] == 4).all() and many.table["ridge.penalty"].nunique() == 2

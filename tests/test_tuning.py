@@ -1,7 +1,9 @@
 "A search shared by processes, resumed after a kill, with every trial in the ledger."
+import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import connect, init_duckdb
-from cryptoresearch.runs.tuning import open_study, trial_table, tune
+from cryptoresearch.runs.identity import read_data
+from cryptoresearch.runs.tuning import forecast_walk, found_options, inner_search, open_study, trial_table, tune
+from cryptoresearch.runs.walk_forward import first_test, prepare, walk_forward
 from cryptoresearch.settings import Settings
 
 SEARCH = """
@@ -28,19 +32,23 @@ print(tune(init_duckdb(settings), config, n, n_folds=3, settings=settings).study
 """
 
 
+def store(folder: Path, close: np.ndarray) -> Settings:
+    "Make a store with hourly candles of these closes."
+    opens = np.r_[100.0, close[:-1]]
+    times = pd.date_range("2024-01-01", periods=len(close), freq="1h", tz="UTC")
+    candles = pd.DataFrame({"open_time": times, "open": opens, "high": np.maximum(opens, close) * 1.001, "low": np.minimum(opens, close) * 0.999, "close": close, "volume": np.random.default_rng(1).lognormal(size=len(close))})
+    candles.to_parquet(folder / "TESTUSDT-1h.parquet")
+    settings = Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), runs_dir=str(folder / "runs"))
+    with init_duckdb(settings) as con:
+        process_file(con, folder / "TESTUSDT-1h.parquet", kind="klines", symbol="TESTUSDT", interval="1h")
+        make_bars(con, "TESTUSDT", "1h")
+    return settings
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     "A store with hourly candles of a random walk."
-    rng = np.random.default_rng(0)
-    close = 100 * np.exp(rng.normal(0, 0.01, 2500).cumsum())
-    opens = np.r_[100.0, close[:-1]]
-    times = pd.date_range("2024-01-01", periods=2500, freq="1h", tz="UTC")
-    candles = pd.DataFrame({"open_time": times, "open": opens, "high": np.maximum(opens, close) * 1.001, "low": np.minimum(opens, close) * 0.999, "close": close, "volume": rng.lognormal(size=2500)})
-    candles.to_parquet(tmp_path / "TESTUSDT-1h.parquet")
-    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"))
-    with init_duckdb(settings) as con:
-        process_file(con, tmp_path / "TESTUSDT-1h.parquet", kind="klines", symbol="TESTUSDT", interval="1h")
-        make_bars(con, "TESTUSDT", "1h")
+    store(tmp_path, 100 * np.exp(np.random.default_rng(0).normal(0, 0.01, 2500).cumsum()))
     return tmp_path
 
 
@@ -82,3 +90,66 @@ def test_a_search_repeats_bit_for_bit(home: Path) -> None:
         with init_duckdb(settings) as con:
             tables.append(tune(con, config, 9, n_folds=2, settings=settings).table)
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+SEARCHED = RunConfig(symbol="TESTUSDT", horizon=4, model="ridge", features=("momentum",), test_start="2024-03-01")
+
+
+def test_weights_and_refit_period_are_searched_unless_they_are_given(home: Path) -> None:
+    settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"))
+    with init_duckdb(settings) as con:
+        free = tune(con, SEARCHED, 10, n_folds=3, settings=settings)
+        by_name = tune(con, SEARCHED, 3, n_folds=3, settings=settings, fixed=("weights", "refit_every"))
+        by_value = tune(con, replace(SEARCHED, weights="uniqueness", refit_every="5D"), 3, n_folds=3, settings=settings)
+        models = con.execute("SELECT trial, model FROM trials WHERE run_id = ?", [free.study.study_name]).fetchall()
+    assert free.study.best_params.keys() == {"penalty", "clip", "weights", "refit_every"}
+    assert set(free.table["weights"]) == {"none", "recency:30D", "recency:10D", "recency:3D"} and set(free.table["refit_every"]) == {"7D", "90D"}
+    ledger = {name: json.loads(model) for name, model in models}
+    assert len(ledger) == 10
+    for number, row in free.table.iterrows():
+        asked = ledger[f"trial {number}"]
+        assert (asked["weights"] or "none", asked["refit_every"]) == (row["weights"], row["refit_every"])
+    best = free.table.iloc[0]
+    assert (free.config.weights or "none", free.config.refit_every) == (best["weights"], best["refit_every"])
+    assert found_options(free.config).endswith(f" --weights {best['weights']} --refit {best['refit_every']}")
+    for found, weights, period in ((by_name, "none", "90D"), (by_value, "uniqueness", "5D")):
+        assert set(found.study.best_params) == {"penalty", "clip"}
+        assert set(found.table["weights"]) == {weights} and set(found.table["refit_every"]) == {period}
+    assert len({found.study.study_name for found in (free, by_name, by_value)}) == 3  # another space is another study
+
+
+def test_a_study_is_not_continued_with_other_choices(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"))
+    with init_duckdb(settings) as con:
+        before = tune(con, SEARCHED, 1, n_folds=3, settings=settings)
+        monkeypatch.setattr("cryptoresearch.runs.tuning.PERIODS", ("7D", "8D", "30D"))
+        after = tune(con, SEARCHED, 1, n_folds=3, settings=settings)
+    assert after.study.study_name != before.study.study_name and after.n_trials == 1
+
+
+def test_recent_outcomes_count_more_where_the_law_changes(tmp_path: Path) -> None:
+    "Momentum for 32 days, then reversal: what is old misleads."
+    rng, returns = np.random.default_rng(0), np.zeros(2500)
+    for t in range(1, len(returns)):
+        returns[t] = (0.4 if t < 770 else -0.4) * returns[t - 1] + rng.normal(0, 0.01)
+    settings = store(tmp_path, 100 * np.exp(returns.cumsum()))
+    asked = replace(SEARCHED, horizon=1, features=("ret_1",))
+    with init_duckdb(settings) as con:
+        found = tune(con, asked, 16, n_folds=3, settings=settings)
+        equal = tune(con, asked, 8, n_folds=3, settings=settings, fixed=("weights",))
+    assert found.config.weights in ("recency:10D", "recency:3D")
+    assert found.study.best_value < equal.study.best_value - 0.02  # IC
+
+
+def test_an_inner_fold_is_walked_as_a_run_is(home: Path) -> None:
+    settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"))
+    asked = replace(SEARCHED, refit_every="3D", weights="recency:10D")
+    with connect(settings, read_only=True) as con:
+        bars = read_data(con, asked).bars
+    search = inner_search(prepare(bars, asked), asked, first_test(asked, bars), 3)
+    rows = search.folds[-1][1]
+    walked = walk_forward(asked, search.samples, search.samples.X.index[rows[0]])[0]
+    found = forecast_walk(asked, search.samples, rows, 3)
+    np.testing.assert_array_equal(found["prediction"], walked["prediction"])
+    once = forecast_walk(replace(asked, refit_every="90D"), search.samples, rows, 3)
+    assert not np.array_equal(once["prediction"], walked["prediction"])

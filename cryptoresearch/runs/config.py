@@ -75,6 +75,7 @@ def _normalise(c: RunConfig) -> None:
     put("features", (c.features,) if isinstance(c.features, str) else tuple(c.features))
     put("modules", (c.modules,) if isinstance(c.modules, str) else tuple(c.modules))
     put("params", dict(c.params or {}))
+    put("weights", None if c.weights == "none" else c.weights)
     if by_events(c.spec):
         e = event_spec(c.spec)
         put("spec", f"{e.kind}:{e.spec}")
@@ -172,7 +173,7 @@ def _check_weights(c: RunConfig) -> None:
     for part in [] if c.weights is None else str(c.weights).split(","):
         kind, _, half_life = part.partition(":")
         if kind not in ("uniqueness", "recency") or (kind == "uniqueness") == bool(half_life):
-            raise _wrong("weights", "uniqueness, recency:365D, or uniqueness,recency:365D", c.weights)
+            raise _wrong("weights", "none, uniqueness, recency:365D, or uniqueness,recency:365D", c.weights)
         if kind == "recency":
             _length("weights", half_life, least_length(c.spec))
 

@@ -61,7 +61,7 @@ class RunOptions(SeriesOptions):
     "The options of a run, unchecked; `RunConfig` checks them."
 
     refit_every: str = option(
-        "90D", "Length of a test fold, such as 30D or 6h; each fold has its own model. 90D: at most a quarter of the test.", alias="refit"
+        "90D", "Length of a test fold, such as 30D or 6h; one model each. 90D: at most a quarter of the test.", alias="refit"
     )
     mode: Mode = option("expanding", "Training window; sliding needs train_window.")
     features: tuple[str, ...] = option(("default",), "Feature or group of features.", flag="feature")
@@ -71,7 +71,7 @@ class RunOptions(SeriesOptions):
     fee_bps: float = option(5.0, "Cost per side of a trade.", unit="basis points", least=0)
     train_window: str | None = option(None, "Length of the sliding window, such as 365D.", none="no sliding window")
     embargo: str = option("0h", "Extra distance between training and test, such as 24h.")
-    weights: str | None = option(None, "Sample weights: uniqueness, recency:365D, or both separated by a comma.", none="equal weights")
+    weights: str | None = option(None, "Sample weights: none, uniqueness, recency:365D, or uniqueness,recency:365D.", none="equal weights")
     label: Mapping[str, Any] = option({}, "Label parameter, such as up, window or primary.", example="up=2")
     modules: tuple[str, ...] = option((), "Python file or module with user-defined features.", flag="module")
     interval: Interval = option("residual", "Kind of prediction interval.")
@@ -197,12 +197,19 @@ _SEARCHED = (
     "symbol", "spec", "source", "target", "label", "horizon", "start", "end", "test_start", "features", "modules",
     "model", "params", "seed", "embargo", "weights", "refit_every", "leaks",
 )  # fmt: skip
+
+
+def _searched(o: Option) -> Option:
+    "Leave sample weights and refit period to the search unless they are given."
+    return replace(o, default=None, none="searched") if o.name in ("weights", "refit_every") else o
+
+
 TEMPLATES: dict[str, tuple[Option, ...]] = {  # parameters of the research templates that take the options of a run
     "train": (
         *options(RunOptions, start="2018-01-01"), *options(CostOptions), *options(DrawOptions), *options(ReportOptions),
         *options(PlaceOptions),
     ),
-    "tune": (*options(RunOptions, _SEARCHED, start="2018-01-01"), *options(SearchOptions), *options(PlaceOptions)),
+    "tune": (*map(_searched, options(RunOptions, _SEARCHED, start="2018-01-01")), *options(SearchOptions), *options(PlaceOptions)),
 }  # fmt: skip
 
 

@@ -28,8 +28,8 @@ from ..runs.config import RunConfig
 from ..runs.identity import read_data, RunData
 from ..runs.run import run_strategy
 from ..runs.trials import trial_sharpes
-from ..runs.tuning import fold_loss, inner_search, loss_of_search, param_options, Search, Tuned
-from ..runs.walk_forward import first_test, fit_rows, prepare, Progress
+from ..runs.tuning import fold_loss, forecast_walk, found_options, inner_search, loss_of_search, Search, Tuned
+from ..runs.walk_forward import first_test, prepare, Progress
 from . import research_figures
 from .run_sections import facts_table, section, Section
 from .views import comparison_rules, difference_view, overfitting_view, score_view, set_view, Table
@@ -249,11 +249,11 @@ def search_report(
     data: RunData,  # bars of the whole run
     n_folds: int,  # inner folds
 ) -> SearchReport:  # errors: SchemaError where a sample of the search reaches into the outer test
-    "Score the default parameters on the folds of a search."
+    "Score the default parameters, weights and refit period on the folds of a search."
     outer = first_test(config, data.bars)
     search = inner_search(prepare(data.bars, config, data.trades), config, outer, n_folds)
-    X, y = search.samples.X, search.samples.labels["y"].to_numpy()
-    plain = [fold_loss(config.target, fit_rows(config, search.samples, a).predict(X.iloc[b]), y[b]) for a, b in search.folds]
+    walks = [forecast_walk(config, search.samples, test, k) for k, (_, test) in enumerate(search.folds, start=1)]
+    plain = [fold_loss(config.target, one["prediction"].to_numpy(), one["y"].to_numpy()) for one in walks]
     means = np.array(list(found.study.best_trial.intermediate_values.values()))
     best = np.diff(np.arange(len(means) + 1) * np.r_[0.0, means])  # losses of the folds from their running means
     _check_unseen(search, outer)
@@ -368,7 +368,7 @@ def trials_section(
     columns |= {str(c): [v if isinstance(v, str) else number(v, ".4g") for v in top[c]] for c in top if c not in ("state", "loss", "folds")}
     note = "Similar scores with very different parameters mean that the parameters matter little."
     view = Table(pd.DataFrame(columns, index=[f"trial\u00a0{i}" for i in top.index]), note=note)
-    command = f"cryptoresearch train --model {report.config.model} {param_options(report.found.config.params)}"
+    command = f"cryptoresearch train {found_options(report.found.config)}"
     once = "Run it once. Each further look at the outer test is one more trial, and the ledger counts it."
     return section("Best trials", (view, facts_table({"command to test the best trial": command}, once)))
 

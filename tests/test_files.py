@@ -70,6 +70,25 @@ def test_each_container_receives_only_the_secrets_that_it_needs() -> None:
     assert all(wanted <= names for names in ours.values()), {name: wanted - names for name, names in ours.items()}
 
 
+def resolved(text: str, env: dict[str, str]) -> str:
+    "Resolve `${NAME:-default}` as Compose does, innermost first."
+    while (found := re.search(r"\$\{(\w+):-([^${}]*)\}", text)) is not None:
+        text = text.replace(found[0], env.get(found[1]) or found[2])
+    return text
+
+
+def test_containers_receive_the_settings_that_are_written_s3() -> None:
+    yaml = pytest.importorskip("yaml")
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    for field in ("minio_region", "minio_bucket_raw", "minio_bucket_lake"):
+        ours, theirs = field.upper(), field.upper().replace("MINIO_", "S3_")
+        texts = [services[name]["environment"][ours] for name in ("lab", "dashboards", "api", "collector")]
+        texts += [services["buckets"]["environment"][ours.rsplit("_", 1)[1]]] if "bucket" in field else []
+        for text in texts:
+            assert resolved(text, {}) == Settings.model_fields[field].default
+            assert resolved(text, {theirs: "x1"}) == "x1" and resolved(text, {ours: "x2", theirs: "x1"}) == "x2"
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_says_what_it_can_do() -> None:
     text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

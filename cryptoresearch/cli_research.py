@@ -263,8 +263,7 @@ def audit(
     else:
         import_own(stored, whole_paths(given["modules"]))
         asked = stored.config if refit is None else replace(stored.config, refit_every=refit)
-    pinned = None if stored is None else int(stored.info["snapshot"])
-    with connect(snapshot=pinned, read_only=True) as con:
+    with connect(snapshot=int(stored.info["snapshot"]) if stored else None, read_only=True) as con:
         data = read_data(con, asked)
     show_audit(data.bars, replace(asked, leaks=given["leaks"]), given["seed"], draws, stored, as_json)
 

@@ -69,7 +69,7 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["live", "BTCUSDT", "--run", "no-such-run"], "no-such-run", 4),
         (["replay", "BTCUSDT"], "cryptoresearch", 4),
         (["replay", "BTCUSDT", "--port", "99999"], "65535", 2),
-        (["forget", "no-such-file"], "no-such-file", 4),
+        (["forget", "no-such-file"], "a store at", 4),
         (["simulate", "files", "--start", "x"], "2024-01-01", 3),
         (["simulate", "files", "--kind", "quotes"], "quotes", 3),
         (["download", "BTCUSDT", "--from", "2022-13", "--to", "2022-14"], "2022-13", 3),
@@ -242,6 +242,11 @@ def test_json_of_verdicts(run: Command, home: Path) -> None:
     assert all(row["same"] for row in checks if row["check"].startswith("reproduced")) and len(checks) > 5
     done = run(home, "audit", first, "--draws", "1", "--json")
     assert read_json(done, done.returncode)["passed"] is (done.returncode == 0) and done.returncode in (0, 6)
+
+
+def test_forget_names_a_file_that_the_store_does_not_have(run: Command, home: Path) -> None:
+    done = run(home, "forget", "no-such-file")
+    assert done.returncode == 4 and "no-such-file" in done.stderr
 
 
 def completed(run: Command, home: Path, *words: str) -> list[str]:

@@ -304,7 +304,7 @@ def complete_trades(
 ) -> Trades:  # all of TRADE_COLUMNS, n each, in the order (ts, trade_id); a side that is not known is 0
     "Return the columns of trades that bars need, with defaults for those that are missing."
     out, n = _amounts_of(trades), len(trades)
-    out["ts"] = pd.DatetimeIndex(pd.to_datetime(trades["ts"], utc=True)).as_unit("us").asi8
+    out["ts"] = pd.DatetimeIndex(pd.to_datetime(trades["ts"], utc=True, cache=False)).as_unit("us").asi8
     out["trade_id"] = trades["trade_id"].to_numpy("int64") if "trade_id" in trades else np.arange(n)
     out["n_trades"] = trades["n_trades"].to_numpy("int32") if "n_trades" in trades else np.ones(n, np.int32)
     for side in ("side_reported", "side_tick"):

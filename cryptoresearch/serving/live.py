@@ -9,7 +9,6 @@ __all__ = ['logger', 'LATENESS_S', 'Row', 'Gaps', 'LiveStats', 'LivePredictions'
 import logging
 import math
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,19 +36,21 @@ from .predictor import LiveBars, LiveEventBars, mark_gaps, Predictor, read_histo
 logger = logging.getLogger(__name__)
 LATENESS_S = 1.0  # after the end of a bar, without any later trade
 _SAVE_S = 1.0  # between two writes of predictions
-_TOGETHER_S = 0.005  # frames that arrive within this time are taken together
 _WAIT_S = 0.05  # between two looks at the clock
-_HELD_ROWS = 20_000  # trades that wait as tuples
+_HELD_ROWS = 1_000  # trades that wait as tuples; a bar's end has to lay out fewer
 _CATCH_UP_BARS = 10_000  # most bars that are predicted after a restart
 Row = tuple[int, int, float, float, float, int | None, int | None]  # id, µs, price, qty, quote amount, side reported, side by the tick rule
 
 
 def _frame(rows: Sequence[Row]) -> pd.DataFrame:
     "Return trades as bars take them."
-    ids, ts, price, qty, quote, reported, tick = zip(*rows, strict=True)
-    times = pd.DatetimeIndex(np.array(ts, np.int64).view("datetime64[us]")).tz_localize("UTC")
-    sides = {"side_reported": pd.array(reported, "Int8"), "side_tick": pd.array(tick, "Int8")}
-    return pd.DataFrame({"trade_id": ids, "ts": times, "price": price, "qty": qty, "quote_qty": quote, **sides, "n_trades": 1})
+    ids, ts, price, qty, quote, *sides = zip(*rows, strict=True)
+    numbers = {"trade_id": np.array(ids, np.int64), "ts": pd.DatetimeIndex(np.array(ts, np.int64).view("datetime64[us]"), tz="UTC")}
+    numbers |= {"price": np.array(price), "qty": np.array(qty), "quote_qty": np.array(quote)}
+    for name, column in zip(("side_reported", "side_tick"), sides, strict=True):
+        values = np.array([side or 0 for side in column], np.int8)
+        numbers[name] = pd.arrays.IntegerArray(values, values == 0)
+    return pd.DataFrame(numbers | {"n_trades": 1})
 
 # %% ../../nbs/serving/02a_live.ipynb #dec0d673
 class _Tape:
@@ -93,6 +94,7 @@ class _Flow:
         self.runs: dict[str, Run] = {}
         self.newest: int | None = None  # event time, µs
         self.first = 0  # event time of the first trade, µs
+        self.due: int | None = None  # end of the next time bar, µs
         self.has_late = False  # rows of a bar that has ended are waiting
 
     def take(self, rows: list[Row]) -> None:
@@ -123,12 +125,11 @@ class _Clock:
         return -math.inf if self.newest is None else self.newest + max(idle_at - self.heard, 0.0) * 1e6
 
 
-def _until(flow: _Flow, now: float, order_s: float, lateness_s: float | None) -> pd.Timestamp | None:
+def _until(flow: _Flow, now: float, order_s: float, lateness_s: float | None) -> int | None:  # µs
     "Return the time before which no trade is expected any more."
     if flow.newest is None:
         return None
-    until = max(flow.newest - order_s * 1e6, -math.inf if lateness_s is None else now - lateness_s * 1e6)
-    return pd.Timestamp(int(until), unit="us", tz="UTC").as_unit("us")
+    return int(max(flow.newest - order_s * 1e6, -math.inf if lateness_s is None else now - lateness_s * 1e6))
 
 # %% ../../nbs/serving/02a_live.ipynb #e4f05ed8
 Gaps = list[tuple[int, int | None]]  # start and end in µs; the end of a gap that has not ended is None
@@ -151,27 +152,37 @@ def _finished_events(flow: _Flow, gaps: Callable[[str], Gaps]) -> pd.DataFrame:
     return flow.bars.add(trades, _gap_frame([g for g in gaps(flow.symbol) if g[1] is not None], flow.first, None))
 
 # %% ../../nbs/serving/02a_live.ipynb #c349e198
+def _note_due(flow: _Flow) -> None:
+    "Note the end of the next time bar."
+    assert isinstance(flow.bars, LiveBars) and flow.bars.next_open is not None  # noqa: S101
+    flow.due = to_us(flow.bars.next_open + flow.bars.length)
+
+
 def _hold(flow: _Flow) -> None:
     "Hand the waiting rows to the bars."
     assert isinstance(flow.bars, LiveBars)  # noqa: S101
     if flow.rows:
         flow.bars.hold(_frame(flow.rows))
         flow.rows, flow.has_late = [], False
+        _note_due(flow)
 
-
-def _finished(flow: _Flow, until: pd.Timestamp | None, gaps: Callable[[str], Gaps]) -> pd.DataFrame:
+# %% ../../nbs/serving/02a_live.ipynb #c349e199
+def _finished(flow: _Flow, until: int | None, gaps: Callable[[str], Gaps]) -> pd.DataFrame:
     "Build the bars that have ended."
     if isinstance(flow.bars, LiveEventBars):
         return _finished_events(flow, gaps)
     if flow.has_late or len(flow.rows) >= _HELD_ROWS:
         _hold(flow)
-    if until is None or flow.bars.next_open is None or until < flow.bars.next_open + flow.bars.length:
+    if until is None or flow.due is None or until < flow.due:
         return pd.DataFrame()
     _hold(flow)
-    known = _gap_frame(gaps(flow.symbol), flow.first, until)
-    for predictor in flow.predictors.values():
+    end = pd.Timestamp(until, unit="us", tz="UTC").as_unit("us")
+    known = _gap_frame(found, flow.first, end) if (found := gaps(flow.symbol)) else None
+    for predictor in flow.predictors.values() if known is not None else ():
         mark_gaps(predictor, known)
-    return flow.bars.finish(until, known)
+    bars = flow.bars.finish(end, known)
+    _note_due(flow)
+    return bars
 
 # %% ../../nbs/serving/02a_live.ipynb #195876e9
 def _since(con: duckdb.DuckDBPyConnection, run: Run, source: str, session: str, before: pd.Timestamp) -> pd.Timestamp:
@@ -306,7 +317,6 @@ class _Predicting(_Telling):
         with suppress(Empty):
             self._take(self._queue.get(timeout=wait_s))
             came = True
-            time.sleep(_TOGETHER_S)
         self._idle_at = self.feed.idle_at  # before the queue is emptied, so that all frames that were read by then are taken
         with suppress(Empty):
             while True:

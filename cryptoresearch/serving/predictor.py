@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.aggregation import complete_trades, NUMBERS
-from ..data.bars import bar_frame, bar_length, bar_spec, check_bars, check_event_bars, read_bars, source_market, trades_to_bars
+from cryptoresearch.data.bars import (
+    bar_frame, bar_length, bar_spec, BarKind, check_bars, check_event_bars, read_bars, source_market, trades_to_bars, with_kind
+)  # fmt: skip
 from ..data.build_bars import make_bars
 from ..data.event_bars import event_spec, EventFolder, to_event_frame, UNNUMBERED, with_gap_rows
 from ..data.series import to_utc
@@ -86,7 +88,10 @@ def _window(live: _Session, new: pd.DataFrame) -> pd.DataFrame:
     if live.events:
         return with_gap_rows(pd.concat([old.tail(live.warmup - 1), new]) if len(old) else new)
     if len(old):
-        old = old[old.index >= new.index[0] - (live.warmup - 1) * bar_length(config.spec)]
+        length = bar_length(config.spec)
+        old = old[old.index >= new.index[0] - (live.warmup - 1) * length]
+        if len(old) and old.index[-1] + length == new.index[0]:
+            return with_kind(pd.concat([old, new]), BarKind("time", bar_spec(config.spec), config.symbol))
     return bar_frame(pd.concat([old, new]) if len(old) else new, config.spec, config.symbol)
 
 

@@ -178,8 +178,9 @@ def _finished(flow: _Flow, until: int | None, gaps: Callable[[str], Gaps]) -> pd
     _hold(flow)
     end = pd.Timestamp(until, unit="us", tz="UTC").as_unit("us")
     known = _gap_frame(found, flow.first, end) if (found := gaps(flow.symbol)) else None
-    for predictor in flow.predictors.values() if known is not None else ():
-        mark_gaps(predictor, known)
+    for predictor in flow.predictors.values():
+        if known is not None:
+            mark_gaps(predictor, known)
     bars = flow.bars.finish(end, known)
     _note_due(flow)
     return bars

@@ -72,7 +72,7 @@ def test_the_whole_way_twice(tmp_path: Path, command: Command) -> None:
         assert not re.search(r"<(script|link)[^>]+(src|href)=.https?://", html), "the report works without internet"
         assert json.loads((report.folder / "run.json").read_text())["simulated"] is (report == live)
     trials = con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall()
-    for args, code in ((["runs", "delete", reports[1].run_id], 1), (["runs", "delete", reports[1].run_id, "--yes"], 0), (["reproduce", reports[1].run_id], 2)):
+    for args, code in ((["runs", "delete", reports[1].run_id], 1), (["runs", "delete", reports[1].run_id, "--yes"], 0), (["reproduce", reports[1].run_id], 4)):
         done = command(*args, env=env)
         assert done.returncode == code, (args, done.stderr)
     assert con.execute("SELECT run_id, trial, n FROM trials ORDER BY ALL").fetchall() == trials, "what was tried stays counted"

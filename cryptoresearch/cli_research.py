@@ -185,7 +185,7 @@ def tune(
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
 ) -> None:
-    """Search parameters, sample weights and refit period before the test.
+    """Search parameters, weights and refit period before the test.
 
     Start it several times to use more cores, again to continue."""
     from cryptoresearch.data.store import connect

@@ -221,7 +221,7 @@ def test_no_console_turns_words_into_emoji():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console":
                 found.append((path.name, any(k.arg == "emoji" and k.value.value is False for k in node.keywords)))
-    assert len(found) > 4 and all(ok for _, ok in found), found
+    assert len(found) >= 4 and all(ok for _, ok in found), found  # the commands share theirs
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ from sklearn.linear_model import Ridge
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
+from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.demo import SAMPLE
 from cryptoresearch.errors import DataNotFound, SchemaError
 from cryptoresearch.metrics.scores import (
     calibration_table,
@@ -37,7 +40,9 @@ from cryptoresearch.models.linear import HARRidgeModel
 from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
 from cryptoresearch.labels.targets import previous_outcome
 from cryptoresearch.models.splits import overlaps, WalkForward
-from cryptoresearch.runs.walk_forward import sample_weights
+from cryptoresearch.runs.config import RunConfig
+from cryptoresearch.runs.run import fit_last
+from cryptoresearch.runs.walk_forward import prepare, sample_weights, walk_forward
 
 HOUR = pd.Timedelta("1h")
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -493,3 +498,16 @@ def test_bounds_learned_from_few_rows_cover_their_share(k: int) -> None:
     assert abs(np.mean(covered) - 0.9) < 0.012
     with pytest.raises(SchemaError, match="lower the level"):
         quantile_lines(design[:60], y[:60], 0.98)
+
+
+@pytest.mark.parametrize("model", ["ridge", "har_ridge", "har"])
+def test_a_walk_is_the_same_bit_for_bit_on_one_thread_of_linear_algebra_and_on_two(model: str) -> None:
+    bars = bar_frame(pd.read_parquet(SAMPLE), "1h", symbol="BTCUSDT").iloc[:9000]
+    config = RunConfig(target="volatility", horizon=24, model=model, refit_every="60D", test_start=str(bars.index[6000]))
+    made = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            samples = prepare(bars, config)
+            made.append((walk_forward(config, samples, bars.index[6000])[0], fit_last(config, samples, None).model.booster_))
+    pd.testing.assert_frame_equal(made[0][0], made[1][0], check_exact=True)
+    assert json.dumps(made[0][1]) == json.dumps(made[1][1])

@@ -42,7 +42,7 @@ from .identity import canonical, identity, own_features, read_data, run_name, Ru
 from .stored import find_folder, read_info, Record, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from cryptoresearch.runs.walk_forward import (
-    check_length, first_test, fit_all, Fitted, fold_length, known_by, prepare, Progress, Samples, usable_rows, walk_folds,
+    check_length, first_test, fit_all, Fitted, fold_length, known_by, one_blas_thread, prepare, Progress, Samples, usable_rows, walk_folds,
 )  # fmt: skip
 from ..settings import Settings
 
@@ -383,6 +383,7 @@ def find_run(
     return run_id, (runs_folder(settings) / run_id / "run.json").is_file()
 
 
+@one_blas_thread
 def fit_last(
     config: RunConfig,  # of the run
     samples: Samples,  # of `prepare`

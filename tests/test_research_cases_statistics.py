@@ -181,6 +181,18 @@ def test_the_verdict_of_a_volatility_states_its_bias_by_the_loss_that_it_counts(
     assert (scores.loc["model", "mz_p"] < 0.05) == bool(told)
 
 
+def test_the_verdict_leads_with_the_best_baseline_not_with_the_one_that_a_noisy_test_leaves_least_clear() -> None:
+    rng = np.random.default_rng(1)
+    sigma = np.exp(rng.normal(-4, 0.5, 4000))
+    predictions = pd.DataFrame({"y": sigma * np.sqrt(rng.chisquare(3, 4000) / 3), "prediction": sigma})
+    predictions["har"] = sigma * 1.12  # a little worse, always
+    predictions["ewma"] = np.where(rng.random(4000) < 0.01, sigma / 6, sigma * 1.02)  # worse on the whole, by a few rows
+    scores = with_savings(score_table(predictions, "volatility", 1), predictions, "volatility", 1, draws=20)
+    assert scores.loc["har", "saved"] < scores.loc["ewma", "saved"] and binding(scores, "volatility") == "ewma"
+    said = judge(scores, target="volatility").sentence
+    assert f"beat HAR ({scores.loc['har', 'saved']:.1%} of its QLIKE saved" in said and "the best of the baselines, and EWMA (" in said, said
+
+
 @pytest.mark.parametrize(("target", "told"), [("return", "20.0 bp below the forecasts"), ("direction", "5.0% less often than forecast")])
 def test_the_verdict_of_returns_and_events_states_a_bias(target: str, told: str) -> None:
     rng, n = np.random.default_rng(5), 6000

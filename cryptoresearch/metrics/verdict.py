@@ -39,7 +39,7 @@ _SUSPICIOUS = (
 _SKILL = (
     f"better than the baseline by the Diebold-Mariano test, p below {ALPHA}. Returns: squared error, OOS R² above 0, and an IC "
     f"above 0 with p below {ALPHA}, because a forecast that only follows the drift has no skill. Events: the same with the Brier score "
-    "against the base rate of the training. Volatility: QLIKE, against every baseline; the sentence names the hardest to beat. "
+    "against the base rate of the training. Volatility: QLIKE, against every baseline. "
     f"Skill or weak: the sentence also states a bias, p below {ALPHA}"
 )
 _WEAK = (
@@ -210,21 +210,31 @@ def _too_low(scores: pd.DataFrame, unbeaten: Sequence[str]) -> str:
         return ""
     return f"{number(least, '.0%')} of the QLIKE of the best baseline saved, more than the {SUSPICIOUS_SAVED:.0%} of honest forecasts"
 
+# %% ../../nbs/metrics/05_verdict.ipynb #cac5c820
+def _beaten(scores: pd.DataFrame) -> str:
+    "Write the comparison with the best of the baselines and, where that is another, with the one whose test is least clear."
+    base, shares = binding(scores, "volatility"), scores.drop(index="model").get("saved", pd.Series(dtype=float)).dropna()
+    best = str(shares.idxmin()) if len(shares) else base
+    told = {n: f"{_NAMES.get(n, n)} ({_evidence(_against(scores, n), 'volatility')})" for n in (best, base)}
+    if best != base:
+        return f"{told[best]}, the best of the baselines, and {told[base]}, whose test is the least clear"
+    return told[base] + (", the baseline that is hardest to beat" if len(scores) > 2 else "")
+
 # %% ../../nbs/metrics/05_verdict.ipynb #cac5c819
 def _of_volatility(
     scores: pd.DataFrame,  # of score_table
     unbeaten: Sequence[str],  # other baselines that the model does not clearly beat
 ) -> tuple[str, str]:  # level, sentence without its end
-    "Judge forecasts of volatility against every baseline, and name the one that is hardest to beat."
+    "Judge forecasts of volatility against every baseline, and name those that decide."
     base, leak = binding(scores, "volatility"), _too_low(scores, unbeaten)
     if leak:
         return "suspicious", f"Too good to believe: {leak}; check for leakage before anything else"
     row = _against(scores, base)
     beats, fail = _wins(row)
+    if beats and not unbeaten:
+        return "skill", f"Forecasts of volatility beat {_beaten(scores)}"
     hardest = ", the baseline that is hardest to beat" if len(scores) > 2 else ""
     against = f"{_NAMES.get(base, base)} ({_evidence(row, 'volatility')}){hardest}"
-    if beats and not unbeaten:
-        return "skill", f"Forecasts of volatility beat {against}"
     return "none", f"No skill beyond the baselines: forecasts of volatility {'do not clearly beat' if beats else fail} {against}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #4c48a64a

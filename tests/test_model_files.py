@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from cryptoresearch.errors import SchemaError
-from cryptoresearch.models.linear import MODELS
+from cryptoresearch.models.catalogue import MODELS
 
 SMALL = {
     "xgboost": {"n_estimators": 6, "n_threads": 1},
@@ -33,9 +33,8 @@ LOADER = """
 import hashlib, json, os, signal, sys
 from pathlib import Path
 import pandas as pd, skops.io
-import cryptoresearch.models.linear
 from cryptoresearch.errors import CryptoResearchError
-from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.models.catalogue import MODELS
 home = Path(sys.argv[1])
 X = pd.read_parquet(home / "X.parquet")
 for case in sorted((home / "cases").iterdir()):
@@ -213,7 +212,7 @@ def test_coefficients_that_do_not_fit_are_refused(stored, tmp_path):
 REFIT = """
 import hashlib, sys
 import pandas as pd
-from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.models.catalogue import MODELS
 X = pd.read_parquet(sys.argv[1])
 y = X["a"].fillna(0.0) + 0.1 * X["b"].fillna(0.0) ** 2
 for loss, outcome in (("mean", y), ("quantile", y), ("probability", (y > 0).astype(float))):

@@ -34,8 +34,8 @@ from cryptoresearch.metrics.strategy import deflated_sharpe, expected_max_sharpe
 from cryptoresearch.labels.baselines import baselines
 from cryptoresearch.evaluation.scorecard import known_quantiles
 from cryptoresearch.models.boosting import purged_tail, XGBoostModel
+from cryptoresearch.models.catalogue import MODELS
 from cryptoresearch.models.conformal import adaptive_intervals, quantile_lines
-from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.models.linear import HARRidgeModel
 from cryptoresearch.labels.horizon import fixed_horizon, sample_intervals
 from cryptoresearch.labels.targets import previous_outcome

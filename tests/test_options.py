@@ -18,7 +18,7 @@ import cryptoresearch
 from cryptoresearch.runs.config import config_record, RunConfig
 from cryptoresearch.runs.identity import canonical
 from cryptoresearch.errors import ConfigError
-from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.models.catalogue import MODELS
 from cryptoresearch.runs.options import Model, parameters_cell, TEMPLATES
 from cryptoresearch.runs.trials import model_text
 from cryptoresearch.serving.batch import check_parameters, notebook_path

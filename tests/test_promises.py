@@ -23,7 +23,7 @@ from cryptoresearch.features.pipeline import DataProcessing
 from cryptoresearch.features.proof import find_leaks
 from cryptoresearch.features.registry import Feature, REGISTRY
 from cryptoresearch.features.user_modules import import_modules
-from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.models.catalogue import MODELS
 from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.reproduce import reproduce
 from cryptoresearch.runs.run import load_run, train_run

@@ -11,7 +11,7 @@ import pytest
 from cryptoresearch.features.selection import contributions
 from cryptoresearch.models.boosting import TailModel
 from cryptoresearch.models.conformal import Calibrator, conformal_margin
-from cryptoresearch.models.linear import Garch
+from cryptoresearch.models.garch import Garch
 from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.run import train_run
@@ -26,7 +26,7 @@ from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, CryptoResearchError, DataNotFound, InputError
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.labels.targets import as_returns
-from cryptoresearch.models.estimators import MODELS
+from cryptoresearch.models.catalogue import MODELS
 from cryptoresearch.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # small samples

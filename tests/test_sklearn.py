@@ -5,15 +5,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from cryptoresearch.models.catalogue import MODELS
 from cryptoresearch.models.crossval import OnIntervals, PurgedKFold
-from cryptoresearch.models.estimators import MODELS
 from cryptoresearch.models.splits import WalkForward
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, check_cv, cross_val_score
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 from threadpoolctl import threadpool_limits
-
-import cryptoresearch.models.linear  # noqa: F401  (its models join MODELS)
 
 QUICK = {"n_estimators": 15, "learning_rate": 0.5}
 PARAMS = {

@@ -23,7 +23,7 @@ from ..errors import ConfigError, problem
 from ..labels.targets import is_event, make_labels, primary_side
 from ..metrics.scores import auc, finite_pairs, hac_lags, ic, ic_test, long_run_variance, rank_ic, varies
 from ..metrics.verdict import Judgement, number
-from ..models.estimators import MODELS
+from ..models.catalogue import MODELS
 from ..runs.config import RunConfig
 from ..runs.run import refuse_leaks
 from ..runs.walk_forward import first_test, prepare, Samples, walk_forward

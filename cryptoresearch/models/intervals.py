@@ -19,8 +19,8 @@ import pandas as pd
 
 from ..errors import ConfigError, problem, SchemaError
 from .boosting import TailModel
+from .catalogue import MODELS
 from .conformal import adaptive_intervals, conformal_margin, quantile_lines, scores_outside
-from .estimators import MODELS
 from .linear import HARRidgeModel
 
 # %% ../../nbs/models/07_intervals.ipynb #2db78639

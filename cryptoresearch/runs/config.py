@@ -17,15 +17,14 @@ from typing import Any
 
 import pandas as pd
 
-import cryptoresearch.features.pipeline  # registers all features
-import cryptoresearch.models.linear  # noqa: F401  (adds its models to MODELS)
+import cryptoresearch.features.pipeline  # noqa: F401  (registers all features)
 from ..data.bars import bar_length
 from ..data.event_bars import event_spec
 from ..data.series import normal_symbol, to_utc
 from ..errors import ConfigError, problem, SchemaError
 from ..features.registry import Feature, find, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
-from ..models.estimators import MODELS
+from ..models.catalogue import MODELS
 from ..models.intervals import interval_features, interval_params, scaled_params, volatility_features
 from .options import documented, RunOptions
 

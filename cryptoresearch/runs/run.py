@@ -35,7 +35,7 @@ from ..metrics.strategy import on_bars, on_clock, sign_strategy, StrategyResult
 from ..metrics.verdict import binding, deflate, judge, Judgement, with_savings
 from ..models.boosting import TailModel
 from ..models.conformal import Calibrator
-from ..models.estimators import MODELS
+from ..models.catalogue import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
 from .config import by_events, least_length, RunConfig
 from .identity import canonical, identity, own_features, read_data, run_name, RunData, sha256_of

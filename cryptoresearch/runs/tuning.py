@@ -33,7 +33,7 @@ from ..labels.targets import is_event
 from ..metrics.scores import cross_entropy, ic, qlike
 from ..metrics.strategy import on_clock
 from ..models.boosting import Refits, TailModel
-from ..models.linear import EnsembleModel
+from ..models.ensemble import EnsembleModel
 from ..models.splits import known_before, WalkForward
 from .config import by_events, config_from, RunConfig
 from .identity import canonical, identity, read_data, RunData

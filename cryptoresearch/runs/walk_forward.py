@@ -30,7 +30,7 @@ from ..labels.targets import is_event, label_warmup, make_labels, previous_outco
 from ..models.boosting import purged_tail, rate_of_one_class, Refits, TailModel
 from ..models.conformal import Calibrator, out_of_fold
 from ..models.crossval import PurgedKFold
-from ..models.estimators import MODELS
+from ..models.catalogue import MODELS
 from ..models.intervals import adapt, Ends, fit_scaled, QuantileEnds, ScaledEnds, tail_margin
 from ..models.splits import WalkForward
 from .config import by_events, fixed_inputs, RunConfig, volatility_config

@@ -23,7 +23,7 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, SymbolName
-from .cli_research import asked_config, research_app, Symbol, takes
+from .cli_research import asked_config, read_pairs, research_app, Symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
@@ -243,7 +243,7 @@ def ingest(
     from cryptoresearch.ingest.folders import find_files, process_files
     from cryptoresearch.data.store import catalog_file, init_duckdb
 
-    named = dict(pair.split("=", 1) for pair in (columns or "").split(",") if "=" in pair)
+    named = read_pairs(columns.split(","), "--columns Last=price,Size=qty") if columns else {}
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
     catalog = catalog_file(get_settings())

@@ -80,13 +80,15 @@ def report(
     Coverage, gaps, days, sides, candles, refused rows, history."""
     import re
 
+    from cryptoresearch.data.quality import pick_source
     from cryptoresearch.data.series import check_range, normal_symbol
     from cryptoresearch.data.store import connect
     from cryptoresearch.serving.batch import run_notebook
 
     check_range(start, end)
-    connect(read_only=True).close()  # refuses before the notebook starts
     settings, symbol = get_settings(), normal_symbol(symbol)
+    with connect(read_only=True) as con:
+        pick_source(con, symbol, source)  # refuses before the notebook starts
     folder = output or settings.path(settings.runs_dir).parent / "data_reports" / re.sub(r"[^A-Za-z0-9._-]", "-", symbol)
     parameters = {"symbol": symbol, "source": source, "start": start, "end": end}
     paths = run_notebook("research/data_report.ipynb", parameters, folder, settings=settings)

@@ -55,6 +55,7 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
     [
         (["ingest", "no-such-file.csv"], "no-such-file.csv", 4),
         (["ingest", "s3://btc/x.csv"], "MINIO_ENDPOINT", 3),
+        (["ingest", "x.csv", "--columns", "Last=price,Size"], "found 'Size'", 3),
         (["train", "--symbol", "NOSUCH"], "a store at", 4),
         (["train", "--target", "luck"], "target", 2),
         (["train", "--param", "max_depth"], "name=value", 3),

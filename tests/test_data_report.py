@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import Command
+from typer.testing import CliRunner
 
+from cryptoresearch.cli import app
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import DataNotFound
@@ -78,6 +80,19 @@ def test_the_report_in_a_browser(report: Path, page, width: int) -> None:
 def text_figures(report: Path) -> int:
     "Figures of a page."
     return report.read_text(encoding="utf-8").count("Plotly.newPlot(\"figure-")
+
+
+@pytest.mark.parametrize(
+    "args", [("data", "report", "NOSUCH"), ("data", "report", "BTCUSDT", "--source", "finnhub"), ("features", "--symbol", "NOSUCH", "--report")]
+)
+def test_a_report_without_data_leaves_no_folder(store: Settings, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...]) -> None:
+    home = Path(store.runs_dir).parent
+    for name, value in (("CRYPTORESEARCH_HOME", home), ("DUCKDB_PATH", store.duckdb_path), ("RUNS_DIR", store.runs_dir)):
+        monkeypatch.setenv(name, str(value))
+    before = [p for p in sorted(home.rglob("*")) if p.is_dir()]
+    refused = CliRunner().invoke(app, list(args))
+    assert isinstance(refused.exception, DataNotFound), refused
+    assert [p for p in sorted(home.rglob("*")) if p.is_dir()] == before
 
 
 @pytest.mark.slow

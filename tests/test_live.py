@@ -279,6 +279,19 @@ def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, 
         assert reasons == [("price, volume or their product is not below 1e+15, which is beyond any market",)] * 2
 
 
+@pytest.mark.parametrize("number", [2**63, -1])
+def test_a_trade_id_that_no_column_holds_goes_into_quarantine(settings: Settings, number: int) -> None:
+    "No matter which feed passes it: in the journal it would stop this collector and the recovery of the next one."
+    now = datetime.now(UTC)
+    with init_duckdb(settings) as con:
+        collector = Collector([BTC], source="binance", settings=settings, con=con).start()
+        collector.add([Trade(BTC, 100.0, 1.0, now, None, n, 1) for n in (7, number, 8)], now)
+        collector.stop()
+        assert con.execute("SELECT trade_id FROM trades ORDER BY ALL").fetchall() == [(7,), (8,)]
+        (raw, reason) = con.execute("SELECT raw, reason FROM quarantine").fetchone()
+    assert str(number) in raw and "trade id" in reason
+
+
 def test_impossible_trades_of_an_older_version_are_named_and_the_remedy_removes_them(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,66 +12,30 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from importlib.metadata import entry_points
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from pydantic import SecretStr
 
-from ..data.series import EPOCH, normal_symbol
+from ..data.series import EPOCH, impossible, normal_symbol
 from ..errors import ConfigError, problem
 from .feed import Address, address, Feed, FinnhubWebSocket, Protocol
-from .messages import ErrorMessage, impossible, Malformed, Message, Rejected, shorten, Trade, Trades, Unknown
+from .messages import ErrorMessage, FIRST_MS, LAST_MS, Malformed, Message, Rejected, shorten, Trade, Trades, Unknown
 from ..settings import get_settings, Settings
 
-# %% ../../nbs/live/03a_binance.ipynb #17e90b41
-_FIRST_MS, _LAST_MS = 946_684_800_000, 4_102_444_800_000  # 2000 and 2100
-
-
-def _trade(event: Mapping[str, object]) -> Trade:
-    "Read a trade event; raise `ValueError` with the reason if it is not a valid trade."
-    symbol, number, at, maker = (event.get(k) for k in ("s", "t", "T", "m"))
-    if not isinstance(symbol, str) or not symbol:
-        raise ValueError("s is not a symbol")
-    if type(number) is not int or number < 0:
-        raise ValueError("t is not a trade id")
-    if type(at) is not int or not _FIRST_MS <= at < _LAST_MS:
-        raise ValueError("T is not in UNIX milliseconds between 2000 and 2100")
-    if not isinstance(maker, bool):
-        raise ValueError("m is not true or false")
-    price, volume = (float(str(event.get(k))) for k in ("p", "q"))
-    if not (math.isfinite(price) and math.isfinite(volume)):
-        raise ValueError("p or q is not a number")
-    if reason := impossible(price, volume):
-        raise ValueError(reason)
-    return Trade(f"BINANCE:{symbol}", price, volume, EPOCH + timedelta(milliseconds=at), None, number, -1 if maker else 1)
-
-# %% ../../nbs/live/03a_binance.ipynb #22185303
-def _parse_any(text: str | bytes) -> Message:
-    "Parse a frame of any kind, which names what is wrong with it."
-    try:
-        frame = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        return Malformed(shorten(text), f"not JSON ({type(e).__name__})")
-    match frame:
-        case {"data": {"e": "trade"} as event} | ({"e": "trade"} as event):
-            try:
-                return Trades((_trade(event),))
-            except ValueError as e:
-                return Trades((), (), (Rejected(shorten(event), str(e)),))
-        case {"error": {"msg": message}} | {"code": int(), "msg": message}:
-            return ErrorMessage(shorten(message))
-        case {"result": _, "id": _}:
-            return Trades(())
-        case {"data": {"e": str(kind)}} | {"e": str(kind)}:
-            return Unknown(kind, shorten(text))
-    return Malformed(shorten(text), "neither an event nor an answer")
-
 # %% ../../nbs/live/03a_binance.ipynb #5f500002
-class _Event(msgspec.Struct, tag_field="e", tag="trade", rename={"number": "t", "at": "T", "maker": "m", "price": "p", "volume": "q"}):
+_Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Time = Annotated[int, Meta(ge=FIRST_MS, lt=LAST_MS)]  # UNIX milliseconds
+_RENAME = {"symbol": "s", "number": "t", "at": "T", "maker": "m", "price": "p", "volume": "q"}
+
+
+class _Event(msgspec.Struct, tag_field="e", tag="trade", rename=_RENAME):
     "A trade event; the types are those of the protocol."
 
-    s: str  # symbol
-    number: int
-    at: int
+    symbol: Annotated[str, Meta(min_length=1)]
+    number: _Id
+    at: _Time
     maker: bool
     price: str
     volume: str
@@ -85,31 +49,52 @@ class _Frame(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Frame).decode
 
-
+# %% ../../nbs/live/03a_binance.ipynb #17e90b41
 @lru_cache(maxsize=4096)
 def _prefixed(symbol: str) -> str:
     return f"BINANCE:{symbol}"
 
-# %% ../../nbs/live/03a_binance.ipynb #5f500003
-def _typed(text: str | bytes) -> Trades | None:  # None where `_parse_any` must look
-    "Read a trade of a combined stream, with the checks of `_trade`."
-    e = _decode(text).data
+
+def _trades(e: _Event) -> Trades:
+    "Convert an event; raise `ValueError` with the reason if it is not a valid trade."
     price, volume = float(e.price), float(e.volume)
-    if impossible(price, volume) or not e.s or e.number < 0 or not _FIRST_MS <= e.at < _LAST_MS:
-        return None
+    if not (math.isfinite(price) and math.isfinite(volume)):
+        raise ValueError("p or q is not a number")
+    if reason := impossible(price, volume):
+        raise ValueError(reason)
     ts = EPOCH + timedelta(milliseconds=e.at)
-    return Trades((Trade(_prefixed(e.s), price, volume, ts, None, e.number, -1 if e.maker else 1),))
+    return Trades((Trade(_prefixed(e.symbol), price, volume, ts, None, e.number, -1 if e.maker else 1),))
 
+# %% ../../nbs/live/03a_binance.ipynb #22185303
+def _parse_any(text: str | bytes) -> Message:
+    "Parse a frame of any kind, and name what is wrong with it."
+    try:
+        frame = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        return Malformed(shorten(text), f"not JSON ({type(e).__name__})")
+    match frame:
+        case {"data": {"e": "trade"} as event} | ({"e": "trade"} as event):
+            try:
+                return _trades(msgspec.convert(event, _Event))
+            except ValueError as e:
+                return Trades((), (), (Rejected(shorten(event), str(e)),))
+        case {"error": {"msg": message}} | {"code": int(), "msg": message}:
+            return ErrorMessage(shorten(message))
+        case {"result": _, "id": _}:
+            return Trades(())
+        case {"data": {"e": str(kind)}} | {"e": str(kind)}:
+            return Unknown(kind, shorten(text))
+    return Malformed(shorten(text), "neither an event nor an answer")
 
+# %% ../../nbs/live/03a_binance.ipynb #5f500003
 def parse_binance(
     text: str | bytes,  # one text frame as received
 ) -> Message:  # `Malformed` for a frame that cannot be read; answers to requests are frames without trades
     "Parse one frame of Binance's combined streams; never raises."
     try:
-        message = _typed(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        message = None
-    return message or _parse_any(text)
+        return _trades(_decode(text).data)
+    except (ValueError, RecursionError):
+        return _parse_any(text)
 
 # %% ../../nbs/live/03a_binance.ipynb #88067274
 _STREAMS = "wss://stream.binance.com:9443/stream"

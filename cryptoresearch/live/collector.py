@@ -733,6 +733,13 @@ def _arrival(t: Trade) -> Arrival:
     known = (plain_symbol(t.symbol), t.price, t.volume, _us(t.ts))
     return known if t.trade_id is None else (*known, t.trade_id, t.side)
 
+
+def _odd(t: Trade) -> str | None:
+    "Return why the store cannot hold a trade; None where it can."
+    if t.trade_id is not None and not 0 <= t.trade_id < 2**63:
+        return "the trade id is not a whole number of 63 bits"
+    return impossible(t.price, t.volume)
+
 # %% ../../nbs/live/02_collector.ipynb #c200000f
 class _Intake(_Refusing):
     "Take trades."
@@ -746,7 +753,7 @@ class _Intake(_Refusing):
         whole: bool = True,  # False: others of their frame were refused
     ) -> None:
         "Add trades; they are in the journal when this returns."
-        reasons = [impossible(t.price, t.volume) for t in trades]
+        reasons = [_odd(t) for t in trades]
         whole &= not any(reasons)
         if any(reasons):
             self.refuse([(shorten(str(t)), reason) for t, reason in zip(trades, reasons, strict=True) if reason])

@@ -55,6 +55,7 @@ WORDS: dict[str, str] = {
     r"(?:nobody|somebody|whoever)(?:'s)?": "the passive voice, 'the user', 'another process'",
     # figures of speech
     r"st(?:and|ands|ood|anding)(?! (?:for|in for|alone|out|still)\b)(?!-)(?: beside)?": "'is', 'is shown', 'is listed', 'is stored'",
+    r"stand-ins?": "'a local server that speaks the protocol', 'a substitute'",
     "beside": "'next to', 'alongside', 'in addition to'",
     r"(?:is|are|was|were|be|been|being|gets?) told": "'is reported', 'is described'",
     r"(?:tell|tells|told|telling)(?: \w+){0,4} apart": "'distinguish'",

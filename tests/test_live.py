@@ -832,7 +832,7 @@ CHILD = textwrap.dedent(
     """
     import sys, time
     from datetime import UTC, datetime, timedelta
-    from cryptoresearch.live.collector import _Upkeep, Collector, replay_journal, Session
+    from cryptoresearch.live.collector import Collector
     from cryptoresearch.live.messages import Trade
     from cryptoresearch.settings import Settings
     c = Collector(["BTCUSDT"], source="replay", settings=Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1), interval_s=0.02).start()

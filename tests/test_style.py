@@ -52,7 +52,7 @@ def test_first_words(doc: str, kind: str, problem: str | None) -> None:
         "the baseline stands beside it", "two functions are told apart", "one a row", "3,000 trades a second", "ticks a bar", "made again", "built anew",
         "nobody traded", "the bar at hand", "rows behind a gap", "by luck", "a calm day", "the very features", "it goes on", "what came of it",
         "bring trades down to bars", "Of an event the forecast is a probability.", "Rows. Of each feature the rank is shown.", "the run's question",
-        "Would it have paid?", "a wholly covered bar", "whoever reads it",
+        "Would it have paid?", "a wholly covered bar", "whoever reads it", "a stand-in for the server",
     ],
 )  # fmt: skip
 def test_words_found(text: str) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -26,7 +26,7 @@ from ..data.event_bars import UNNUMBERED
 from ..data.series import to_us, to_utc
 from ..data.store import connect, cursor
 from ..errors import ConfigError, CryptoResearchError, FeedError, problem
-from ..live.collector import plain_symbol
+from ..live.collector import plain_symbol, TickRule
 from ..live.feed import Arrived, Feed
 from ..runs.config import by_events
 from ..runs.run import Run
@@ -39,7 +39,8 @@ _SAVE_S = 1.0  # between two writes of predictions
 _WAIT_S = 0.05  # between two looks at the clock
 _HELD_ROWS = 1_000  # trades that wait as tuples; a bar's end has to lay out fewer
 _CATCH_UP_BARS = 10_000  # most bars that are predicted after a restart
-Row = tuple[int, int, float, float, float, int | None, int | None]  # id, µs, price, qty, quote amount, side reported, side by the tick rule
+# id, event time in µs, price, qty, quote amount, side reported and side by the tick rule (1, -1, 0 unknown)
+Row = tuple[int, int, float, float, float, int, int]
 
 
 def _frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -48,39 +49,21 @@ def _frame(rows: Sequence[Row]) -> pd.DataFrame:
     numbers = {"trade_id": np.array(ids, np.int64), "ts": pd.DatetimeIndex(np.array(ts, np.int64).view("datetime64[us]"), tz="UTC")}
     numbers |= {"price": np.array(price), "qty": np.array(qty), "quote_qty": np.array(quote)}
     for name, column in zip(("side_reported", "side_tick"), sides, strict=True):
-        values = np.array([side or 0 for side in column], np.int8)
+        values = np.array(column, np.int8)
         numbers[name] = pd.arrays.IntegerArray(values, values == 0)
     return pd.DataFrame(numbers | {"n_trades": 1})
 
 # %% ../../nbs/serving/02a_live.ipynb #dec0d673
-class _Tape:
-    "Turn the trades of one symbol into rows, as the collector stores them."
-
-    def __init__(self) -> None:
-        self.price: float | None = None
-        self.side: int | None = None  # by the tick rule
-
-    def row(self, number: int, at: int, price: float, volume: float, side: int | None) -> Row:
-        "Return one trade with its side by the tick rule."
-        if self.price is not None and price != self.price:
-            self.side = 1 if price > self.price else -1
-        self.price = price
-        return number, at, price, volume, price * volume, side, self.side
-
-
-class _Tapes(defaultdict[str, _Tape]):
-    "Turn frames into rows by symbol."
-
-    def rows(self, arrived: Arrived) -> dict[str, list[Row]]:
-        "Return the rows of a frame."
-        out, number = dict[str, list[Row]](), arrived.first_id
-        for t in arrived.trades:
-            symbol, given = plain_symbol(t.symbol), t.trade_id
-            out.setdefault(symbol, []).append(
-                self[symbol].row(number if given is None else given, to_us(t.ts), t.price, t.volume, t.side)
-            )
-            number += given is None
-        return out
+def _rows(ticks: defaultdict[str, TickRule], arrived: Arrived) -> dict[str, list[Row]]:  # by symbol
+    "Turn the trades of a read into rows, as the collector stores them."
+    out, number = dict[str, list[Row]](), arrived.first_id
+    for t in arrived.trades:
+        symbol = plain_symbol(t.symbol)
+        own = number if t.trade_id is None else t.trade_id
+        row = own, to_us(t.ts), t.price, t.volume, t.price * t.volume, t.side or 0, ticks[symbol].sign(t.price)
+        out.setdefault(symbol, []).append(row)
+        number += t.trade_id is None
+    return out
 
 # %% ../../nbs/serving/02a_live.ipynb #9df3110b
 class _Flow:
@@ -234,7 +217,7 @@ class _State:
         _check(feed, runs)
         self.feed, self.lateness_s = feed, None if feed.source == "replay" else lateness_s
         self.error: CryptoResearchError | None = None
-        self.flows, self._tapes, self._made = dict[tuple[str, str], _Flow](), _Tapes(_Tape), LiveStats()
+        self.flows, self._ticks, self._made = dict[tuple[str, str], _Flow](), defaultdict[str, TickRule](TickRule), LiveStats()
         self._clock, self._idle_at = _Clock(), 0.0
         self._queue, self._stop, self._callbacks = SimpleQueue[Arrived](), threading.Event(), list[Callable[[pd.DataFrame], object]]()
         self._threads: list[threading.Thread] = []
@@ -266,9 +249,111 @@ def _add_run(flows: dict[tuple[str, str], _Flow], run: Run, source: str) -> None
     if predictor.events:  # event bars start again with each session, because earlier trades were not seen
         flow.predictors[run.id] = predictor
 
+# %% ../../nbs/serving/02a_live.ipynb #ef99b8a1
+def _publish(live: _State, rows: pd.DataFrame) -> None:
+    "Pass predictions to the subscribers, and leave them to the next write."
+    if rows.empty:
+        return
+    live._saving.add(rows)
+    live._made.predictions += len(rows)
+    live._made.lag_s = (rows["made_at"].iloc[-1] - rows["close_ts"].iloc[-1]).total_seconds()
+    for publish in live._callbacks:
+        publish(rows)
+
+
+def _stats(live: _State) -> LiveStats:
+    "Add the counts of the predictors, the bars and the collector to those of `_publish`."
+    skipped: Counter[str] = Counter()
+    for flow in list(live.flows.values()):
+        for predictor in list(flow.predictors.values()):
+            skipped.update(predictor.skipped)
+    collector, late = live.feed.collector, sum(flow.bars.late for flow in live.flows.values())
+    known = [g for s in collector.symbols for g in collector.gaps(s)] if collector is not None else []
+    return replace(live._made, late=late, gaps=sum(end is not None for _, end in known), skipped=dict(skipped))
+
+# %% ../../nbs/serving/02a_live.ipynb #006ceefb
+def _take(live: _State, arrived: Arrived) -> None:
+    "Give the trades of a read to the flows of their symbols."
+    for symbol, rows in _rows(live._ticks, arrived).items():
+        live._clock.take(rows, arrived.clock)
+        for flow in live.flows.values():
+            if flow.symbol == symbol:
+                flow.take(rows)
+
+
+def _receive(live: _State, wait_s: float) -> bool:  # whether anything came
+    "Take the frames that have arrived."
+    came = False
+    with suppress(Empty):
+        _take(live, live._queue.get(timeout=wait_s))
+        came = True
+    live._idle_at = live.feed.idle_at  # before the queue is emptied, so that all frames that were read by then are taken
+    with suppress(Empty):
+        while True:
+            _take(live, live._queue.get_nowait())
+            came = True
+    return came
+
+# %% ../../nbs/serving/02a_live.ipynb #13101f99
+def _advance(live: _State, last: bool) -> None:
+    "Predict the bars that have ended."
+    collector, order_s = live.feed.collector, 0.0 if last else live.feed.protocol.order_s
+    assert collector is not None  # noqa: S101
+    for flow in live.flows.values():
+        if flow.rows and not flow.predictors:
+            _hold(flow)  # the first trade shows where the history ends
+            for run in flow.runs.values():
+                _publish(live, _begin(live._con, flow, run, collector.session.session_id))
+        until = _until(flow, live._clock.now(live._idle_at), order_s, None if last else live.lateness_s)
+        done = _finished(flow, until, collector.gaps)
+        for predictor in flow.predictors.values() if len(done) else ():
+            _publish(live, predictor.update(done))
+
+# %% ../../nbs/serving/02a_live.ipynb #2afb184a
+def _turns(live: _State) -> None:
+    "Receive and predict until the feed is stopped and every frame is taken."
+    while True:
+        last = live._stop.is_set()  # read first, so that the last turn sees every frame
+        came = _receive(live, _WAIT_S)
+        _advance(live, last)
+        if last and not came:
+            return
+
+
+def _work(live: _State) -> None:
+    "Run the predicting thread; an error is raised by `stop` and `join`."
+    try:
+        _turns(live)
+    except CryptoResearchError as e:
+        live.error = e
+    except Exception as e:
+        logger.exception("live predictions ended")
+        found = f"{type(e).__name__}: {e}"
+        live.error = FeedError(problem("predictions until they are stopped", found, "See the log for the trace, then start again"))
+
+# %% ../../nbs/serving/02a_live.ipynb #e81612e4
+def _save(live: _State) -> None:
+    "Run the thread that stores predictions."
+    while not live._stop.wait(_SAVE_S):
+        try:
+            live._saving.save()
+        except CryptoResearchError as e:
+            live.error = live.error or e
+            return
+
+
+def _end(live: _State) -> None:
+    "Let the threads finish what the feed has received, store the rest, and close the store."
+    live._stop.set()
+    for thread in live._threads:
+        thread.join()
+    live._saving.save(last=True)
+    live._saving.con.close()
+    live._con.close()
+
 # %% ../../nbs/serving/02a_live.ipynb #99cbad90
-class _Publishing(_State):
-    "Pass predictions to the subscribers."
+class _Published(_State):
+    "Give access to the predictions and their counts."
 
     def subscribe(
         self,
@@ -280,99 +365,16 @@ class _Publishing(_State):
     @property
     def stats(self) -> LiveStats:  # a copy
         "Return the current counts."
-        skipped: Counter[str] = Counter()
-        for flow in list(self.flows.values()):
-            for predictor in list(flow.predictors.values()):
-                skipped.update(predictor.skipped)
-        collector, late = self.feed.collector, sum(flow.bars.late for flow in self.flows.values())
-        known = [g for s in collector.symbols for g in collector.gaps(s)] if collector is not None else []
-        return LiveStats(self._made.predictions, late, sum(end is not None for _, end in known), dict(skipped), self._made.lag_s)
+        return _stats(self)
 
-# %% ../../nbs/serving/02a_live.ipynb #ef99b8a1
-class _Telling(_Publishing):
-    "Publish predictions and store them behind."
-
-    def _publish(self, rows: pd.DataFrame) -> None:
-        if rows.empty:
-            return
-        self._saving.add(rows)
-        self._made.predictions += len(rows)
-        self._made.lag_s = (rows["made_at"].iloc[-1] - rows["close_ts"].iloc[-1]).total_seconds()
-        for tell in self._callbacks:
-            tell(rows)
-
-# %% ../../nbs/serving/02a_live.ipynb #006ceefb
-class _Predicting(_Telling):
-    "Take frames."
-
-    def _take(self, arrived: Arrived) -> None:
-        for symbol, rows in self._tapes.rows(arrived).items():
-            self._clock.take(rows, arrived.clock)
-            for flow in self.flows.values():
-                if flow.symbol == symbol:
-                    flow.take(rows)
-
-    def _receive(self, wait_s: float) -> bool:  # whether anything came
-        "Take the frames that have arrived."
-        came = False
-        with suppress(Empty):
-            self._take(self._queue.get(timeout=wait_s))
-            came = True
-        self._idle_at = self.feed.idle_at  # before the queue is emptied, so that all frames that were read by then are taken
-        with suppress(Empty):
-            while True:
-                self._take(self._queue.get_nowait())
-                came = True
-        return came
-
-# %% ../../nbs/serving/02a_live.ipynb #13101f99
-class _Advancing(_Predicting):
-    "Predict what has ended."
-
-    def _advance(self, last: bool) -> None:
-        "Predict the bars that have ended."
-        collector, order_s = self.feed.collector, 0.0 if last else self.feed.protocol.order_s
-        assert collector is not None  # noqa: S101
-        for flow in self.flows.values():
-            if flow.rows and not flow.predictors:
-                _hold(flow)  # the first trade tells where the history ends
-                for run in flow.runs.values():
-                    self._publish(_begin(self._con, flow, run, collector.session.session_id))
-            until = _until(flow, self._clock.now(self._idle_at), order_s, None if last else self.lateness_s)
-            done = _finished(flow, until, collector.gaps)
-            for predictor in flow.predictors.values() if len(done) else ():
-                self._publish(predictor.update(done))
-
-# %% ../../nbs/serving/02a_live.ipynb #2afb184a
-class _Working(_Advancing):
-    "Run the threads."
-
-    def _work(self) -> None:
-        try:
-            while True:
-                last = self._stop.is_set()  # read first, so that the last turn sees every frame
-                came = self._receive(_WAIT_S)
-                self._advance(last)
-                if last and not came:
-                    return
-        except CryptoResearchError as e:
-            self.error = e
-        except Exception as e:
-            logger.exception("live predictions ended")
-            found = f"{type(e).__name__}: {e}"
-            self.error = FeedError(problem("predictions until they are stopped", found, "See the log for the trace, then start again"))
-
-    def _save(self) -> None:
-        while not self._stop.wait(_SAVE_S):
-            try:
-                self._saving.save()
-            except CryptoResearchError as e:
-                self.error = self.error or e
-                return
+    @property
+    def stored(self) -> int:  # of this process
+        "Return how many predictions were new in the store."
+        return self._saving.written
 
 # %% ../../nbs/serving/02a_live.ipynb #ea8f7890
-class _Starting(_Working):
-    "Start."
+class _Running(_Published):
+    "Start and stop feed and threads."
 
     def start(self) -> Self:  # itself, predicting
         "Start the feed and predict in the background; return at once."
@@ -381,31 +383,22 @@ class _Starting(_Working):
         own = self.feed.con
         self._con = cursor(own) if own is not None else connect(self.feed.settings)
         self._saving = Saving(cursor(self._con))
-        for work in (self._work, self._save):
-            self._threads.append(threading.Thread(target=work, name=f"live-{work.__name__}", daemon=True))
-            self._threads[-1].start()
+        self._threads = [threading.Thread(target=work, args=[self], name=f"live{work.__name__}", daemon=True) for work in (_work, _save)]
+        for thread in self._threads:
+            thread.start()
         return self
-
-# %% ../../nbs/serving/02a_live.ipynb #e81612e4
-class _Stopping(_Starting):
-    "Stop."
 
     def stop(self) -> None:
         "Stop the feed, predict and store what it has received; raise the error of a background thread, if any."
         try:
             self.feed.stop()
         finally:
-            self._stop.set()
-            for thread in self._threads:
-                thread.join()
-            self._saving.save(last=True)
-            self._saving.con.close()
-            self._con.close()
+            _end(self)
         if self.error is not None:
             raise self.error
 
 # %% ../../nbs/serving/02a_live.ipynb #ff2c6b9b
-class LivePredictions(_Stopping):
+class LivePredictions(_Running):
     "Collect and predict in one process: `with LivePredictions(BinanceWebSocket('BTCUSDT'), [load_run('RUN')]) as live: …`."
 
     def join(
@@ -416,11 +409,6 @@ class LivePredictions(_Stopping):
         if self.error is not None:
             raise self.error
         return self.feed.join(timeout_s)
-
-    @property
-    def stored(self) -> int:  # of this process
-        "Return how many predictions were new in the store."
-        return self._saving.written
 
     def __enter__(self) -> Self:
         return self.start()

@@ -182,23 +182,20 @@ class _Buffered(websocket.WebSocket):
 _WHOLE = (0x80 | websocket.ABNF.OPCODE_TEXT, 0x80 | websocket.ABNF.OPCODE_BINARY)  # first byte of a data frame that is not fragmented
 
 
-class _Cutting(_Buffered):
-    "Cut frames out of what has arrived."
-
-    def cut(self) -> bytes | None:  # None: the library must read the next frame
-        "Return the next data frame, if all of it has arrived and it is neither fragmented, masked nor above 64 KiB."
-        data, begin = self.arrived, self.used + 2
-        if begin > len(data) or data[begin - 2] not in _WHOLE or self.frame_buffer.header or self.frame_buffer.recv_buffer:
-            return None
-        size = data[begin - 1]
-        if size == 126:
-            size, begin = int.from_bytes(data[begin : begin + 2]), begin + 2
-        elif size > 126:
-            return None
-        if begin + size > len(data) or self.cont_frame.recving_frames:
-            return None
-        self.used = begin + size
-        return data[begin : begin + size]
+def _cut(ws: _Buffered) -> bytes | None:  # None: the library must read the next frame
+    "Return the next data frame, if all of it has arrived and it is neither fragmented, masked nor above 64 KiB."
+    data, begin = ws.arrived, ws.used + 2
+    if begin > len(data) or data[begin - 2] not in _WHOLE or ws.frame_buffer.header or ws.frame_buffer.recv_buffer:
+        return None
+    size = data[begin - 1]
+    if size == 126:
+        size, begin = int.from_bytes(data[begin : begin + 2]), begin + 2
+    elif size > 126:
+        return None
+    if begin + size > len(data) or ws.cont_frame.recving_frames:
+        return None
+    ws.used = begin + size
+    return data[begin : begin + size]
 
 # %% ../../nbs/live/03_feed.ipynb #b3000004
 class _Socket:
@@ -211,7 +208,7 @@ class _Socket:
         poll_s: float = 0.25,  # longest wait of one read
     ) -> None:
         self.where, self.connect_timeout_s, self.poll_s = where, connect_timeout_s, poll_s
-        self._ws = _Cutting()
+        self._ws = _Buffered()
         self._lost: ConnectionLost | None = None  # after the frames of the last read
 
     def close(self) -> None:
@@ -267,7 +264,7 @@ class _Reading(_Handshake):
         "Wait for a frame, and take all others that have arrived."
         ws, ws.waits = self._ws, True
         while ws.waits or ws.used < len(ws.arrived):
-            data, opcode = ws.cut(), websocket.ABNF.OPCODE_TEXT
+            data, opcode = _cut(ws), websocket.ABNF.OPCODE_TEXT
             if data is None:
                 opcode, data = ws.recv_data(control_frame=True)
             if opcode == websocket.ABNF.OPCODE_CLOSE:
@@ -486,13 +483,13 @@ def _unusable(feed: _Feed, trades: Sequence[Trade], latest: datetime) -> list[Re
 
 
 def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
-    "Send rejected items to quarantine, and say whether any may have been a trade of the feed's symbols."
+    "Send rejected items to quarantine; `trades`: any of them may have been a trade of the feed's symbols."
     if items and feed.collector is not None:
         feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items], trades)
 
 
 def _refuse_unusable(feed: _Feed, message: Trades, latest: datetime) -> bool:
-    "Send what is unusable in a frame to quarantine; tell whether any may have been a trade of the feed's symbols."
+    "Send what is unusable in a frame to quarantine; return whether any may have been a trade of the feed's symbols."
     odd = _unusable(feed, message.trades, latest)
     torn = [*message.rejected, *(r for r in odd if r.reason != _FOREIGN)]
     _refuse(feed, [r for r in odd if r.reason == _FOREIGN], trades=False)
@@ -502,7 +499,7 @@ def _refuse_unusable(feed: _Feed, message: Trades, latest: datetime) -> bool:
 
 # %% ../../nbs/live/03_feed.ipynb #64c4fb09
 class _Batch:
-    "Gather the trades of frames that were read together."
+    "Gather the trades of frames that were read together, until something between them ends the coverage."
 
     def __init__(self, feed: _Feed, at: datetime, clock: float) -> None:
         self.feed, self.at, self.clock = feed, at, clock
@@ -521,46 +518,35 @@ class _Batch:
             feed.collector.add(trades, self.at, whole=whole)
         if feed.on_trades is not None:
             feed.on_trades(trades)
-        for tell in feed._subscribers:
-            tell(Arrived(trades, first_id, self.clock))
+        for publish in feed._subscribers:
+            publish(Arrived(trades, first_id, self.clock))
 
 # %% ../../nbs/live/03_feed.ipynb #9fa1b473
-class _Sorted(_Batch):
-    "Sort the contents of frames; what ends the coverage comes after the trades before it."
-
-    def refuse(self, items: list[Rejected], trades: bool = True) -> None:
-        "Send rejected items to quarantine."
-        self.pass_on()
-        _refuse(self.feed, items, trades)
-
-    def note_missing(self, trades: Sequence[Trade]) -> None:
-        "Count missing ids, which end the coverage of their symbol."
-        feed = self.feed
-        for trade in trades if feed.protocol.ids else ():
-            if missing := feed._sequence.take(trade):
-                self.pass_on()
-                feed._stats.missing += missing
-                if feed.collector is not None:
-                    feed.collector.lost(trade.symbol)
+def _note_missing(batch: _Batch, trades: Sequence[Trade]) -> None:
+    "Count missing ids, which end the coverage of their symbol."
+    feed = batch.feed
+    for trade in trades if feed.protocol.ids else ():
+        if missing := feed._sequence.take(trade):
+            batch.pass_on()
+            feed._stats.missing += missing
+            if feed.collector is not None:
+                feed.collector.lost(trade.symbol)
 
 # %% ../../nbs/live/03_feed.ipynb #5f400005
-class _Gathering(_Sorted):
-    "Take frames of trades."
-
-    def gather(self, message: Trades) -> None:
-        "Keep the usable trades of a frame, and send its other items to quarantine."
-        feed, latest, torn = self.feed, self.at + self.feed.future, False
-        trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed._known]
-        if message.rejected or len(trades) < len(message.trades):
-            self.pass_on()
-            torn = _refuse_unusable(feed, message, latest)
-        if message.quotes:
-            feed._stats.quotes += len(message.quotes)
-            feed._stats.last_seen |= dict.fromkeys(message.quotes, self.at)
-        self.note_missing(trades)
-        self.trades += trades
-        if torn:
-            self.pass_on(whole=False)
+def _gather(batch: _Batch, message: Trades) -> None:
+    "Keep the usable trades of a frame, and send its other items to quarantine."
+    feed, latest, torn = batch.feed, batch.at + batch.feed.future, False
+    trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed._known]
+    if message.rejected or len(trades) < len(message.trades):
+        batch.pass_on()
+        torn = _refuse_unusable(feed, message, latest)
+    if message.quotes:
+        feed._stats.quotes += len(message.quotes)
+        feed._stats.last_seen |= dict.fromkeys(message.quotes, batch.at)
+    _note_missing(batch, trades)
+    batch.trades += trades
+    if torn:
+        batch.pass_on(whole=False)
 
 # %% ../../nbs/live/03_feed.ipynb #6ee50e53
 _FRAMES = 10_000  # that are remembered, across reconnects
@@ -581,152 +567,147 @@ def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], at: datetime
     return False
 
 # %% ../../nbs/live/03_feed.ipynb #3324e0bb
-class _Taking(_Gathering):
-    "Take frames of any kind."
-
-    def take(self, data: bytes) -> None:
-        "Count one frame and gather its trades."
-        feed, stats = self.feed, self.feed._stats
-        match feed.protocol.parse(data):
-            case Trades(trades) if trades and _is_repeated(feed, data, trades, self.at):
-                stats.repeated += 1
-                if feed.collector is not None:
-                    feed.collector.note_repeated(trades)
-            case Trades() as message:
-                self.gather(message)
-            case Ping():
-                stats.pings += 1
-            case ErrorMessage(text):
-                stats.server_errors, stats.last_problem = stats.server_errors + 1, feed.address.hide(text)
-                logger.warning("the server reports: %s", stats.last_problem)
-            case Unknown(kind, raw):
-                stats.malformed += 1
-                self.refuse([Rejected(raw, f"unknown type {kind}")], trades=False)
-            case Malformed(raw, reason):
-                stats.malformed += 1
-                self.refuse([Rejected(raw, reason)])
+def _take_odd(batch: _Batch, message: Message) -> None:
+    "Count a frame that has no trades."
+    feed, stats = batch.feed, batch.feed._stats
+    match message:
+        case Ping():
+            stats.pings += 1
+        case ErrorMessage(text):
+            stats.server_errors, stats.last_problem = stats.server_errors + 1, feed.address.hide(text)
+            logger.warning("the server reports: %s", stats.last_problem)
+        case Unknown(kind, raw):
+            stats.malformed += 1
+            batch.pass_on()
+            _refuse(feed, [Rejected(raw, f"unknown type {kind}")], trades=False)
+        case Malformed(raw, reason):
+            stats.malformed += 1
+            batch.pass_on()
+            _refuse(feed, [Rejected(raw, reason)])
 
 # %% ../../nbs/live/03_feed.ipynb #5f400006
+def _take_frame(batch: _Batch, data: bytes) -> None:
+    "Count one frame, and gather its trades unless they were delivered before."
+    feed = batch.feed
+    match feed.protocol.parse(data):
+        case Trades(trades) if trades and _is_repeated(feed, data, trades, batch.at):
+            feed._stats.repeated += 1
+            if feed.collector is not None:
+                feed.collector.note_repeated(trades)
+        case Trades() as message:
+            _gather(batch, message)
+        case message:
+            _take_odd(batch, message)
+
+
 def _take(feed: _Feed, frames: Sequence[bytes], clock: float) -> None:
     "Take the frames of one read; trades of frames that follow each other are passed on together."
-    batch = _Taking(feed, datetime.now(UTC), clock)
+    batch = _Batch(feed, datetime.now(UTC), clock)
     feed._stats.last_message_at = batch.at
     for data in frames:
-        batch.take(data)
+        _take_frame(batch, data)
     batch.pass_on()
     feed._stats.frames += len(frames)
 
 # %% ../../nbs/live/03_feed.ipynb #b3000009
-class _Opened:
-    "Hold the feed of a reader."
-
-    def __init__(self, feed: _Feed) -> None:
-        self.feed = feed
-
-    def opened(self) -> None:
-        "Count a connection."
-        stats = self.feed._stats
-        stats.connections, stats.reconnects, stats.state = stats.connections + 1, stats.connections, "connected"
-        logger.info("connected to %s", self.feed.address.shown)
+def _note_opened(feed: _Feed) -> None:
+    "Count a connection."
+    stats = feed._stats
+    stats.connections, stats.reconnects, stats.state = stats.connections + 1, stats.connections, "connected"
+    logger.info("connected to %s", feed.address.shown)
 
 # %% ../../nbs/live/03_feed.ipynb #49b57821
-class _Listening(_Opened):
-    "Read frames from one connection."
-
-    def listen(self, connection: Connection) -> None:
-        "Read frames until the feed is stopped; raise `ConnectionLost` if nothing arrives for `silence_s`."
-        feed, heard, asked = self.feed, time.monotonic(), 0.0
-        while not feed._stop.is_set():
-            if feed.collector is not None and feed.collector.error is not None:
-                raise feed.collector.error
-            frames, now = connection.receive(), time.monotonic()
-            feed.idle_at = feed.idle_at if frames else now
-            if frames:
-                heard = now
-                _take(feed, frames, now)
-            elif now - heard > feed.silence_s:
-                raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
-            elif feed.protocol.heartbeat and now - max(heard, asked) > feed.silence_s / 3:
-                connection.send(feed.protocol.heartbeat)
-                asked = now
+def _listen(feed: _Feed, connection: Connection) -> None:
+    "Read frames until the feed is stopped; raise `ConnectionLost` if nothing arrives for `silence_s`."
+    heard, asked = time.monotonic(), 0.0
+    while not feed._stop.is_set():
+        if feed.collector is not None and feed.collector.error is not None:
+            raise feed.collector.error
+        frames, now = connection.receive(), time.monotonic()
+        feed.idle_at = feed.idle_at if frames else now
+        if frames:
+            heard = now
+            _take(feed, frames, now)
+        elif now - heard > feed.silence_s:
+            raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
+        elif feed.protocol.heartbeat and now - max(heard, asked) > feed.silence_s / 3:
+            connection.send(feed.protocol.heartbeat)
+            asked = now
 
 # %% ../../nbs/live/03_feed.ipynb #b300000a
-class _Connecting(_Listening):
-    "Open a connection, and wait before the next one."
-
-    def read(self) -> None:
-        "Run one connection from its opening to its end; it is closed before this returns."
-        feed = self.feed
-        feed._stats.state = "connecting"
-        connection = feed._connection = Connection(feed.address, feed.connect_timeout_s)
-        if feed._stop.is_set():
-            return
-        try:
-            connection.open()
-            for number, message in enumerate(feed.protocol.subscribe(feed.symbols)):
-                feed._stop.wait(feed.protocol.message_gap_s if number else 0)
-                connection.send(message)
-            self.opened()
-            self.listen(connection)
-        finally:
-            connection.close()
-            if feed.collector is not None:
-                feed.collector.lost()
+def _connect(feed: _Feed) -> None:
+    "Run one connection from its opening to its end; it is closed before this returns."
+    feed._stats.state = "connecting"
+    connection = feed._connection = Connection(feed.address, feed.connect_timeout_s)
+    if feed._stop.is_set():
+        return
+    try:
+        connection.open()
+        for number, message in enumerate(feed.protocol.subscribe(feed.symbols)):
+            feed._stop.wait(feed.protocol.message_gap_s if number else 0)
+            connection.send(message)
+        _note_opened(feed)
+        _listen(feed, connection)
+    finally:
+        connection.close()
+        if feed.collector is not None:
+            feed.collector.lost()
 
 # %% ../../nbs/live/03_feed.ipynb #b300000b
-class _Ending(_Connecting):
-    "Wait for the next try, or end the feed."
+_STABLE_S = 10.0  # a connection that lasted so long resets the count of failures
 
-    def wait(self, lost: ConnectionLost, attempt: int) -> None:
-        "Wait before the next connection."
-        feed = self.feed
-        if feed._stop.is_set():
-            return
-        pause = max(backoff_s(attempt, feed.retry_base_s, feed.retry_cap_s), lost.retry_after_s)
-        feed._stats.state, feed._stats.last_problem = "waiting", str(lost)
-        logger.warning("%s lost (%s); next try in %.1f s", feed.address.shown, lost, pause)
-        feed._stop.wait(pause)
 
-    def fail(self, error: CryptoResearchError) -> None:
-        "Record the error that ends the feed."
-        self.feed.error, self.feed._stats.state, self.feed._stats.last_problem = error, "failed", str(error)
-        logger.error("%s", error)
+def _wait(feed: _Feed, lost: ConnectionLost, attempt: int) -> None:
+    "Wait before the next connection."
+    if feed._stop.is_set():
+        return
+    pause = max(backoff_s(attempt, feed.retry_base_s, feed.retry_cap_s), lost.retry_after_s)
+    feed._stats.state, feed._stats.last_problem = "waiting", str(lost)
+    logger.warning("%s lost (%s); next try in %.1f s", feed.address.shown, lost, pause)
+    feed._stop.wait(pause)
 
-    def finish(self) -> None:
-        "Store the waiting trades."
+
+def _reconnect(feed: _Feed) -> None:
+    "Open one connection after another until the feed is stopped; `FeedError` if another cannot help."
+    attempt = 0
+    while not feed._stop.is_set():
+        began = time.monotonic()
         try:
-            if self.feed.collector is not None:
-                self.feed.collector.stop("stopped" if self.feed.error is None else "failed")
-        except CryptoResearchError as e:
-            if self.feed.error is None:
-                self.fail(e)
+            _connect(feed)
+        except ConnectionLost as lost:
+            attempt = 0 if time.monotonic() - began >= _STABLE_S else attempt
+            _wait(feed, lost, attempt)
+            attempt += 1
+
+# %% ../../nbs/live/03_feed.ipynb #0000002d2
+def _fail(feed: _Feed, error: CryptoResearchError) -> None:
+    "Record the error that ends the feed."
+    feed.error, feed._stats.state, feed._stats.last_problem = error, "failed", str(error)
+    logger.error("%s", error)
+
+
+def _finish(feed: _Feed) -> None:
+    "Store the waiting trades."
+    try:
+        if feed.collector is not None:
+            feed.collector.stop("stopped" if feed.error is None else "failed")
+    except CryptoResearchError as e:
+        if feed.error is None:
+            _fail(feed, e)
 
 # %% ../../nbs/live/03_feed.ipynb #0000002d
-class _Reader(_Ending):
-    "Run the background half of a feed."
-
-    stable_s = 10.0  # a connection that lasted so long resets the count of failures
-
-    def run(self) -> None:
-        "Connect repeatedly until stopped or refused, then store the waiting trades."
-        feed, attempt = self.feed, 0
-        try:
-            while not feed._stop.is_set():
-                began = time.monotonic()
-                try:
-                    self.read()
-                except ConnectionLost as lost:
-                    attempt = 0 if time.monotonic() - began >= self.stable_s else attempt
-                    self.wait(lost, attempt)
-                    attempt += 1
-        except CryptoResearchError as e:
-            self.fail(e)
-        except Exception as e:
-            found = f"{type(e).__name__}: {feed.address.hide(e)}"
-            self.fail(FeedError(problem("a feed that runs until it is stopped", found, "See the log for the trace, then start again")))
-            logger.error("feed ended: %s", feed.address.hide(e), exc_info=not feed.address.secrets)
-        finally:
-            self.finish()
+def _run(feed: _Feed) -> None:
+    "Run the background half of a feed: connect until stopped or refused, then store the waiting trades."
+    try:
+        _reconnect(feed)
+    except CryptoResearchError as e:
+        _fail(feed, e)
+    except Exception as e:
+        found = f"{type(e).__name__}: {feed.address.hide(e)}"
+        _fail(feed, FeedError(problem("a feed that runs until it is stopped", found, "See the log for the trace, then start again")))
+        logger.error("feed ended: %s", feed.address.hide(e), exc_info=not feed.address.secrets)
+    finally:
+        _finish(feed)
 
 # %% ../../nbs/live/03_feed.ipynb #b300000e
 def _end_thread(feed: _Feed, timeout_s: float) -> None:
@@ -779,7 +760,7 @@ class _Startable(_Stoppable):
             self.collector = Collector(
                 self.symbols, source=self.source, url=self.address.shown, settings=self.settings, con=self.con
             ).start()
-        self._thread = threading.Thread(target=_Reader(self).run, name=f"{self.protocol.source}-feed", daemon=True)
+        self._thread = threading.Thread(target=_run, args=[self], name=f"{self.protocol.source}-feed", daemon=True)
         self._thread.start()
         atexit.register(self._quietly_stop)
         return self

@@ -21,6 +21,7 @@ from websockets.sync.server import serve, ServerConnection
 
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.errors import ConfigError, StoreBusy
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.live.binance import BinanceWebSocket
 from cryptoresearch.runs.config import RunConfig
@@ -201,3 +202,30 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
     assert re.match(r"BTCUSDT 1s 2024-08-08 23:5\d:\d\d \S+ volatility: \S+ \[\S+, \S+\]", first), first + err
     assert process.returncode == 0, err
     assert re.search(rf"{d - a:,} trades received, [1-9]\d* predictions stored", out), out[-300:]
+
+
+def test_a_start_that_fails_stops_the_feed(settings: Settings, run: Run, frames: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise StoreBusy("another writer")
+
+    monkeypatch.setattr("cryptoresearch.serving.live.connect", broken)
+    with binance(frames[:10]) as (url, _):
+        feed = BinanceWebSocket("BTCUSDT", url=url, source="binance", settings=settings)
+        live = LivePredictions(feed, [run])
+        with pytest.raises(StoreBusy, match="another writer"):
+            live.start()
+        assert feed.stats.state == "stopped" and feed.join(0)
+        live.stop()
+
+
+def test_start_and_stop_may_be_called_again(settings: Settings, run: Run, frames: list[str]) -> None:
+    with binance(frames[:10]) as (url, _):
+        feed = BinanceWebSocket("BTCUSDT", url=url, source="binance", settings=settings)
+        live = LivePredictions(feed, [run])
+        live.stop()
+        assert live.stored == 0
+        with live.start() as same:
+            assert same is live and feed._subscribers.count(live._queue.put) == 1  # no trade arrives twice
+        live.stop()
+        with pytest.raises(ConfigError, match="a second start"):
+            live.start()

@@ -343,13 +343,37 @@ def _save(live: _State) -> None:
 
 
 def _end(live: _State) -> None:
-    "Let the threads finish what the feed has received, store the rest, and close the store."
+    "Let the threads finish what the feed has received, store the rest, and close the store; without a start, do nothing."
+    if not live._threads:
+        return
     live._stop.set()
     for thread in live._threads:
         thread.join()
     live._saving.save(last=True)
     live._saving.con.close()
     live._con.close()
+
+# %% ../../nbs/serving/02a_live.ipynb #e81612e5
+def _open(live: _State) -> None:
+    "Open the store twice: for the thread that predicts and for the one that writes."
+    own = live.feed.con
+    live._con = cursor(own) if own is not None else connect(live.feed.settings)
+    live._saving = Saving(cursor(live._con))
+
+
+def _start(live: _State) -> None:
+    "Start the feed, which creates a store where there is none, and the threads; stop the feed again if the store does not open."
+    live.feed.subscribe(live._queue.put)
+    live.feed.start()
+    try:
+        _open(live)
+    except BaseException:
+        with suppress(CryptoResearchError):  # of the feed; the first error is more important
+            live.feed.stop()
+        raise
+    live._threads = [threading.Thread(target=work, args=[live], name=f"live{work.__name__}", daemon=True) for work in (_work, _save)]
+    for thread in live._threads:
+        thread.start()
 
 # %% ../../nbs/serving/02a_live.ipynb #99cbad90
 class _Published(_State):
@@ -370,22 +394,18 @@ class _Published(_State):
     @property
     def stored(self) -> int:  # of this process
         "Return how many predictions were new in the store."
-        return self._saving.written
+        return self._saving.written if self._threads else 0
 
 # %% ../../nbs/serving/02a_live.ipynb #ea8f7890
 class _Running(_Published):
     "Start and stop feed and threads."
 
     def start(self) -> Self:  # itself, predicting
-        "Start the feed and predict in the background; return at once."
-        self.feed.subscribe(self._queue.put)
-        self.feed.start()
-        own = self.feed.con
-        self._con = cursor(own) if own is not None else connect(self.feed.settings)
-        self._saving = Saving(cursor(self._con))
-        self._threads = [threading.Thread(target=work, args=[self], name=f"live{work.__name__}", daemon=True) for work in (_work, _save)]
-        for thread in self._threads:
-            thread.start()
+        "Start the feed and predict in the background; return at once. A second start does nothing, and after `stop` it is an error."
+        if not self._threads:
+            _start(self)
+        elif self._stop.is_set():
+            raise ConfigError(problem("predictions that were not stopped", "a second start", "Make another LivePredictions of a new feed"))
         return self
 
     def stop(self) -> None:

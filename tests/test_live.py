@@ -45,7 +45,7 @@ from cryptoresearch.errors import ConfigError, CryptoResearchError, DataNotFound
 from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.binance import BinanceWebSocket
-from cryptoresearch.live.collector import _Upkeep, Collector, replay_journal, Session
+from cryptoresearch.live.collector import _Upkeep, Collector, Journal, replay_journal, Session
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
@@ -1023,3 +1023,45 @@ def test_the_readme_streams_the_symbol_that_its_replay_plays(settings: Settings,
     server = ReplayServer(real.head(500), played, speed=math.inf)
     with server, FinnhubWebSocket((f"BINANCE:{streamed}",), url=server.url, settings=settings) as feed:
         wait_for(lambda: server.done.is_set() and feed.stats.trades == 500, 30)
+
+
+@pytest.fixture
+def turning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Journal, Session]:
+    "A journal that begins a new file at each call of `turn`; its current file has events that are not flushed."
+    monkeypatch.setattr(Journal, "limit_bytes", 0)
+    session = Session("demo", "replay", "", ["A"], 0, 0)
+    journal = Journal(tmp_path, session)
+    journal.append({"e": "refused", "d": [["x" * 1000, "not JSON"]]})
+    return journal, session
+
+
+def test_a_journal_file_that_begins_during_a_flush_is_flushed_later(
+    turning: tuple[Journal, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (journal, session), flushed, real = turning, list[int](), os.fsync
+
+    def fsync(number: int) -> None:
+        if not flushed:  # while the operating system flushes, another thread begins a new file
+            journal.turn(session)
+        real(number)
+        flushed.append(os.fstat(number).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.sync()
+    journal.append({"e": "lost"})
+    journal.sync()
+    assert journal.path.stat().st_ino in flushed
+    journal.end()
+
+
+def test_a_journal_is_flushed_while_a_new_file_begins(turning: tuple[Journal, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    (journal, session), real = turning, Path.open
+
+    def open_file(path: Path, *args: Any, **kw: Any) -> Any:
+        journal.sync()  # as the flushing thread, which had its turn
+        return real(path, *args, **kw)
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "open", open_file)
+        journal.turn(session)
+    journal.end()

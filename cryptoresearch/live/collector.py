@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, UTC
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote, unquote
 
 import duckdb
@@ -322,29 +322,14 @@ def replay_journal(
     return session
 
 # %% ../../nbs/live/02_collector.ipynb #c2000004
-class _JournalFile:
-    "Append events to a file, one JSON document per line."
+class _Part:
+    "Append events to one file, one JSON document per line."
 
-    def __init__(self, folder: Path, session_id: str) -> None:
-        self.folder, self.session_id, self.number, self.size = folder, session_id, 0, 0
-        self.file: BinaryIO
-        self.synced = 0  # size of the current file that is known to be on disk
-        self.retired = list[BinaryIO]()  # earlier files, to be flushed and closed
-        self._syncing = threading.Lock()
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.open("wb", buffering=0)
+        self.size = self.synced = 0  # bytes given to the operating system, and of these known to be on disk
 
-    @property
-    def path(self) -> Path:  # FOLDER/SESSION.NUMBER.jsonl
-        "Return the current file."
-        return self.folder / f"{self.session_id}.{self.number:06d}.jsonl"
-
-# %% ../../nbs/live/02_collector.ipynb #5e600012
-class _Appending(_JournalFile):
-    "Write events."
-
-    def append(
-        self,
-        event: Event,  # what is about to be applied to the session
-    ) -> None:
+    def append(self, event: Event) -> None:
         "Hand one line to the operating system."
         line = orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
         view = memoryview(line)
@@ -352,63 +337,81 @@ class _Appending(_JournalFile):
             view = view[self.file.write(view) or 0 :]
         self.size += len(line)
 
-# %% ../../nbs/live/02_collector.ipynb #c2000006
-class _Checkpoint(_Appending):
-    "Begin a journal file with the state of the session, and flush it."
-
-    def begin(
-        self,
-        session: Session,  # its current state
-    ) -> None:
-        "Begin a file with the state that a recovery needs."
-        self.file, self.size, self.synced = self.path.open("wb", buffering=0), 0, 0
-        self.append(_header(session))
-
     def sync(self) -> None:
-        "Flush what was written to disk; callable from any thread while others append."
-        with self._syncing:
-            while self.retired:
-                with self.retired.pop() as file:
-                    os.fsync(file.fileno())
-            if (size := self.size) > self.synced:
-                os.fsync(self.file.fileno())
-                self.synced = size
+        "Flush to disk what was appended before."
+        if (size := self.size) > self.synced:
+            os.fsync(self.file.fileno())
+            self.synced = size
 
-# %% ../../nbs/live/02_collector.ipynb #0cffdb5b
-class _Turning(_Checkpoint):
-    "Begin a new file when the current one is large."
-
-    limit_bytes = 16_000_000  # size at which a new file begins
+# %% ../../nbs/live/02_collector.ipynb #5e600012
+class _JournalState:
+    "Hold the files of a journal; events go to the last one."
 
     def __init__(
         self,
         folder: Path,  # of all journals of the store
         session: Session,  # whose events are recorded
     ) -> None:
-        super().__init__(folder, session.session_id)
-        self.begin(session)
+        self.folder, self.number = folder, 0
+        self.part = _begin_part(folder, session, 0)
+        self.retired = list[_Part]()  # earlier files, to be flushed and closed
+        self._syncing = threading.Lock()
+
+    @property
+    def path(self) -> Path:  # FOLDER/SESSION.NUMBER.jsonl
+        "Return the current file."
+        return self.part.path
+
+
+def _begin_part(folder: Path, session: Session, number: int) -> _Part:
+    "Begin a file with the state that a recovery needs."
+    part = _Part(folder / f"{session.session_id}.{number:06d}.jsonl")
+    part.append(_header(session))
+    return part
+
+# %% ../../nbs/live/02_collector.ipynb #5e600016
+class _Turning(_JournalState):
+    "Write events, and begin a new file when the current one is large."
+
+    limit_bytes = 16_000_000  # size at which a new file begins
+
+    def append(
+        self,
+        event: Event,  # what is about to be applied to the session
+    ) -> None:
+        "Hand an event to the operating system."
+        self.part.append(event)
 
     def turn(
         self,
         session: Session,  # its current state
     ) -> Path | None:  # the old file, to be removed once its rows are committed
         "Begin a new file if the current one exceeds the limit."
-        if self.size < self.limit_bytes:
+        old = self.part
+        if old.size < self.limit_bytes:
             return None
-        old = self.path
-        self.retired.append(self.file)
         self.number += 1
-        self.begin(session)
-        return old
+        self.part = _begin_part(self.folder, session, self.number)
+        self.retired.append(old)  # last: from here on it may be closed
+        return old.path
 
-# %% ../../nbs/live/02_collector.ipynb #5e600016
+# %% ../../nbs/live/02_collector.ipynb #5e600018
 class Journal(_Turning):
     "Record each event on disk before it is applied."
+
+    def sync(self) -> None:
+        "Flush what was written to disk; callable from any thread while others append."
+        with self._syncing:
+            while self.retired:
+                old = self.retired.pop()
+                old.sync()
+                old.file.close()
+            self.part.sync()
 
     def end(self) -> None:
         "Remove the current file, whose rows are committed."
         self.sync()
-        self.file.close()
+        self.part.file.close()
         self.path.unlink()
 
 # %% ../../nbs/live/02_collector.ipynb #e8fce4f1

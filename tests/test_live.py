@@ -1025,6 +1025,17 @@ def test_the_readme_streams_the_symbol_that_its_replay_plays(settings: Settings,
         wait_for(lambda: server.done.is_set() and feed.stats.trades == 500, 30)
 
 
+def test_a_second_start_changes_nothing_and_a_stopped_collector_is_not_started(settings: Settings) -> None:
+    one = Collector(["BTCUSDT"], source="replay", settings=settings).start()
+    session = one.session
+    assert one.start().session is session
+    with pytest.raises(FeedError, match="Stop the other one"):  # the locks are still held
+        Collector(["BTCUSDT"], source="replay", settings=settings).start()
+    one.stop()
+    with pytest.raises(FeedError, match="not stopped"):
+        one.start()
+
+
 @pytest.fixture
 def turning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Journal, Session]:
     "A journal that begins a new file at each call of `turn`; its current file has events that are not flushed."

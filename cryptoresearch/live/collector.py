@@ -857,16 +857,24 @@ def _work(collector: _Committing) -> None:
     finally:
         _release(collector)
 
+
+def _start_threads(collector: _Committing) -> None:
+    "Start the threads that commit and flush."
+    for name, work in (("collector", _work), ("collector-journal", _sync)):
+        collector._threads.append(threading.Thread(target=work, args=[collector], name=name, daemon=True))
+        collector._threads[-1].start()
+
 # %% ../../nbs/live/02_collector.ipynb #a6768d65
 class Collector(_Committing):
     "Store live trades exactly once: `Collector(['BTCUSDT']).start()`, then `add`, `lost`, `refuse`, and `stop`."
 
     def start(self) -> Self:  # itself, collecting
-        "Open the store, recover what a killed collector left, and begin a session."
-        _open(self)
-        for name, work in (("collector", _work), ("collector-journal", _sync)):
-            self._threads.append(threading.Thread(target=work, args=[self], name=name, daemon=True))
-            self._threads[-1].start()
+        "Open the store, recover what a killed collector left, and begin a session; a second start does nothing."
+        if self._stopping.is_set():
+            raise FeedError(problem("a collector that was not stopped", "a second start", "Make another Collector"))
+        if not self._threads:
+            _open(self)
+            _start_threads(self)
         return self
 
     def stop(

@@ -332,6 +332,22 @@ def test_a_session_that_collects_is_not_forgotten(settings: Settings) -> None:
         assert forget_file(con, collector.session.session_id) == 1
 
 
+def test_a_killed_session_that_was_forgotten_does_not_come_back_from_its_journal(settings: Settings) -> None:
+    con, an_hour_ago = init_duckdb(settings), datetime.now(UTC) - timedelta(hours=1)
+    killed = Collector([BTC], source="replay", settings=settings, con=con, interval_s=60).start()
+    killed.add([Trade(BTC, 100.0, 1.0, an_hour_ago)], an_hour_ago)
+    killed.flush()
+    for lock in killed._locks._held:
+        lock.release()  # as the operating system does for a killed process
+    assert forget_file(con, killed.session.session_id) == 1
+    Collector([BTC], source="replay", settings=settings, con=con).start().stop()
+    assert con.execute("SELECT count(*) FROM trades").fetchone() == (0,)
+    assert con.execute("SELECT count(*) FROM live_sessions WHERE session_id = ?", [killed.session.session_id]).fetchone() == (0,)
+    assert not killed.journal.path.exists()
+    killed._locks._held = []
+    con.close()
+
+
 @pytest.mark.parametrize(("bad", "covers"), [
     ('{"data":[{"p":101,"s":"BINANCE:BTCUSDT","t":17', False),  # cut off
     ('{"type":"trade"}', False),

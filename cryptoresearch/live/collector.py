@@ -504,9 +504,17 @@ def journal_folder(
     return folder
 
 # %% ../../nbs/live/02_collector.ipynb #79085f56
+def _is_forgotten(con: duckdb.DuckDBPyConnection, session: Session) -> bool:
+    "Check whether the user has removed the session from the store since its last event."
+    query = "SELECT count(*) > 0 FROM data_log WHERE event = 'forgotten' AND file_id = ? AND logged_at >= make_timestamp(?)"
+    row = con.execute(query, [session.session_id, session.last_at]).fetchone()
+    return bool(row and row[0])
+
+
 def _bring_in(con: duckdb.DuckDBPyConnection, path: Path) -> int:
+    "Store the missing rows of a journal; return 1 if it was recovered, 0 for one that is empty or forgotten."
     session = replay_journal(path)
-    if session is None:
+    if session is None or _is_forgotten(con, session):
         return 0
 
     def commit(own: duckdb.DuckDBPyConnection) -> None:

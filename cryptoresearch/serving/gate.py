@@ -65,7 +65,7 @@ def problem_json(
 # %% ../../nbs/serving/02b_gate.ipynb #f7cf3f1a
 @dataclass(frozen=True)
 class Answered:
-    "A complete response."
+    "Hold a complete response."
 
     status: int  # of HTTP
     headers: list[tuple[bytes, bytes]]  # names in lower case
@@ -75,7 +75,7 @@ class Answered:
 
 # %% ../../nbs/serving/02b_gate.ipynb #3751415f
 class Kept:
-    "Responses by request, the oldest left out beyond `most_bytes`."
+    "Keep responses by request, without the oldest ones beyond `most_bytes`."
 
     def __init__(
         self,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEAST_KNOWN', 'one_blas_thread', 'LEAST_OUTCOMES', 'Progress', 'CALIBRATION_FOLDS', 'PAST_BLOCKS', 'LEAST_FOLDS',
            'AMPLE', 'SHORTER', 'LEAST_ROWS', 'OF_FIXED', 'usable_rows', 'Samples', 'first_test', 'fitting_features',
-           'prepare', 'make_model', 'sample_weights', 'make_refits', 'fit_rows', 'Fitted', 'known_by', 'fit_volatility',
-           'past_volatility', 'fit_all', 'outcome_unit', 'fold_length', 'base_rate', 'forecast_fold', 'walk_folds',
-           'walk_forward', 'rows_to_fit', 'check_length', 'enough_with']
+           'prepare', 'run_baselines', 'make_model', 'sample_weights', 'make_refits', 'fit_rows', 'Fitted', 'known_by',
+           'fit_volatility', 'past_volatility', 'fit_all', 'outcome_unit', 'fold_length', 'base_rate', 'forecast_fold',
+           'walk_folds', 'walk_forward', 'rows_to_fit', 'check_length', 'enough_with']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
 from collections.abc import Callable, Sequence
@@ -99,12 +99,8 @@ def prepare(
     if not known.any():
         raise DataNotFound(problem("features with values", f"none in {len(bars):,} bars", "Load more bars, or choose other features"))
     X = raw.loc[:, known]
-    asked = (bars, config.target, config.horizon, config.label)
-    labels, base = make_labels(*asked, trades=trades), target_baselines(*asked)
-    if config.target == "volatility":
-        base = base.assign(ewma=fitted_ewma(bars, config.horizon).to_numpy(), har=har_volatility(bars, config.horizon).to_numpy())
-    if is_event(config.target):
-        base["last"] = previous_outcome(labels, labels)
+    labels = make_labels(bars, config.target, config.horizon, config.label, trades=trades)
+    base = run_baselines(bars, config, labels)
     labels = labels.assign(**{c: bars[c] for c in bar_kind(bars).id_columns})
     side = config.resolved.interval
     warmup = max(label_warmup(config.target, config.label), *(f.warmup for f in (*config.resolved.named(X.columns), *side)))
@@ -112,6 +108,18 @@ def prepare(
     volatility = _volatility_samples(bars, config.horizon, side, rows) if side else None
     long = [f.name for f in config.resolved.model if f not in chosen]
     return Samples(X[rows], labels[rows], intervals[rows], base[rows], (*raw.columns[~known], *long), volatility)
+
+# %% ../../nbs/runs/04_walk_forward.ipynb #2a00eb6d
+def run_baselines(
+    bars: pd.DataFrame,  # bar frame, n rows
+    config: RunConfig,  # target, horizon
+    labels: pd.DataFrame,  # of make_labels on the bars, n rows
+) -> pd.DataFrame:  # n rows in the label's unit, known at the close; without the base rate of an event, which the training rows give
+    "Forecast the target of a run by its baselines."
+    base = target_baselines(bars, config.target, config.horizon, config.label)
+    if config.target == "volatility":
+        return base.assign(ewma=fitted_ewma(bars, config.horizon).to_numpy(), har=har_volatility(bars, config.horizon).to_numpy())
+    return base.assign(last=previous_outcome(labels, labels)) if is_event(config.target) else base
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #e21283e9
 def _volatility_samples(bars: pd.DataFrame, horizon: int, features: tuple[Feature, ...], rows: np.ndarray) -> Samples:

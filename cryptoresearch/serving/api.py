@@ -209,7 +209,7 @@ class Prediction(Answer):
     outcome_ts: Time | None = Field(description="when the outcome is known, UTC")
     state: str = Field(
         description="matured: outcome known; waiting: the horizon has not passed; gap: trades of that time are missing; "
-        "unscored: the label needs the run to compute its outcome"
+        "unscored: event bars, or the run that defines the label is not stored"
     )
 
 # %% ../../nbs/serving/03_api.ipynb #76a982c9
@@ -560,6 +560,7 @@ Wanted = Annotated[str | None, Query(description="all when absent")]
 
 def get_predictions(
     con: Con,  # cursor of the request
+    request: Request,  # gives the settings
     form: Chosen,  # of the answer
     symbol: Wanted = None,  # all when None
     run_id: Wanted = None,  # all when None
@@ -569,7 +570,8 @@ def get_predictions(
 ) -> PredictionPage | Response:  # a page of predictions with outcomes
     "Return live predictions in order of time, with known outcomes. `limit` counts bar times; several runs may predict at one."
     _check_limit(limit, form)
-    frame, following = read_predictions(con, symbol=symbol, run_id=run_id, start=_time(start), end=_time(end), limit=limit)
+    times, settings = {"start": _time(start), "end": _time(end)}, request.app.state.reader.settings
+    frame, following = read_predictions(con, symbol=symbol, run_id=run_id, limit=limit, settings=settings, **times)
     frame = frame.rename(columns={"y": "outcome", "end_ts": "outcome_ts"})
     if form != "json":
         return table_response(_columns(frame, Prediction), form, {"Snapshot": snapshot(con), "Next-Start": following})

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'Exported', 'ALL_ROWS', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page',
-           'read_predictions', 'with_outcomes', 'match_outcomes', 'read_runs', 'read_run', 'export_frame',
-           'check_ending', 'write_table', 'read_bar_file', 'read_forecasts']
+           'read_predictions', 'with_outcomes', 'match_outcomes', 'bar_positions', 'read_runs', 'read_run',
+           'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ..data.bars import as_bars, bar_frame, bar_length, bar_spec, BarKind, read_bars, SOURCES, with_kind
+from cryptoresearch.data.bars import (
+    as_bars, bar_frame, bar_kind, bar_length, bar_spec, BarKind, read_bars, source_market, SOURCES, with_kind
+)  # fmt: skip
 from ..data.event_bars import event_spec, read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.series import check_range, naive_utc, normal_symbol, TimeLike, to_utc
 from ..data.status import read_trades
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
-from ..labels.targets import make_labels
+from ..labels.targets import label_warmup, make_labels
 from ..runs.stored import Record
 from ..settings import Settings
 
@@ -193,6 +196,7 @@ def read_predictions(
     start: TimeLike | None = None,  # first bar's open, UTC; None: the latest predictions
     end: TimeLike | None = None,  # bars that open before this, UTC
     limit: int = 1000,  # bar times at most; several runs may have predicted at one time
+    settings: Settings | None = None,  # names the folder of runs, for labels with parameters; None: they are unscored
 ) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # index ts: the columns of `predictions`, y, end_ts, state; the next page's start
     "Read one page of live predictions with their outcomes."
     where, values = _clauses(symbol=symbol and normal_symbol(symbol), run_id=run_id, start=start, end=end)
@@ -203,71 +207,100 @@ def read_predictions(
     times = rows.index.unique()
     following = times[-1] if len(times) > limit else None
     rows = rows[rows.index < following] if following is not None else rows
-    return with_outcomes(con, rows), following
+    return with_outcomes(con, rows, settings), following
 
 # %% ../../nbs/serving/01_queries.ipynb #9165b834
 _ONE_LABEL = ["symbol", "spec", "target", "horizon", "source"]
+type _Params = Mapping[str, object]
 
 
 def with_outcomes(
     con: duckdb.DuckDBPyConnection,  # of data.store
-    rows: pd.DataFrame,  # index ts; symbol, spec, target, horizon, source, prediction
-) -> pd.DataFrame:  # the rows with y (NaN unless matured), end_ts (UTC), state: matured, waiting, gap, or unscored (needs the run)
-    "Add outcomes to predictions, from the bars of their own source or another one."
+    rows: pd.DataFrame,  # index ts; run_id, symbol, spec, target, horizon, source, prediction
+    settings: Settings | None = None,  # names the folder of runs, for labels with parameters
+) -> pd.DataFrame:  # the rows with y (NaN unless matured), end_ts (UTC), state: matured, waiting, gap, or unscored (label unknown)
+    "Add outcomes to predictions, from the bars of their own source or another one of its market."
     if rows.empty:
         return rows.assign(y=pd.Series(dtype=float), end_ts=pd.Series(dtype="datetime64[us, UTC]"), state=pd.Series(dtype=str))
-    specs, numbered = read_specs(con), rows.reset_index()
-    parts = [_outcomes(con, part, specs) for _, part in numbered.groupby(_ONE_LABEL, dropna=False)]
+    specs, parts = read_specs(con), []
+    for key, part in rows.reset_index().groupby(_ONE_LABEL, dropna=False):
+        runs = [(None, part)] if key[2] in FIXED or settings is None else part.groupby("run_id")
+        parts += [_outcomes(con, mine, specs, _label_params(settings, run_id)) for run_id, mine in runs]
     return pd.concat(parts).sort_index().set_index("ts")
 
+
+def _label_params(settings: Settings | None, run_id: object) -> _Params | None:
+    "Read the label parameters of a stored run; None if it is not stored."
+    folder = None if settings is None or run_id is None else settings.path(settings.runs_dir) / str(run_id)
+    config = _record(folder / "run.json").get("config") if folder is not None else None
+    return None if config is None else dict(config.get("label", {}))
+
 # %% ../../nbs/serving/01_queries.ipynb #e11d9ba8
-FIXED = (
-    "return",
-    "volatility",
-    "direction",
-)  # labels that only their horizon decides; the others need the parameters of their run and its history
+FIXED = ("return", "volatility", "direction")  # labels that only their horizon decides
 
 
 def match_outcomes(
-    predictions: pd.DataFrame,  # index ts (bar open, UTC); one run's rows
+    predictions: pd.DataFrame,  # index ts (bar open, UTC), first_id on event bars; one run's rows
     bars: pd.DataFrame,  # frame of the same symbol and spec, reaching beyond the predictions as far as it is known
     target: str,  # name of a kind of label
     horizon: int,  # bars
+    params: Mapping[str, object] | None = None,  # label parameters of the run; None: only targets of `FIXED` are scored
+    trades: pd.DataFrame | None = None,  # resolve bars that contain both barriers
 ) -> pd.DataFrame:  # the same rows with y (NaN unless matured), end_ts (UTC) and state: matured, waiting, gap or unscored
     "Add outcomes to predictions by the definition of the label."
-    out = predictions.copy()
-    if bars.empty or target not in FIXED:
-        return out.assign(
-            y=np.nan, end_ts=pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]"), state="waiting" if target in FIXED else "unscored"
-        )
-    labels = make_labels(bars, target, horizon)
-    out["y"] = labels["y"].reindex(out.index).to_numpy()
-    out["end_ts"] = out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0]
-    over = out["end_ts"] <= bars["close_ts"].iloc[-1]
-    out["state"] = np.where(out["y"].notna(), "matured", np.where(over, "gap", "waiting"))
-    return out
+    out, known = predictions.copy(), target in FIXED or params is not None
+    if bars.empty or not known or out.empty:
+        ends = pd.Series(pd.NaT, out.index, dtype="datetime64[us, UTC]")
+        return out.assign(y=np.nan, end_ts=ends, state="waiting" if known else "unscored")
+    labels = make_labels(bars, target, horizon, params, trades)
+    at = bar_positions(out, bars)
+    y = np.where(at >= 0, labels["y"].to_numpy(float)[at], np.nan)
+    planned = labels["planned_ts" if "planned_ts" in labels else "end_ts"].array[at]
+    ends = pd.Series(planned, out.index).where(at >= 0)
+    over = (ends.notna() | ((at < 0) & (out.index < bars.index[-1]))).to_numpy()
+    if bar_kind(bars).has_clock:
+        ends = pd.Series(out.index + (horizon + 1) * (bars["close_ts"] - bars.index).iloc[0], out.index)
+        over = (ends <= bars["close_ts"].iloc[-1]).to_numpy()
+    state = np.where(over, np.where(np.isnan(y), "gap", "matured"), "waiting")
+    return out.assign(y=np.where(over, y, np.nan), end_ts=ends, state=state)
+
+# %% ../../nbs/serving/01_queries.ipynb #a1d1370a
+def bar_positions(
+    rows: pd.DataFrame,  # index ts (bar open, UTC), first_id on event bars; m rows
+    bars: pd.DataFrame,  # bar frame
+) -> np.ndarray:  # m positions in the frame; -1 where it has no such bar
+    "Find the bar of each prediction."
+    if bar_kind(bars).has_clock:
+        return bars.index.get_indexer(rows.index)
+    keys = [pd.MultiIndex.from_arrays([f.index, f["first_id"].astype("int64")]) for f in (bars, rows)]
+    return keys[0].get_indexer(keys[1])
 
 # %% ../../nbs/serving/01_queries.ipynb #7a90f054
-def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame) -> pd.DataFrame:
+def _bar_sources(specs: pd.DataFrame, symbol: str, spec: str, own: str) -> list[str]:
+    "List the sources that have bars of the market of a live source, that source first, the others in order of trust."
+    market = source_market(own)
+    there = specs[(specs["symbol"] == symbol) & (specs["spec"] == bar_spec(spec))]["source"].tolist()
+    same = [s for s in there if s == own or market == "played" or source_market(s) == market]
+    return sorted(same, key=lambda s: (s != own, _trust(s)))
+
+# %% ../../nbs/serving/01_queries.ipynb #d5751eee
+def _outcomes(con: duckdb.DuckDBPyConnection, part: pd.DataFrame, specs: pd.DataFrame, params: _Params | None) -> pd.DataFrame:
     "Look up outcomes of one label in its own source, then in the others in order of trust."
     symbol, spec, target, horizon, own = (part[name].iloc[0] for name in _ONE_LABEL)
-    if ":" in spec:  # outcomes of live event bars are not looked up
+    if ":" in spec or (target not in FIXED and params is None):  # outcomes of event bars need the sessions: see `serving.scoring`
         return part.assign(y=np.nan, end_ts=pd.Series(pd.NaT, part.index, dtype="datetime64[us, UTC]"), state="unscored")
-    length, horizon = bar_length(spec), int(horizon)
-    y, state = np.full(len(part), np.nan), np.full(len(part), "waiting" if target in FIXED else "unscored", dtype=object)
-    there = specs[(specs["symbol"] == symbol) & (specs["spec"] == bar_spec(spec))]["source"].tolist()
-    for source in sorted(there, key=lambda s: (s != own, _trust(s))):
+    length, horizon, before = bar_length(spec), int(horizon), label_warmup(target, params or {}) - 1
+    y, state = np.full(len(part), np.nan), np.full(len(part), "waiting", dtype=object)
+    for source in _bar_sources(specs, symbol, spec, own):
         todo = np.flatnonzero(state != "matured")
         if len(todo) == 0:
             break
         asked = part.iloc[todo].set_index("ts")
-        try:
-            bars = read_bars(con, symbol, spec, source=source, start=asked.index.min(), end=asked.index.max() + (horizon + 1) * length)
-        except DataNotFound:
-            continue
-        found = match_outcomes(asked, bars, target, horizon)
-        known = (found["state"] != "waiting").to_numpy()
-        y[todo[known]], state[todo[known]] = found["y"][known], found["state"][known]
+        span = asked.index.min() - before * length, asked.index.max() + (horizon + 1) * length
+        with suppress(DataNotFound):
+            found = match_outcomes(asked, read_bars(con, symbol, spec, source=source, start=span[0], end=span[1]), target, horizon, params)
+            known = (found["state"] != "waiting").to_numpy()
+            y[todo[known]], state[todo[known]] = found["y"][known], found["state"][known]
     return part.assign(y=y, end_ts=part["ts"] + (horizon + 1) * length, state=state)
 
 # %% ../../nbs/serving/01_queries.ipynb #d9e90529
@@ -407,7 +440,7 @@ def _matured_since(con: duckdb.DuckDBPyConnection, settings: Settings, run_id: s
     waiting, config = past.index[past["state"] == "waiting"], read_run(settings, run_id).get("config") if len(past) else None
     if len(waiting) and config:
         label = {name: config.get(name) for name in ("symbol", "spec", "target", "horizon", "source")}
-        now = with_outcomes(con, past.loc[waiting, ["prediction"]].assign(**label))
+        now = with_outcomes(con, past.loc[waiting, ["prediction"]].assign(**label, run_id=run_id), settings)
         past.loc[waiting, "y"], past.loc[waiting, "state"] = now["y"], now["state"]
     return past
 
@@ -422,7 +455,7 @@ def read_forecasts(
     "Read walk-forward and live predictions of a run in an interval, one per bar."
     past = _walk_forward(settings, run_id)
     past = _matured_since(con, settings, run_id, past[(past.index >= to_utc(start)) & (past.index < to_utc(end))].copy())
-    live, _ = read_predictions(con, run_id=run_id, start=start, end=end, limit=1_000_000)
+    live, _ = read_predictions(con, run_id=run_id, start=start, end=end, limit=1_000_000, settings=settings)
     parts = [
         part[[c for c in ("prediction", "y", "lower", "upper", "state", "kind") if c in part]]
         for part in (past, live.assign(kind="live"))

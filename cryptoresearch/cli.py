@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'PAGES', 'app', 'runs_app', 'Modules', 'FeedName', 'Url', 'Seconds', 'Exported', 'doctor', 'download',
            'ingest', 'forget', 'bars', 'simulate', 'train', 'runs', 'delete', 'reproduce', 'stream', 'live', 'replay',
-           'predict', 'export', 'api', 'dashboards', 'demo', 'main']
+           'predict', 'scores', 'export', 'api', 'dashboards', 'demo', 'main']
 
 # %% ../nbs/94_cli.ipynb #bf365754
 import os
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TYPE_CHECKING
 
@@ -22,7 +23,9 @@ from rich.table import Table
 
 from . import __version__
 from .cli_data import data_app
-from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, SymbolName
+from cryptoresearch.cli_shared import (
+    complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, show_frame, SymbolName
+)  # fmt: skip
 from .cli_research import asked_config, read_pairs, research_app, Symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
@@ -78,6 +81,7 @@ PAGES["Live"] = {
     "stream": "stream --symbol BINANCE:BTCUSDT --seconds 60\nstream --url ws://127.0.0.1:8765",
     "live": "live BTCUSDT ETHUSDT --run btcusdt-1m-return5 --feed binance",
     "predict": "predict btcusdt-1h-return24 bars.csv --to forecasts.csv\npredict btcusdt-1h-return24 --source binance",
+    "scores": "scores btcusdt-1h-return24\nscores btcusdt-1h-return24 --last 30D --json",
     "replay": "replay BTCUSDT --start 2024-08-08 --speed 60",
 }
 PAGES["Serve"] = {
@@ -626,6 +630,32 @@ def _predict_live(run: str, source: str, modules: list[str]) -> None:
 
     made = predict_live(get_settings(), run, source=source, stop=stop, on_prediction=shown)
     console.print(f"{made:,} predictions")
+
+# %% ../nbs/94_cli.ipynb #4a9caba2
+@app.command()
+def scores(
+    run: RunName,  # that predicted live
+    last: Annotated[str, typer.Option(help="Stretch that ends with the newest prediction, such as 12h.")] = "7D",
+    source: Annotated[str | None, typer.Option(help="Feed of the bars. Default: the one that predicted last.")] = None,
+    as_json: Json = False,  # an object: run, source, states, scores, coverage, parity and more
+) -> None:
+    """Score the live predictions of a run against its baselines.
+
+    Then they are recomputed from the store: parity is the largest difference."""
+    from cryptoresearch.data.store import connect
+    from cryptoresearch.runs.run import load_run
+    from cryptoresearch.serving.scoring import live_scores, parity
+
+    with connect(read_only=True) as con:
+        loaded = load_run(run)
+        found = live_scores(con, loaded, source=source, last=last)
+        same = parity(con, loaded, source=found.source, last=last)
+    if as_json:
+        names = ("run", "source", "target", "since", "until", "states", "baseline", "saved", "level", "coverage", "coverage_p", "slope")
+        facts = {name: getattr(found, name) for name in names} | {"bias": found.bias.size, "scores": found.table}
+        return print_json(facts | {"parity": {"exact": same.exact} | asdict(same)})
+    show_frame(found.table.drop(columns=["dm_stat", "dm_p", "model_dm_stat"]).round(4))
+    console.print(f"{found}\n{same}", soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #e9a7c3d1
 Exported = Literal["bars", "trades", "features", "predictions"]  # as in serving.queries, which loads pandas

@@ -211,3 +211,40 @@ def test_event_bars_are_scored_by_the_bars_of_their_session(ticks: tuple[duckdb.
     taken = con.execute("SELECT trade_id FROM trades WHERE source = 'binance' ORDER BY trade_id LIMIT 1 OFFSET 5000").fetchall()[0][0]
     write(con, lambda c: c.execute(f"UPDATE trades SET price = price * 1.01 WHERE source = 'binance' AND trade_id BETWEEN {taken} AND {taken} + 19"))
     assert parity(con, run).differing > 0
+
+
+def test_the_api_returns_scores_and_parity_of_live_predictions(con: duckdb.DuckDBPyConnection, settings: Settings) -> None:
+    from fastapi.testclient import TestClient
+
+    from cryptoresearch.serving.api import create_app
+
+    run = predicted(con, settings, replace(CONFIG, target="triple_barrier", horizon=7))
+    found, same = live_scores(con, run), parity(con, run)
+    with TestClient(create_app(settings), base_url="http://localhost") as client:
+        scores = client.get(f"/runs/{run.id}/scores/live").json()
+        assert scores["states"] == found.states and scores["baseline"] == found.baseline and scores["coverage"] is None
+        assert scores["scores"]["model"]["brier"] == pytest.approx(found.table.loc["model", "brier"], abs=1e-12)
+        assert sum(part["n"] for part in scores["stretches"]) == found.states["matured"]
+        told = client.get(f"/runs/{run.id}/parity", params={"last": "1D"}).json()
+        assert (told["exact"], told["compared"], told["largest"]) == (True, same.compared, same.largest)
+        other = train_run(con, replace(CONFIG, horizon=3), settings)
+        assert [client.get(f"/runs/{other.id}/{path}").status_code for path in ("parity", "scores/live")] == [404, 404]
+        assert client.get(f"/runs/{run.id}/parity", params={"last": "soon"}).status_code == 422
+
+
+def test_the_command_prints_scores_and_parity(con: duckdb.DuckDBPyConnection, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from cryptoresearch.cli import app
+
+    run = predicted(con, settings, replace(CONFIG, target="volatility", horizon=8))
+    monkeypatch.setenv("DUCKDB_PATH", settings.duckdb_path)
+    monkeypatch.setenv("RUNS_DIR", settings.runs_dir)
+    plain, as_json = (CliRunner().invoke(app, ["scores", run.id, *more]) for more in ([], ["--json", "--last", "2D"]))
+    assert plain.exit_code == 0, plain.output
+    assert "168 compared with the store, largest difference" in plain.stdout and "coverage" in plain.stdout and "har" in plain.stdout
+    told = json.loads(as_json.stdout)
+    assert told["parity"]["exact"] and told["parity"]["compared"] == 48
+    assert told["scores"][0]["forecaster"] == "model" and told["states"]["waiting"] == 8

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_ROWS', 'MAX_TABLE_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS', 'Symbol', 'Spec', 'Start', 'End', 'Limit',
-           'Source', 'Names', 'Form', 'MEDIA', 'Chosen', 'Wanted', 'Answer', 'Problem', 'Health', 'BuiltBars',
-           'Stretch', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage', 'Prediction',
-           'PredictionPage', 'RunScores', 'RunInfo', 'records', 'Reader', 'table_response', 'get_health', 'get_symbols',
-           'get_coverage', 'get_bars', 'get_features', 'get_runs', 'get_scores', 'get_run', 'get_predictions',
-           'create_app', 'serve']
+           'Source', 'Names', 'Form', 'MEDIA', 'Chosen', 'Last', 'Every', 'Wanted', 'Answer', 'Problem', 'Health',
+           'BuiltBars', 'Stretch', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage',
+           'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'DayScores', 'LiveRunScores', 'RunParity', 'records',
+           'Reader', 'table_response', 'get_health', 'get_symbols', 'get_coverage', 'get_bars', 'get_features',
+           'get_runs', 'get_scores', 'get_run', 'get_live_scores', 'get_parity', 'get_predictions', 'create_app',
+           'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
 import contextlib
@@ -20,6 +21,7 @@ import os
 import platform
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import datetime, UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,8 +51,10 @@ from ..data.status import coverage
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
 from ..features.registry import REGISTRY
+from ..runs.run import load_run
 from .gate import catalog_stamp, Gate, problem_json
 from .queries import bars_page, features_page, read_predictions, read_run, read_runs, read_specs, read_symbols
+from .scoring import live_outcomes, live_source, parity, rolling_scores, score_outcomes
 from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/03_api.ipynb #00000006
@@ -236,6 +240,54 @@ class RunInfo(Answer):
 
     model_config = ConfigDict(extra="allow", ser_json_inf_nan="null")
     run_id: str = Field(description="identity of configuration, data, code and libraries")
+
+# %% ../../nbs/serving/03_api.ipynb #919895aa
+class DayScores(Answer):
+    "Return the scores of the matured predictions of one stretch of time."
+
+    start: Time
+    n: int = Field(description="matured predictions")
+    ic: Number = Field(description="information coefficient")
+    loss: Number = Field(description="mean loss of the model: QLIKE for volatility, else the squared error")
+    baseline_loss: Number = Field(description="the same of the reference baseline")
+    saved: Number = Field(description="share of the baseline's loss that the model saves; negative where it loses more")
+    coverage: Number = Field(description="share of the outcomes inside the interval; null for a probability")
+
+# %% ../../nbs/serving/03_api.ipynb #34d9a686
+class LiveRunScores(Answer):
+    "Return the scores of the live predictions of a run, next to those of its baselines on the same rows."
+
+    run_id: str
+    source: str = Field(description="feed of the bars")
+    target: str
+    since: Time
+    until: Time = Field(description="close of the newest bar predicted, UTC")
+    states: dict[str, int] = Field(description="predictions by state: matured, waiting, gap; only matured ones are scored")
+    scores: dict[str, dict[str, float | None]] = Field(description="scores by forecaster: model, and each baseline")
+    baseline: str = Field(description="the one that is hardest to beat")
+    saved: Number = Field(description="share of its loss that the model saves; negative where it loses more")
+    level: Number = Field(description="nominal coverage of the interval")
+    coverage: Number = Field(description="share of the outcomes inside the interval; null for a probability")
+    coverage_p: Number = Field(description="p-value that the level is right")
+    bias: Number = Field(description="mean outcome minus mean forecast; volatility: ratio of their root mean squares minus 1")
+    slope: Number = Field(description="of outcomes on forecasts, 1 where they are calibrated")
+    stretches: list[DayScores] = Field(description="the same over time")
+
+# %% ../../nbs/serving/03_api.ipynb #4b52c51d
+class RunParity(Answer):
+    "Return the differences between live predictions and those recomputed from the store."
+
+    run_id: str
+    source: str = Field(description="feed of the bars")
+    exact: bool = Field(description="no prediction differs by more than 1e-9, is missing or is extra")
+    compared: int = Field(description="predictions that both have")
+    largest: Number = Field(description="largest absolute difference of prediction, lower or upper")
+    relative: Number = Field(description="largest difference as a fraction of the recomputed number")
+    differing: int = Field(description="predictions that differ by more than 1e-9")
+    worst: Time | None = Field(description="open of the bar with the largest difference, UTC")
+    features: Number = Field(description="largest difference of a feature, on up to 20 bars")
+    missing: int = Field(description="recomputed, but not predicted live")
+    extra: int = Field(description="predicted live, but not recomputed: their bars are not in the store")
 
 # %% ../../nbs/serving/03_api.ipynb #0000000c
 def records(
@@ -554,6 +606,41 @@ def get_run(
     "Return one run with everything that is recorded about it."
     return RunInfo(**read_run(request.app.state.reader.settings, run_id))
 
+# %% ../../nbs/serving/03_api.ipynb #53423a50
+Last = Annotated[str, Query(description="stretch of time that ends with the newest prediction, such as 7D or 12h", max_length=20)]
+Every = Annotated[str, Query(description="length of the parts that are scored, such as 1D or 1h", max_length=20)]
+
+
+def get_live_scores(
+    request: Request,  # gives the settings
+    con: Con,  # cursor of the request
+    run_id: str,  # identity of the run, or a unique prefix of it
+    last: Last = "7D",  # stretch that ends with the newest prediction
+    every: Every = "1D",  # length of a part
+    source: Source = None,  # the feed that predicted last when None
+) -> LiveRunScores:  # of the matured predictions
+    "Return the scores of a run's live predictions whose outcome is known, next to those of its baselines."
+    run = load_run(run_id, request.app.state.reader.settings)
+    chosen = source or live_source(con, run)
+    rows = live_outcomes(con, run, source=chosen, last=last)
+    found, parts = score_outcomes(rows, run, chosen), records(rolling_scores(rows, run, every))
+    scores = {str(row["forecaster"]): {k: v for k, v in row.items() if k != "forecaster"} for row in records(found.table)}
+    facts = {name: getattr(found, name) for name in ("source", "target", "since", "until", "states", "baseline", "saved", "slope", "level")}
+    facts |= {"coverage": found.coverage, "coverage_p": found.coverage_p, "bias": found.bias.size, "scores": scores, "stretches": parts}
+    return LiveRunScores(run_id=run.id, **facts)
+
+# %% ../../nbs/serving/03_api.ipynb #8c8b6c51
+def get_parity(
+    request: Request,  # gives the settings
+    con: Con,  # cursor of the request
+    run_id: str,  # identity of the run, or a unique prefix of it
+    last: Last = "1D",  # stretch that ends with the newest prediction
+    source: Source = None,  # the feed that predicted last when None
+) -> RunParity:  # of its predictions
+    "Recompute a run's latest live predictions from the store, and return the largest difference."
+    found = parity(con, load_run(run_id, request.app.state.reader.settings), source=source, last=last)
+    return RunParity(run_id=found.run, exact=found.exact, **{k: v for k, v in asdict(found).items() if k != "run"})
+
 # %% ../../nbs/serving/03_api.ipynb #d5e8783b
 Wanted = Annotated[str | None, Query(description="all when absent")]
 
@@ -646,6 +733,7 @@ _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of
     ("/coverage", get_coverage, "data", list[Stretch]), ("/bars", get_bars, "data", BarPage),
     ("/features", get_features, "data", FeaturePage), ("/runs", get_runs, "models", list[RunInfo]),
     ("/runs/{run_id}", get_run, "models", RunInfo), ("/runs/{run_id}/scores", get_scores, "models", RunScores),
+    ("/runs/{run_id}/scores/live", get_live_scores, "models", LiveRunScores), ("/runs/{run_id}/parity", get_parity, "models", RunParity),
     ("/predictions", get_predictions, "models", PredictionPage),
 ]  # fmt: skip
 _TABLES = frozenset(("bars", "features", "predictions"))  # in other formats too

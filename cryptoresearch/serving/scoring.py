@@ -312,6 +312,10 @@ class Parity:
         "Check that live and recomputed predictions are the same."
         return self.compared > 0 and not self.differing and not self.missing and not self.extra
 
+    def __str__(self) -> str:
+        parts = [f"{self.compared:,} compared with the store", f"largest difference {self.largest:.1e}"]
+        return ", ".join(parts + [f"{n:,} {name}" for name, n in (("missing", self.missing), ("extra", self.extra)) if n])
+
 # %% ../../nbs/serving/02c_scoring.ipynb #c8043988
 def _same_or_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Return absolute differences; 0 where both are unknown, infinite where one is."
@@ -342,7 +346,7 @@ def _keys(frame: pd.DataFrame) -> pd.Index:
     "Return what identifies the bar of a prediction."
     return pd.MultiIndex.from_arrays([frame.index, frame["first_id"].astype("int64")]) if "first_id" in frame else frame.index
 
-
+# %% ../../nbs/serving/02c_scoring.ipynb #903710ac
 def _compared(run: Run, rows: pd.DataFrame, bars: pd.DataFrame) -> tuple[pd.DataFrame, int, float]:
     "Join stored and recomputed predictions of a frame of bars; count those missing, and compare the features."
     if len(bars) < run.warmup or rows.empty:
@@ -357,6 +361,12 @@ def _compared(run: Run, rows: pd.DataFrame, bars: pd.DataFrame) -> tuple[pd.Data
     used = bar_positions(made.iloc[at[at >= 0]], bars)
     features = _feature_difference(run, bars, used) if len(used) else float("nan")
     return table, len(made) - len(set(at[at >= 0])), features
+
+
+def _worst(found: pd.DataFrame) -> pd.Timestamp | None:
+    "Return the bar with the largest difference, if one is above rounding."
+    apart = found["largest"].to_numpy(float)
+    return pd.Timestamp(found.index[int(apart.argmax())]) if (apart > EXACT).any() else None
 
 # %% ../../nbs/serving/02c_scoring.ipynb #d9e253fd
 def parity(
@@ -379,6 +389,5 @@ def parity(
     n, known = len(found), [f for f in features if not np.isnan(f)]
     return Parity(
         run.id, chosen, n, float(found["largest"].max()) if n else float("nan"), float(found["relative"].max()) if n else float("nan"),
-        int((found["largest"] > EXACT).sum()), found.index[int(found["largest"].argmax())] if (found["largest"] > EXACT).any() else None, max(known, default=float("nan")), missing,
-        len(rows) - n,
+        int((found["largest"] > EXACT).sum()), _worst(found), max(known, default=float("nan")), missing, len(rows) - n,
     )  # fmt: skip

@@ -701,11 +701,16 @@ def export(
 def api(
     host: Annotated[str | None, typer.Option(help="API_HOST by default: this machine only.")] = None,
     port: Annotated[int | None, typer.Option(help="API_PORT by default.", min=0, max=65535)] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Print a new API key and its line for .env instead.")] = False,
 ) -> None:
     "Serve data and predictions over HTTP until Ctrl-C."
+    from cryptoresearch.serving.access import new_key as make_key
     from cryptoresearch.serving.api import serve
 
-    serve(host, port)
+    if not new_key:
+        return serve(host, port)
+    key, digest = make_key()
+    console.print(f"key, shown once: {key}\nline of .env:    API_KEYS={digest}", soft_wrap=True, markup=False)
 
 # %% ../nbs/94_cli.ipynb #abbe41d6
 @app.command()

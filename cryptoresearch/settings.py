@@ -94,6 +94,9 @@ class _Fields(_ServerFields):
     api_port: int = Field(8000, ge=0, le=65535)
     dashboard_port: int = Field(8866, ge=0, le=65535)
     allowed_hosts: str = Field("", pattern=r"^(\*|[A-Za-z0-9.:, \-]*)$")
+    api_keys: str = Field("", repr=False, pattern=r"^([0-9a-f]{64}([, ]+|$))*$")  # SHA-256 of each key
+    api_origins: str = Field("", pattern=r"^(https?://[A-Za-z0-9.:\[\]\-]+([, ]+|$))*$")
+    api_requests_per_minute: int = Field(0, ge=0, le=1_000_000)  # of one key or address; 0: no limit
     log_level: str = "INFO"
     cryptoresearch_shared_data: str = "../shared/data"
 
@@ -185,14 +188,14 @@ _EXAMPLES = {
     "duckdb_threads": "2 (0 means all cores)",
     "harmless_missing_ids": "1 (0: any missing id is a gap)",
     "minio_endpoint": "127.0.0.1:9000",
-    "minio_secure": "true",
-    "minio_url_style": "path",
-    "minio_bucket_raw": "btc",
-    "minio_bucket_lake": "lake",
+    **{"minio_secure": "true", "minio_url_style": "path", "minio_bucket_raw": "btc", "minio_bucket_lake": "lake"},
     "log_level": "INFO",
     "api_port": "8000",
     "dashboard_port": "8866",
     "allowed_hosts": "research.example.org,10.0.0.5 (* for any)",
+    "api_keys": "the hash that `cryptoresearch api --new-key` prints",
+    "api_origins": "https://charts.example.org",
+    "api_requests_per_minute": "600 (0: no limit)",
 }
 
 

@@ -65,12 +65,14 @@ def served(settings: Settings) -> Iterator[httpx.Client]:
     server = uvicorn.Server(uvicorn.Config(create_app(settings), host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-        while not server.started:
-            time.sleep(0.05)
-        yield http
-    server.should_exit = True
-    thread.join(20)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            while not server.started:
+                time.sleep(0.05)
+            yield http
+    finally:
+        server.should_exit = True
+        thread.join(20)
     assert not thread.is_alive()
 
 
@@ -160,9 +162,11 @@ def test_injection_is_only_a_strange_symbol(client):
 
 def test_openapi_describes_every_parameter_and_field(client):
     api = client.get("/openapi.json").json()
-    assert {"/health", "/symbols", "/bars", "/features", "/runs", "/runs/{run_id}", "/predictions"} <= set(api["paths"])
+    assert {"/health", "/symbols", "/bars", "/features", "/labels", "/export", "/models", "/runs", "/runs/{run_id}", "/predictions"} <= set(api["paths"])
     for path, methods in api["paths"].items():
-        assert methods["get"]["description"], path
+        for what in methods.values():
+            assert what["description"], path
+            assert all(p["description"] for p in what.get("parameters", [])), path
     assert api["components"]["schemas"]["Bar"]["properties"]["volume"]["description"]
 
 
@@ -316,3 +320,140 @@ def test_the_stretches_of_the_store_and_the_scores_of_a_run_are_served(client, s
     assert client.get("/runs/r-scored/scores").status_code == 404
     (folder / "run.json").unlink()
     assert client.get("/coverage").json() == [] and client.get("/coverage?symbol=TESTUSD").json() == []
+
+
+def test_examples_fit_their_schemas(client):
+    from jsonschema import Draft202012Validator
+
+    api, seen = client.get("/openapi.json").json(), 0
+    for methods in api["paths"].values():
+        for what in methods.values():
+            for p in what.get("parameters", []):
+                for example in p["schema"].get("examples", []):
+                    Draft202012Validator(p["schema"] | {"components": api["components"]}).validate(example)
+            for media in what["responses"]["200"]["content"].values():
+                if "example" in media:
+                    seen += 1
+                    Draft202012Validator(media["schema"] | {"components": api["components"]}).validate(media["example"])
+    assert seen >= 8
+    assert {media for methods in api["paths"].values() for what in methods.values() for code, r in what["responses"].items() if code >= "400" for media in r["content"]} == {"application/problem+json"}
+
+
+def test_keys_are_needed_where_there_are_any_and_kept_as_digests(settings):
+    from cryptoresearch.serving.access import new_key
+
+    (one, first), (two, second) = new_key(), new_key()
+    asked = {"symbol": "TESTUSD", "spec": "1m", "limit": 5}
+    with served(settings.model_copy(update={"api_keys": f"{first}, {second}"})) as client:
+        for path in ("/health", "/", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        for key in (one, two):
+            assert client.get("/bars", params=asked, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for headers in ({}, {"Authorization": f"Bearer {first}"}, {"Authorization": "Bearer"}, {"Authorization": one}, {"Authorization": b"Bearer \xe9"}):
+            answer = client.get("/bars", params=asked, headers=headers)  # the response is in memory now
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), headers
+            assert answer.json()["request_id"] == answer.headers["x-request-id"] and "API_KEYS" in answer.json()["detail"]
+
+
+def test_no_server_for_other_machines_without_a_key(settings):
+    from cryptoresearch.errors import ConfigError
+    from cryptoresearch.serving.access import new_key
+
+    for host in ("0.0.0.0", "::", "10.0.0.7", "desk.example"):
+        with pytest.raises(ConfigError, match="cryptoresearch api --new-key"):
+            create_app(settings.model_copy(update={"api_host": host}))
+        create_app(settings.model_copy(update={"api_host": host, "api_keys": new_key()[1]}))
+
+
+def test_the_printed_key_opens_the_api(settings):
+    import re
+
+    from typer.testing import CliRunner
+
+    from cryptoresearch.cli import app
+
+    said = CliRunner().invoke(app, ["api", "--new-key"]).output
+    key, digest = re.search(r"key, shown once: (\S+)", said).group(1), re.search(r"API_KEYS=(\w+)", said).group(1)
+    with served(Settings(_env_file=None, **settings.model_dump(include={"duckdb_path", "runs_dir"}), api_keys=digest)) as client:
+        assert [client.get("/symbols", headers={"Authorization": f"Bearer {k}"}).status_code for k in (key, digest)] == [200, 401]
+
+
+def test_requests_beyond_the_rate_wait(settings):
+    with served(settings.model_copy(update={"api_requests_per_minute": 5})) as client:
+        answers = [client.get("/symbols") for _ in range(7)]
+        assert [a.status_code for a in answers] == [200] * 5 + [429] * 2
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 13 and client.get("/health").status_code == 200
+
+
+def test_pages_of_listed_origins_may_read(settings):
+    with served(settings.model_copy(update={"api_origins": "https://charts.example, http://localhost:3000"})) as client:
+        for origin, fine in (("https://charts.example", True), ("http://localhost:3000", True), ("https://evil.example", False), ("null", False)):
+            for path in ("/symbols", "/bars?symbol=NOPE"):
+                assert (client.get(path, headers={"Origin": origin}).headers.get("access-control-allow-origin") == origin) is fine
+            asked = {"Origin": origin, "Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization"}
+            assert client.options("/symbols", headers=asked).is_success is fine
+        assert "X-Next-Cursor" in client.get("/symbols", headers={"Origin": "https://charts.example"}).headers["access-control-expose-headers"]
+    with served(settings) as client:
+        assert "access-control-allow-origin" not in client.get("/symbols", headers={"Origin": "https://charts.example"}).headers
+
+
+def test_unexpected_errors_have_an_id_and_no_details(settings, monkeypatch):
+    from cryptoresearch.serving import api
+
+    monkeypatch.setattr(api, "bars_page", lambda *a, **k: 1 / 0)
+    with served(settings) as client:
+        answer = client.get("/bars?symbol=TESTUSD", headers={"X-Request-ID": "mine"})
+        assert (answer.status_code, answer.headers["x-request-id"], answer.json()["request_id"]) == (500, "mine", "mine")
+        assert answer.json()["detail"] == "ZeroDivisionError; the server's log has the details"
+
+
+def test_compression_is_only_for_those_who_take_it(client):
+    for accepted, packed in (("gzip", True), ("br, gzip;q=0.5", True), ("gzip;q=0", False), ("identity", False), ("gzip; q=0.000", False)):
+        answer = client.get("/bars?symbol=TESTUSD&spec=1m&limit=50", headers={"Accept-Encoding": accepted})
+        assert ("content-encoding" in answer.headers) is packed and len(answer.json()["bars"]) == 50, accepted
+
+
+@pytest.mark.parametrize("target", ["return", "volatility", "direction", "scaled_return", "triple_barrier", "trend", "meta"])
+def test_labels_equal_those_of_a_notebook_on_any_page(client, target):
+    from cryptoresearch.labels.targets import make_labels
+
+    page = client.get("/labels", params={"symbol": "TESTUSD", "spec": "1m", "target": target, "horizon": 10, "start": "2024-01-01T09:00:00Z", "limit": 20}).json()
+    want = make_labels(minutes(600), target, 10).loc["2024-01-01T09:00":"2024-01-01T09:19"]
+    np.testing.assert_allclose([np.nan if row["y"] is None else row["y"] for row in page["labels"]], want["y"], rtol=1e-9)
+    assert [pd.Timestamp(row["end_ts"]) for row in page["labels"]] == want["end_ts"].tolist() and page["next_start"] == "2024-01-01T09:20:00Z"
+
+
+def test_an_export_is_the_whole_in_order(client, settings):
+    frame = minutes(600).drop(columns="symbol")
+    for what, limit in (("bars", 250), ("features", 250)):
+        asked, rows, pages = {"symbol": "TESTUSD", "spec": "1m", "what": what, "limit": limit, "names": "ret_1"}, [], 0
+        while pages == 0 or asked["cursor"]:
+            page = client.get("/export", params=asked).json()
+            rows, pages, asked = rows + page["rows"], pages + 1, asked | {"cursor": page["next_cursor"]}
+        assert pages == 3 and [row["ts"] for row in rows] == [t.strftime("%Y-%m-%dT%H:%M:%SZ") for t in frame.index], what
+    for cursor, words in (("x", "next_cursor"), ("WyJhIiwgbnVsbCwgIjIwMjQtMDEtMDEiXQ", "another query"), ("%00", "next_cursor")):
+        answer = client.get("/export", params={"symbol": "TESTUSD", "spec": "1m", "cursor": cursor})
+        assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
+
+
+def test_a_source_that_appears_between_two_pages_changes_none(settings):
+    with init_duckdb(settings) as con, served(settings) as client:
+        put(con, minutes(600).assign(symbol="TWO"), source="replay")
+        asked = {"symbol": "TWO", "spec": "1m", "limit": 400}
+        first = client.get("/export", params=asked).json()
+        put(con, minutes(600).assign(symbol="TWO"), source="trades")
+        second = client.get("/export", params=asked | {"cursor": first["next_cursor"]}).json()
+        assert (first["source"], second["source"], len(second["rows"])) == ("replay", "replay", 200) and second["snapshot"] > first["snapshot"]
+        assert client.get("/export", params=asked).json()["source"] == "trades"
+
+
+def test_kinds_of_models_are_listed_with_their_runs(client, settings):
+    import json
+
+    folder = settings.path(settings.runs_dir) / "r-model"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"config": {"model": "har"}}), encoding="utf-8")
+    found = {m["name"]: m for m in client.get("/models").json()}
+    assert {"xgboost", "lightgbm", "ridge", "har", "garch", "ensemble"} <= set(found) and all(m["description"] for m in found.values())
+    assert (found["har"]["runs"], found["garch"]["runs"]) == (["r-model"], [])
+    (folder / "run.json").unlink()

@@ -66,7 +66,9 @@ def test_each_container_receives_only_the_secrets_that_it_needs() -> None:
     ours = {name: names for name, names in given.items() if services[name].get("build")}
     assert set(ours) == {"lab", "dashboards", "api", "collector"}
     of_the_host = {"MINIO_CA_FILE", "API_HOST", "API_PORT", "DASHBOARD_PORT", "CRYPTORESEARCH_SHARED_DATA", "DUCKDB_TEMP_DIR"}
-    wanted = {name.upper() for name in Settings.model_fields} - of_the_host - {"FINNHUB_TOKEN"}
+    of_the_api = {"API_KEYS", "API_ORIGINS", "API_REQUESTS_PER_MINUTE"}
+    assert {name for name, names in given.items() if names & of_the_api} == {"api"} and of_the_api <= given["api"]
+    wanted = {name.upper() for name in Settings.model_fields} - of_the_host - of_the_api - {"FINNHUB_TOKEN"}
     assert all(wanted <= names for names in ours.values()), {name: wanted - names for name, names in ours.items()}
 
 

@@ -4,29 +4,32 @@
 
 # %% auto #0
 __all__ = ['MAX_ROWS', 'MAX_TABLE_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS', 'Symbol', 'Spec', 'Start', 'End', 'Limit',
-           'Source', 'Names', 'Form', 'MEDIA', 'Chosen', 'Last', 'Every', 'Wanted', 'Answer', 'Problem', 'Health',
-           'BuiltBars', 'Stretch', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage',
-           'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'DayScores', 'LiveRunScores', 'RunParity', 'records',
-           'Reader', 'table_response', 'get_health', 'get_symbols', 'get_coverage', 'get_bars', 'get_features',
-           'get_runs', 'get_scores', 'get_run', 'get_live_scores', 'get_parity', 'get_predictions', 'create_app',
-           'serve']
+           'Source', 'RunId', 'Names', 'Form', 'MEDIA', 'Chosen', 'Kind', 'Horizon', 'Last', 'Every', 'Wanted',
+           'WantedRun', 'What', 'Cursor', 'EXAMPLES', 'Answer', 'Problem', 'Health', 'BuiltBars', 'Stretch',
+           'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage', 'LabelRow', 'LabelPage',
+           'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'ModelInfo', 'ExportPage', 'DayScores',
+           'LiveRunScores', 'RunParity', 'records', 'Reader', 'table_response', 'get_health', 'get_symbols',
+           'get_coverage', 'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run', 'get_models',
+           'get_live_scores', 'get_parity', 'get_predictions', 'get_export', 'create_app', 'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
+import base64
 import contextlib
 import difflib
+import hashlib
 import importlib.util
+import json
 import logging
 import math
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime, UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
 
 # %% ../../nbs/serving/03_api.ipynb #7d057142
 import duckdb
@@ -34,7 +37,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import uvicorn
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Path as InPath, Query, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -42,6 +45,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ExceptionHandler
 
 # %% ../../nbs/serving/03_api.ipynb #fa0755e5
@@ -51,11 +55,17 @@ from ..data.status import coverage
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
 from ..features.registry import REGISTRY
+from ..labels.targets import TARGETS
+from ..models.catalogue import MODELS
 from ..runs.run import load_run
+from .access import Access, read_policy
 from .gate import catalog_stamp, Gate, problem_json
-from .queries import bars_page, features_page, read_predictions, read_run, read_runs, read_specs, read_symbols
+from cryptoresearch.serving.queries import (
+    bars_page, export_page, Exported, features_page, labels_page, read_predictions, read_run, read_runs, read_specs, read_symbols,
+)  # fmt: skip
 from .scoring import live_outcomes, live_source, parity, rolling_scores, score_outcomes
-from ..settings import get_settings, served_names, Settings
+from ..settings import get_settings, Settings
+
 
 # %% ../../nbs/serving/03_api.ipynb #00000006
 MAX_ROWS, MAX_TABLE_ROWS = 10_000, 1_000_000  # of a page in JSON, and in the other formats
@@ -190,6 +200,33 @@ class FeaturePage(Answer):
     features: list[FeatureInfo]
     rows: list[FeatureRow]
 
+# %% ../../nbs/serving/03_api.ipynb #19e88df4
+class LabelRow(Answer):
+    "Return the label of one bar: an outcome, which was not known at the bar's close."
+
+    ts: Time = Field(description="open of the bar, UTC")
+    y: Number = Field(description="outcome, fraction; 0 or 1 for events; null where it is not known or meets a gap")
+    known_ts: Time = Field(description="close of the bar, when the decision is made, UTC")
+    end_ts: Time | None = Field(description="when the outcome is known, UTC; features of bars that close earlier may be trained on it")
+    planned_ts: Time | None = Field(default=None, description="latest time at which it can end, UTC (barriers)")
+    held: Number = Field(default=None, description="bars until it ended (barriers)")
+    side: Number = Field(default=None, description="side of the primary rule: 1, -1 or 0 (meta)")
+    sigma: Number = Field(default=None, description="volatility that the outcome is scaled by, fraction (scaled_return)")
+
+
+class LabelPage(Answer):
+    "Return a page of labels of one kind and horizon."
+
+    symbol: str
+    spec: str
+    source: str
+    target: str = Field(description="kind of label")
+    meaning: str = Field(description="of y, for bar t and a horizon of h bars")
+    horizon: int = Field(description="bars")
+    snapshot: int
+    next_start: Time | None = Field(description="`start` of the next page")
+    labels: list[LabelRow]
+
 # %% ../../nbs/serving/03_api.ipynb #0000000a
 class Prediction(Answer):
     "Describe a live prediction and, once known, its outcome."
@@ -240,6 +277,25 @@ class RunInfo(Answer):
 
     model_config = ConfigDict(extra="allow", ser_json_inf_nan="null")
     run_id: str = Field(description="identity of configuration, data, code and libraries")
+
+# %% ../../nbs/serving/03_api.ipynb #b2f7bd88
+class ModelInfo(Answer):
+    "Describe a kind of model that runs can use."
+
+    name: str = Field(description="value of --model", examples=["xgboost"])
+    description: str
+    library: str = Field(description="that fits it")
+    runs: list[str] = Field(description="stored runs with it, the latest first")
+
+
+class ExportPage(Answer):
+    "Return a page of everything that is stored under a symbol."
+
+    what: str = Field(description="kind of rows")
+    snapshot: int = Field(description="snapshot of the store that was read; it changes where the store changed between two pages")
+    source: str | None = Field(description="source of bars and features; trades and predictions have it in each row")
+    next_cursor: str | None = Field(description="`cursor` of the next page; null at the end")
+    rows: list[dict[str, object]] = Field(description="in order of time; the fields depend on `what`")
 
 # %% ../../nbs/serving/03_api.ipynb #919895aa
 class DayScores(Answer):
@@ -383,22 +439,27 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     "Answer an unknown path or method."
     status = error.status_code if isinstance(error, HTTPException) else 500
-    where = "" if status == 421 else f": {request.method} {request.url.path}. The paths are listed at /"
-    return _problem(request, status, "HTTPError", f"{getattr(error, 'detail', error)}{where}", getattr(error, "headers", None))
+    message = f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /"
+    return _problem(request, status, "HTTPError", message, getattr(error, "headers", None))
 
 
 async def _on_surprise(request: Request, error: Exception) -> Response:
     "Answer an unexpected error and log it."
     log.exception("%s %s", request.method, request.url.path, exc_info=error)
-    return _problem(request, 500, "InternalError", f"{type(error).__name__}; the server's log has the details")
+    name = {"X-Request-ID": getattr(request.state, "request_id", "")}  # this handler is outside of the one that adds it
+    return _problem(request, 500, "InternalError", f"{type(error).__name__}; the server's log has the details", name)
 
 # %% ../../nbs/serving/03_api.ipynb #00000014
 Symbol = Annotated[str, Query(description="such as BTCUSDT", min_length=1, max_length=40, examples=["BTCUSDT"])]
 Spec = Annotated[str, Query(description="bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …", max_length=20, examples=["1h"])]
-Start = Annotated[datetime | None, Query(description="first bar's open, UTC; without it the latest rows")]
-End = Annotated[datetime | None, Query(description="bars that open before this, UTC")]
-Limit = Annotated[int, Query(description=f"rows at most; {MAX_ROWS:,} in JSON", ge=1, le=MAX_TABLE_ROWS)]
-Source = Annotated[str | None, Query(description="one of the symbol's sources; without it the most trustworthy one with such bars")]
+Start = Annotated[datetime | None, Query(description="first open, UTC; without it the latest rows", examples=["2024-08-08T00:00:00Z"])]
+End = Annotated[datetime | None, Query(description="bars that open before this, UTC", examples=["2024-08-09T00:00:00Z"])]
+Limit = Annotated[int, Query(description=f"rows at most; {MAX_ROWS:,} in JSON", ge=1, le=MAX_TABLE_ROWS, examples=[100])]
+Source = Annotated[
+    str | None,
+    Query(description="one of the symbol's sources; without it the most trustworthy one with such rows", examples=["trades"]),
+]
+RunId = Annotated[str, InPath(description="id of a run, or a unique beginning of it", examples=["btcusdt-1h-return24-0123456789"])]
 Names = Annotated[
     list[str] | None,
     Query(description="features or groups; repeat, or separate by commas; without it the default set", examples=[["default"]]),
@@ -443,12 +504,12 @@ def _check_limit(limit: int, form: Form) -> None:
 
 # %% ../../nbs/serving/03_api.ipynb #cca64468
 def table_response(
-    frame: pd.DataFrame,  # rows, index ts
+    frame: pd.DataFrame,  # rows, with or without the index ts
     form: Form,  # not json
     facts: Mapping[str, object],  # about the page; each becomes a header X-…, None is left out
 ) -> Response:  # with the rows as columns
     "Write a page as CSV, Arrow stream or Parquet."
-    flat, sink = frame.reset_index(), pa.BufferOutputStream()
+    flat, sink = frame.reset_index() if frame.index.name else frame.copy(), pa.BufferOutputStream()
     flat.attrs = {}
     headers = {f"X-{name}": v.isoformat() if isinstance(v, pd.Timestamp) else str(v) for name, v in facts.items() if v is not None}
     if form == "csv":
@@ -517,8 +578,8 @@ def get_symbols(
 # %% ../../nbs/serving/03_api.ipynb #00000017
 def get_coverage(
     con: Con,  # cursor of the request
-    symbol: Annotated[str | None, Query(description="all when absent")] = None,  # all when None
-    source: Annotated[str | None, Query(description="all when absent")] = None,  # all when None
+    symbol: Annotated[str | None, Query(description="all when absent", examples=["BTCUSDT"])] = None,  # all when None
+    source: Annotated[str | None, Query(description="all when absent", examples=["trades"])] = None,  # all when None
 ) -> list[Stretch]:  # in order of series and time
     "List the stretches for which files and live sessions claim completeness."
     found = coverage(con, symbol and normal_symbol(symbol), source)
@@ -545,6 +606,11 @@ def get_bars(
     return BarPage(symbol=symbol, spec=spec, source=chosen, snapshot=snapshot(con), next_start=following, bars=bars)
 
 # %% ../../nbs/serving/03_api.ipynb #7541f495
+def _split(names: list[str] | None) -> list[str] | None:
+    "Return the names of a repeated parameter, each of which may be a list; None without any."
+    return [name.strip() for text in names or [] for name in text.split(",") if name.strip()] or None
+
+
 def _feature_rows(values: pd.DataFrame, bars: pd.DataFrame) -> list[FeatureRow]:
     "Convert feature values to records, with the time at which each row was known."
     each = zip(bars.index, bars["close_ts"], records(values.reset_index(drop=True)), strict=True)
@@ -569,15 +635,44 @@ def get_features(
 ) -> FeaturePage | Response:  # a page of feature values
     "Return feature values, each row computed with its full warm-up, as used by a model."
     _check_limit(limit, form)
-    wanted = [name.strip() for text in names or [] for name in text.split(",") if name.strip()] or None
     times = {"start": _time(start), "end": _time(end)}
-    values, bars, following = features_page(con, symbol, spec, names=wanted, limit=limit, source=source, **times)
+    values, bars, following = features_page(con, symbol, spec, names=_split(names), limit=limit, source=source, **times)
     chosen, now = bars.attrs["source"], snapshot(con)
     if form != "json":
         return _features_table(values, bars, form, {"Snapshot": now, "Next-Start": following})
     about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in (REGISTRY[name] for name in values.columns)]
     rows = _feature_rows(values, bars)
     return FeaturePage(symbol=symbol, spec=spec, source=chosen, snapshot=now, next_start=following, features=about, rows=rows)
+
+# %% ../../nbs/serving/03_api.ipynb #400e512e
+Kind = Annotated[str, Query(description=f"kind of label: {', '.join(TARGETS)}", examples=["return"], max_length=40)]
+Horizon = Annotated[int, Query(description="bars", ge=1, le=10_000, examples=[24])]
+
+# %% ../../nbs/serving/03_api.ipynb #7101d0f9
+def get_labels(
+    con: Con,  # cursor of the request
+    form: Chosen,  # of the answer
+    symbol: Symbol,  # such as BTCUSDT
+    spec: Spec = "1h",  # bar length
+    target: Kind = "return",  # kind of label, in its default parameters
+    horizon: Horizon = 24,  # bars
+    start: Start = None,  # first bar's open, UTC; None: the latest rows
+    end: End = None,  # bars that open before this, UTC
+    limit: Limit = 1000,  # rows at most
+    source: Source = None,  # the most trustworthy one when None
+) -> LabelPage | Response:  # a page of labels
+    "Return labels of bars in order of time, as runs are trained on them. They look forward: never use them as features."
+    _check_limit(limit, form)
+    times = {"start": _time(start), "end": _time(end)}
+    labels, bars, following = labels_page(con, symbol, spec, target=target, horizon=horizon, limit=limit, source=source, **times)
+    labels, chosen, now = _columns(labels, LabelRow), str(bars.attrs["source"]), snapshot(con)
+    if form != "json":
+        return table_response(labels, form, {"Source": chosen, "Snapshot": now, "Next-Start": following})
+    rows, meaning = [LabelRow(**row) for row in records(labels)], TARGETS[target].meaning
+    return LabelPage(
+        symbol=symbol, spec=spec, source=chosen, target=target, meaning=meaning, horizon=horizon, snapshot=now, next_start=following,
+        labels=rows,
+    )  # fmt: skip
 
 # %% ../../nbs/serving/03_api.ipynb #00000018
 def get_runs(
@@ -589,7 +684,7 @@ def get_runs(
 
 def get_scores(
     request: Request,  # gives the settings
-    run_id: str,  # identity of the run, or a unique prefix of it
+    run_id: RunId,  # identity of the run, or a unique prefix of it
 ) -> RunScores:  # of the run
     "Return the scores of one run, next to those of its baselines."
     run = read_run(request.app.state.reader.settings, run_id)
@@ -601,10 +696,22 @@ def get_scores(
 
 def get_run(
     request: Request,  # gives the settings
-    run_id: str,  # identity of the run, or a unique prefix of it
+    run_id: RunId,  # identity of the run, or a unique prefix of it
 ) -> RunInfo:  # the run
     "Return one run with everything that is recorded about it."
     return RunInfo(**read_run(request.app.state.reader.settings, run_id))
+
+# %% ../../nbs/serving/03_api.ipynb #dfd8365a
+def get_models(
+    request: Request,  # gives the settings
+) -> list[ModelInfo]:  # all kinds
+    "List the kinds of models that runs can use, with the stored runs of each."
+    runs: dict[str, list[str]] = {}
+    for run in read_runs(request.app.state.reader.settings):
+        config = run.get("config")
+        runs.setdefault(str(config.get("model", "")) if isinstance(config, dict) else "", []).append(run["run_id"])
+    docs = {name: (kind.__doc__ or "").strip().split("\n")[0] for name, kind in MODELS.items()}
+    return [ModelInfo(name=name, description=docs[name], library=kind.library, runs=runs.get(name, [])) for name, kind in MODELS.items()]
 
 # %% ../../nbs/serving/03_api.ipynb #53423a50
 Last = Annotated[str, Query(description="stretch of time that ends with the newest prediction, such as 7D or 12h", max_length=20)]
@@ -642,7 +749,8 @@ def get_parity(
     return RunParity(run_id=found.run, exact=found.exact, **{k: v for k, v in asdict(found).items() if k != "run"})
 
 # %% ../../nbs/serving/03_api.ipynb #d5e8783b
-Wanted = Annotated[str | None, Query(description="all when absent")]
+Wanted = Annotated[str | None, Query(description="all when absent", examples=["BTCUSDT"])]
+WantedRun = Annotated[str | None, Query(description="all when absent", examples=["btcusdt-1h-return24-0123456789"])]
 
 
 def get_predictions(
@@ -650,7 +758,7 @@ def get_predictions(
     request: Request,  # gives the settings
     form: Chosen,  # of the answer
     symbol: Wanted = None,  # all when None
-    run_id: Wanted = None,  # all when None
+    run_id: WantedRun = None,  # all when None
     start: Start = None,  # first bar's open, UTC; None: the latest rows
     end: End = None,  # bars that open before this, UTC
     limit: Limit = 1000,  # bar times at most
@@ -665,13 +773,56 @@ def get_predictions(
     rows = records(frame)
     return PredictionPage(snapshot=snapshot(con), next_start=following, predictions=[Prediction(**row) for row in rows])
 
-# %% ../../nbs/serving/03_api.ipynb #5c0b0002
-def _known_host(request: Request) -> None:
-    "Refuse a request for a name that is not one of this server's."
-    settings: Settings = request.app.state.reader.settings
-    names, asked = served_names(settings, settings.api_host), (request.url.hostname or "").lower()
-    if asked not in names and "*" not in names:
-        raise HTTPException(421, problem(f"a Host header of {', '.join(sorted(names))}", repr(asked), "Add the name to ALLOWED_HOSTS"))
+# %% ../../nbs/serving/03_api.ipynb #96fc3aaf
+def _to_cursor(query: str, source: str | None, following: pd.Timestamp | None) -> str | None:
+    "Write the cursor of the next page."
+    if following is None:
+        return None
+    text = json.dumps([hashlib.sha256(query.encode()).hexdigest()[:16], source, following.isoformat()])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _from_cursor(query: str, cursor: str) -> tuple[str | None, datetime]:
+    "Read source and time of a cursor; `ConfigError` where it belongs to another query, or is none."
+    try:
+        digest, source, at = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        same, time = digest == hashlib.sha256(query.encode()).hexdigest()[:16], datetime.fromisoformat(at)
+        if not same or not isinstance(source, str | None):
+            raise ValueError("it belongs to another query")
+    except (ValueError, TypeError) as e:
+        remedy = "Repeat the parameters of the first page, and pass next_cursor unchanged"
+        raise ConfigError(problem("a cursor that this query returned", repr(str(e)[:60]), remedy)) from None
+    return source, time
+
+# %% ../../nbs/serving/03_api.ipynb #4330cfd7
+What = Annotated[Exported, Query(description="kind of rows; predictions are the live ones")]
+Cursor = Annotated[str | None, Query(description="next_cursor of the last page (header X-Next-Cursor)", max_length=400)]
+
+# %% ../../nbs/serving/03_api.ipynb #de21a4bc
+def get_export(
+    con: Con,  # cursor of the request
+    form: Chosen,  # of the answer
+    symbol: Symbol,  # such as BTCUSDT
+    what: What = "bars",  # kind of rows
+    spec: Spec = "1h",  # bar length, of bars and features
+    names: Names = None,  # features or groups; the default set when None
+    start: Annotated[datetime | None, Query(description="first time, UTC; without it the beginning")] = None,  # the beginning when None
+    end: End = None,  # times before this, UTC
+    limit: Limit = 1000,  # rows per page; rows of one time are on one page
+    source: Source = None,  # the most trustworthy one when None
+    cursor: Cursor = None,  # of the page; None: the first
+) -> ExportPage | Response:  # a page of rows
+    "Return everything that is stored under a symbol, page by page from the beginning: trades, bars, features or predictions."
+    _check_limit(limit, form)
+    query = json.dumps([symbol, what, spec, names, str(start), str(end), source])
+    source, start = _from_cursor(query, cursor) if cursor else (source, start)
+    times = {"start": _time(start), "end": _time(end)}
+    rows, following = export_page(con, symbol, what, spec, names=_split(names), limit=limit, source=source, **times)
+    chosen, now = rows.attrs.get("source"), snapshot(con)
+    after = _to_cursor(query, chosen or source, following)
+    if form != "json":
+        return table_response(rows, form, {"Source": chosen, "Snapshot": now, "Next-Cursor": after})
+    return ExportPage(what=what, snapshot=now, source=chosen, next_cursor=after, rows=records(rows))
 
 # %% ../../nbs/serving/03_api.ipynb #b066dbcd
 def _parameters(dependant: Dependant) -> set[str]:
@@ -692,6 +843,63 @@ def _known_parameters(request: Request) -> None:
 # %% ../../nbs/serving/03_api.ipynb #5e5f7929
 type _Answers = dict[int | str, dict[str, Any]]
 
+# %% ../../nbs/serving/03_api.ipynb #cad22dfe
+_HEADERS = ["Authorization", "If-None-Match", "Last-Event-ID", "X-Request-ID"]  # that pages of other origins may send
+_FACTS = ["ETag", "Retry-After", "X-Next-Cursor", "X-Next-Start", "X-Request-ID", "X-Snapshot", "X-Source"]  # and read
+
+
+def _guard(app: FastAPI, settings: Settings) -> None:
+    "Put the checks and the gate around the endpoints; a request passes CORS, then the checks, then the gate."
+    once = max(2, os.cpu_count() or 2)
+    app.add_middleware(Gate, cached=_CACHED, limited=_LIMITED, stamp=lambda: catalog_stamp(settings), at_once=once)
+    app.add_middleware(Access, policy=read_policy(settings))
+    if origins := settings.api_origins.replace(",", " ").split():
+        methods = ["GET", "POST"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=_HEADERS, expose_headers=_FACTS)
+
+# %% ../../nbs/serving/03_api.ipynb #044d6ee1
+class _Api(FastAPI):
+    "Complete the OpenAPI description with what FastAPI leaves out: the media type of problem details, the keys and examples."
+
+    def openapi(self) -> dict[str, object]:  # JSON-ready
+        "Describe the API, once."
+        if self.openapi_schema:
+            return self.openapi_schema
+        described = super().openapi()
+        keys = {"type": "http", "scheme": "bearer", "description": "needed where the server's API_KEYS has any"}
+        described["components"]["securitySchemes"], described["security"] = {"key": keys}, [{"key": []}, {}]
+        for path, methods in described["paths"].items():
+            for what in methods.values():
+                for code in [code for code in what["responses"] if code >= "400"]:
+                    what["responses"][code]["content"] = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                if path in EXAMPLES:
+                    what["responses"]["200"]["content"]["application/json"]["example"] = EXAMPLES[path]
+        return described
+
+# %% ../../nbs/serving/03_api.ipynb #5e4452a8
+_BAR = {
+    "ts": "2024-08-08T23:54:16Z", "close_ts": "2024-08-08T23:54:17Z", "open": 61828.01, "high": 61828.01, "low": 61824.0, "close": 61824.01,
+    "volume": 0.13896, "quote_volume": 8591.4, "trades": 12, "buy_volume": 0.05, "buy_volume_tick": 0.05, "vwap": 61826.4, "gap": False,
+}  # fmt: skip
+_PAGE = {"symbol": "BTCUSDT", "spec": "1s", "source": "trades", "snapshot": 3, "next_start": "2024-08-08T23:54:17Z"}
+_BUILT = {"spec": "1s", "first_ts": "2024-08-08T23:54:16Z", "last_ts": "2024-08-09T00:05:04Z", "bars": 648, "gaps": 0}
+_RSI = {"name": "rsi_14", "unit": "percent", "group": "momentum", "warmup": 126}
+_ROW = {"ts": _BAR["ts"], "known_ts": _BAR["close_ts"], "values": {"rsi_14": 40.49}}
+_LABEL = {"ts": _BAR["ts"], "y": -0.0012, "known_ts": _BAR["close_ts"], "end_ts": "2024-08-08T23:54:41Z"}
+_RUN = {"run_id": "btcusdt-1h-return24-0123456789", "level": "none", "verdict": "No skill found."}
+
+# %% ../../nbs/serving/03_api.ipynb #730a6381
+EXAMPLES: dict[str, object] = {  # of answers in JSON, by path
+    "/symbols": [{"symbol": "BTCUSDT", "source": "trades", "first_ts": _BAR["ts"], "last_ts": "2024-08-09T00:05:03.9Z",
+                  "trades": 20000, "candles": 0, "bars": [_BUILT]}],
+    "/bars": _PAGE | {"bars": [_BAR]},
+    "/features": _PAGE | {"features": [_RSI], "rows": [_ROW]},
+    "/labels": _PAGE | {"target": "return", "meaning": TARGETS["return"].meaning, "horizon": 24, "labels": [_LABEL]},
+    "/runs": [_RUN], "/runs/{run_id}": _RUN,
+    "/runs/{run_id}/scores": _RUN | {"baseline": "zero", "scores": {"model": {"ic": 0.01}, "zero": {"ic": None}}},
+    "/export": {"what": "bars", "snapshot": 3, "source": "trades", "next_cursor": "WyJhYyJd", "rows": [_BAR]},
+}  # fmt: skip
+
 # %% ../../nbs/serving/03_api.ipynb #0000001a
 def create_app(
     settings: Settings | None = None,  # read from the environment when None
@@ -699,18 +907,17 @@ def create_app(
     "Create the REST API as an ASGI application."
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> Any:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         app.state.reader.close()
 
     about = "Bars, features, runs and predictions. Read-only; times in UTC; fractions as decimals; `null` for unknown values."
-    app = FastAPI(
+    app = _Api(
         title="cryptoresearch", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None,
-        dependencies=[Depends(_known_host), Depends(_known_parameters)],
+        dependencies=[Depends(_known_parameters)],
     )  # fmt: skip
     app.state.reader = reader = Reader(settings or get_settings())
-    once = max(2, os.cpu_count() or 2)
-    app.add_middleware(Gate, cached=_CACHED, limited={"runs"}, stamp=lambda: catalog_stamp(reader.settings), at_once=once)
+    _guard(app, reader.settings)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     answers: _Answers = {code: {"model": Problem, "description": text} for code, text in _ANSWERS.items()}
@@ -721,23 +928,29 @@ def create_app(
     return app
 
 # %% ../../nbs/serving/03_api.ipynb #5c0b0004
-_ANSWERS = {404: "not found", 422: "invalid request", 503: "the store is busy; try again"}
+_ANSWERS = {
+    401: "no known key", 404: "not found", 421: "another host's name", 422: "invalid request", 429: "too many requests",
+    503: "the store is busy; try again",
+}  # fmt: skip
 _HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
     CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, 404: _on_http_error, 405: _on_http_error,
-    421: _on_http_error, Exception: _on_surprise,
+    Exception: _on_surprise,
 }  # fmt: skip
 
 # %% ../../nbs/serving/03_api.ipynb #29d550be
 _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of the JSON
     ("/health", get_health, "service", Health), ("/symbols", get_symbols, "data", list[SymbolSource]),
     ("/coverage", get_coverage, "data", list[Stretch]), ("/bars", get_bars, "data", BarPage),
-    ("/features", get_features, "data", FeaturePage), ("/runs", get_runs, "models", list[RunInfo]),
+    ("/features", get_features, "data", FeaturePage), ("/labels", get_labels, "data", LabelPage),
+    ("/export", get_export, "data", ExportPage), ("/models", get_models, "models", list[ModelInfo]),
+    ("/runs", get_runs, "models", list[RunInfo]),
     ("/runs/{run_id}", get_run, "models", RunInfo), ("/runs/{run_id}/scores", get_scores, "models", RunScores),
     ("/runs/{run_id}/scores/live", get_live_scores, "models", LiveRunScores), ("/runs/{run_id}/parity", get_parity, "models", RunParity),
     ("/predictions", get_predictions, "models", PredictionPage),
 ]  # fmt: skip
-_TABLES = frozenset(("bars", "features", "predictions"))  # in other formats too
-_CACHED = _TABLES | {"symbols", "coverage"}  # answers that depend on the store alone
+_CACHED = frozenset(("bars", "features", "labels", "predictions", "symbols", "coverage"))  # answers that depend on the store alone
+_LIMITED = frozenset(("runs", "models", "export"))  # wait for a place too
+_TABLES = frozenset(("bars", "features", "labels", "predictions", "export"))  # in other formats too
 
 # %% ../../nbs/serving/03_api.ipynb #0000001b
 _STYLE = (
@@ -799,6 +1012,4 @@ def serve(
     "Run the API until it is stopped."
     chosen = settings or get_settings()
     host, port = host or chosen.api_host, chosen.api_port if port is None else port
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        log.warning("the API listens at %s without a password: anyone who can reach this address can read the store", host)
     uvicorn.run(create_app(chosen.model_copy(update={"api_host": host})), host=host, port=port, log_level=chosen.log_level.lower())

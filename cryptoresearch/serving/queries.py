@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIXED', 'Exported', 'ALL_ROWS', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page',
-           'read_predictions', 'with_outcomes', 'match_outcomes', 'bar_positions', 'read_runs', 'read_run',
-           'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'read_forecasts']
+           'labels_page', 'read_predictions', 'with_outcomes', 'match_outcomes', 'bar_positions', 'read_runs',
+           'read_run', 'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'export_page', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import json
@@ -24,10 +24,10 @@ from cryptoresearch.data.bars import (
 )  # fmt: skip
 from ..data.event_bars import event_spec, read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.series import check_range, naive_utc, normal_symbol, TimeLike, to_utc
-from ..data.status import read_trades
+from ..data.status import read_trades, source_intervals
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
-from ..labels.targets import label_warmup, make_labels
+from ..labels.targets import label_params, label_warmup, make_labels
 from ..runs.stored import Record
 from ..settings import Settings
 
@@ -186,6 +186,45 @@ def features_page(
     before = bars.index[0] - (pipeline.warmup - 1) * bar_length(spec)
     history = read_bars(con, symbol, spec, source=chosen, start=before, end=bars.index[-1] + bar_length(spec))
     return pipeline.process_data(history).loc[bars.index], bars, following
+
+# %% ../../nbs/serving/01_queries.ipynb #234ed5ce
+def _closes(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, source: str, after: pd.Timestamp, n: int) -> pd.Timestamp:
+    "Return the open of the n-th stored event bar after a time, the last one where there are fewer; the time without any."
+    e = event_spec(spec)
+    where, values = _clauses(symbol=normal_symbol(symbol), source=source, kind=e.kind, spec=e.spec, start=after)
+    row = con.execute(f"SELECT max(ts) FROM (SELECT ts FROM bars WHERE {where} AND ts > ? ORDER BY ts LIMIT ?)", [*values, values[-1], n])
+    found = row.fetchall()[0][0]
+    return after if found is None else to_utc(found)
+
+
+def _around(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, bars: pd.DataFrame, before: int, after: int) -> pd.DataFrame:
+    "Read the bars of a page with a number of bars before and after it."
+    source, first, last = bars.attrs["source"], bars.index[0], bars.index[-1]
+    if ":" in spec:
+        start = _opens(con, symbol, spec, source, first, before) or first
+        end = _closes(con, symbol, spec, source, last, after) + pd.Timedelta("1us")
+    else:
+        start, end = first - before * bar_length(spec), last + (after + 1) * bar_length(spec)
+    return read_bars(con, symbol, spec, source=source, start=start, end=end)
+
+# %% ../../nbs/serving/01_queries.ipynb #e54e3a5f
+def labels_page(
+    con: duckdb.DuckDBPyConnection,  # of data.store
+    symbol: str,  # such as BTCUSDT
+    spec: str = "1h",  # bar spec
+    *,
+    target: str = "return",  # name of a kind of label, in its default parameters
+    horizon: int = 24,  # bars
+    **page: Any,  # start, end, limit, source as in bars_page
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.Timestamp | None]:  # labels as in make_labels, the bars of the same rows, the next page's start
+    "Read one page of labels, computed with the bars before and after the page."
+    params = label_params(target, {}, horizon)
+    bars, following = bars_page(con, symbol, spec, **page)
+    if bars.empty:
+        return pd.DataFrame(columns=["y", "known_ts", "end_ts"], index=bars.index), bars, following
+    whole = _around(con, symbol, spec, bars, label_warmup(target, params), horizon + 1)
+    labels = make_labels(whole, target, horizon)
+    return (labels[labels.index.isin(bars.index)] if ":" in spec else labels.reindex(bars.index)), bars, following
 
 # %% ../../nbs/serving/01_queries.ipynb #d8d9097b
 def read_predictions(
@@ -422,6 +461,70 @@ def read_bar_file(
     if ":" not in spec:
         return bar_frame(frame, spec, symbol=symbol)
     return with_kind(as_bars(pa.Table.from_pandas(frame)), BarKind("events", event_spec(spec).name, symbol))
+
+# %% ../../nbs/serving/01_queries.ipynb #35e60837
+def _nth_trade(con: duckdb.DuckDBPyConnection, symbol: str, pieces: pd.DataFrame, n: int) -> pd.Timestamp | None:
+    "Return the time of the n-th trade (from 0) within the pieces of `source_intervals`; None where there are fewer."
+    for source, session, start, end in pieces[["source", "session", "start", "end"]].itertuples(index=False, name=None):
+        rows = "FROM trades WHERE symbol = ? AND source = ? AND ts >= ? AND ts < ?"
+        values = [symbol, source, naive_utc(start), naive_utc(end)]
+        if isinstance(session, str):
+            rows, values = f"{rows} AND file_id = ?", [*values, session]
+        if found := con.execute(f"SELECT ts {rows} ORDER BY ts LIMIT 1 OFFSET ?", [*values, n]).fetchone():
+            return to_utc(found[0])
+        n -= con.execute(f"SELECT count(*) {rows}", values).fetchall()[0][0]
+    return None
+
+# %% ../../nbs/serving/01_queries.ipynb #ecc65149
+def _trades_page(
+    con: duckdb.DuckDBPyConnection, symbol: str, start: TimeLike | None, end: TimeLike | None, limit: int, source: str | None
+) -> tuple[pd.DataFrame, pd.Timestamp | None]:
+    "Read one page of trades in the rules of `read_trades`."
+    pieces = source_intervals(con, symbol := normal_symbol(symbol), start, end, source=source)
+    last = _nth_trade(con, symbol, pieces, limit - 1)
+    stop = None if last is None else last + pd.Timedelta("1us")
+    rows = read_trades(con, symbol, start, end if stop is None else stop, source).astype({"symbol": str, "source": str})
+    if stop is None:
+        return rows, None
+    later = pieces[pieces["end"] > stop]
+    return rows, _nth_trade(con, symbol, later.assign(start=later["start"].where(later["start"] > stop, stop)), 0)
+
+# %% ../../nbs/serving/01_queries.ipynb #06a6b876
+def _bars_or_features(
+    con: duckdb.DuckDBPyConnection, symbol: str, what: Exported, spec: str, names: list[str] | None, page: dict[str, Any]
+) -> tuple[pd.DataFrame, pd.Timestamp | None]:
+    "Read one page of bars or features."
+    if what == "bars":
+        bars, following = bars_page(con, symbol, spec, **page)
+        rows = bars.drop(columns="symbol", errors="ignore")
+    else:
+        values, bars, following = features_page(con, symbol, spec, names=names, **page)
+        rows = values.assign(known_ts=bars["close_ts"].array)
+    rows = rows.reset_index()
+    rows.attrs = {"source": bars.attrs["source"]}
+    return rows, following
+
+# %% ../../nbs/serving/01_queries.ipynb #ab52223e
+def export_page(
+    con: duckdb.DuckDBPyConnection,  # of data.store
+    symbol: str,  # such as BTCUSDT
+    what: Exported,  # kind of rows; predictions are the live ones
+    spec: str = "1h",  # of bars and features
+    *,
+    names: list[str] | None = None,  # features or groups; default when None
+    start: TimeLike | None = None,  # first time, UTC; the beginning when None
+    end: TimeLike | None = None,  # times before this one, UTC
+    limit: int = 1000,  # rows
+    source: str | None = None,  # of the rows; the best one when None
+) -> tuple[pd.DataFrame, pd.Timestamp | None]:  # rows without an index, attrs source; the next page's start, None at the end
+    "Read one page of everything that is stored under a symbol, in order of time."
+    start = start or "1970-01-01"
+    if what == "trades":
+        return _trades_page(con, symbol, start, end, limit, source)
+    if what == "predictions":
+        found, following = read_predictions(con, symbol=symbol, start=start, end=end, limit=limit)
+        return found.reset_index(), following
+    return _bars_or_features(con, symbol, what, spec, names, {"start": start, "end": end, "limit": limit, "source": source})
 
 # %% ../../nbs/serving/01_queries.ipynb #fa021463
 def _walk_forward(settings: Settings, run_id: str) -> pd.DataFrame:

@@ -721,7 +721,7 @@ Every = Annotated[str, Query(description="length of the parts that are scored, s
 def get_live_scores(
     request: Request,  # gives the settings
     con: Con,  # cursor of the request
-    run_id: str,  # identity of the run, or a unique prefix of it
+    run_id: RunId,  # identity of the run, or a unique prefix of it
     last: Last = "7D",  # stretch that ends with the newest prediction
     every: Every = "1D",  # length of a part
     source: Source = None,  # the feed that predicted last when None
@@ -740,7 +740,7 @@ def get_live_scores(
 def get_parity(
     request: Request,  # gives the settings
     con: Con,  # cursor of the request
-    run_id: str,  # identity of the run, or a unique prefix of it
+    run_id: RunId,  # identity of the run, or a unique prefix of it
     last: Last = "1D",  # stretch that ends with the newest prediction
     source: Source = None,  # the feed that predicted last when None
 ) -> RunParity:  # of its predictions

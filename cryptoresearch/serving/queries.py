@@ -315,9 +315,9 @@ def bar_positions(
     return keys[0].get_indexer(keys[1])
 
 # %% ../../nbs/serving/01_queries.ipynb #7a90f054
-def _bar_sources(specs: pd.DataFrame, symbol: str, spec: str, own: str) -> list[str]:
-    "List the sources that have bars of the market of a live source, that source first, the others in order of trust."
-    market = source_market(own)
+def _bar_sources(specs: pd.DataFrame, symbol: str, spec: str, own: str | None) -> list[str]:
+    "List the sources that have bars of the market of a source, or of spot where none is named; that source first, then by trust."
+    market = source_market(own) if own else "spot"
     there = specs[(specs["symbol"] == symbol) & (specs["spec"] == bar_spec(spec))]["source"].tolist()
     same = [s for s in there if s == own or market == "played" or source_market(s) == market]
     return sorted(same, key=lambda s: (s != own, _trust(s)))

@@ -1,9 +1,9 @@
-"""A cache for compiled functions that are defined in notebook cells, keyed by what they are made of.
+"""A cache for compiled functions of notebook cells and of the package, keyed by what they are made of.
 
-Numba's own cache for cells looks at the cell of the function alone: after a change in a helper function it would still load machine
-code with the old helper inside. Here the key covers the source of the function, of every compiled function it calls, and the
+Numba's own cache looks at the cell or the file of the function alone: after a change in a helper function it would still load machine
+code with the old helper inside. And it belongs to one copy of the project: a fresh clone would compile the whole package again, in each
+of its processes. Here the key covers the source of the function, of every compiled function it calls, and the
 constants it reads. So the cache is valid for every process, every copy of the project and every later run of the tests.
-Functions of modules keep numba's own cache, next to the module.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def digest(function: FunctionType, seen: set[int] | None = None) -> str:
 
 
 def install(folder: Path | None = None) -> None:
-    "Let numba of this process, and of its forks, keep functions of notebook cells in `folder`; one process writes at a time."
+    "Let numba of this process, and of its forks, keep functions of cells and of the package in `folder`; one process writes at a time."
     from filelock import FileLock
     from numba.core import caching
 
@@ -95,7 +95,7 @@ def install(folder: Path | None = None) -> None:
     key, save = caching.Cache._index_key, caching.Cache._save_overload
 
     class CellLocator(caching._CacheLocator):
-        "Place and freshness of a function that was defined in a cell."
+        "Place and freshness of a function that was defined in a cell or in the package."
 
         def __init__(self, function: FunctionType) -> None:
             self._source = hashlib.sha256(source_of(function)).hexdigest()
@@ -111,7 +111,7 @@ def install(folder: Path | None = None) -> None:
 
         @classmethod
         def from_function(cls, py_func: FunctionType, py_file: str) -> "CellLocator | None":
-            return cls(py_func) if py_file.startswith("<ipython-") else None
+            return cls(py_func) if py_file.startswith("<ipython-") or py_func.__module__.startswith("cryptoresearch.") else None
 
     def index_key(self: Any, sig: Any, codegen: Any) -> tuple:  # asked for at the first call, when all that the function needs is defined
         more = (digest(self._py_func),) if isinstance(self._impl.locator, CellLocator) else ()

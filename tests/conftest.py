@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import numba_cache  # noqa: E402
 from notebook_runner import Runner  # noqa: E402
 from s3_server import S3, NoServer, s3_server  # noqa: E402
 
@@ -29,6 +30,7 @@ NOTES: dict[str, str] = {}  # lines of the closing summary in addition to those 
 APART = ("tests/test_notebooks.py::test_runs[", "tests/test_event_bars.py::test_stored_bars_equal_a_build_from_nothing[")
 SECONDS: Counter[str] = Counter()  # what each test, or group of tests, took
 DURATIONS = "cryptoresearch/durations"
+heavy: list[bool] = []  # whether --heavy was given
 _HOME = tempfile.TemporaryDirectory(prefix="cryptoresearch-tests-", ignore_cleanup_errors=True)
 
 
@@ -44,7 +46,10 @@ def _isolate() -> None:
     os.environ["CRYPTORESEARCH_HOME"] = _HOME.name
     os.environ["CRYPTORESEARCH_SHARED_DATA"] = shared
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // workers))))
+    threads = str(max(1, min(4, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `make test` does: threads that spin take ten times as long on shared cores
+    os.environ["DUCKDB_THREADS"] = threads  # a query on a small store takes half as much processor time again with each further thread
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,12 +59,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.chdir(ROOT)
+    heavy.append(bool(config.getoption("--heavy")))
     if not config.getoption("numprocesses", None):  # with workers, this process runs no test, and they need the caller's environment
         _isolate()
+        numba_cache.install()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     _HOME.cleanup()
+
+
+def examples(always: int, in_all: int) -> int:
+    "How many examples of a property to try: `always`, and `in_all` with the option --heavy."
+    return in_all if any(heavy) else always
 
 
 def group_of(nodeid: str) -> str:
@@ -224,17 +236,27 @@ def settings(tmp_path: Path) -> Settings:
         _env_file=None,
         duckdb_path=str(tmp_path / "store" / "catalog.sqlite"),
         duckdb_memory_limit="1GB",
-        duckdb_threads=2,
         runs_dir=str(tmp_path / "runs"),
         archive_url="http://127.0.0.1:9",  # nothing answers there: a test never needs the internet
     )
 
 
-@pytest.fixture
-def con(settings: Settings) -> Iterator[Any]:
-    "A connection to the empty store of `settings`."
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Folder of a store with the newest schema and no rows, to be copied: making one takes several times as long."
     from cryptoresearch.data.store import init_duckdb  # not above: the number of threads is set before numpy loads
 
+    folder = tmp_path_factory.mktemp("empty") / "store"
+    init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"))).close()
+    return folder
+
+
+@pytest.fixture
+def con(settings: Settings, empty_store: Path) -> Iterator[Any]:
+    "A connection to the empty store of `settings`."
+    from cryptoresearch.data.store import init_duckdb
+
+    shutil.copytree(empty_store, Path(settings.duckdb_path).parent, ignore=shutil.ignore_patterns("*-shm", "*.lock"))
     with init_duckdb(settings) as opened:
         yield opened
 

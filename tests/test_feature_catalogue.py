@@ -62,6 +62,13 @@ def test_every_feature_is_causal_on_real_hours(hourly: pd.DataFrame) -> None:
     assert table["worst_error"].max() <= 1e-9
 
 
+@pytest.mark.heavy
+def test_no_feature_of_decay_or_breakout_leaks_in_rare_rows(hourly: pd.DataFrame) -> None:
+    mine = [*resolve(["decay", "breakout", "reversal"]), *resolve(["hour_of_week_new_york", "weekend_ahead_24"])]
+    table = prove_causal(mine, hourly.loc["2019-04":"2019-07"])
+    assert table["causal"].all(), table[~table["causal"].fillna(False)]
+
+
 def test_every_feature_is_causal_on_nasty_bars() -> None:
     bars = make_bars(1000, gaps=(870, 871), dead=(930, 950))
     table = prove_causal(SHORT, bars, cuts=(869, 940), search=0)

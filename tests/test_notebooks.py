@@ -1,5 +1,6 @@
 """Each notebook runs, is clean, and is what its module was exported from."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from notebook_runner import Outcome, Runner
@@ -137,6 +139,29 @@ def test_notebooks_do_not_meet(runner: Runner, project: Path, tmp_path: Path) ->
     late = run("import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)", timeout_s=3)
     assert late.code != 0 and "not finished after 3 s" in late.output
     assert run("1").code == 0
+
+
+def test_compiled_functions_of_the_package_are_kept_by_what_they_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Another copy of the project loads them; a changed helper function has them compiled again."
+    import numba_cache
+    from numba.core import caching
+
+    for owner, name in ((caching.CacheImpl, "_locator_classes"), (caching.Cache, "_index_key"), (caching.Cache, "_save_overload")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    numba_cache.install(tmp_path / "cache")
+
+    def made(copy: str, helper: str) -> Any:
+        file = tmp_path / copy / "made.py"
+        file.parent.mkdir()
+        file.write_text(f"from numba import njit\n@njit\ndef helper(x):\n    return {helper}\n@njit(cache=True)\ndef f(x):\n    return 2 * helper(x)\n")
+        spec = importlib.util.spec_from_file_location("cryptoresearch.made", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.f
+
+    first, copied, changed = made("first", "x + 1"), made("copied", "x + 1"), made("changed", "x + 2")
+    assert [f(1.0) for f in (first, copied, changed)] == [4.0, 4.0, 6.0]
+    assert [bool(f.stats.cache_hits) for f in (first, copied, changed)] == [False, True, False]
 
 
 # --- clean, exported, complete

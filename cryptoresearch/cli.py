@@ -32,10 +32,11 @@ from .settings import get_settings, setup_logging
 if TYPE_CHECKING:  # imported by the commands that need them: the command line starts without pandas
     from threading import Event
 
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
     from typer.models import CommandInfo, TyperInfo
 
     from cryptoresearch.live.feed import Feed
+    from cryptoresearch.runs.run import Run
     from cryptoresearch.serving.live import LivePredictions
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
@@ -585,7 +586,7 @@ def predict(
 ) -> None:
     """Forecast the bars of a file, or follow the live trades.
 
-    Without a file, it follows the live trades in the store, bar by bar, until Ctrl-C."""
+    The column in_sample marks bars that the run was trained on. Without a file, it follows the live trades in the store until Ctrl-C."""
     if file is not None:
         return _forecast_file(run, file, to, modules or [])
     if to is not None:
@@ -596,6 +597,8 @@ def predict(
 # %% ../nbs/94_cli.ipynb #62302896
 def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -> None:
     "Forecast the bars of a file and show the last ones."
+    import pandas as pd
+
     from cryptoresearch.runs.run import import_own, load_run
     from cryptoresearch.serving.queries import check_ending, read_bar_file, write_table
 
@@ -604,10 +607,21 @@ def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -
     run = load_run(name)
     import_own(run, modules)
     found = run.predict(read_bar_file(file, run.config.spec, run.config.symbol)).reset_index()
+    found["in_sample"] = found["known_ts"] < pd.Timestamp(run.info["trained_until"])
     _show(found.tail(10).dropna(axis=1, how="all"))
     if to is not None:
         write_table(found, to)
     console.print(f"{len(found):,} forecasts{f' in {to}' if to else ', the last of them above; --to FILE.csv writes all'}", soft_wrap=True)
+    _tell_in_sample(run, found["in_sample"])
+
+
+def _tell_in_sample(run: "Run", inside: "Series[bool]") -> None:
+    "Warn of forecasts for bars of the training, and name the command for those out of sample."
+    if inside.any():
+        count, until = f"{inside.sum():,} of {len(inside):,} bars", run.info["trained_until"][:16]
+        other = f"cryptoresearch export {run.config.symbol} --what predictions --run {run.id} --to FILE.csv"
+        text = f"{count} lie before {until}, the end of the run's training: in sample, no measure of skill. Out of sample: {other}"
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #2194819a
 def _predict_live(run: str, source: str, modules: list[str]) -> None:

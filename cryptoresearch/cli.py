@@ -23,7 +23,7 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, SymbolName
-from .cli_research import asked_config, read_pairs, research_app, Symbol, takes
+from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
@@ -341,7 +341,7 @@ def _progress(text: str) -> Any:
 @app.command()
 @takes(*options(RunOptions), *options(ReportOptions))
 def train(
-    given: dict[str, Any],  # options of the run and its report
+    given: Given,  # options of the run and its report
     symbol_given: Symbol = None,  # in place of --symbol
 ) -> None:
     """Train a walk-forward model and write its report.
@@ -350,7 +350,7 @@ def train(
     from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.batch import train_report
 
-    given |= {"symbol": symbol_given} if symbol_given else {}
+    take_symbol(given, symbol_given)
     with _progress("training") as progress:
         done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
@@ -523,10 +523,18 @@ def _without(skipped: Mapping[str, int]) -> str:
     return "".join(f", none for {n:,} bars {_WITHOUT[reason]}" for reason, n in skipped.items())
 
 
+def _trained_on(live: "LivePredictions") -> str:
+    "Say that no bar before the end of a run's training is predicted, and how older trades can be."
+    ends = ", ".join(f"{run.id} predicts no bar before {run.info['trained_until'][:16]}" for run in live.runs.values())
+    return f"{ends}, where its training ends. For older trades, train a run that ends before them: cryptoresearch train SYMBOL --end DAY"
+
+# %% ../nbs/94_cli.ipynb #92650117
 def _sum_up(live: "LivePredictions") -> None:
     "Say what was received and predicted."
     told = f"{live.stored:,} predictions stored{_without(live.stats.skipped)}"
     console.print(f"{live.feed.stats.trades:,} trades received, {told}", soft_wrap=True)
+    if live.stats.skipped.get("trained on") and not live.stored:
+        console.print(_trained_on(live), soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #62c07791
 _STATUS_S = 10.0  # between two status lines where there is no terminal
@@ -534,10 +542,13 @@ _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
-    shown, trades, at = time.monotonic(), 0, time.monotonic()
+    shown, trades, at, warned = time.monotonic(), 0, time.monotonic(), False
     with console.status("connecting", spinner="dots") as status, live:
         while not stopped.wait(0.5) and not live.join(0) and (end is None or time.monotonic() < end):
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
+            if made.skipped.get("trained on") and not warned:
+                warned = True
+                console.print(_trained_on(live), soft_wrap=True, markup=False, highlight=False)
             if now - at >= 1:
                 rate, trades, at = (feed.trades - trades) / (now - at), feed.trades, now
                 lag = "" if feed.lag_s is None or live.feed.source == "replay" else f", lag {feed.lag_s:.2f} s"

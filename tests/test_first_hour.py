@@ -278,6 +278,12 @@ def test_forecasts_of_bars_of_the_training_are_marked(candles_run, tmp_path):
     assert code == 0 and "in sample" not in text, (text, error)
 
 
+def test_the_audit_of_a_run_refuses_options_of_another_configuration(candles_run):
+    settings, run = candles_run
+    code, text, error = command(settings, "audit", run.id, "--horizon", "3", "--symbol", "WALKUSDT", "--seed", "1")
+    assert code != 0 and f"{run.id} and --symbol, --horizon. Leave" in str(error), (text, error)
+
+
 def test_a_file_that_cannot_be_forecast_is_refused(candles_run, tmp_path):
     settings, run = candles_run
     with connect(settings) as con:

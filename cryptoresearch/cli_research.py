@@ -277,18 +277,17 @@ _WITH_RUN = ("refit_every", "modules", "seed", "leaks")  # options that the audi
 _OWN = {"refit_every": "the run's own, or 365D without a run", "fee_bps": "the run's own"}
 
 # %% ../nbs/93_cli_research.ipynb #b6e611e6
-def _run_of(name: str | None) -> "Run | None":  # None for a symbol, and without a name
-    "Load the run of a name; a name in capitals is a symbol, since names of runs begin with a symbol in small letters."
+def _run_of(name: str | None, given: Given) -> "Run | None":  # None for a symbol, and without a name
+    "Load the run of a name; ConfigError with options that would describe another configuration than the run's."
     from cryptoresearch.runs.run import load_run
 
-    return None if name is None or name.isupper() else load_run(name, get_settings())
-
-
-def _refuse_options(run: "Run", given: Given) -> None:
-    "Refuse options that would describe another configuration than that of a run."
-    if other := [name for name in _AUDITED if name in given.stated.difference(_WITH_RUN)]:
+    if name is None or name.isupper():  # names of runs begin with a symbol in small letters
+        return None
+    run = load_run(name, get_settings())
+    if other := [option for option in _AUDITED if option in given.stated.difference(_WITH_RUN)]:
         flags = ", ".join(f"--{o.flag}" for o in options(RunOptions, other))
         raise ConfigError(problem("a run, or options that describe one", f"{run.id} and {flags}", "Leave one of them out"))
+    return run
 
 # %% ../nbs/93_cli_research.ipynb #9481d0db
 @research_app.command()
@@ -307,14 +306,12 @@ def audit(
     from cryptoresearch.runs.identity import read_data
     from cryptoresearch.runs.run import import_own
 
-    stored = _run_of(run)
-    refit = given["refit_every"]
+    stored, refit = _run_of(run, given), given["refit_every"]
     if stored is None:
         take_symbol(given, run)
         import_modules(whole_paths(given["modules"]))
         asked = asked_config(given | {"refit_every": refit or "365D"})
     else:
-        _refuse_options(stored, given)
         import_own(stored, whole_paths(given["modules"]))
         asked = stored.config if refit is None else replace(stored.config, refit_every=refit)
     with connect(snapshot=int(stored.info["snapshot"]) if stored else None, read_only=True) as con:

@@ -26,7 +26,7 @@ from .cli_data import data_app
 from cryptoresearch.cli_shared import (
     complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, show_frame, SymbolName
 )  # fmt: skip
-from .cli_research import asked_config, read_pairs, research_app, Symbol, takes
+from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
@@ -35,10 +35,11 @@ from .settings import get_settings, setup_logging
 if TYPE_CHECKING:  # imported by the commands that need them: the command line starts without pandas
     from threading import Event
 
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
     from typer.models import CommandInfo, TyperInfo
 
     from cryptoresearch.live.feed import Feed
+    from cryptoresearch.runs.run import Run
     from cryptoresearch.serving.live import LivePredictions
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
@@ -344,7 +345,7 @@ def _progress(text: str) -> Any:
 @app.command()
 @takes(*options(RunOptions), *options(ReportOptions))
 def train(
-    given: dict[str, Any],  # options of the run and its report
+    given: Given,  # options of the run and its report
     symbol_given: Symbol = None,  # in place of --symbol
 ) -> None:
     """Train a walk-forward model and write its report.
@@ -353,7 +354,7 @@ def train(
     from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.batch import train_report
 
-    given |= {"symbol": symbol_given} if symbol_given else {}
+    take_symbol(given, symbol_given)
     with _progress("training") as progress:
         done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
@@ -526,10 +527,18 @@ def _without(skipped: Mapping[str, int]) -> str:
     return "".join(f", none for {n:,} bars {_WITHOUT[reason]}" for reason, n in skipped.items())
 
 
+def _trained_on(live: "LivePredictions") -> str:
+    "Say that no bar before the end of a run's training is predicted, and how older trades can be."
+    ends = ", ".join(f"{run.id} predicts no bar before {run.info['trained_until'][:16]}" for run in live.runs.values())
+    return f"{ends}, where its training ends. For older trades, train a run that ends before them: cryptoresearch train SYMBOL --end DAY"
+
+# %% ../nbs/94_cli.ipynb #92650117
 def _sum_up(live: "LivePredictions") -> None:
     "Say what was received and predicted."
     told = f"{live.stored:,} predictions stored{_without(live.stats.skipped)}"
     console.print(f"{live.feed.stats.trades:,} trades received, {told}", soft_wrap=True)
+    if live.stats.skipped.get("trained on") and not live.stored:
+        console.print(_trained_on(live), soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #62c07791
 _STATUS_S = 10.0  # between two status lines where there is no terminal
@@ -537,10 +546,13 @@ _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
-    shown, trades, at = time.monotonic(), 0, time.monotonic()
+    shown, trades, at, warned = time.monotonic(), 0, time.monotonic(), False
     with console.status("connecting", spinner="dots") as status, live:
         while not stopped.wait(0.5) and not live.join(0) and (end is None or time.monotonic() < end):
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
+            if made.skipped.get("trained on") and not warned:
+                warned = True
+                console.print(_trained_on(live), soft_wrap=True, markup=False, highlight=False)
             if now - at >= 1:
                 rate, trades, at = (feed.trades - trades) / (now - at), feed.trades, now
                 lag = "" if feed.lag_s is None or live.feed.source == "replay" else f", lag {feed.lag_s:.2f} s"
@@ -589,7 +601,7 @@ def predict(
 ) -> None:
     """Forecast the bars of a file, or follow the live trades.
 
-    Without a file, it follows the live trades in the store, bar by bar, until Ctrl-C."""
+    The column in_sample marks bars that the run was trained on. Without a file, it follows the live trades in the store until Ctrl-C."""
     if file is not None:
         return _forecast_file(run, file, to, modules or [])
     if to is not None:
@@ -600,6 +612,8 @@ def predict(
 # %% ../nbs/94_cli.ipynb #62302896
 def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -> None:
     "Forecast the bars of a file and show the last ones."
+    import pandas as pd
+
     from cryptoresearch.runs.run import import_own, load_run
     from cryptoresearch.serving.queries import check_ending, read_bar_file, write_table
 
@@ -608,10 +622,21 @@ def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -
     run = load_run(name)
     import_own(run, modules)
     found = run.predict(read_bar_file(file, run.config.spec, run.config.symbol)).reset_index()
+    found["in_sample"] = found["known_ts"] < pd.Timestamp(run.info["trained_until"])
     _show(found.tail(10).dropna(axis=1, how="all"))
     if to is not None:
         write_table(found, to)
     console.print(f"{len(found):,} forecasts{f' in {to}' if to else ', the last of them above; --to FILE.csv writes all'}", soft_wrap=True)
+    _tell_in_sample(run, found["in_sample"])
+
+
+def _tell_in_sample(run: "Run", inside: "Series[bool]") -> None:
+    "Warn of forecasts for bars of the training, and name the command for those out of sample."
+    if inside.any():
+        count, until = f"{inside.sum():,} of {len(inside):,} bars", run.info["trained_until"][:16]
+        other = f"cryptoresearch export {run.config.symbol} --what predictions --run {run.id} --to FILE.csv"
+        text = f"{count} lie before {until}, the end of the run's training: in sample, no measure of skill. Out of sample: {other}"
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #2194819a
 def _predict_live(run: str, source: str, modules: list[str]) -> None:

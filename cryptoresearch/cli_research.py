@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['research_app', 'Symbol', 'Report', 'Output', 'Audited', 'Compared', 'make_report', 'read_pairs', 'read_params',
-           'takes', 'asked_config', 'list_features', 'tune', 'show_audit', 'audit', 'evaluate', 'compare', 'promote',
-           'registry']
+           'Given', 'takes', 'take_symbol', 'asked_config', 'list_features', 'tune', 'show_audit', 'audit', 'evaluate',
+           'compare', 'promote', 'registry']
 
 # %% ../nbs/93_cli_research.ipynb #765e7e38
 import inspect
@@ -108,6 +108,15 @@ def _parameter(o: Option) -> inspect.Parameter:
     return inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+
+class Given(dict[str, Any]):
+    "Hold the options of a command by name."
+
+    stated: frozenset[str] = frozenset()  # those on the command line; the others have their defaults
+
+# %% ../nbs/93_cli_research.ipynb #5eb8f00b
 def takes(
     *wanted: Option,  # in the order of the help page
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:  # decorator of a command
@@ -117,15 +126,29 @@ def takes(
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(inspect.signature(command).parameters.values())[1:]]
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            command({o.name: _value(o, given.pop(o.name)) for o in wanted}, **given)
+        def run(context: typer.Context, **given: Any) -> None:
+            values = Given({o.name: _value(o, given.pop(o.name)) for o in wanted})
+            values.stated = frozenset(o.name for o in wanted if getattr(context.get_parameter_source(o.name), "name", "") == "COMMANDLINE")
+            command(values, **given)
 
-        run.__signature__ = inspect.Signature([*map(_parameter, wanted), *own])  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature([_CONTEXT, *map(_parameter, wanted), *own])  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 # %% ../nbs/93_cli_research.ipynb #d2b5fd9a
+def take_symbol(
+    given: Given,  # options; `symbol` is set
+    argument: str | None,  # symbol without a flag, if any
+) -> None:
+    "Set the symbol that is given without a flag; ConfigError if --symbol names another one."
+    if argument is None:
+        return
+    if "symbol" in given.stated and given["symbol"].upper() != argument.upper():
+        raise ConfigError(problem("one symbol", f"{argument} and --symbol {given['symbol']}", "Leave one of them out"))
+    given["symbol"] = argument
+
+
 def asked_config(
     given: dict[str, Any],  # by name of the option
 ) -> "RunConfig":  # with the whole paths of its modules
@@ -193,7 +216,7 @@ _TUNED = tuple(o for o in TEMPLATES["tune"] if o.name not in ("duckdb_path", "ru
 @research_app.command()
 @takes(*(replace(o, default=None) if o.name == "start" else o for o in _TUNED))
 def tune(
-    given: dict[str, Any],  # options of the run and of the search
+    given: Given,  # options of the run and of the search
     symbol_given: Symbol = None,  # in place of --symbol
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
@@ -206,7 +229,8 @@ def tune(
     from cryptoresearch.runs.tuning import asked_search, found_options
     from cryptoresearch.runs.tuning import tune as search
 
-    given |= {"modules": whole_paths(given["modules"])} | ({"symbol": symbol_given} if symbol_given else {})
+    take_symbol(given, symbol_given)
+    given |= {"modules": whole_paths(given["modules"])}
     (asked, fixed), trials, folds, storage = asked_search(given), given["trials"], given["inner_folds"], given["storage"]
     with progress_console.status("searching") as status, connect() as con:
         found = search(con, asked, trials, n_folds=folds, fixed=fixed, storage=storage, progress=lambda share, text: status.update(text))
@@ -249,13 +273,27 @@ _AUDITED = (
 )  # fmt: skip
 _WHAT = "Run whose configuration is audited on its bars, or a symbol such as BTCUSDT, the same as --symbol. Default: the options below."
 Audited = Annotated[str | None, typer.Argument(metavar="RUN | SYMBOL", help=_WHAT, autocompletion=complete_runs)]
+_WITH_RUN = ("refit_every", "modules", "seed", "leaks")  # options that the audit of a run takes
 _OWN = {"refit_every": "the run's own, or 365D without a run", "fee_bps": "the run's own"}
 
 # %% ../nbs/93_cli_research.ipynb #b6e611e6
+def _run_of(name: str | None, given: Given) -> "Run | None":  # None for a symbol, and without a name
+    "Load the run of a name; ConfigError with options that would describe another configuration than the run's."
+    from cryptoresearch.runs.run import load_run
+
+    if name is None or name.isupper():  # names of runs begin with a symbol in small letters
+        return None
+    run = load_run(name, get_settings())
+    if other := [option for option in _AUDITED if option in given.stated.difference(_WITH_RUN)]:
+        flags = ", ".join(f"--{o.flag}" for o in options(RunOptions, other))
+        raise ConfigError(problem("a run, or options that describe one", f"{run.id} and {flags}", "Leave one of them out"))
+    return run
+
+# %% ../nbs/93_cli_research.ipynb #9481d0db
 @research_app.command()
 @takes(*(replace(o, none=_OWN.get(o.name, o.none)) for o in options(RunOptions, _AUDITED, refit_every=None)))
 def audit(
-    given: dict[str, Any],  # options of the run to audit
+    given: Given,  # options of the run to audit
     run: Audited = None,  # the options describe the configuration if None
     draws: Annotated[int, typer.Option(help="Draws of each world without anything to find.", min=1)] = 2,
     as_json: Json = False,  # an object: passed, verdict, worlds
@@ -266,13 +304,13 @@ def audit(
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import import_modules, whole_paths
     from cryptoresearch.runs.identity import read_data
-    from cryptoresearch.runs.run import import_own, load_run
+    from cryptoresearch.runs.run import import_own
 
-    symbol = run if run and run.isupper() else None  # names of runs begin with a symbol in small letters
-    stored, refit = None if run is None or symbol else load_run(run, get_settings()), given["refit_every"]
+    stored, refit = _run_of(run, given), given["refit_every"]
     if stored is None:
+        take_symbol(given, run)
         import_modules(whole_paths(given["modules"]))
-        asked = asked_config(given | {"refit_every": refit or "365D"} | ({"symbol": symbol} if symbol else {}))
+        asked = asked_config(given | {"refit_every": refit or "365D"})
     else:
         import_own(stored, whole_paths(given["modules"]))
         asked = stored.config if refit is None else replace(stored.config, refit_every=refit)

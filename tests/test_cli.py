@@ -81,6 +81,10 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["audit", "BTC?USDT"], "a symbol such as", 5),
         (["tune", "BTC?USDT"], "a symbol such as", 5),
         (["tune", "--model", "oracle"], "oracle", 2),
+        (["train", "DOTUSDT", "--symbol", "ETHUSDT"], "found DOTUSDT and --symbol ETHUSDT", 3),
+        (["tune", "DOTUSDT", "--symbol", "BTCUSDT"], "found DOTUSDT and --symbol BTCUSDT", 3),
+        (["audit", "DOTUSDT", "--symbol", "ETHUSDT"], "found DOTUSDT and --symbol ETHUSDT", 3),
+        (["train", "BTCUSDT", "--symbol", "btcusdt"], "a store at", 4),
         (["data", "verify"], "cryptoresearch", 4),
     ],
 )

@@ -260,6 +260,30 @@ def test_exported_bars_are_forecast_like_stored_ones(candles_run, tmp_path, endi
     assert (pd.to_datetime(found["ts"], utc=True) == wanted["ts"]).all()
 
 
+def test_forecasts_of_bars_of_the_training_are_marked(candles_run, tmp_path):
+    settings, run = candles_run
+    bars, out, whole = (tmp_path / name for name in ("bars.parquet", "out.csv", "whole.csv"))
+    command(settings, "export", "WALKUSDT", "--to", str(bars))
+    code, text, error = command(settings, "predict", run.id, str(bars), "--to", str(out))
+    assert code == 0, (text, error)
+    found = pd.read_csv(out, parse_dates=["known_ts"])
+    inside = found["known_ts"] < pd.Timestamp(run.info["trained_until"])
+    assert (found["in_sample"] == inside).all() and 0 < inside.sum() < len(found)
+    assert f"{inside.sum():,} of {len(found):,} bars lie before" in text
+    *words, _ = shlex.split(text.split("Out of sample: cryptoresearch ")[1])
+    assert command(settings, *words, str(whole))[0] == 0 and "y" in pd.read_csv(whole).columns
+    with connect(settings) as con:
+        read_data(con, run.config).bars.tail(run.warmup).reset_index().to_csv(tmp_path / "last.csv", index=False)
+    code, text, error = command(settings, "predict", run.id, str(tmp_path / "last.csv"))
+    assert code == 0 and "in sample" not in text, (text, error)
+
+
+def test_the_audit_of_a_run_refuses_options_of_another_configuration(candles_run):
+    settings, run = candles_run
+    code, text, error = command(settings, "audit", run.id, "--horizon", "3", "--symbol", "WALKUSDT", "--seed", "1")
+    assert code != 0 and f"{run.id} and --symbol, --horizon. Leave" in str(error), (text, error)
+
+
 def test_a_file_that_cannot_be_forecast_is_refused(candles_run, tmp_path):
     settings, run = candles_run
     with connect(settings) as con:

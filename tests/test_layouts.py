@@ -266,3 +266,44 @@ def test_bytes_that_are_no_text_are_not_shown(con: duckdb.DuckDBPyConnection, tm
     with pytest.raises(SchemaError) as told:
         process_file(con, file)
     assert str(told.value).isprintable() and file.name in str(told.value), str(told.value)
+
+
+GERMAN = "Datum;open;high;low;close;volume\n" + "".join(f"2024-01-01 0{h}:00:00;1;2;1;2;{h + 1}\n" for h in range(6))
+
+
+def test_named_columns_decide_the_kind(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    for name, text in (("a.csv", GERMAN), ("b.csv", GERMAN.replace(";", ",").replace(";1;", ";3;"))):
+        (tmp_path / name).write_text(text)
+        assert process_file(con, tmp_path / name, symbol=f"{name[0].upper()}USDT", columns={"Datum": "time"}).rows == 6
+    (tmp_path / "c.csv").write_text("Wann,Kurs,qty\n2024-01-01 00:00:00,1,2\n")
+    assert process_file(con, tmp_path / "c.csv", symbol="CUSDT", columns={"Wann": "time", "Kurs": "price"}).rows == 1
+
+
+@pytest.mark.parametrize("separator", [";", ","])
+def test_prices_of_candles_decide_what_an_unknown_header_lacks(con: duckdb.DuckDBPyConnection, tmp_path: Path, separator: str) -> None:
+    (tmp_path / "a.csv").write_text(GERMAN.replace("volume", "Menge").replace(";", separator))
+    for columns, pairs in (({}, "Datum=time,Menge=volume"), ({"Datum": "time"}, "Datum=time,Menge=volume")):
+        with pytest.raises(SchemaError, match=f"--kind klines --columns {pairs}"):
+            process_file(con, tmp_path / "a.csv", symbol="AUSDT", columns=columns)
+
+
+def test_a_file_in_which_every_row_is_bad_says_how_times_are_written(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    header, row = "time,open,high,low,close,volume\n", "{},1,2,1,2,3\n"
+    cases = {"04/10/2024 0{}:00": "2024-01-31 12:00:00", "2024-04-10 0{}:59:59": "those of opening", "2024-04-10 0{}:00:00,9": "--kind, --interval and --columns"}
+    for time, told in cases.items():
+        (tmp_path / "a.csv").write_text(header + "".join(row.format(time.format(h)) for h in range(6)))
+        for most in (0.01, 1.0):
+            with pytest.raises(SchemaError, match=told) as refused:
+                process_file(con, tmp_path / "a.csv", symbol="AUSDT", kind="klines", interval="1h", max_rejected=most)
+            assert "at most" not in str(refused.value) and "allow more" not in str(refused.value)
+
+
+def test_the_same_bytes_under_another_symbol_blame_the_symbol_first(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
+    from cryptoresearch.ingest.files import forget_file
+
+    (tmp_path / "a.csv").write_text(GERMAN.replace("Datum", "time"))
+    process_file(con, tmp_path / "a.csv", symbol="ETHUSDT")
+    with pytest.raises(SchemaError, match=r"load BTCUSDT/klines; found the same bytes loaded as ETHUSDT/klines\. Correct --symbol") as told:
+        process_file(con, tmp_path / "a.csv", symbol="BTCUSDT")
+    assert forget_file(con, str(told.value).split("cryptoresearch forget ")[1]) == 6
+    assert process_file(con, tmp_path / "a.csv", symbol="BTCUSDT").rows == 6

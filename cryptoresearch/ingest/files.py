@@ -392,8 +392,9 @@ def _loaded(
         return None
     have, want = (row["symbol"], row["source"], row["kind"]), (job.spec.symbol, job.source, job.spec.kind)
     if have != want:
-        found = f"found the same bytes loaded as {'/'.join(have)}"
-        raise SchemaError(f"expected to load {'/'.join(want)}; {found}. Run forget_file(con, {job.sha256[:12]!r}) first")
+        stored, asked = ("/".join(dict.fromkeys(names)) for names in (have, want))
+        remedy = f"Correct --symbol, --kind or --market if {stored} is right, else remove it first: cryptoresearch forget {job.sha256[:12]}"
+        raise SchemaError(f"expected to load {asked}; found the same bytes loaded as {stored}. {remedy}")
     if row["rows"] or (row["replaced_by"] and not replace):
         return _result(job.uri, row, already_loaded=True)
     return None
@@ -460,10 +461,19 @@ def _check_share(
     reason, count = refused.reasons.most_common(1)[0]
     line, raw = refused.example[reason]
     where = f"{count:,} of them: {reason}, such as line {line}: {raw[:60]!r}"
-    raise SchemaError(
-        f"expected at most {max_rejected:.2%} bad rows in {job.name}; found {refused.count:,} of {total:,} ({where}). "
-        "Repair the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
-    )
+    more = "Repair the file, or allow more: cryptoresearch ingest --max-rejected, or max_rejected="
+    wanted = f"at most {max_rejected:.2%} bad rows" if facts.rows else f"good rows of {job.spec.kind}"
+    remedy = _how_to_write(reason, job) or (more if facts.rows else "Check that --kind, --interval and --columns are right")
+    raise SchemaError(f"expected {wanted} in {job.name}; found {refused.count:,} of {total:,} bad ({where}). {remedy}")
+
+# %% ../../nbs/ingest/06_files.ipynb #05aeb311
+def _how_to_write(reason: str, job: Job) -> str:
+    "Say how times are written where they are what most bad rows fail; nothing for other reasons."
+    if reason == "ts cannot be read":
+        return "Write times in UTC as 2024-01-31 12:00:00, or as milliseconds since 1970"
+    if reason == OFF_GRID.format(job.spec.interval):
+        return "Times must be those of opening, in UTC: subtract the length from times of closing, and check --interval"
+    return ""
 
 # %% ../../nbs/ingest/06_files.ipynb #7f2ea4e8
 @dataclass(frozen=True)
@@ -496,7 +506,7 @@ def _check_overlap(job: Job, facts: Facts, stored: list[Older]) -> None:
             raise SchemaError(
                 f"expected trades without ids outside the time of those stored, {from_us(o.first[0])} to {from_us(o.last[0])}; "
                 f"found in {job.name} {from_us(facts.first[0])} to {from_us(facts.last[0])}. "
-                f"Without ids none can be compared: load the rest, or forget_file(con, {o.file_id[:12]!r}) first"
+                f"Without ids none can be compared: load the rest, or first cryptoresearch forget {o.file_id[:12]}"
             )
 
 # %% ../../nbs/ingest/06_files.ipynb #c9ec620c

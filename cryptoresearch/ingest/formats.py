@@ -35,7 +35,8 @@ from ..data.series import normal_symbol
 from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (
     BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, doubled, explain_header, is_header, Kind, KINDS, LAYOUTS,
-    MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TEXT, text_hash, TIME, TYPES, unquoted, WHOLE,
+    likely_kind, meaning_of, MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TEXT, text_hash, TIME, TYPES,
+    unquoted, WHOLE,
 )
 
 # %% ../../nbs/ingest/02_formats.ipynb #3dfeeafd
@@ -673,7 +674,9 @@ def _check_kind(name: str, kind: str | None, names: list[str], given: bool) -> N
         remedy = f"Did you mean {near[0]}?" if near else "Pass one of them"
         raise SchemaError(f"expected a kind of {kinds} or candles; found {kind!r}. {remedy}")
     if kind not in KINDS and is_header(names):
-        raise SchemaError(f"{explain_header(names, 'trades')}. For candles, pass --kind candles")
+        likely = likely_kind({meaning_of(name) for name in names})
+        other = ". For candles, pass --kind candles" if likely == "trades" else ""
+        raise SchemaError(f"{explain_header(names, likely)}{other}")
     if kind not in KINDS:
         raise SchemaError(f"expected a file of {kinds}; found {name}, whose name and content do not say. Pass --kind, or kind=")
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from ..errors import SchemaError
 from .formats import Market
-from .parsing import columns_by_name, is_header, Kind, meaning_of, needed_columns
+from .parsing import columns_by_name, is_header, Kind, likely_kind, meaning_of, needed_columns
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0009
 @dataclass(frozen=True)
@@ -90,10 +90,15 @@ def _volumes(names: list[str]) -> dict[str, str]:
     return {base: "volume", quote: "quote_volume"}
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0f0097
+def _as_meant(given: Mapping[str, str]) -> dict[str, str]:  # meaning by name
+    "Translate the meanings that a caller gives, which may be any known name, such as time."
+    return {name: _MORE.get(what) or meaning_of(what) or what for name, what in given.items()}
+
+
 def _meanings(names: list[str], kind: Kind, given: Mapping[str, str], layout: Layout | None) -> dict[str, str]:  # name by meaning
     "Decide which column has which meaning; raise `SchemaError` where two have the same."
     known = layout.meanings if layout else {}
-    given = {name: _MORE.get(what) or meaning_of(what) or what for name, what in given.items()}
+    given = _as_meant(given)
     if absent := [name for name in given if name not in names]:
         both = f"expected the columns {', '.join(absent)}, as asked for; found {', '.join(names)}"
         raise SchemaError(f"{both}. Correct --columns, or columns=")
@@ -178,11 +183,12 @@ def _decimals(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         raise SchemaError(f"expected numbers in column {name}; found {values.type} ({e}). Convert the column first") from None
 
 
-def _wanted(names: list[str], kind: Kind, lacking: list[str]) -> str:
+def _wanted(names: list[str], kind: Kind, lacking: list[str], given: Mapping[str, str]) -> str:
     "Say which columns were found and wanted, and the option that names them."
-    some = [name for name in names if not meaning_of(name)] or names
+    some = [name for name in names if not meaning_of(name) and name not in given]
     lacking = ["time" if what == "ts" else what for what in lacking]
-    pairs = ",".join(f"{name}={what}" for name, what in zip(some + ["NAME"] * len(lacking), lacking, strict=False))
+    new = zip(some + ["NAME"] * len(lacking), lacking, strict=False)
+    pairs = ",".join(f"{name}={what}" for name, what in (*given.items(), *new))
     wanted = ", ".join(what for what in needed_columns(kind) if what != "trade_id")
     return (
         f"expected {kind} with the columns {wanted}; found {', '.join(names)}: missing {', '.join(lacking)}. "
@@ -203,7 +209,7 @@ def to_table(
     "Convert a table to the names and units of this package; raise `SchemaError` where columns are missing."
     by = _meanings(table.column_names, kind, columns or {}, layout)
     if lacking := [what for what in sorted(needed_columns(kind), key="ts".__ne__) if what not in by and what != "trade_id"]:
-        raise SchemaError(_wanted(table.column_names, kind, lacking))
+        raise SchemaError(_wanted(table.column_names, kind, lacking, columns or {}))
     out: dict[str, pa.Array | pa.ChunkedArray] = {"ts": _times(table[by["ts"]])}
     out |= {_NAMES.get(what, what): _decimals(table[by[what]], by[what]) for what in _NUMBERS if what in by}
     out |= {what: table[by[what]] for what in ("symbol", "trades", "is_buyer_maker") if what in by}
@@ -257,10 +263,16 @@ def _entry(names: list[str], kind: Kind | None) -> Layout | None:
     return max(fits, key=lambda e: len(e.meanings), default=None)
 
 
+def _known(names: list[str], columns: Mapping[str, str]) -> set[str | None]:  # meanings; None for names that are not known
+    "List the meanings of a header's columns; those from the caller come first."
+    given = _as_meant(columns)
+    known = {given.get(name) or _MORE.get(name.strip().lower()) or meaning_of(name) for name in names}
+    return known | set(_volumes(names).values())
+
+
 def _kind_by(names: list[str], columns: Mapping[str, str]) -> Kind | None:
     "Find the kind that a header has all columns of, ids not counted."
-    known = {columns.get(name) or _MORE.get(name.strip().lower()) or meaning_of(name) for name in names}
-    known |= set(_volumes(names).values())
+    known = _known(names, columns)
     kinds: tuple[Kind, ...] = ("klines", "trades")
     return next((kind for kind in kinds if set(needed_columns(kind)) - {"trade_id"} <= known), None)
 
@@ -372,7 +384,10 @@ def _converted(table: pa.Table, foreign: Foreign) -> Converted:
     entry = None if foreign.columns else _entry(names, foreign.kind)
     kind = foreign.kind or (entry.kind if entry else _kind_by(names, foreign.columns))
     if kind is None or kind == "aggTrades":
-        raise SchemaError(_wanted(names, "trades", [what for what in needed_columns("trades") if what != "trade_id"]))
+        known = _known(names, foreign.columns)
+        likely = likely_kind(known)
+        lacking = [what for what in needed_columns(likely) if what != "trade_id" and what not in known]
+        raise SchemaError(_wanted(names, likely, lacking, foreign.columns))
     out, numbered = to_table(table, kind, foreign.columns, entry)
     venue, market = _place(table, entry)
     return Converted(out, kind, venue, market, numbered)

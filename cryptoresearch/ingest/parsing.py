@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TEXT', 'TYPES', 'Columns', 'LAYOUTS',
-           'MICROSECONDS_FROM', 'Check', 'LIMITS', 'CHECKS', 'meaning_of', 'needed_columns', 'columns_by_name',
-           'is_header', 'doubled', 'explain_header', 'BadRow', 'text_hash', 'unquoted', 'read_row', 'Block',
-           'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
+           'MICROSECONDS_FROM', 'Check', 'LIMITS', 'CHECKS', 'meaning_of', 'needed_columns', 'likely_kind',
+           'columns_by_name', 'is_header', 'doubled', 'explain_header', 'BadRow', 'text_hash', 'unquoted', 'read_row',
+           'Block', 'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
 
 # %% ../../nbs/ingest/01_parsing.ipynb #b35d43ca
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import get_args, Literal, Protocol
@@ -85,6 +85,13 @@ def needed_columns(
 ) -> tuple[str, ...]:  # names of the project
     "Return the columns without which no file of a kind can be read."
     return _NEEDED[kind]
+
+
+def likely_kind(
+    meanings: Collection[str | None],  # of a header's columns
+) -> Kind:  # what the header is nearest to
+    "Choose between candles and trades for a header that is not complete."
+    return "klines" if {"open", "high", "low", "close"} <= set(meanings) else "trades"
 
 
 def columns_by_name(

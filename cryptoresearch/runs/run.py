@@ -81,7 +81,9 @@ class Run(RunParts):
         self,
         bars: pd.DataFrame,  # bar frame, at least `warmup` rows
     ) -> pd.DataFrame:  # index ts, one row per usable bar after the warm-up: columns of `predict_run`
-        "Forecast new bars with the final model; SchemaError with fewer bars than the warm-up."
+        """Forecast new bars with the final model; SchemaError with fewer bars than the warm-up.
+
+        Forecasts with `known_ts` before `info["trained_until"]` are in sample: `predictions` has those out of sample."""
         return predict_run(self, bars)
 
     @property
@@ -97,7 +99,9 @@ def predict_run(
     run: Run,  # trained
     bars: pd.DataFrame,  # bar frame, at least as many rows as the warm-up
 ) -> pd.DataFrame:  # index ts, per usable bar: known_ts, prediction, lower, upper (NaN: probability, adaptive), first_id of event bars
-    "Forecast the bars after the warm-up with the final model of a run; SchemaError with fewer bars than that."
+    """Forecast the bars after the warm-up with the final model of a run; SchemaError with fewer bars than that.
+
+    The model was fitted on the bars before `trained_until`, so that its forecasts there say nothing about its skill."""
     values = run.pipeline.process_data(bars)
     _check_history(run, bars)
     X = values[[f["name"] for f in run.info["features"]]]

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TYPE_CHECKING
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # imported by the commands that need them: the command line s
     from cryptoresearch.live.feed import Feed
     from cryptoresearch.runs.run import Run
     from cryptoresearch.serving.live import LivePredictions
+    from cryptoresearch.serving.monitor import LiveMonitor
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
 EXIT_CODES = {
@@ -80,7 +81,7 @@ PAGES["Research"] = {
 }
 PAGES["Live"] = {
     "stream": "stream --symbol BINANCE:BTCUSDT --seconds 60\nstream --url ws://127.0.0.1:8765",
-    "live": "live BTCUSDT ETHUSDT --run btcusdt-1m-return5 --feed binance",
+    "live": "live BTCUSDT ETHUSDT --run btcusdt-1m-return5 --feed binance\nlive BTCUSDT --run btcusdt-1m-return5 --metrics 9464",
     "predict": "predict btcusdt-1h-return24 bars.csv --to forecasts.csv\npredict btcusdt-1h-return24 --source binance",
     "scores": "scores btcusdt-1h-return24\nscores btcusdt-1h-return24 --last 30D --json",
     "replay": "replay BTCUSDT --start 2024-08-08 --speed 60",
@@ -474,24 +475,23 @@ def live(
     url: Url = None,  # of a server that speaks the feed's protocol
     seconds: Seconds = None,  # without end if None
     modules: Modules = None,  # of user-defined features
+    metrics: Annotated[int | None, typer.Option(help="Port on this machine for Prometheus.", min=0, max=65535)] = None,
+    alert_url: Annotated[str | None, typer.Option(help="Webhook for alerts, which are logged too.", envvar="ALERT_URL")] = None,
 ) -> None:
     """Collect live trades and predict from them until Ctrl-C.
 
-    One process does both; trades and predictions are stored."""
-    import signal
-
+    One process does both; trades and predictions are stored, and scored as outcomes become known."""
     from cryptoresearch.live.binance import find_feed
     from cryptoresearch.runs.run import import_own, load_run
     from cryptoresearch.serving.live import LivePredictions
+    from cryptoresearch.serving.monitor import LiveMonitor
 
     runs = [load_run(name) for name in dict.fromkeys(run)]
     for one in runs:
         import_own(one, modules or [])
     names = tuple(s if ":" in s else f"BINANCE:{s}" for s in symbol)
     predictions = LivePredictions(find_feed(feed_name, url=url)(names, url=url), runs)
-    predictions.subscribe(_tell_predictions)
-    stopped = _stopped_by(signal.SIGINT, signal.SIGTERM)
-    _watch(predictions, stopped, None if seconds is None else time.monotonic() + seconds)
+    _run_watched(LiveMonitor(predictions, alert_url=alert_url), seconds, metrics)
     _check_connected(predictions.feed)
     _sum_up(predictions)
 
@@ -544,10 +544,10 @@ def _sum_up(live: "LivePredictions") -> None:
 _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 
-def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None:
+def _watch(monitor: "LiveMonitor", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
-    shown, trades, at, warned = time.monotonic(), 0, time.monotonic(), False
-    with console.status("connecting", spinner="dots") as status, live:
+    live, shown, trades, at, warned = monitor.live, time.monotonic(), 0, time.monotonic(), False
+    with console.status("connecting", spinner="dots") as status, live, monitor:
         while not stopped.wait(0.5) and not live.join(0) and (end is None or time.monotonic() < end):
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
             if made.skipped.get("trained on") and not warned:
@@ -557,10 +557,23 @@ def _watch(live: "LivePredictions", stopped: "Event", end: float | None) -> None
                 rate, trades, at = (feed.trades - trades) / (now - at), feed.trades, now
                 lag = "" if feed.lag_s is None or live.feed.source == "replay" else f", lag {feed.lag_s:.2f} s"
                 text = f"{feed.state}: {feed.trades:,} trades, {rate:,.0f}/s{lag}, {made.gaps} gaps, {made.late} late, "
-                status.update(text := f"{text}{made.predictions:,} predictions{_without(made.skipped)}")
+                scored = f"; {monitor}" if str(monitor) else ""
+                status.update(text := f"{text}{made.predictions:,} predictions{_without(made.skipped)}{scored}")
                 if not console.is_terminal and now - shown >= _STATUS_S:
                     console.print(text, soft_wrap=True, highlight=False)
                     shown = now
+
+# %% ../nbs/94_cli.ipynb #c23d0a36
+def _run_watched(monitor: "LiveMonitor", seconds: float | None, metrics: int | None) -> None:
+    "Run and watch live predictions until a signal or the end of the time, with a page of metrics if a port is given."
+    import signal
+
+    from cryptoresearch.serving.monitor import serve_metrics
+
+    monitor.live.subscribe(_tell_predictions)
+    stopped = _stopped_by(signal.SIGINT, signal.SIGTERM)
+    with nullcontext() if metrics is None else serve_metrics(monitor, metrics):
+        _watch(monitor, stopped, None if seconds is None else time.monotonic() + seconds)
 
 # %% ../nbs/94_cli.ipynb #179260d1
 @app.command()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
@@ -191,16 +193,23 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
         env = {k: v for k, v in os.environ.items() if k != "FINNHUB_TOKEN"}
         env |= {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir}
         command = [sys.executable, "-m", "cryptoresearch.cli", "live", "BTCUSDT", "--run", run.id, "--feed", "binance", "--url", url]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["--metrics", str(port)]
         code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
         command[1:3] = ["-c", code]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
             assert process.stdout is not None
             first = process.stdout.readline()
             time.sleep(3)
+            with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                page = answer.read().decode()
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
     assert re.match(r"BTCUSDT 1s 2024-08-08 23:5\d:\d\d \S+ volatility: \S+ \[\S+, \S+\]", first), first + err
     assert process.returncode == 0, err
+    assert re.search(r"^cryptoresearch_predictions_total [1-9]", page, re.MULTILINE) and "cryptoresearch_silence_seconds{symbol=" in page
     assert re.search(rf"{d - a:,} trades received, [1-9]\d* predictions stored", out), out[-300:]
 
 

@@ -109,7 +109,7 @@ def test_outcomes_of_a_spot_feed_never_come_from_futures(con: duckdb.DuckDBPyCon
     write(con, lambda c: c.execute("UPDATE bars SET source = 'um.klines' WHERE source = 'klines' AND spec = '1h'"))
     try:
         assert set(read_predictions(con, run_id=run.id)[0]["state"]) == {"waiting"}
-        assert set(live_outcomes(con, run)["state"]) == {"gap"}
+        assert set(live_outcomes(con, run)["state"]) == {"waiting"}
     finally:
         write(con, lambda c: c.execute("UPDATE bars SET source = 'klines' WHERE source = 'um.klines'"))
     assert "matured" in set(live_outcomes(con, run)["state"])
@@ -230,6 +230,10 @@ def test_the_api_returns_scores_and_parity_of_live_predictions(con: duckdb.DuckD
         other = train_run(con, replace(CONFIG, horizon=3), settings)
         assert [client.get(f"/runs/{other.id}/{path}").status_code for path in ("parity", "scores/live")] == [404, 404]
         assert client.get(f"/runs/{run.id}/parity", params={"last": "soon"}).status_code == 422
+        page = client.get("/metrics")
+        stored = con.execute("SELECT count(*) FROM predictions WHERE run_id = ?", [run.id]).fetchall()[0][0]
+        assert page.headers["content-type"].startswith("text/plain")
+        assert f'cryptoresearch_stored_predictions{{run="{run.id}",source="klines"}} {float(stored)}' in page.text
 
 
 def test_the_command_prints_scores_and_parity(con: duckdb.DuckDBPyConnection, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

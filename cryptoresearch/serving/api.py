@@ -8,9 +8,9 @@ __all__ = ['MAX_ROWS', 'MAX_TABLE_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS
            'WantedRun', 'What', 'Cursor', 'EXAMPLES', 'Answer', 'Problem', 'Health', 'BuiltBars', 'Stretch',
            'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage', 'LabelRow', 'LabelPage',
            'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'ModelInfo', 'ExportPage', 'DayScores',
-           'LiveRunScores', 'RunParity', 'records', 'Reader', 'table_response', 'get_health', 'get_symbols',
-           'get_coverage', 'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run', 'get_models',
-           'get_live_scores', 'get_parity', 'get_predictions', 'get_export', 'create_app', 'serve']
+           'LiveRunScores', 'RunParity', 'records', 'Reader', 'table_response', 'get_health', 'get_metrics',
+           'get_symbols', 'get_coverage', 'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run',
+           'get_models', 'get_live_scores', 'get_parity', 'get_predictions', 'get_export', 'create_app', 'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
 import base64
@@ -43,6 +43,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -558,6 +561,32 @@ def _version(package: str) -> str:
     except PackageNotFoundError:
         return "not installed"
 
+# %% ../../nbs/serving/03_api.ipynb #9f92af2a
+def get_metrics(
+    con: Con,  # cursor of the request
+) -> Response:  # text for Prometheus
+    "Return the live predictions of the store by run as metrics of Prometheus; `live --metrics` has those of a session."
+    labels = ["run", "source"]
+    count = GaugeMetricFamily("cryptoresearch_stored_predictions", "live predictions in the store", labels=labels)
+    newest = GaugeMetricFamily("cryptoresearch_newest_prediction_seconds", "close of the newest bar predicted, Unix time", labels=labels)
+    sql = "SELECT run_id, source, count(*), epoch(max(close_ts)) FROM predictions GROUP BY ALL ORDER BY ALL"
+    for run, source, n, at in con.execute(sql).fetchall():
+        count.add_metric([run, source], n)
+        newest.add_metric([run, source], at)
+    registry = CollectorRegistry()
+    registry.register(_Fixed([count, newest]))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Fixed(Collector):
+    "Give finished metrics to prometheus-client."
+
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> list[Metric]:
+        return self.families
+
 # %% ../../nbs/serving/03_api.ipynb #00000016
 def get_symbols(
     con: Con,  # cursor of the request
@@ -939,7 +968,8 @@ _HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
 
 # %% ../../nbs/serving/03_api.ipynb #29d550be
 _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of the JSON
-    ("/health", get_health, "service", Health), ("/symbols", get_symbols, "data", list[SymbolSource]),
+    ("/health", get_health, "service", Health), ("/metrics", get_metrics, "service", None),
+    ("/symbols", get_symbols, "data", list[SymbolSource]),
     ("/coverage", get_coverage, "data", list[Stretch]), ("/bars", get_bars, "data", BarPage),
     ("/features", get_features, "data", FeaturePage), ("/labels", get_labels, "data", LabelPage),
     ("/export", get_export, "data", ExportPage), ("/models", get_models, "models", list[ModelInfo]),

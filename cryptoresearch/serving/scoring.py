@@ -117,10 +117,11 @@ def _judged(con: duckdb.DuckDBPyConnection, run: Run, rows: pd.DataFrame, bars: 
     return out.assign(**values)
 
 
-def _lost(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    "Describe predictions whose bars the store does not have."
+def _without_bars(run: Run, rows: pd.DataFrame, last: pd.Timestamp | None) -> pd.DataFrame:  # last stored bar
+    "Describe predictions whose bars the store does not have: gaps, and those that the collector has not written yet."
     ends = pd.Series(pd.NaT, rows.index, dtype="datetime64[us, UTC]")
-    return rows.assign(y=np.nan, end_ts=ends, state="gap", **{REFERENCE[run.config.target]: np.nan})
+    state = np.where(rows.index < last, "gap", "waiting") if last is not None else "waiting"
+    return rows.assign(y=np.nan, end_ts=ends, state=state, **{REFERENCE[run.config.target]: np.nan})
 
 # %% ../../nbs/serving/02c_scoring.ipynb #0b9f9ea0
 def live_outcomes(
@@ -132,12 +133,12 @@ def live_outcomes(
 ) -> pd.DataFrame:  # index ts in order: close_ts, made_at, prediction, lower, upper, y, end_ts, state, baselines; first_id on event bars
     "Read the live predictions of a run with outcomes and baselines; `y` is NaN unless matured."
     chosen = source or live_source(con, run)
-    left, parts = _stored(con, run, chosen, last), list[pd.DataFrame]()
+    left, parts, newest = _stored(con, run, chosen, last), list[pd.DataFrame](), None
     for bars in _frames(con, run, chosen, left, max(HISTORY_BARS, run.warmup)):
         here = bar_positions(left, bars) >= 0
         parts += [_judged(con, run, left[here], bars)] if here.any() else []
-        left = left[~here]
-    parts += [_lost(run, left)] if len(left) else []
+        left, newest = left[~here], max(t for t in (newest, bars.index[-1]) if t is not None)
+    parts += [_without_bars(run, left, newest)] if len(left) else []
     order = ["ts", "first_id"] if by_events(run.config.spec) else ["ts"]
     out = pd.concat(parts).reset_index().sort_values(order, kind="stable").set_index("ts")
     return out.assign(base=float(run.predictions["base"].iloc[-1])) if is_event(run.config.target) else out
@@ -369,6 +370,13 @@ def _worst(found: pd.DataFrame) -> pd.Timestamp | None:
     return pd.Timestamp(found.index[int(apart.argmax())]) if (apart > EXACT).any() else None
 
 # %% ../../nbs/serving/02c_scoring.ipynb #d9e253fd
+def _written(con: duckdb.DuckDBPyConnection, run: Run, source: str, rows: pd.DataFrame) -> pd.DataFrame:
+    "Leave out predictions of bars that the collector has not written yet."
+    sql = "SELECT max(end_ts) FROM coverage WHERE symbol = ? AND source = ?"
+    end = con.execute(sql, [run.config.symbol, source]).fetchall()[0][0]
+    return rows if end is None else rows[rows["close_ts"] <= to_utc(end)]
+
+# %% ../../nbs/serving/02c_scoring.ipynb #d9e253fd
 def parity(
     con: duckdb.DuckDBPyConnection,  # of data.store
     run: Run,  # that predicted live
@@ -378,9 +386,9 @@ def parity(
 ) -> Parity:  # of its predictions
     "Recompute the latest live predictions of a run from the store, and compare."
     chosen = source or live_source(con, run)
-    rows = left = _stored(con, run, chosen, last)
+    rows = left = _written(con, run, chosen, _stored(con, run, chosen, last))
     tables, missing, features = list[pd.DataFrame](), 0, [float("nan")]
-    for bars in _frames(con, run, chosen, rows, run.warmup):
+    for bars in _frames(con, run, chosen, rows, run.warmup) if len(rows) else ():
         here = bar_positions(left, bars) >= 0
         table, absent, apart = _compared(run, left[here], bars)
         tables, missing, left = [*tables, table], missing + absent, left[~here]

@@ -43,7 +43,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ExceptionHandler
@@ -688,10 +688,11 @@ def get_scores(
 ) -> RunScores:  # of the run
     "Return the scores of one run, next to those of its baselines."
     run = read_run(request.app.state.reader.settings, run_id)
-    if "scores" not in run:
+    try:
+        return RunScores(**run)
+    except ValidationError:
         remedy = "Train it again: cryptoresearch train"
-        raise DataNotFound(problem(f"scores of run {run['run_id']}", str(run.get("verdict", "none")), remedy))
-    return RunScores(**run)
+        raise DataNotFound(problem(f"scores of run {run['run_id']}", str(run.get("verdict", "none")), remedy)) from None
 
 
 def get_run(
@@ -831,7 +832,9 @@ def _parameters(dependant: Dependant) -> set[str]:
 
 
 def _known_parameters(request: Request) -> None:
-    "Refuse query parameters that the path does not have, and name the one that was probably meant."
+    "Refuse zero bytes, and query parameters that the path does not have, and name the one that was probably meant."
+    if any("\0" in value for value in (*request.query_params.values(), *request.path_params.values())):
+        raise ConfigError(problem("text in every parameter", "a zero byte, which no name has", "Leave it out"))
     route = request.scope["route"]
     names = sorted(_parameters(route.dependant))
     for name in request.query_params if route.include_in_schema else ():

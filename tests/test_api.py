@@ -511,3 +511,9 @@ def test_a_changed_run_says_so_and_one_trained_again_is_read_again(client, setti
     model.write_bytes(kept)
     file.write_text(json.dumps(json.loads(file.read_text())))
     assert client.post("/predict", json={"run_id": trained.id, "bars": bars}).status_code == 200
+
+
+def test_features_that_are_named_in_full_are_described_too(client):
+    page = client.get("/features", params={"symbol": "TESTUSD", "spec": "1m", "names": "ta:rsi(length=14),ret_1_lag_3", "limit": 2}).json()
+    assert [f["name"] for f in page["features"]] == list(page["rows"][0]["values"]) == ["ta_rsi_length_14", "ret_1_lag_3"]
+    assert all(f["warmup"] > 1 for f in page["features"])

@@ -57,7 +57,8 @@ from ..data.series import normal_symbol, to_utc
 from ..data.status import coverage
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
-from ..features.registry import REGISTRY
+from ..features.pipeline import DataProcessing
+from ..features.registry import resolve
 from ..labels.targets import TARGETS
 from ..models.catalogue import MODELS
 from ..runs.config import by_events
@@ -691,7 +692,9 @@ def get_features(
     chosen, now = bars.attrs["source"], snapshot(con)
     if form != "json":
         return _features_table(values, bars, form, {"Snapshot": now, "Next-Start": following})
-    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in (REGISTRY[name] for name in values.columns)]
+    wanted = _split(names)
+    found = resolve((DataProcessing(features=wanted) if wanted else DataProcessing()).features)
+    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in found]
     rows = _feature_rows(values, bars)
     return FeaturePage(symbol=symbol, spec=spec, source=chosen, snapshot=now, next_start=following, features=about, rows=rows)
 
@@ -933,8 +936,6 @@ def _known_parameters(request: Request) -> None:
 
 # %% ../../nbs/serving/03_api.ipynb #5e5f7929
 type _Answers = dict[int | str, dict[str, Any]]
-
-# %% ../../nbs/serving/03_api.ipynb #cad22dfe
 _HEADERS = ["Authorization", "If-None-Match", "Last-Event-ID", "X-Request-ID"]  # that pages of other origins may send
 _FACTS = ["ETag", "Retry-After", "X-Next-Cursor", "X-Next-Start", "X-Request-ID", "X-Snapshot", "X-Source"]  # and read
 
@@ -994,8 +995,7 @@ EXAMPLES: dict[str, object] = {  # of answers in JSON, by path
 # %% ../../nbs/serving/03_api.ipynb #a6a5a30a
 def _add_predict(app: FastAPI, answers: _Answers) -> None:
     "Add the endpoint that takes a body."
-    refused = {409: "the run's files have changed", 413: "too many bytes"}
-    posted: _Answers = answers | {code: {"model": Problem, "description": text} for code, text in refused.items()}
+    posted: _Answers = answers | {413: {"model": Problem, "description": "too many bytes"}}
     app.post("/predict", tags=["models"], response_model=Forecasts, responses=posted)(post_predict)
 
 # %% ../../nbs/serving/03_api.ipynb #0000001a
@@ -1028,15 +1028,14 @@ def create_app(
 
 # %% ../../nbs/serving/03_api.ipynb #5c0b0004
 _ANSWERS = {
-    401: "no known key", 404: "not found", 421: "another host's name", 422: "invalid request", 429: "too many requests",
+    401: "no known key", 404: "not found", 409: "the files of a run have changed or are damaged",
+    421: "another host's name", 422: "invalid request", 429: "too many requests",
     503: "the store is busy; try again",
 }  # fmt: skip
 _HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
     CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, 404: _on_http_error, 405: _on_http_error,
     Exception: _on_surprise,
 }  # fmt: skip
-
-# %% ../../nbs/serving/03_api.ipynb #29d550be
 _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of the JSON
     ("/health", get_health, "service", Health), ("/symbols", get_symbols, "data", list[SymbolSource]),
     ("/coverage", get_coverage, "data", list[Stretch]), ("/bars", get_bars, "data", BarPage),

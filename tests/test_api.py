@@ -457,3 +457,63 @@ def test_kinds_of_models_are_listed_with_their_runs(client, settings):
     assert {"xgboost", "lightgbm", "ridge", "har", "garch", "ensemble"} <= set(found) and all(m["description"] for m in found.values())
     assert (found["har"]["runs"], found["garch"]["runs"]) == (["r-model"], [])
     (folder / "run.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def trained(settings):
+    from cryptoresearch.runs.config import RunConfig
+    from cryptoresearch.runs.run import train_run
+
+    with init_duckdb(settings) as con:
+        put(con, minutes(600).assign(symbol="RUNUSD"))
+        config = RunConfig(symbol="RUNUSD", spec="1m", source="simulated", target="volatility", horizon=2, end="2024-01-01 08:00", test_start="2024-01-01 07:00", refit_every="30min", model="ridge", features=("ret_1", "rv_24"))
+        return train_run(con, config, settings)
+
+
+def given(frame: pd.DataFrame) -> list[dict]:
+    rows = frame.reset_index()[["ts", "open", "high", "low", "close", "volume"]].astype({"ts": str})
+    return [{k: None if v != v else v for k, v in row.items()} for row in rows.to_dict("records")]
+
+
+@pytest.mark.slow
+def test_a_run_forecasts_the_bars_of_a_client(client, settings, trained):
+    bars = minutes(600).assign(symbol="RUNUSD").tail(trained.warmup + 5)
+    want = trained.predict(bars)
+    ask = lambda rows, run=trained.id: client.post("/predict", json={"run_id": run, "bars": rows})
+    for rows in (given(bars), given(bars.drop(index=bars.index[1]))[::-1]):  # a hole before the warm-up; any order
+        got = ask(rows).json()
+        assert [f["prediction"] for f in got["forecasts"]][-4:] == want["prediction"].tolist()[-4:]
+    assert (got["warmup"], got["horizon"], pd.Timestamp(got["forecasts"][-1]["known_ts"])) == (trained.warmup, 2, want["known_ts"].iloc[-1])
+    short = ask(given(bars.tail(trained.warmup - 1)))
+    assert short.status_code == 422 and str(trained.warmup) in short.json()["detail"]
+    assert len(ask(given(bars.tail(trained.warmup))).json()["forecasts"]) == 1
+    far = given(bars) + given(bars.tail(1).shift(freq="4000D"))
+    odd = [given(bars)[:1] * 30, far, [], [{"ts": "soon"}], [given(bars)[0] | {"ts": "1800-01-01"}], [row | {"close": -1} for row in given(bars)], [row | {"high": 1} for row in given(bars)]]
+    for rows in odd:
+        answer = ask(rows)
+        assert answer.status_code == 422 and answer.headers["content-type"] == "application/problem+json", answer.text
+    assert ask(given(bars), "none").status_code == 404
+    assert client.post("/predict", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
+    assert client.post("/predict", content=b" " * 16_000_001).status_code == 413
+
+
+@pytest.mark.slow
+def test_a_changed_run_says_so_and_one_trained_again_is_read_again(client, settings, trained):
+    import json
+    import os
+
+    bars, file = given(minutes(600).tail(trained.warmup)), trained.folder / "run.json"
+    assert client.post("/predict", json={"run_id": trained.id, "bars": bars}).status_code == 200
+    model, kept = trained.folder / "model.json", (trained.folder / "model.json").read_bytes()
+    model.write_bytes(kept + b" ")
+    os.utime(file)
+    assert client.post("/predict", json={"run_id": trained.id, "bars": bars}).status_code == 409
+    model.write_bytes(kept)
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    assert client.post("/predict", json={"run_id": trained.id, "bars": bars}).status_code == 200
+
+
+def test_features_that_are_named_in_full_are_described_too(client):
+    page = client.get("/features", params={"symbol": "TESTUSD", "spec": "1m", "names": "ta:rsi(length=14),ret_1_lag_3", "limit": 2}).json()
+    assert [f["name"] for f in page["features"]] == list(page["rows"][0]["values"]) == ["ta_rsi_length_14", "ret_1_lag_3"]
+    assert all(f["warmup"] > 1 for f in page["features"])

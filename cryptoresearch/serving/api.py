@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_ROWS', 'MAX_TABLE_ROWS', 'Number', 'Time', 'Con', 'log', 'STATUS', 'Symbol', 'Spec', 'Start', 'End', 'Limit',
            'Source', 'RunId', 'Names', 'Form', 'MEDIA', 'Chosen', 'Kind', 'Horizon', 'Last', 'Every', 'Wanted',
-           'WantedRun', 'What', 'Cursor', 'EXAMPLES', 'Answer', 'Problem', 'Health', 'BuiltBars', 'Stretch',
-           'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage', 'LabelRow', 'LabelPage',
-           'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'ModelInfo', 'ExportPage', 'DayScores',
-           'LiveRunScores', 'RunParity', 'records', 'Reader', 'table_response', 'get_health', 'get_metrics',
-           'get_symbols', 'get_coverage', 'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run',
-           'get_models', 'get_live_scores', 'get_parity', 'get_predictions', 'get_export', 'create_app', 'serve']
+           'WantedRun', 'What', 'Cursor', 'MAX_GIVEN', 'EXAMPLES', 'Answer', 'Problem', 'Health', 'BuiltBars',
+           'Stretch', 'SymbolSource', 'Bar', 'BarPage', 'FeatureInfo', 'FeatureRow', 'FeaturePage', 'LabelRow',
+           'LabelPage', 'Prediction', 'PredictionPage', 'RunScores', 'RunInfo', 'GivenBar', 'GivenBars', 'Forecast',
+           'Forecasts', 'ModelInfo', 'ExportPage', 'DayScores', 'LiveRunScores', 'RunParity', 'records', 'Reader',
+           'table_response', 'get_health', 'get_metrics', 'get_symbols', 'get_coverage', 'get_bars', 'get_features',
+           'get_labels', 'get_runs', 'get_scores', 'get_run', 'get_models', 'get_live_scores', 'get_parity',
+           'get_predictions', 'get_export', 'post_predict', 'create_app', 'serve']
 
 # %% ../../nbs/serving/03_api.ipynb #00000003
 import base64
@@ -27,6 +28,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime, UTC
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,21 +48,25 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ExceptionHandler
 
 # %% ../../nbs/serving/03_api.ipynb #fa0755e5
 from .. import __version__
+from ..data.bars import bar_frame, bar_length
 from ..data.series import normal_symbol, to_utc
 from ..data.status import coverage
 from ..data.store import catalog_kind, connect, cursor, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
-from ..features.registry import REGISTRY
+from ..features.pipeline import DataProcessing
+from ..features.registry import resolve
 from ..labels.targets import TARGETS
 from ..models.catalogue import MODELS
-from ..runs.run import load_run
+from ..runs.config import by_events
+from ..runs.run import load_run, Run
+from ..runs.stored import find_folder
 from .access import Access, read_policy
 from .gate import catalog_stamp, Gate, problem_json
 from cryptoresearch.serving.queries import (
@@ -280,6 +286,52 @@ class RunInfo(Answer):
 
     model_config = ConfigDict(extra="allow", ser_json_inf_nan="null")
     run_id: str = Field(description="identity of configuration, data, code and libraries")
+
+# %% ../../nbs/serving/03_api.ipynb #34752563
+class GivenBar(Answer):
+    "Describe one finished bar of the client's."
+
+    ts: Time = Field(description="open of the bar, UTC", examples=["2024-08-08T23:54:16Z"])
+    open: Number = Field(description="quote currency; null in a gap", examples=[61828.01])
+    high: Number = Field(description="quote currency", examples=[61828.01])
+    low: Number = Field(description="quote currency", examples=[61824.0])
+    close: Number = Field(description="quote currency", examples=[61824.01])
+    volume: Number = Field(description="base currency", examples=[0.13896])
+    quote_volume: Number = Field(default=None, description="quote currency; features that need it are null without it")
+    trades: Number = Field(default=None, description="number of trades")
+    buy_volume: Number = Field(default=None, description="base currency, aggressor bought, side as the exchange reports it")
+    buy_volume_tick: Number = Field(default=None, description="base currency, aggressor bought, side by the tick rule")
+    vwap: Number = Field(default=None, description="volume-weighted mean price, quote currency")
+
+
+class GivenBars(Answer):
+    "Ask a run for forecasts of the client's own bars."
+
+    model_config = ConfigDict(extra="forbid")
+    run_id: str = Field(description="id of a run, or a unique beginning of it", max_length=200, examples=["btcusdt-1h-return24"])
+    bars: list[GivenBar] = Field(description="finished bars of its symbol and length, from its warm-up on", min_length=1, max_length=20_000)
+
+# %% ../../nbs/serving/03_api.ipynb #8efd69eb
+class Forecast(Answer):
+    "Return the forecast made at the close of one bar."
+
+    ts: Time = Field(description="open of the bar, UTC")
+    known_ts: Time = Field(description="its close, when the forecast can be made, UTC")
+    prediction: Number = Field(description="fraction; for an event, its probability")
+    lower: Number = Field(description="lower end of the interval; null for a probability")
+    upper: Number = Field(description="upper end of the interval")
+
+
+class Forecasts(Answer):
+    "Return the forecasts of a run for the client's bars."
+
+    run_id: str
+    symbol: str
+    spec: str = Field(description="bar length")
+    target: str = Field(description="what is forecast, as in /labels")
+    horizon: int = Field(description="bars")
+    warmup: int = Field(description="bars that one forecast depends on; the first of the bars that can be forecast is this one")
+    forecasts: list[Forecast] = Field(description="one per bar after the warm-up whose features are known")
 
 # %% ../../nbs/serving/03_api.ipynb #b2f7bd88
 class ModelInfo(Answer):
@@ -669,7 +721,9 @@ def get_features(
     chosen, now = bars.attrs["source"], snapshot(con)
     if form != "json":
         return _features_table(values, bars, form, {"Snapshot": now, "Next-Start": following})
-    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in (REGISTRY[name] for name in values.columns)]
+    wanted = _split(names)
+    found = resolve((DataProcessing(features=wanted) if wanted else DataProcessing()).features)
+    about = [FeatureInfo(name=f.name, unit=f.unit, group=f.group, warmup=f.warmup) for f in found]
     rows = _feature_rows(values, bars)
     return FeaturePage(symbol=symbol, spec=spec, source=chosen, snapshot=now, next_start=following, features=about, rows=rows)
 
@@ -717,10 +771,11 @@ def get_scores(
 ) -> RunScores:  # of the run
     "Return the scores of one run, next to those of its baselines."
     run = read_run(request.app.state.reader.settings, run_id)
-    if "scores" not in run:
+    try:
+        return RunScores(**run)
+    except ValidationError:
         remedy = "Train it again: cryptoresearch train"
-        raise DataNotFound(problem(f"scores of run {run['run_id']}", str(run.get("verdict", "none")), remedy))
-    return RunScores(**run)
+        raise DataNotFound(problem(f"scores of run {run['run_id']}", str(run.get("verdict", "none")), remedy)) from None
 
 
 def get_run(
@@ -853,6 +908,43 @@ def get_export(
         return table_response(rows, form, {"Source": chosen, "Snapshot": now, "Next-Cursor": after})
     return ExportPage(what=what, snapshot=now, source=chosen, next_cursor=after, rows=records(rows))
 
+# %% ../../nbs/serving/03_api.ipynb #71879583
+MAX_GIVEN = 20_000  # bars of one request
+
+
+@lru_cache(maxsize=8)
+def _loaded(settings: Settings, folder: Path, stamp: int) -> Run:
+    "Load a run; again only where its record has changed."
+    return load_run(folder.name, settings)
+
+
+def _given_frame(bars: list[GivenBar], run: Run) -> pd.DataFrame:
+    "Make the bar frame of a request; `SchemaError` where its bars are too far apart."
+    frame = pd.DataFrame([bar.model_dump() for bar in bars])
+    frame["ts"] = pd.to_datetime(frame["ts"].map(_time), utc=True)
+    span = int((frame["ts"].max() - frame["ts"].min()) / bar_length(run.config.spec)) + 1
+    if span > 2 * MAX_GIVEN:
+        found, remedy = f"bars over {span} {run.config.spec} bars", "Leave out what is before a long gap, or send it alone"
+        raise SchemaError(problem(f"at most {2 * MAX_GIVEN} bars from the first to the last, gaps included", found, remedy))
+    numbers = frame.columns.drop("ts")
+    return bar_frame(frame.astype(dict.fromkeys(numbers, float)).dropna(axis=1, how="all"), run.config.spec, run.config.symbol)
+
+# %% ../../nbs/serving/03_api.ipynb #bdb5c190
+def post_predict(
+    request: Request,  # gives the settings
+    given: GivenBars,  # run and bars
+) -> Forecasts:  # of the run
+    "Forecast the client's bars with a stored run and its own features; refused below its warm-up. Nothing is stored."
+    settings: Settings = request.app.state.reader.settings
+    folder = find_folder(given.run_id, settings)
+    run = _loaded(settings, folder, (folder / "run.json").stat().st_mtime_ns)
+    c = run.config
+    if by_events(c.spec):
+        raise ConfigError(problem("a run on time bars", c.spec, "Event bars as a file: cryptoresearch predict RUN FILE"))
+    found = records(run.predict(_given_frame(given.bars, run)).rename_axis("ts"))
+    rows = [Forecast(**{name: row[name] for name in Forecast.model_fields}) for row in found]
+    return Forecasts(run_id=run.id, symbol=c.symbol, spec=c.spec, target=c.target, horizon=c.horizon, warmup=run.warmup, forecasts=rows)
+
 # %% ../../nbs/serving/03_api.ipynb #b066dbcd
 def _parameters(dependant: Dependant) -> set[str]:
     "List the query parameters of an endpoint and of what it depends on."
@@ -860,7 +952,9 @@ def _parameters(dependant: Dependant) -> set[str]:
 
 
 def _known_parameters(request: Request) -> None:
-    "Refuse query parameters that the path does not have, and name the one that was probably meant."
+    "Refuse zero bytes, and query parameters that the path does not have, and name the one that was probably meant."
+    if any("\0" in value for value in (*request.query_params.values(), *request.path_params.values())):
+        raise ConfigError(problem("text in every parameter", "a zero byte, which no name has", "Leave it out"))
     route = request.scope["route"]
     names = sorted(_parameters(route.dependant))
     for name in request.query_params if route.include_in_schema else ():
@@ -871,8 +965,6 @@ def _known_parameters(request: Request) -> None:
 
 # %% ../../nbs/serving/03_api.ipynb #5e5f7929
 type _Answers = dict[int | str, dict[str, Any]]
-
-# %% ../../nbs/serving/03_api.ipynb #cad22dfe
 _HEADERS = ["Authorization", "If-None-Match", "Last-Event-ID", "X-Request-ID"]  # that pages of other origins may send
 _FACTS = ["ETag", "Retry-After", "X-Next-Cursor", "X-Next-Start", "X-Request-ID", "X-Snapshot", "X-Source"]  # and read
 
@@ -929,6 +1021,12 @@ EXAMPLES: dict[str, object] = {  # of answers in JSON, by path
     "/export": {"what": "bars", "snapshot": 3, "source": "trades", "next_cursor": "WyJhYyJd", "rows": [_BAR]},
 }  # fmt: skip
 
+# %% ../../nbs/serving/03_api.ipynb #a6a5a30a
+def _add_predict(app: FastAPI, answers: _Answers) -> None:
+    "Add the endpoint that takes a body."
+    posted: _Answers = answers | {413: {"model": Problem, "description": "too many bytes"}}
+    app.post("/predict", tags=["models"], response_model=Forecasts, responses=posted)(post_predict)
+
 # %% ../../nbs/serving/03_api.ipynb #0000001a
 def create_app(
     settings: Settings | None = None,  # read from the environment when None
@@ -953,20 +1051,20 @@ def create_app(
     tables: _Answers = {200: {"content": {media: {} for media in MEDIA.values()}}}
     for path, endpoint, tag, model in _ROUTES:
         app.get(path, tags=[tag], response_model=model, responses=answers | (tables if path[1:] in _TABLES else {}))(endpoint)
+    _add_predict(app, answers)
     _add_pages(app)
     return app
 
 # %% ../../nbs/serving/03_api.ipynb #5c0b0004
 _ANSWERS = {
-    401: "no known key", 404: "not found", 421: "another host's name", 422: "invalid request", 429: "too many requests",
+    401: "no known key", 404: "not found", 409: "the files of a run have changed or are damaged",
+    421: "another host's name", 422: "invalid request", 429: "too many requests",
     503: "the store is busy; try again",
 }  # fmt: skip
 _HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
     CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, 404: _on_http_error, 405: _on_http_error,
     Exception: _on_surprise,
 }  # fmt: skip
-
-# %% ../../nbs/serving/03_api.ipynb #29d550be
 _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of the JSON
     ("/health", get_health, "service", Health), ("/metrics", get_metrics, "service", None),
     ("/symbols", get_symbols, "data", list[SymbolSource]),
@@ -979,7 +1077,7 @@ _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of
     ("/predictions", get_predictions, "models", PredictionPage),
 ]  # fmt: skip
 _CACHED = frozenset(("bars", "features", "labels", "predictions", "symbols", "coverage"))  # answers that depend on the store alone
-_LIMITED = frozenset(("runs", "models", "export"))  # wait for a place too
+_LIMITED = frozenset(("runs", "models", "export", "predict"))  # wait for a place too
 _TABLES = frozenset(("bars", "features", "labels", "predictions", "export"))  # in other formats too
 
 # %% ../../nbs/serving/03_api.ipynb #0000001b
@@ -997,11 +1095,12 @@ def _index_page(app: FastAPI) -> str:
     "Write the endpoints as a plain page, built from the OpenAPI description."
     items = []
     for path, methods in app.openapi()["paths"].items():
-        what, parts = methods["get"], []
+        method, what = next(iter(methods.items()))
+        parts = []
         for p in what.get("parameters", []):
             parts.append(f"<li><code>{p['name']}</code>{' (required)' if p.get('required') else ''} {p.get('description', '')}</li>")
-        link = path if "{" in path else f'<a href="{path}">{path}</a>'
-        items.append(f"<dt>GET {link}</dt><dd>{what.get('description', '')}<ul>{''.join(parts)}</ul></dd>")
+        link = path if "{" in path or method != "get" else f'<a href="{path}">{path}</a>'
+        items.append(f"<dt>{method.upper()} {link}</dt><dd>{what.get('description', '')}<ul>{''.join(parts)}</ul></dd>")
     docs = '<a href="/docs">Swagger UI</a> · ' if _swagger_folder() else ""
     links = f"<p>{docs}<a href='/openapi.json'>openapi.json</a></p>"
     return f"{_HEAD}<h1>cryptoresearch API</h1><p>{app.description}</p>{links}<dl>{''.join(items)}</dl>"

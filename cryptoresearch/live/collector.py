@@ -415,11 +415,13 @@ class Journal(_Turning):
         self.path.unlink()
 
 # %% ../../nbs/live/02_collector.ipynb #e8fce4f1
+_UNKNOWN = """ a WHERE (symbol, {key}) NOT IN (SELECT (symbol, {key}) FROM {table} WHERE file_id = $1) AND NOT EXISTS (
+  FROM repairs r WHERE r.session_id = $1 AND r.symbol = a.symbol AND a.{ts} >= r.start AND a.{ts} < r."end")"""
 _NEW = {
-    "trades": " WHERE (symbol, trade_id) NOT IN (SELECT (symbol, trade_id) FROM trades WHERE file_id = $1)",
-    "gaps": " WHERE (symbol, start_ts) NOT IN (SELECT (symbol, start_ts) FROM gaps WHERE file_id = $1)",
+    "trades": _UNKNOWN.format(table="trades", key="trade_id", ts="ts"),
+    "gaps": _UNKNOWN.format(table="gaps", key="start_ts", ts="start_ts"),
     "quarantine": " WHERE line NOT IN (SELECT line FROM quarantine WHERE file_id = $1)",
-}  # what a failed or recovered commit may have stored already; claims may be there twice
+}  # what a failed or recovered commit may have stored already, or a file has repaired since; claims may be there twice
 
 
 def _insert(con: duckdb.DuckDBPyConnection, session_id: str, table: str, rows: pa.Table, check: bool) -> None:

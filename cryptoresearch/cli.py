@@ -253,22 +253,26 @@ def ingest(
     """Load files of trades or candles into the store, each once.
 
     Trades have time, price and qty, and may have id and side; candles have time, open, high, low, close and volume."""
-    from cryptoresearch.ingest.folders import find_files, process_files
-    from cryptoresearch.data.store import catalog_file, init_duckdb
+    from cryptoresearch.ingest.folders import find_files
+    from cryptoresearch.data.store import catalog_file
+
     named = read_pairs(columns.split(","), "--columns Last=price,Size=qty") if columns else {}
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
     if (catalog := catalog_file(get_settings())) is not None and not catalog.is_file():
         find_files(uris)  # a wrong name makes no store
-    results = dict[str, object]()
-    found = process_files(init_duckdb(), uris, workers=workers, told=results.__setitem__ if as_json else _tell, **facts)
-    _ingested(found, results if as_json else None)
+    _ingest(uris, workers, as_json, facts)
 
 # %% ../nbs/94_cli.ipynb #2c1c4375
-def _ingested(found: "DataFrame", results: dict[str, object] | None) -> None:
-    "Show how many files had which outcome, or all outcomes as JSON; exit code 5 unless all are loaded."
+def _ingest(uris: list[str], workers: int, as_json: bool, facts: dict[str, Any]) -> None:
+    "Load files, and show how many had which outcome, or all outcomes as JSON; exit code 5 unless all are loaded."
+    from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.ingest.folders import process_files
+
+    results = dict[str, object]()
+    found = process_files(init_duckdb(), uris, workers=workers, told=results.__setitem__ if as_json else _tell, **facts)
     counts = found.outcome.value_counts(sort=False)
-    if results is not None:
+    if as_json:
         _print_outcomes(found, results)
     elif counts.sum() > 1:
         console.print(f"{counts.sum():,} files: {', '.join(f'{n:,} {outcome}' for outcome, n in counts.items())}")

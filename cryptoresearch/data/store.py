@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'REPAIRS', 'INLINE_ROWS', 'MIGRATIONS',
-           'extension_file', 'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable', 'write',
-           'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size', 'turn', 'in_turn',
-           'maintain', 'work_folder', 'dead_folders', 'data_path']
+           'extension_file', 'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable',
+           'may_pass', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size',
+           'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -418,6 +418,11 @@ def not_writable(
     return ConfigError(problem("a store that can be written", found, remedy))
 
 
+def _in_words(error: duckdb.Error) -> Exception:
+    "Return the error for a store that may only be read; others as they are."
+    return not_writable(str(error).splitlines()[0][:200]) if _NOT_WRITABLE.search(str(error)) else error
+
+
 def _acquired(path: Path, timeout_s: float) -> AbstractContextManager[object]:
     "Take the writers' lock; `StoreBusy` after `timeout_s`, `ConfigError` where it cannot be written."
     lock = FileLock(path, timeout=timeout_s, poll_interval=_POLL_S)
@@ -428,6 +433,16 @@ def _acquired(path: Path, timeout_s: float) -> AbstractContextManager[object]:
         raise StoreBusy(problem(f"a turn to write within {timeout_s:g} s", "another writer still at work", remedy)) from None
     except OSError as e:
         raise not_writable(f"{path.parent} ({e.strerror})") from None
+
+# %% ../../nbs/data/01_store.ipynb #1641c7f2
+_FULL = re.compile(r"disk I/O error|disk is full|no space left", re.IGNORECASE)  # of the catalog, within other errors
+
+
+def may_pass(
+    error: BaseException,  # from `write`
+) -> bool:  # True where the same write may succeed later: a store that is busy, full or out of reach
+    "Check whether a failed write is worth another try."
+    return isinstance(error, StoreBusy | duckdb.IOException) or (isinstance(error, duckdb.Error) and bool(_FULL.search(str(error))))
 
 # %% ../../nbs/data/01_store.ipynb #8814093f
 @contextlib.contextmanager
@@ -498,8 +513,8 @@ def _transaction[T](con: DuckDBPyConnection, fn: Callable[..., T], args: tuple[o
     except BaseException as e:
         with contextlib.suppress(duckdb.Error):
             con.execute("ROLLBACK")
-        if isinstance(e, duckdb.Error) and _NOT_WRITABLE.search(str(e)):
-            raise not_writable(str(e).splitlines()[0][:200]) from None
+        if isinstance(e, duckdb.Error):
+            raise _in_words(e) from None
         raise
     finally:
         _turn.con = None
@@ -686,10 +701,13 @@ def in_turn(
     with turn(con, timeout_s):
         for attempt in _attempts(timeout_s):
             with attempt:
-                rows: list[tuple[object, ...]] = con.execute(sql).fetchall()
+                try:
+                    rows: list[tuple[object, ...]] = con.execute(sql).fetchall()
+                except duckdb.Error as e:
+                    raise _in_words(e) from None
     return rows
 
-
+# %% ../../nbs/data/01_store.ipynb #5c0f0070
 def maintain(
     con: DuckDBPyConnection,  # from `init_duckdb`
     merge_below: int | None = None,  # bytes; merge only smaller files, so that frequent calls do not write large ones again and again

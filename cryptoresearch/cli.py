@@ -100,6 +100,7 @@ _BELOW = {
     "data status": "data status\ndata status BTCUSDT --quick --json",
     "data log": "data log\ndata log BTCUSDT --last 100 --json",
     "data repairs": "data repairs\ndata repairs BTCUSDT --json",
+    "data backfill": "data backfill BTCUSDT",
     "data report": "data report BTCUSDT --source trades --start 2024-08-01",
     "data verify": "data verify",
     "data maintain": "data maintain --keep 7d",

@@ -4,10 +4,14 @@ import gzip
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, UTC
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import duckdb
 import pandas as pd
@@ -18,8 +22,9 @@ from cryptoresearch.data.bars import read_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.store import init_duckdb, write
+from cryptoresearch.errors import FeedError
 from cryptoresearch.ingest.files import forget_file, IngestResult, process_file
-from cryptoresearch.ingest.repair import repairs
+from cryptoresearch.ingest.repair import backfill, repairs
 from cryptoresearch.live.binance import parse_binance
 from cryptoresearch.live.collector import Collector, Source
 from cryptoresearch.live.messages import Trade, Trades
@@ -184,6 +189,17 @@ def test_the_part_of_a_gap_that_the_file_does_not_have_stays(con: Con, tmp_path:
     assert the_repair(rest).missed == 102
     assert con.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
     assert differences(con, "binance", "ts, trade_id, price, qty") == []
+
+
+def test_the_time_between_two_sessions_is_repaired_once(con: Con, tmp_path: Path) -> None:
+    "The last trades of a session are in the gap before the next one, and so are the first of that."
+    trades = made(3000, step_ms=30)
+    one, two = collect(con, trades[:1000]), collect(con, trades[2000:])
+    result = process_file(con, archive(tmp_path, trades))
+    assert [(r.session_id, r.missed, r.duplicates, r.extra) for r in result.repairs] == [(one, 0, 0, 0), (two, 1000, 0, 0)]
+    assert con.execute("SELECT file_id, count(*) FROM trades WHERE source = 'binance' GROUP BY 1 ORDER BY 2").fetchall() == [(one, 1000), (two, 2000)]
+    assert differences(con, "binance", "ts, trade_id, price, qty") == []
+    assert verify(con).ok
 
 
 def test_time_for_which_the_archive_has_a_hole_is_left_alone(con: Con, tmp_path: Path) -> None:
@@ -364,3 +380,106 @@ def test_ingest_prints_the_report_and_the_store_keeps_it(settings: Settings, tmp
     assert "repaired" in runner.invoke(app, ["data", "log"]).output
     (again,) = json.loads(runner.invoke(app, ["ingest", file, "--json"]).output)
     assert (again["outcome"], again["repairs"]) == ("already loaded", [])
+
+
+# ------------------------------------------------------------------ back-fill from the exchange
+
+
+class Exchange:
+    "Answer requests for old trades as Binance does; the first answers may be refusals: status and seconds to wait."
+
+    def __init__(self, trades: Sequence[Trade], refusals: Sequence[tuple[int, str]] = (), body: bytes | None = None) -> None:
+        self.trades, self.refusals, self.body, self.asked = trades, list(refusals), body, list[tuple[int, int]]()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked = parse_qs(urlsplit(self.path).query)
+                assert urlsplit(self.path).path == "/api/v3/historicalTrades" and asked["symbol"] == ["BTCUSDT"]
+                first, limit = int(asked["fromId"][0]), int(asked["limit"][0])
+                outer.asked.append((first, limit))
+                status, after = outer.refusals.pop(0) if outer.refusals else (200, "")
+                page = [t for t in outer.trades if (t.trade_id or 0) >= first][:limit]
+                rows = [{"id": t.trade_id, "price": f"{t.price:.8f}", "qty": f"{t.volume:.8f}", "quoteQty": "1", "time": round(t.ts.timestamp() * 1000), "isBuyerMaker": t.side == -1, "isBestMatch": True} for t in page]
+                self.send_response(status)
+                if after:
+                    self.send_header("Retry-After", after)
+                self.end_headers()
+                self.wfile.write(outer.body if outer.body is not None else json.dumps(rows if status == 200 else {"code": -1003, "msg": "Too many requests"}).encode())
+
+            def log_message(self, *args: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Exchange":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_missed_trades_are_fetched_from_the_exchange(con: Con, tmp_path: Path) -> None:
+    "Two gaps of one session and the time between two sessions; an id that the exchange has not is no trade."
+    trades = [t for t in made(3000, step_ms=100) if t.trade_id != 1500]
+    collect(con, [t for t in trades if t.trade_id <= 100 or 1300 < t.trade_id <= 1400], lost_before=[1301])
+    collect(con, [t for t in trades if t.trade_id > 1600])
+    make_bars(con, "BTCUSDT", "1m", source="binance")
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (2,)
+    with Exchange(trades) as exchange:
+        done = backfill(con, "BTCUSDT", url=exchange.url)
+        assert [r.missed for r in done] == [1200, 199] and exchange.asked == [(101, 1000), (1101, 200), (1401, 200)]
+        assert backfill(con, "BTCUSDT", url=exchange.url) == () and len(exchange.asked) == 3
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
+    assert con.execute("SELECT count(*) FROM trades WHERE received_at IS NULL").fetchone() == (1399,)
+    assert verify(con).ok
+    filled = read_bars(con, "BTCUSDT", "1m", source="binance")
+    assert the_repairs_find_nothing(con, archive(tmp_path, trades))
+    make_bars(con, "BTCUSDT", "1m")
+    same = ["open", "high", "low", "close", "volume", "trades", "buy_volume_tick", "gap"]
+    pd.testing.assert_frame_equal(filled[same], read_bars(con, "BTCUSDT", "1m", source="trades")[same].loc[filled.index], check_exact=False, rtol=1e-12, check_freq=False)
+
+
+def the_repairs_find_nothing(con: Con, file: Path) -> bool:
+    return all(r.complete for r in process_file(con, file).repairs)
+
+
+def test_a_gap_without_missing_ids_is_closed_without_a_request(con: Con) -> None:
+    collect(con, made(), lost_before=[302])
+    (done,) = backfill(con, "BTCUSDT", url="http://127.0.0.1:9")
+    assert done.complete and con.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
+
+
+def test_the_exchange_is_asked_no_sooner_than_it_says(con: Con) -> None:
+    collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
+    with Exchange(made(), [(429, "1"), (418, "1")]) as exchange:
+        began = time.monotonic()
+        assert [r.missed for r in backfill(con, "BTCUSDT", url=exchange.url)] == [100]
+        assert time.monotonic() - began >= 2.0 and len(exchange.asked) == 3
+
+
+@pytest.mark.parametrize(("refusal", "body", "found"), [
+    ((418, "3600"), None, "HTTP 418, to be asked again in 3600 s"), ((403, ""), None, "HTTP 403"), ((200, ""), b"<html>", "cannot be read"), (None, None, "ConnectError"),
+])  # fmt: skip
+def test_an_exchange_without_an_answer_leaves_the_gap(con: Con, refusal: tuple[int, str] | None, body: bytes | None, found: str) -> None:
+    collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
+    with Exchange(made(), [refusal] if refusal else [], body) as exchange, pytest.raises(FeedError, match=found):
+        backfill(con, "BTCUSDT", url=exchange.url if refusal else "http://127.0.0.1:9")
+    assert con.execute("SELECT count(*), any_value(kind) FROM gaps").fetchone() == (1, "live")
+    assert len(repairs(con)) == 0
+
+
+def test_a_running_session_is_filled_and_counted_at_its_end(con: Con) -> None:
+    collector = Collector(["BTCUSDT"], source="binance", con=con, interval_s=60).start()
+    for t in made():
+        if t.trade_id == 301:
+            collector.lost()
+        if not 200 < t.trade_id <= 300:
+            collector.add([t], t.ts)
+    collector.flush()
+    with Exchange(made()) as exchange:
+        assert [r.missed for r in backfill(con, "BTCUSDT", url=exchange.url)] == [100]
+    collector.stop()
+    assert con.execute("SELECT trades FROM live_sessions").fetchone() == (600,) and verify(con).ok

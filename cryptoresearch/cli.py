@@ -101,6 +101,8 @@ PAGES["Check"] = {
 _BELOW = {
     "data status": "data status\ndata status BTCUSDT --quick --json",
     "data log": "data log\ndata log BTCUSDT --last 100 --json",
+    "data repairs": "data repairs\ndata repairs BTCUSDT --json",
+    "data backfill": "data backfill BTCUSDT",
     "data report": "data report BTCUSDT --source trades --start 2024-08-01",
     "data verify": "data verify",
     "data maintain": "data maintain --keep 7d",
@@ -224,10 +226,17 @@ def _mirrored(done: Any) -> None:
 
 # %% ../nbs/94_cli.ipynb #e1263640
 def _tell(uri: str, result: object) -> None:
-    "Print the outcome of a file; an error on standard error."
+    "Print the outcome of a file, and what it repaired; an error on standard error."
     to = progress_console if isinstance(result, Exception) else console
     text = f"{type(result).__name__}: {uri}: {result}" if isinstance(result, Exception) else str(result)
-    to.print(text, soft_wrap=True, markup=False)
+    for line in (text, *map(str, getattr(result, "repairs", ()))):
+        to.print(line, soft_wrap=True, markup=False)
+
+
+def _print_outcomes(found: "DataFrame", results: dict[str, object]) -> None:
+    "Print the outcomes of files as JSON, with what each repaired in live sessions."
+    rows = found.astype(object).where(found.notna(), None).to_dict("records")
+    print_json([row | {"repairs": [vars(one) for one in getattr(results[row["file"]], "repairs", ())]} for row in rows])
 
 # %% ../nbs/94_cli.ipynb #e1263641
 @app.command()
@@ -242,26 +251,33 @@ def ingest(
     replace: Annotated[bool, typer.Option("--replace", help="Let a newer version of a file replace one that has more.")] = False,
     columns: Annotated[str | None, typer.Option(help="Names that are not known, as NAME=MEANING,…, such as Last=price,Size=qty.")] = None,
     workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
+    as_json: Json = False,  # one object per file
 ) -> None:
     """Load files of trades or candles into the store, each once.
 
     Trades have time, price and qty, and may have id and side; candles have time, open, high, low, close and volume."""
-    from cryptoresearch.ingest.folders import find_files, process_files
-    from cryptoresearch.data.store import catalog_file, init_duckdb
+    from cryptoresearch.ingest.folders import find_files
+    from cryptoresearch.data.store import catalog_file
 
     named = read_pairs(columns.split(","), "--columns Last=price,Size=qty") if columns else {}
     facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
-    catalog = catalog_file(get_settings())
-    if catalog is not None and not catalog.is_file():
+    if (catalog := catalog_file(get_settings())) is not None and not catalog.is_file():
         find_files(uris)  # a wrong name makes no store
-    found = process_files(init_duckdb(), uris, workers=workers, told=_tell, **facts)
-    _ingested(found.outcome.value_counts(sort=False))
+    _ingest(uris, workers, as_json, facts)
 
 # %% ../nbs/94_cli.ipynb #2c1c4375
-def _ingested(counts: Any) -> None:
-    "Show how many files had which outcome; exit code 5 unless all are loaded."
-    if counts.sum() > 1:
+def _ingest(uris: list[str], workers: int, as_json: bool, facts: dict[str, Any]) -> None:
+    "Load files, and show how many had which outcome, or all outcomes as JSON; exit code 5 unless all are loaded."
+    from cryptoresearch.data.store import init_duckdb
+    from cryptoresearch.ingest.folders import process_files
+
+    results = dict[str, object]()
+    found = process_files(init_duckdb(), uris, workers=workers, told=results.__setitem__ if as_json else _tell, **facts)
+    counts = found.outcome.value_counts(sort=False)
+    if as_json:
+        _print_outcomes(found, results)
+    elif counts.sum() > 1:
         console.print(f"{counts.sum():,} files: {', '.join(f'{n:,} {outcome}' for outcome, n in counts.items())}")
     if set(counts.index) - {"loaded", "already loaded"}:
         raise typer.Exit(code=SchemaError.exit_code)

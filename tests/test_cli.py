@@ -273,7 +273,7 @@ def test_a_shell_completes_commands_runs_and_symbols(run: Command, home: Path, t
 
 
 ABSENT = [
-    "data status", "data log", "data report X", "data verify", "data maintain", "data backup kept", "data restore kept", "export X --to x.csv", "forget abc", "bars X",
+    "data status", "data log", "data repairs", "data backfill X", "data report X", "data verify", "data maintain", "data backup kept", "data restore kept", "export X --to x.csv", "forget abc", "bars X",
     "features --report", "train X", "tune", "audit", "replay X", "evaluate x", "promote x", "reproduce x", "compare x y", "predict x", "live X --run x",
     "runs delete x --yes",
 ]  # fmt: skip

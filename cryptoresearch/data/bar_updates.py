@@ -239,7 +239,7 @@ def fold_ordered[T](
 class Input(NamedTuple):
     "One input of a series of bars: a covered stretch of a file or live session, or a gap."
 
-    file_id: str  # sha256 of a file, id of a live session, 'gap …' or 'candles'
+    file_id: str  # sha256 of a file, id of a live session, 'gap …', 'repair …' or 'candles'
     rows: int | None  # rows of the file; for a live session those before `end`
     digest: int | None  # of the file's rows
     start: int  # µs since 1970
@@ -283,6 +283,9 @@ _GAPS = """SELECT g.kind, g.file_id, g.first_missing_id, epoch_us(g.start_ts), e
   FROM gaps g WHERE symbol = $1 AND source = $2
   AND NOT coalesce(kind IN ('id', 'inner') AND last_missing_id - first_missing_id < $3, false)
   AND NOT EXISTS (FROM ingest_ledger l WHERE l.file_id = g.file_id AND l.symbol = $1 AND l.source = $2 AND l.rows = 0)"""
+_REPAIRS = """SELECT concat(file_id, ' ', session_id), epoch_us(changed_start), epoch_us(changed_end) FROM repairs
+  WHERE symbol = $1 AND source = $2 AND changed_start IS NOT NULL"""
+_NOTES = ("gap ", "repair ")  # how the names of inputs begin that cover no time
 
 
 def _inputs_now(
@@ -294,6 +297,7 @@ def _inputs_now(
     inputs += _live_inputs(con, symbol, source, [(row[0] or "", row[3], row[4]) for row in rows if not row[5]], before, built_at)
     for kind, file_id, first_id, a, b in con.execute(_GAPS, [symbol, source, harmless_ids(con)]).fetchall():
         inputs.append(Input(f"gap {kind} {file_id} {first_id}", None, None, a, b))
+    inputs += [Input(f"repair {row[0]}", None, None, row[1], row[2]) for row in con.execute(_REPAIRS, [symbol, source]).fetchall()]
     if not rows:
         inputs += _loose_candles(con, symbol, source)
     return tuple(sorted(inputs, key=repr))
@@ -342,8 +346,8 @@ def _loose_candles(con: DuckDBPyConnection, symbol: str, source: str) -> list[In
 
 # %% ../../nbs/data/08_bar_updates.ipynb #2835c278
 def _times_of(inputs: Iterable[Input]) -> tuple[list[int], list[int]]:
-    "List starts and ends of inputs that are no gaps, each once, in order."
-    known = [i for i in inputs if not i.file_id.startswith("gap ")]
+    "List starts and ends of inputs that cover time, each once, in order."
+    known = [i for i in inputs if not i.file_id.startswith(_NOTES)]
     return sorted({i.start for i in known}), sorted({i.end for i in known})
 
 
@@ -358,9 +362,9 @@ def _difference(
         old, young = [i for i in gone if i.file_id == file_id], [i for i in new if i.file_id == file_id]
         how = "changed" if old and young else "added" if young else "removed"
         parts = [*old, *young]
-        if how == "changed" and young[0].digest is None and not file_id.startswith(("gap ", "candles")):
+        if how == "changed" and young[0].digest is None and not file_id.startswith((*_NOTES, "candles")):
             how, parts = _grown(con, symbol, source, old, young)
-        spans += [(i.start, i.end) if file_id.startswith("gap ") else _with_neighbours(i, starts, ends) for i in parts]
+        spans += [(i.start, i.end) if file_id.startswith(_NOTES) else _with_neighbours(i, starts, ends) for i in parts]
         causes.append(f"{how} {file_id[:16]}")
     return (min(a for a, _ in spans), max(b for _, b in spans), tuple(causes)) if spans else (None, None, ())
 

@@ -45,6 +45,7 @@ from cryptoresearch.ingest.corrections import (
 from .formats import FileSpec, Given, inspect_file, interval_us, Market, parse_name, parse_period
 from .layouts import read_foreign, recognise
 from .parsing import Kind
+from .repair import meets_live, rebuild_live_bars, Repair, repair_live
 from cryptoresearch.ingest.staging import (
     close_refused, copy_rows, discard, Facts, interruptible, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
 )
@@ -71,6 +72,7 @@ class IngestResult:
     duplicates: int = 0  # rows that other files or earlier lines had already, not stored again
     corrected: int = 0  # stored rows of other files that this file's rows replaced
     replaced: str | None = None  # file_id of the older version of this file that it replaced
+    repairs: tuple[Repair, ...] = ()  # of live sessions that the file met
 
     def __repr__(self) -> str:
         return _in_one_line(self)
@@ -114,7 +116,8 @@ def _as_table(
     "Format a result as a table with one row per field."
     shown = {f.name: getattr(r, f.name) for f in fields(r)} | {"uri": r.uri.rsplit("/", 1)[-1], "sha256": r.sha256[:12] + "…"}
     left = "style='text-align:left'"
-    rows = "".join(f"<tr><th {left}>{k}</th><td {left}>{html.escape(_cell_text(v))}</td></tr>" for k, v in shown.items() if v is not None)
+    known = {k: html.escape(_cell_text(v)) for k, v in shown.items() if v not in (None, ())}
+    rows = "".join(f"<tr><th {left}>{k}</th><td {left}>{text}</td></tr>" for k, text in known.items())
     return f"<table>{rows}</table>"
 
 # %% ../../nbs/ingest/06_files.ipynb #069078a2
@@ -594,7 +597,9 @@ def _commit(
     if plan.old:
         replace_older(con, job.series, plan.old, job.sha256, job.uri)
     take_out(con, job.series, plan.met, job.sha256, job.uri)
-    return _store(con, job, facts, plan)
+    result = _store(con, job, facts, plan)
+    assert facts.first and facts.last  # noqa: S101  (checked before)
+    return dataclasses.replace(result, repairs=repair_live(con, job.series, job.sha256, job.uri, (facts.first[0], facts.last[0])))
 
 # %% ../../nbs/ingest/06_files.ipynb #e07db48f
 def _insert_claim(con: DuckDBPyConnection, job: Job, file: str, span: tuple[int, int]) -> None:
@@ -654,6 +659,21 @@ class _Wanted:
     replace: bool  # accept a newer version that has less than the older one
     columns: Mapping[str, str]  # meaning by name of a column, for names that are not known
 
+# %% ../../nbs/ingest/06_files.ipynb #5c0f0061
+def _with_bars(con: DuckDBPyConnection, result: IngestResult) -> IngestResult:  # the same
+    "Bring the bars of repaired live sessions up to date."
+    if result.repairs:
+        rebuild_live_bars(con, result.sha256)
+    return result
+
+
+def _repaired(con: DuckDBPyConnection, job: Job, known: IngestResult) -> IngestResult:  # with repairs
+    "Repair live sessions by a file that is loaded already."
+    span = to_us(known.first_ts), to_us(known.last_ts)
+    found = write(con, repair_live, job.series, job.sha256, job.uri, span) if meets_live(con, job.series, job.sha256, span) else ()
+    rebuild_live_bars(con, job.sha256)  # what a killed process may have left
+    return dataclasses.replace(known, repairs=found)
+
 # %% ../../nbs/ingest/06_files.ipynb #e443b87d
 def _load(
     con: DuckDBPyConnection,  # from `init_duckdb`
@@ -676,7 +696,7 @@ def _load(
                 with suppress(_Stale):
                     result = write(con, _commit, job, facts, plan, wanted.replace)
                     kept = "" if result.already_loaded else plan.left.file
-                    return result
+                    return _with_bars(con, result)
     finally:
         for written in files - {kept, ""}:
             discard(written)
@@ -799,7 +819,7 @@ def _load_local(
             source = wanted.source or _default_source(spec, _says_simulated(path, name))
             job = Job(name, rows, path.stat().st_size, hashing, source, spec, secrets.token_hex(32), numbered)
             known = _loaded(con, job, wanted.replace) if _size_known(con, job.bytes) else None
-            return known or _load(con, job, wanted)
+            return _repaired(con, job, known) if known else _load(con, job, wanted)
         except SchemaError as e:
             _note_refusal(con, name, path, spec, str(e))
             raise
@@ -909,7 +929,8 @@ def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: 
         raise ConfigError(problem("a session that has ended", f"{session_id}, which received trades in the last ten minutes", remedy))
     query = "SELECT symbol, count(*), epoch_us(min(ts)), epoch_us(max(ts)) FROM lake.main.trades WHERE file_id = ? GROUP BY 1 ORDER BY 1"
     by_symbol = con.execute(query, [session_id]).fetchall()
-    for table, name in (*((t, "file_id") for t in ("trades", "gaps", "coverage", "quarantine")), ("live_sessions", "session_id")):
+    by_file, by_session = ("trades", "gaps", "coverage", "quarantine"), ("live_sessions", "repairs")
+    for table, name in (*((t, "file_id") for t in by_file), *((t, "session_id") for t in by_session)):
         con.execute(f"DELETE FROM lake.main.{table} WHERE {name} = ?", [session_id])
     for symbol, rows, start, end in by_symbol or [(None, 0, None, None)]:
         span = None if start is None else (start, end)

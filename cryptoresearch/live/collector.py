@@ -34,7 +34,7 @@ from ..data.coverage import fold_claims
 from ..data.ledger import log_event
 from ..data.maintenance import upkeep
 from ..data.series import EPOCH, impossible, normal_symbol
-from ..data.store import cursor, in_turn, init_duckdb, not_writable, write
+from ..data.store import cursor, in_turn, init_duckdb, may_pass, not_writable, write
 from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
 from .messages import shorten, Trade
 from ..settings import get_settings, Settings
@@ -333,8 +333,13 @@ class _Part:
         "Hand one line to the operating system."
         line = orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE)
         view = memoryview(line)
-        while view:
-            view = view[self.file.write(view) or 0 :]
+        try:
+            while view:
+                view = view[self.file.write(view) or 0 :]
+        except OSError:  # such as a full disk: later lines could not be read after a half one
+            self.file.truncate(self.size)
+            self.file.seek(self.size)
+            raise
         self.size += len(line)
 
     def sync(self) -> None:
@@ -415,11 +420,13 @@ class Journal(_Turning):
         self.path.unlink()
 
 # %% ../../nbs/live/02_collector.ipynb #e8fce4f1
+_UNKNOWN = """ a WHERE (symbol, {key}) NOT IN (SELECT (symbol, {key}) FROM {table} WHERE file_id = $1) AND NOT EXISTS (
+  FROM repairs r WHERE r.session_id = $1 AND r.symbol = a.symbol AND a.{ts} >= r.start AND a.{ts} < r."end")"""
 _NEW = {
-    "trades": " WHERE (symbol, trade_id) NOT IN (SELECT (symbol, trade_id) FROM trades WHERE file_id = $1)",
-    "gaps": " WHERE (symbol, start_ts) NOT IN (SELECT (symbol, start_ts) FROM gaps WHERE file_id = $1)",
+    "trades": _UNKNOWN.format(table="trades", key="trade_id", ts="ts"),
+    "gaps": _UNKNOWN.format(table="gaps", key="start_ts", ts="start_ts"),
     "quarantine": " WHERE line NOT IN (SELECT line FROM quarantine WHERE file_id = $1)",
-}  # what a failed or recovered commit may have stored already; claims may be there twice
+}  # what a failed or recovered commit may have stored already, or a file has repaired since; claims may be there twice
 
 
 def _insert(con: duckdb.DuckDBPyConnection, session_id: str, table: str, rows: pa.Table, check: bool) -> None:
@@ -841,14 +848,20 @@ def _maintain(collector: _CollectorState, trades: int) -> None:
 
 
 def _commit_regularly(collector: _Committing) -> None:
-    "Commit and maintain until the collector is stopped."
+    "Commit and maintain until the collector is stopped; while the store is busy, full or out of reach, rows wait in the journal."
+    waits = False
     while not collector._stopping.is_set() and collector.error is None:
         collector._wake.wait(collector.interval_s)
         collector._wake.clear()
         try:
             _maintain(collector, collector.flush())
-        except StoreBusy as e:
-            logger.warning("%d trades wait in the journal: %s", len(collector._waiting.trades), e)
+            waits = False
+        except (StoreBusy, duckdb.Error) as e:
+            if not may_pass(e):
+                raise
+            if not waits:
+                logger.warning("%d trades wait in the journal until the store takes them: %s", len(collector._waiting.trades), e)
+            waits = True
 
 # %% ../../nbs/live/02_collector.ipynb #5e600008
 def _work(collector: _Committing) -> None:

@@ -403,10 +403,10 @@ class _FeedState:
     def __init__(self) -> None:
         self.error: CryptoResearchError | None = None
         self.collector: Collector | None = None
-        self._stats, self._stop, self._began = FeedStats(), threading.Event(), datetime.now(UTC)
+        self._stats, self._stop, self._began, self._began_clock = FeedStats(), threading.Event(), datetime.now(UTC), time.monotonic()
         self._thread: threading.Thread | None = None
         self._connection: Connection | None = None
-        self._frames: OrderedDict[int, datetime] = OrderedDict()  # when the last frames of trades first arrived, by hash
+        self._frames: OrderedDict[int, float] = OrderedDict()  # time.monotonic() when the last frames of trades first arrived, by hash
         self._sequence, self._subscribers = _Sequence(), list[Callable[[Arrived], object]]()
         self.idle_at = 0.0  # time.monotonic() when a read last found nothing: all that had arrived was passed on before
 
@@ -533,9 +533,15 @@ def _note_missing(batch: _Batch, trades: Sequence[Trade]) -> None:
                 feed.collector.lost(trade.symbol)
 
 # %% ../../nbs/live/03_feed.ipynb #5f400005
+def _latest(batch: _Batch) -> datetime:
+    "Return the latest time that a trade may have; a clock that was set back does not make the market's time wrong."
+    feed = batch.feed
+    return max(batch.at, feed._began + timedelta(seconds=batch.clock - feed._began_clock)) + feed.future
+
+
 def _gather(batch: _Batch, message: Trades) -> None:
     "Keep the usable trades of a frame, and send its other items to quarantine."
-    feed, latest, torn = batch.feed, batch.at + batch.feed.future, False
+    feed, latest, torn = batch.feed, _latest(batch), False
     trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed._known]
     if message.rejected or len(trades) < len(message.trades):
         batch.pass_on()
@@ -550,18 +556,18 @@ def _gather(batch: _Batch, message: Trades) -> None:
 
 # %% ../../nbs/live/03_feed.ipynb #6ee50e53
 _FRAMES = 10_000  # that are remembered, across reconnects
-_LATER = timedelta(seconds=1)
+_LATER_S = 1.0
 
 
-def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], at: datetime) -> bool:
+def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], clock: float) -> bool:
     "Check whether a frame was delivered before, where that is certain, and remember it."
     if feed.protocol.ids:
         return all(feed._sequence.is_repeated(t) for t in trades)
     key = hash(data)
     if (first := feed._frames.get(key)) is not None:
         feed._frames.move_to_end(key)
-        return at - first >= _LATER or len({t.ts for t in trades}) > 1 or len(set(trades)) > 2
-    feed._frames[key] = at
+        return clock - first >= _LATER_S or len({t.ts for t in trades}) > 1 or len(set(trades)) > 2
+    feed._frames[key] = clock
     if len(feed._frames) > _FRAMES:
         feed._frames.popitem(last=False)
     return False
@@ -590,7 +596,7 @@ def _take_frame(batch: _Batch, data: bytes) -> None:
     "Count one frame, and gather its trades unless they were delivered before."
     feed = batch.feed
     match feed.protocol.parse(data):
-        case Trades(trades) if trades and _is_repeated(feed, data, trades, batch.at):
+        case Trades(trades) if trades and _is_repeated(feed, data, trades, batch.clock):
             feed._stats.repeated += 1
             if feed.collector is not None:
                 feed.collector.note_repeated(trades)
@@ -753,7 +759,7 @@ class _Startable(_Stoppable):
         "Connect and collect in the background; return at once."
         if self._thread is not None and self._thread.is_alive():
             return self
-        self.error, self._stats, self._began = None, FeedStats(state="connecting"), datetime.now(UTC)
+        self.error, self._stats, self._began, self._began_clock = None, FeedStats(state="connecting"), datetime.now(UTC), time.monotonic()
         self._stop.clear()
         _hide_keys.addresses = [a for a in _hide_keys.addresses if a != self.address] + [self.address]
         if self.collect:

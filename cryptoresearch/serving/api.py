@@ -43,7 +43,7 @@ from fastapi import Depends, FastAPI, Path as InPath, Query, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -1048,9 +1048,7 @@ def create_app(
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     answers: _Answers = {code: {"model": Problem, "description": text} for code, text in _ANSWERS.items()}
-    tables: _Answers = {200: {"content": {media: {} for media in MEDIA.values()}}}
-    for path, endpoint, tag, model in _ROUTES:
-        app.get(path, tags=[tag], response_model=model, responses=answers | (tables if path[1:] in _TABLES else {}))(endpoint)
+    _add_routes(app, answers)
     _add_predict(app, answers)
     _add_pages(app)
     return app
@@ -1079,6 +1077,14 @@ _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of
 _CACHED = frozenset(("bars", "features", "labels", "predictions", "symbols", "coverage"))  # answers that depend on the store alone
 _LIMITED = frozenset(("runs", "models", "export", "predict"))  # wait for a place too
 _TABLES = frozenset(("bars", "features", "labels", "predictions", "export"))  # in other formats too
+
+# %% ../../nbs/serving/03_api.ipynb #c8e1f0aa
+def _add_routes(app: FastAPI, answers: _Answers) -> None:
+    "Add the routes that read."
+    tables: _Answers = {200: {"content": {media: {} for media in MEDIA.values()}}}
+    for path, endpoint, tag, model in _ROUTES:
+        told, form = answers | (tables if path[1:] in _TABLES else {}), JSONResponse if model is not None else PlainTextResponse
+        app.get(path, tags=[tag], response_model=model, responses=told, response_class=form)(endpoint)
 
 # %% ../../nbs/serving/03_api.ipynb #0000001b
 _STYLE = (

@@ -26,7 +26,7 @@ from cryptoresearch.data.bars import (
 from ..data.build_bars import make_bars
 from ..data.event_bars import event_spec, EventFolder, to_event_frame, UNNUMBERED, with_gap_rows
 from ..data.series import to_utc
-from ..data.store import connect, write
+from ..data.store import connect, may_pass, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.registry import resolve
 from ..runs.config import by_events
@@ -413,10 +413,10 @@ class Saving(_Waiting):
             return 0
         try:
             count = write(self.con, _store, pd.concat(waiting), timeout_s=30.0 if last else 5.0)
-        except StoreBusy:
-            if last:
+        except (StoreBusy, duckdb.Error) as e:
+            if last or not may_pass(e):
                 raise
-            logger.warning("the store is busy; %d predictions are kept for later", sum(map(len, waiting)))
+            logger.warning("%d predictions are kept until the store takes them: %s", sum(map(len, waiting)), e)
             return 0
         del self._rows[: len(waiting)]
         self.written += count

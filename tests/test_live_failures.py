@@ -1,0 +1,355 @@
+"What a live session meets apart from the market: full disks, stores that are locked or away, clocks that jump, broken frames."
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, UTC
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import _client, _free_port, _stop, _wait, NoServer, program, S3
+from websockets.sync.server import serve, ServerConnection
+
+from cryptoresearch.data.maintenance import verify
+from cryptoresearch.data.store import connect, init_duckdb
+from cryptoresearch.errors import ConfigError, FeedError
+from cryptoresearch.live.collector import Collector, replay_journal
+from cryptoresearch.live.feed import FinnhubWebSocket
+from cryptoresearch.live.messages import Trade
+from cryptoresearch.settings import Settings
+
+BTC, T0 = "BINANCE:BTCUSDT", 1_721_555_886_208
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, f"waited {timeout_s} s in vain"
+        time.sleep(0.005)
+
+
+def trades(first: int, n: int = 1) -> list[Trade]:
+    return [Trade(BTC, 100.0 + i % 7, float(i), datetime.fromtimestamp((T0 + i) / 1000, UTC)) for i in range(first, first + n)]
+
+
+def frame(first: int, n: int = 1) -> str:
+    return json.dumps({"type": "trade", "data": [{"p": 100.0 + i % 7, "s": BTC, "t": T0 + i, "v": float(i)} for i in range(first, first + n)]})
+
+
+@contextlib.contextmanager
+def stub(script: Callable[[ServerConnection, int], object]) -> Iterator[str]:
+    "A server whose n-th connection is played by `script(connection, n)` after the subscription."
+    seen: list[int] = []
+
+    def handle(c: ServerConnection) -> None:
+        c.recv(timeout=5)
+        seen.append(1)
+        with contextlib.suppress(Exception):
+            script(c, len(seen))
+
+    server = serve(handle, "127.0.0.1", 0, compression=None, close_timeout=0.2)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+    finally:
+        server.shutdown()
+
+
+def hold(c: ServerConnection) -> None:
+    with contextlib.suppress(Exception):
+        c.recv(timeout=30)
+
+
+def stored(settings: Settings) -> list[float]:
+    "The volumes of the stored trades, which number them."
+    with init_duckdb(settings) as con:
+        assert verify(con).ok
+        return [row[0] for row in con.execute("SELECT qty FROM trades ORDER BY qty").fetchall()]
+
+
+# ------------------------------------------------------------------ the disk
+
+
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    "Let no file of this process grow above a size: writes end as on a full disk, without a mount."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_journal_on_a_full_disk_has_no_half_line(settings: Settings) -> None:
+    "What was announced is stored; after the failure, further events can be read again."
+    collector = Collector([BTC], settings=settings, interval_s=60).start()
+    collector.add(trades(1), datetime.now(UTC))
+    with no_file_above(collector.journal.path.stat().st_size + 50), pytest.raises(FeedError, match="Free disk space"):
+        collector.add(trades(2, 100), datetime.now(UTC))
+    collector.add(trades(200), datetime.now(UTC))
+    session = replay_journal(collector.journal.path)
+    assert session is not None and list(session.batch.trades.qty) == [1.0, 200.0]
+    collector.stop()
+    assert stored(settings) == [1.0, 200.0]
+
+
+@pytest.mark.parametrize("n", [100, 3000])  # rows that go into the catalog, and into a data file
+def test_a_store_that_is_full_catches_up_when_there_is_space(settings: Settings, caplog: pytest.LogCaptureFixture, n: int) -> None:
+    collector = Collector([BTC], settings=settings, interval_s=0.05).start()
+    with collector._flushing:
+        collector.add(trades(1, n), datetime.now(UTC))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        wait_for(lambda: "wait in the journal" in caplog.text)
+        time.sleep(0.5)
+        assert collector.error is None and collector.stored == 0
+        assert caplog.text.count("wait in the journal") == 1, "said at every try"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    wait_for(lambda: collector.stored == n)
+    collector.stop()
+    assert len(stored(settings)) == n
+
+
+def test_a_store_that_may_only_be_read_is_refused_in_words(settings: Settings) -> None:
+    init_duckdb(settings).close()
+    with connect(settings, read_only=True) as con, pytest.raises(ConfigError, match="can be written"):
+        Collector([BTC], settings=settings, con=con).start()
+
+
+LOCK = """
+import sqlite3, sys
+con = sqlite3.connect(sys.argv[1], isolation_level=None)
+con.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_catalog_that_another_program_locks_for_a_time(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    "A minute, shortened: SQLite's own lock is held for several of the collector's tries."
+    collector = Collector([BTC], settings=settings, interval_s=0.05, timeout_s=0.2).start()
+    collector.add(trades(1), datetime.now(UTC))
+    wait_for(lambda: collector.stored == 1)
+    command = [sys.executable, "-c", LOCK, str(settings.path(settings.duckdb_path))]  # SQLite's locks are between processes
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == b"locked\n"
+        collector.add(trades(2, 300), datetime.now(UTC))
+        wait_for(lambda: "wait in the journal" in caplog.text)
+        time.sleep(1.0)
+        assert collector.error is None and collector.stored == 1
+        other.stdin.close()
+    wait_for(lambda: collector.stored == 301)
+    collector.stop()
+    assert len(stored(settings)) == 301
+
+
+# ------------------------------------------------------------------ S3
+
+
+@pytest.mark.slow
+def test_an_s3_server_that_is_killed_and_comes_back(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for way in ("versitygw", "binary"):
+        with contextlib.suppress(NoServer):
+            what = program(way, may_build=False)
+            break
+    else:
+        pytest.skip("no S3 server that can be started")
+    port, log = _free_port(), tmp_path / "log"
+
+    def start() -> subprocess.Popen[bytes]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MINIO_", "S3_"))} | what.env("user-user", "password-password")
+        with log.open("w") as out:
+            process = subprocess.Popen(what.command(port, str(tmp_path)), env=env, cwd=tmp_path, stdout=out, stderr=out)
+        _wait(f"127.0.0.1:{port}", process, log, what.ready)
+        return process
+
+    process, s3 = start(), S3(f"127.0.0.1:{port}", "user-user", "password-password", what.name)
+    try:
+        _client(s3).make_bucket("lake")
+        settings = settings.model_copy(update={"duckdb_data_path": "s3://lake/data"} | Settings(_env_file=None, **s3.settings).model_dump(include=set(s3.settings)))
+        collector = Collector([BTC], settings=settings, interval_s=0.1).start()
+        collector.add(trades(1, 1000), datetime.now(UTC))
+        wait_for(lambda: collector.stored == 1000)
+        process.kill()
+        process.wait()
+        collector.add(trades(1001, 1000), datetime.now(UTC))
+        wait_for(lambda: "wait in the journal" in caplog.text, 60)
+        assert collector.error is None
+        collector.add(trades(2001, 1000), datetime.now(UTC))
+        process = start()
+        wait_for(lambda: collector.stored == 3000, 60)
+        collector.stop()
+        assert stored(settings) == [float(i) for i in range(1, 3001)]
+    finally:
+        _stop(process)
+
+
+# ------------------------------------------------------------------ the clock
+
+
+class Clock(datetime):
+    "A wall clock that tests move."
+
+    shift = timedelta(0)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + cls.shift
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_trades_are_kept_when_the_clock_jumps(settings: Settings, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    monkeypatch.setattr("cryptoresearch.live.feed.datetime", Clock)
+    monkeypatch.setattr(Clock, "shift", timedelta(0))
+    step = threading.Event()
+
+    def now(n: int) -> str:
+        return json.dumps({"type": "trade", "data": [{"p": 100.0, "s": BTC, "t": round(time.time() * 1000), "v": float(n)}]})
+
+    def script(c: ServerConnection, n: int) -> None:
+        first = now(1)
+        c.send(first)
+        step.wait(10)
+        c.send(first)  # the same once more, at once: two real trades may be equal
+        c.send(now(2))
+        hold(c)
+
+    with stub(script) as url:
+        feed = FinnhubWebSocket(url=url, settings=settings, retry_base_s=0.02).start()
+        wait_for(lambda: feed.stats.trades == 1)
+        Clock.shift = timedelta(hours=hours)
+        step.set()
+        wait_for(lambda: feed.stats.frames == 3)
+        feed.stop()
+    assert (feed.stats.trades, feed.stats.rejected, feed.stats.repeated) == (3, 0, 0)
+    assert stored(settings) == [1.0, 1.0, 2.0]
+
+
+COLLECT = textwrap.dedent(
+    """
+    import os, sys, time
+    from cryptoresearch.live.feed import FinnhubWebSocket
+    from cryptoresearch.settings import Settings
+    feed = FinnhubWebSocket(url=sys.argv[1], settings=Settings(_env_file=None, duckdb_path=sys.argv[2]), silence_s=1.0, retry_base_s=0.05).start()
+    while feed.stats.trades < 1 or feed.stats.last_seen and not os.path.exists(sys.argv[3]):
+        time.sleep(0.02)
+        os.write(1, f"{feed.stats.trades}\\n".encode())
+    feed.stop()
+    """
+)
+
+
+@pytest.mark.slow
+def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings: Settings, tmp_path: Path) -> None:
+    "Longer than the silence that ends a connection: after it wakes, the frames that waited in the socket are taken."
+    count = [0]
+
+    def script(c: ServerConnection, n: int) -> None:
+        while True:
+            count[0] += 1
+            c.send(frame(count[0]))
+            time.sleep(0.01)
+
+    with stub(script) as url:
+        path, end = str(settings.path(settings.duckdb_path)), tmp_path / "end"
+        child = subprocess.Popen([sys.executable, "-c", COLLECT, url, path, str(end)], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        while int(child.stdout.readline()) < 20:
+            pass
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(2.0)
+        child.send_signal(signal.SIGCONT)
+        seen = count[0]
+        while int(child.stdout.readline()) < seen:
+            pass
+        end.touch()
+        child.communicate(timeout=30)
+        assert child.returncode == 0
+    rows = stored(settings)
+    assert rows == [float(i) for i in range(1, len(rows) + 1)] and len(rows) >= seen
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*) FROM gaps").fetchone() == (0,)
+
+
+# ------------------------------------------------------------------ frames
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 60])
+def test_half_a_frame_ends_the_coverage_and_nothing_else(settings: Settings, cut: int) -> None:
+    "The connection breaks inside a frame: its trades are in the gap, and those before it are kept."
+    text = frame(3).encode()
+    whole = bytes([0x81, len(text)]) + text if len(text) < 126 else bytes([0x81, 126]) + len(text).to_bytes(2) + text
+
+    def script(c: ServerConnection, n: int) -> None:
+        if n > 1:
+            c.send(frame(5000))
+            return hold(c)
+        c.send(frame(1))
+        c.send(frame(1000))
+        c.socket.sendall(whole[:cut])
+        time.sleep(0.1)
+        c.socket.shutdown(socket.SHUT_RDWR)
+
+    with stub(script) as url:
+        feed = FinnhubWebSocket(url=url, settings=settings, retry_base_s=0.02).start()
+        wait_for(lambda: feed.stats.trades == 3)
+        feed.stop()
+    assert (feed.stats.malformed, feed.stats.rejected, feed.stats.connections) == (0, 0, 2)
+    assert stored(settings) == [1.0, 1000.0, 5000.0]
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT epoch_ms(start_ts), epoch_ms(end_ts) FROM gaps").fetchall() == [(T0 + 900, T0 + 5100)]
+
+
+@pytest.mark.slow
+def test_frames_of_ten_megabytes(settings: Settings) -> None:
+    garbage, big = "x" * 10_000_000, frame(1, 200_000)
+    assert len(big) > 10_000_000
+
+    def script(c: ServerConnection, n: int) -> None:
+        c.send(garbage)
+        c.send(big)
+        hold(c)
+
+    with stub(script) as url:
+        feed = FinnhubWebSocket(url=url, settings=settings).start()
+        wait_for(lambda: feed.stats.frames == 2, 60)
+        feed.stop()
+    assert (feed.stats.trades, feed.stats.malformed, feed.stats.connections) == (200_000, 1, 1)
+    assert len(stored(settings)) == 200_000
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*), max(length(raw)) < 2000 FROM quarantine").fetchone() == (1, True)
+
+
+@pytest.mark.parametrize("n", [2_000, pytest.param(100_000, marks=pytest.mark.heavy)])
+def test_garbage_frames_fill_neither_log_nor_store(settings: Settings, caplog: pytest.LogCaptureFixture, n: int) -> None:
+    def script(c: ServerConnection, _: int) -> None:
+        c.send(frame(1))
+        for i in range(n):
+            c.send(f"<html>{i}")
+        c.send(frame(5000))
+        hold(c)
+
+    caplog.set_level(logging.WARNING)
+    with stub(script) as url:
+        feed = FinnhubWebSocket(url=url, settings=settings).start()
+        wait_for(lambda: feed.stats.frames == n + 2, 300)
+        feed.stop()
+    assert (feed.stats.malformed, feed.stats.trades) == (n, 2) and len(caplog.records) < 20
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*) FROM quarantine").fetchone() == (1000,)
+        assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
+    assert stored(settings) == [1.0, 5000.0]

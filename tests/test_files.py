@@ -61,10 +61,11 @@ def test_each_container_receives_only_the_secrets_that_it_needs() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
     given = {name: set(service["environment"]) for name, service in services.items()}
     assert not [name for name, service in services.items() if "env_file" in service], "an env_file gives every secret to a service"
-    assert [name for name, names in given.items() if "FINNHUB_TOKEN" in names] == ["collector"]
+    assert [name for name, names in given.items() if "FINNHUB_TOKEN" in names] == ["collector", "live"]
+    assert [name for name, names in given.items() if "ALERT_URL" in names] == ["live"]
     assert {name for name, names in given.items() if any("ROOT" in n for n in names)} == {"s3", "minio"}
     ours = {name: names for name, names in given.items() if services[name].get("build")}
-    assert set(ours) == {"lab", "dashboards", "api", "collector"}
+    assert set(ours) == {"lab", "dashboards", "api", "collector", "live"}
     of_the_host = {"MINIO_CA_FILE", "API_HOST", "API_PORT", "DASHBOARD_PORT", "CRYPTORESEARCH_SHARED_DATA", "DUCKDB_TEMP_DIR"}
     of_the_api = {"API_KEYS", "API_ORIGINS", "API_REQUESTS_PER_MINUTE"}
     assert {name for name, names in given.items() if names & of_the_api} == {"api"} and of_the_api <= given["api"]

@@ -63,6 +63,7 @@ def test_every_feature_is_causal_on_real_hours(hourly: pd.DataFrame) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 def test_no_feature_of_decay_or_breakout_leaks_in_rare_rows(hourly: pd.DataFrame) -> None:
     mine = [*resolve(["decay", "breakout", "reversal"]), *resolve(["hour_of_week_new_york", "weekend_ahead_24"])]
     table = prove_causal(mine, hourly.loc["2019-04":"2019-07"])

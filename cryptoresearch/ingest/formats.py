@@ -474,16 +474,16 @@ def _layout_of(
     name: str,  # for the message
 ) -> tuple[Columns, bool]:  # layout, and whether the first line is a header
     "Find the layout of a file of a known kind; raise `SchemaError` where it is not of that kind."
-    names = lines[0].split(",")
+    names, layouts = lines[0].split(","), LAYOUTS[kind]
     if twice := doubled(names, kind):
         raise SchemaError(f"expected one column of each meaning in {name}; found {' and '.join(twice)}. Remove or rename those not meant")
     if by_name := columns_by_name(names, kind):
         return by_name, True
     if is_header(names):
         raise SchemaError(explain_header(names, kind))
-    layouts = LAYOUTS[kind]
-    layout = max(layouts.values(), key=lambda columns: _share(lines, columns))
-    if not _share(lines, layout):
+    shares = {columns: _share(lines, columns) for columns in layouts.values()}
+    layout = max(shares, key=shares.__getitem__)
+    if not shares[layout]:
         width = Counter(line.count(",") + 1 for line in lines).most_common(1)[0][0]
         shown = next(line for line in lines if line.count(",") + 1 == width)
         why = f" ({_fault(shown, layouts[width])})" if width in layouts else ""

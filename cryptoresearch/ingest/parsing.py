@@ -207,7 +207,8 @@ def unquoted(
 
 def _header_again(parts: list[str]) -> bool:
     "Check whether a row is a header: files that were joined keep their headers."
-    return len(parts) > 2 and sum(meaning_of(part) is not None for part in parts) > len(parts) / 2
+    # no name begins with a digit, as most fields do
+    return len(parts) > 2 and sum(not part[:1].isdigit() and meaning_of(part) is not None for part in parts) > len(parts) / 2
 
 # %% ../../nbs/ingest/01_parsing.ipynb #cb42570a
 def read_row(

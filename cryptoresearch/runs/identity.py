@@ -77,6 +77,7 @@ def frame_digest(
 
 # %% ../../nbs/runs/02_identity.ipynb #5b1f0c7e
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # where statements are: a walk through all expressions takes long
 
 
 def code_tree(
@@ -84,7 +85,10 @@ def code_tree(
 ) -> str:  # dump of its syntax tree without comments, layout and docstrings
     "Reduce the source of a module to what computes."
     tree = ast.parse(source)
-    for node in ast.walk(tree):
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        todo.extend(inner for block in _BLOCKS if isinstance(inners := getattr(node, block, None), list) for inner in inners)
         if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             del node.body[0]
     return ast.dump(tree)

@@ -241,16 +241,16 @@ def _print_outcomes(found: "DataFrame", results: dict[str, object]) -> None:
 # %% ../nbs/94_cli.ipynb #e1263641
 @app.command()
 def ingest(
-    uris: Annotated[list[str], typer.Argument(help="Files, folders or patterns, local or s3://bucket/…")],
+    uris: Annotated[list[str], typer.Argument(help="Files, folders or patterns, local or as s3://bucket/name.")],
     symbol: Annotated[str | None, typer.Option(help="Where the file's name does not tell, such as BTCUSDT.")] = None,
     kind: Annotated[str | None, typer.Option(help="trades, aggTrades or klines, where name and content do not tell.")] = None,
     interval: Annotated[str | None, typer.Option(help="Of candles, such as 1h, where the name does not tell.")] = None,
     market: Annotated[str | None, typer.Option(help="spot, or um: USD-M futures; where path and content do not tell.")] = None,
-    max_rejected: Annotated[float, typer.Option(help="Share of bad rows from which a file is refused.", min=0, max=1)] = 0.01,
+    max_rejected: Annotated[float, typer.Option(metavar="N", help="Share of bad rows from which a file is refused.", min=0, max=1)] = 0.01,
     check_symbol: Annotated[bool, typer.Option(help="Refuse a file whose prices cannot be those of its symbol.")] = True,
     replace: Annotated[bool, typer.Option("--replace", help="Let a newer version of a file replace one that has more.")] = False,
-    columns: Annotated[str | None, typer.Option(help="Names that are not known, as NAME=MEANING,…, such as Last=price,Size=qty.")] = None,
-    workers: Annotated[int, typer.Option(help="Files at once.", min=1, max=64)] = 2,
+    columns: Annotated[str | None, typer.Option(help="Names that are not known: Last=price,Size=qty.")] = None,
+    workers: Annotated[int, typer.Option(metavar="N", help="Files at once.", min=1, max=64)] = 2,
     as_json: Json = False,  # one object per file
 ) -> None:
     """Load files of trades or candles into the store, each once.
@@ -302,17 +302,18 @@ def bars(
     """Build and store bars of a symbol.
 
     They are made from its trades or candles. Run again, it builds only what changed."""
-    from cryptoresearch.data.bars import bar_spec
-    from cryptoresearch.data.build_bars import make_bars
-    from cryptoresearch.data.event_bars import event_spec
+    from cryptoresearch.data.build_bars import check_spec, make_bars, stored_builds
     from cryptoresearch.data.store import connect
 
     specs = spec or ["1h"]
     for one in specs:  # before anything is built
-        event_spec(one) if ":" in one else bar_spec(one)
+        check_spec(one)
     con = connect()
     for one in specs:
-        console.print(f"{symbol} {one}: {make_bars(con, symbol, one):,} bars")
+        total = make_bars(con, symbol, one)
+        built = stored_builds(con, symbol, one)
+        for source, count in built.items() if len(built) > 1 else [("", total)]:
+            console.print(f"{symbol} {one}{f' from {source}' if source else ''}: {count:,} bars")
 
 # %% ../nbs/94_cli.ipynb #340bc425
 @app.command()
@@ -399,7 +400,7 @@ def runs(
     if not found:
         console.print("no runs yet. Run: cryptoresearch train")
         return
-    columns = ["run", "n", "ic", "baseline", "saved", "dm_p", "level"]
+    columns = ["run", "model", "n", "ic", "baseline", "saved", "dm_p", "level"]
     _show_rows(columns, [[run.get(c) for c in columns] for run in found])
     for run in found:
         console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
@@ -545,7 +546,8 @@ def _without(skipped: Mapping[str, int]) -> str:
 
 def _trained_on(live: "LivePredictions") -> str:
     "Say that no bar before the end of a run's training is predicted, and how older trades can be."
-    ends = ", ".join(f"{run.id} predicts no bar before {run.info['trained_until'][:16]}" for run in live.runs.values())
+    runs = {name: run for flow in live.flows.values() for name, run in flow.runs.items()}
+    ends = ", ".join(f"{name} predicts no bar before {run.info['trained_until'][:16]}" for name, run in runs.items())
     return f"{ends}, where its training ends. For older trades, train a run that ends before them: cryptoresearch train SYMBOL --end DAY"
 
 # %% ../nbs/94_cli.ipynb #92650117
@@ -620,12 +622,15 @@ def replay(
     console.print(f"{server.sent:,} trades sent")
 
 # %% ../nbs/94_cli.ipynb #842c364a
+_FOLLOWED = "Live trades to follow: binance, finnhub or replay. Default: finnhub with FINNHUB_TOKEN, else binance."
+
+
 @app.command()
 def predict(
     run: RunName,  # stored
     file: Annotated[Path | None, typer.Argument(help="Bars to forecast: .parquet, .csv or .feather. Without it: live trades.")] = None,
     to: Annotated[Path | None, typer.Option(help="File for the forecasts of a file's bars: .parquet, .csv or .feather.")] = None,
-    source: Annotated[str, typer.Option(help="Live trades to follow: binance, finnhub or replay.")] = "finnhub",
+    source: Annotated[str | None, typer.Option(help=_FOLLOWED)] = None,
     modules: Modules = None,  # of the run's user-defined features
 ) -> None:
     """Forecast the bars of a file, or follow the live trades.
@@ -668,11 +673,12 @@ def _tell_in_sample(run: "Run", inside: "Series[bool]") -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #2194819a
-def _predict_live(run: str, source: str, modules: list[str]) -> None:
+def _predict_live(run: str, source: str | None, modules: list[str]) -> None:
     "Predict finished bars of live trades until Ctrl-C."
     import signal
     import threading
 
+    from cryptoresearch.live.binance import find_feed
     from cryptoresearch.runs.run import import_own, load_run
     from cryptoresearch.serving.predictor import predict_live
 
@@ -682,7 +688,7 @@ def _predict_live(run: str, source: str, modules: list[str]) -> None:
     def shown(rows: Any) -> None:
         _show(rows[["ts", "close_ts", "prediction"]])
 
-    made = predict_live(get_settings(), run, source=source, stop=stop, on_prediction=shown)
+    made = predict_live(get_settings(), run, source=source or find_feed().protocol.source, stop=stop, on_prediction=shown)
     console.print(f"{made:,} predictions")
 
 # %% ../nbs/94_cli.ipynb #4a9caba2
@@ -713,13 +719,16 @@ def scores(
 
 # %% ../nbs/94_cli.ipynb #e9a7c3d1
 Exported = Literal["bars", "trades", "features", "predictions"]  # as in serving.queries, which loads pandas
+_WHAT = "Rows to write: bars, trades, features, or predictions, which are the live ones, or those of --run."
 
 
-def _resolve(features: list[str] | None, modules: list[str] | None) -> None:
-    "Import modules of user-defined features, and refuse unknown names."
+def _resolve(spec: str, features: list[str] | None, modules: list[str] | None) -> None:
+    "Import modules of user-defined features, and refuse unknown bars and names."
+    from cryptoresearch.data.build_bars import check_spec
     from cryptoresearch.features.registry import resolve
     from cryptoresearch.features.user_modules import import_modules
 
+    check_spec(spec)
     import_modules(modules or [])
     resolve(features)
 
@@ -728,8 +737,8 @@ def _resolve(features: list[str] | None, modules: list[str] | None) -> None:
 def export(
     symbol: SymbolName,  # any case
     to: Annotated[Path, typer.Option(help="File to write: .parquet, .csv, .csv.gz or .feather.")],
-    what: Annotated[Exported, typer.Option(help="Rows to write; predictions are the live ones, or those of --run.")] = "bars",
-    spec: Annotated[str, typer.Option("--bars", help="Bars, and those of features: 1h, tick:1000 …")] = "1h",
+    what: Annotated[Exported, typer.Option(metavar="NAME", help=_WHAT)] = "bars",
+    spec: Annotated[str, typer.Option("--bars", help="Bars, and those of features, such as 1h or tick:1000.")] = "1h",
     feature: Annotated[list[str] | None, typer.Option(help="Feature or group. May be given several times. Default: default.")] = None,
     start: Annotated[str | None, typer.Option(help="First time, UTC.")] = None,
     end: Annotated[str | None, typer.Option(help="Times before this one, UTC.")] = None,
@@ -743,7 +752,7 @@ def export(
     from cryptoresearch.serving.queries import check_ending, export_frame, write_table
 
     check_ending(to)
-    _resolve(feature, modules)
+    _resolve(spec, feature, modules)
     with connect(read_only=True) as con:
         stored = load_run(run).predictions.reset_index() if run else None
         frame = export_frame(con, symbol, what, spec, names=feature, start=start, end=end, source=source) if stored is None else stored

@@ -96,13 +96,19 @@ def _value(o: Option, given: Any) -> Any:
     return tuple(given or o.default) if o.repeated else given
 
 # %% ../nbs/93_cli_research.ipynb #e271e031
+def _metavar(o: Option) -> str | None:  # None: as typer writes the type
+    "Name the value of an option in a word that leaves room for its help."
+    return "NAME" if o.choices else "TEXT" if o.repeated else "N" if o.least is not None else None
+
+
 def _parameter(o: Option) -> inspect.Parameter:
     "Make the parameter from which typer makes a flag."
     kind = list[str] | None if o.repeated else o.annotation | None if o.default is None else o.annotation
     least = int(o.least) if o.annotation is int and o.least is not None else o.least
     flags = [f"--{flag}" for flag in (o.flag, o.alias) if flag]
     pair, several = f" Given as name=value, such as {o.example}." if o.pairs else "", " May be given several times." if o.repeated else ""
-    info = typer.Option(*flags, help=full_help(o) + pair + several, min=least,
+    several += f" One of {', '.join(o.choices)}." if o.choices else ""
+    info = typer.Option(*flags, help=full_help(o) + pair + several, min=least, metavar=_metavar(o),
                         autocompletion=complete_symbols if o.name == "symbol" else None)
     default = None if o.repeated else o.default
     return inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])

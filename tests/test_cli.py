@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -63,7 +64,10 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["train", "--target", "triple_barrier", "--label", "up=-1"], "above 0", 3),
         (["train", "--target", "direction", "--model", "har"], "probabilities", 3),
         (["reproduce", "no-such-run"], "no-such-run", 4),
-        (["bars", "BTCUSDT", "1fortnight"], "1fortnight", 5),
+        (["bars", "BTCUSDT", "1fortnight"], "1fortnight", 3),
+        (["train", "--bars", "1x"], "1x", 3),
+        (["export", "BTCUSDT", "--bars", "1x", "--to", "x.csv"], "1x", 3),
+        (["train", "--train-window", "365D"], "--train-window", 3),
         (["predict", "no-such-run"], "no-such-run", 4),
         (["stream", "--seconds", "1", "--feed", "finnhub"], "FINNHUB_TOKEN", 3),
         (["stream", "--feed", "nasdaq"], "binance, finnhub", 3),
@@ -319,3 +323,13 @@ def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_pat
     assert told.startswith("interrupted") and not rest.strip()
     with connect(Settings(_env_file=None, duckdb_path=str(tmp_path / "data" / "catalog.sqlite")), read_only=True) as con:
         assert con.execute("SELECT count(*) FROM trades").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("data", "runs")])
+def test_help_fits_80_columns_with_nothing_cut(name: str) -> None:
+    from typer.testing import CliRunner
+
+    text = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}).output
+    assert "…" not in text, [line for line in text.splitlines() if "…" in line]
+    broken = [line for line in text.splitlines() if re.search(r"\w\|\w", line)]
+    assert not broken, "choices are broken inside words"

@@ -1,5 +1,6 @@
 """The first hour of a user: a month of trades, default options, and errors whose remedies work."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cryptoresearch.data.bars import bar_frame
+from cryptoresearch.data.bars import bar_frame, check_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.simulate import simulate_archive
 from cryptoresearch.data.store import connect, init_duckdb
@@ -340,6 +341,79 @@ def test_features_are_described_and_found_by_words(tmp_path):
     assert code == 0 and "ret_24" in text and "Compute the log return over the last `horizon` bars (horizon 24)" in text and "rsi_14" not in text
     code, _, error = command(settings, "features", "--search", "rsi_41")
     assert code != 0 and "rsi_14" in str(error)
+
+
+def test_bars_of_several_sources_are_counted_for_each(tmp_path):
+    from cryptoresearch.ingest.files import ingest_frame
+
+    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"))
+    times = pd.date_range("2024-01-01", periods=6, freq="1h", tz="UTC")
+    candles = pd.DataFrame({"time": times, "open": 1.0, "high": 1.0, "low": 1.0, "close": 1.0, "volume": 1.0})
+    with init_duckdb(settings) as con:
+        ingest_frame(con, candles, symbol="AUSDT", kind="candles")
+        ingest_frame(con, pd.DataFrame({"time": times[:5], "price": 1.0, "qty": 1.0}), symbol="AUSDT", kind="trades")
+    code, text, error = command(settings, "bars", "AUSDT", "60m", "2h")
+    assert code == 0, (text, error)
+    assert text.splitlines()[0] == "AUSDT 60m from klines: 6 bars" and "AUSDT 60m from trades: " in text and "AUSDT 2h from klines: 3 bars" in text
+
+
+def test_candles_of_other_sources_are_forecast(candles_run, tmp_path):
+    settings, run = candles_run
+    with connect(settings) as con:
+        bars = read_data(con, run.config).bars.reset_index()
+    bars["unix"] = bars["ts"].dt.as_unit("ms").astype("int64")
+    out = tmp_path / "out.csv"
+    for name, separator in (("a.csv", ";"), ("b.csv.gz", "\t"), ("c.csv", ",")):
+        bars[["unix", "open", "high", "low", "close", "volume"]].to_csv(tmp_path / name, sep=separator, index=False)
+        code, text, error = command(settings, "predict", run.id, str(tmp_path / name), "--to", str(out))
+        assert code == 0, (text, error)
+        assert len(pd.read_csv(out)) == len(bars) - run.warmup + 1
+    bars[["unix", "open"]].to_csv(tmp_path / "d.csv", index=False)
+    code, _, error = command(settings, "predict", run.id, str(tmp_path / "d.csv"))
+    assert code != 0 and "found unix, open: missing high, low, close, volume. Rename" in str(error)
+
+
+def test_predict_follows_the_feed_that_live_follows(candles_run, monkeypatch):
+    from cryptoresearch.serving import predictor
+
+    settings, run = candles_run
+    monkeypatch.delenv("FINNHUB_TOKEN", raising=False)
+    followed = []
+    monkeypatch.setattr(predictor, "predict_live", lambda *_, source, **__: followed.append(source) or 0)
+    for words in ([], ["--source", "replay"]):
+        assert command(settings, "predict", run.id, *words)[0] == 0
+    assert followed == ["binance", "replay"]
+
+
+def test_live_names_the_remedy_for_trades_that_a_run_was_trained_on(candles_run):
+    from cryptoresearch import cli
+    from cryptoresearch.live.binance import BinanceWebSocket
+    from cryptoresearch.serving.live import LivePredictions
+
+    settings, run = candles_run
+    text = cli._trained_on(LivePredictions(BinanceWebSocket(("BINANCE:WALKUSDT",), settings=settings), [run]))
+    assert f"{run.id} predicts no bar before {run.info['trained_until'][:16]}" in text and "cryptoresearch train SYMBOL --end DAY" in text
+
+
+def test_runs_of_different_models_differ_in_the_list(candles_run):
+    settings, _ = candles_run
+    code, text, _ = command(settings, "runs", "--json")
+    (row,) = json.loads(text)
+    assert code == 0 and (row["model"], row["features"], row["params"]) == ("xgboost", ["returns", "calendar"], SMALL)
+    assert "xgboost" in command(settings, "runs")[1]
+
+
+def test_a_horizon_beyond_the_data_names_the_option():
+    with pytest.raises(ConfigError, match="--horizon"):
+        check_length(RunConfig(horizon=100_000, features=("ret_1",), params=SMALL), hours(9000))
+
+
+def test_errors_of_options_and_frames_name_what_can_be_typed():
+    for wrong, flag in (({"train_window": "365D"}, "--train-window"), ({"refit_every": "x"}, "--refit-every"), ({"spec": "1x"}, "1x"), ({"spec": "tick:x"}, "tick")):
+        with pytest.raises(ConfigError, match=flag):
+            RunConfig(**wrong)
+    with pytest.raises(SchemaError, match=r"cryptoresearch\.data\.bars\.bar_frame"):
+        check_bars(hours(50).reset_index())
 
 
 def test_all_bar_specifications_are_checked_before_one_is_built(month):

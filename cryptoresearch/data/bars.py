@@ -61,7 +61,8 @@ def _check_index(index: pd.Index) -> None:
     "Check the index of a bar frame: UTC, strictly increasing, named ts."
     if not isinstance(index, pd.DatetimeIndex) or str(index.tz) != "UTC":
         raise SchemaError(
-            f"index: expected a DatetimeIndex in UTC; found {index.dtype}. bar_frame(df, spec) makes the frame from any OHLCV table"
+            f"index: expected a DatetimeIndex in UTC; found {index.dtype}. "
+            "cryptoresearch.data.bars.bar_frame(df, spec) makes the frame from any OHLCV table"
         )
     if index.name != "ts":
         raise SchemaError(f"index: expected the name 'ts' (the bar's open); found {index.name!r}. Rename it: df.rename_axis('ts')")
@@ -76,7 +77,7 @@ def check_columns(
     if missing := [c for c in COLUMNS if c not in df.columns]:
         raise SchemaError(
             f"{missing[0]}: expected the columns {', '.join(COLUMNS)}; found none named {', '.join(missing)}. "
-            "bar_frame(df, spec) adds them"
+            "cryptoresearch.data.bars.bar_frame(df, spec) adds them"
         )
     kind = dict(zip(df.columns, df.dtypes, strict=True))
     for name in NUMBERS:
@@ -96,7 +97,8 @@ def _check_grid(df: pd.DataFrame) -> None:
             "close_ts: expected the open time plus one positive length; found several lengths. Do not mix bars of different lengths"
         )
     if len(df) > 1 and (np.diff(pd.DatetimeIndex(df.index).as_unit("us").asi8) != length[0] // pd.Timedelta("1us")).any():
-        raise SchemaError("index: expected a row for every interval; found some missing. bar_frame(df, spec) inserts them as gap bars")
+        remedy = "cryptoresearch.data.bars.bar_frame(df, spec) inserts them as gap bars"
+        raise SchemaError(f"index: expected a row for every interval; found some missing. {remedy}")
 
 
 def check_price_range(
@@ -209,7 +211,7 @@ def check_frame(
 ) -> pd.DataFrame:  # the same, unchanged
     "Return `bars` if they keep the contract of their kind; raise `SchemaError` otherwise."
     if not isinstance(bars, pd.DataFrame):
-        remedy = "Make one with bar_frame(df, spec) or read_bars(con, symbol, spec)"
+        remedy = "Make one with cryptoresearch.data.bars.bar_frame(df, spec) or read_bars(con, symbol, spec)"
         raise SchemaError(problem("a DataFrame of bars", type(bars).__name__, remedy))
     return check_bars(bars) if bar_kind(bars).has_clock else check_event_bars(bars)
 
@@ -278,7 +280,7 @@ def as_bars(
         return df
     found = as_pandas(df)
     if "ts" not in found:
-        columns, remedy = ", ".join(map(str, found)), "Make one: bar_frame(df, spec)"
+        columns, remedy = ", ".join(map(str, found)), "Make one: cryptoresearch.data.bars.bar_frame(df, spec)"
         raise SchemaError(problem("a bar frame with the column ts", f"columns {columns}", remedy))
     times = {name: utc_index(found[name]) for name in ("ts", "close_ts") if name in found}
     out = found.assign(**{k: v for k, v in times.items() if k != "ts"}).drop(columns="ts")

@@ -82,7 +82,8 @@ class _Blocks:
         found = [np.flatnonzero(number == k) for k in np.unique(number[number >= 0])]
         if not found:
             last = f"found the last at {index[-1] if len(index) else 'no sample at all'}"
-            raise DataNotFound(f"expected samples from {self.test_start} on; {last}. Choose an earlier test_start or load more data")
+            remedy = "Choose an earlier test_start (--test-start) or load more data"
+            raise DataNotFound(f"expected samples from {self.test_start} on; {last}. {remedy}")
         return found
 
 # %% ../../nbs/models/01_splits.ipynb #0000000f-3
@@ -159,7 +160,7 @@ class WalkForward(_Blocks):
             train = known_before(times, test, self.embargo, self.train_window)
             if not len(train):
                 expected = f"expected training samples whose label is known before {intervals.index[test[0]]}"
-                raise DataNotFound(f"{expected}; found none. Choose a later test_start or a longer train_window")
+                raise DataNotFound(f"{expected}; found none. Choose a later test_start (--test-start) or a longer train_window")
             yield train, test
 
     def get_n_splits(

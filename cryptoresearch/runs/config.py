@@ -19,14 +19,14 @@ import pandas as pd
 
 import cryptoresearch.features.pipeline  # noqa: F401  (registers all features)
 from ..data.bars import bar_length
-from ..data.event_bars import event_spec
+from ..data.build_bars import check_spec
 from ..data.series import normal_symbol, to_utc
 from ..errors import ConfigError, problem, SchemaError
 from ..features.registry import Feature, find, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
 from ..models.catalogue import MODELS
 from ..models.intervals import interval_features, interval_params, scaled_params, volatility_features
-from .options import documented, RunOptions
+from .options import documented, options, RunOptions
 
 # %% ../../nbs/runs/01_config.ipynb #34a2423e
 def by_events(
@@ -75,9 +75,9 @@ def _normalise(c: RunConfig) -> None:
     put("modules", (c.modules,) if isinstance(c.modules, str) else tuple(c.modules))
     put("params", dict(c.params or {}))
     put("weights", None if c.weights == "none" else c.weights)
+    kind, name = check_spec(c.spec)
     if by_events(c.spec):
-        e = event_spec(c.spec)
-        put("spec", f"{e.kind}:{e.spec}")
+        put("spec", f"{kind}:{name}")
     for name in ("start", "end", "test_start"):
         put(name, _utc_text(name, getattr(c, name)))
     _check_config(c)
@@ -116,7 +116,8 @@ def volatility_config(
 
 # %% ../../nbs/runs/01_config.ipynb #78059354
 def _wrong(name: str, expected: str, found: object) -> ConfigError:
-    return ConfigError(problem(f"{name} of a run to be {expected}", repr(found), f"Change {name}"))
+    flag = next((o.flag for o in options(RunOptions) if o.name == name), name)
+    return ConfigError(problem(f"{name} of a run to be {expected}", repr(found), f"Change {name}, on the command line --{flag}"))
 
 
 def _utc_text(name: str, value: object) -> str | None:  # ISO text in UTC

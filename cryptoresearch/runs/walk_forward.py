@@ -448,7 +448,7 @@ def check_length(
     "Refuse bars that are too few for the first fold; ConfigError with the options that would work."
     start = first_test(config, bars)
     before = int((bars.index < start).sum())
-    if before >= AMPLE:
+    if before >= AMPLE and 4 * config.horizon < before:
         return
     samples = prepare(bars, config, trades)
     try:

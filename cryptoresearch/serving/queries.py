@@ -8,6 +8,7 @@ __all__ = ['FIXED', 'Exported', 'ALL_ROWS', 'read_symbols', 'read_specs', 'pick_
            'read_run', 'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'export_page', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
+import gzip
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,7 @@ from ..data.series import check_range, naive_utc, normal_symbol, TimeLike, to_ut
 from ..data.status import read_trades, source_intervals
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
+from ..ingest.layouts import to_table
 from ..labels.targets import label_params, label_warmup, make_labels
 from ..runs.stored import Record
 from ..settings import Settings
@@ -433,11 +435,21 @@ def write_table(
     part.replace(path)
 
 # %% ../../nbs/serving/01_queries.ipynb #b759c2bd
+def _separator(path: Path) -> str:
+    "Find what separates the columns of a CSV file by its header: a comma, semicolon or tab."
+    with gzip.open(path, "rt") if path.name.lower().endswith(".gz") else path.open() as file:
+        header = file.readline()
+    return next((mark for mark in (",", ";", "\t") if mark in header), ",")
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     "Read a table from a file; `SchemaError` if it cannot be read."
     ending = check_ending(path)
     try:
-        read = pd.read_csv(path) if ".csv" in ending else pd.read_feather(path) if ending == ".feather" else pd.read_parquet(path)
+        if ".csv" in ending:
+            read = pd.read_csv(path, sep=_separator(path))
+        else:
+            read = pd.read_feather(path) if ending == ".feather" else pd.read_parquet(path)
     except (OSError, ValueError) as e:
         raise SchemaError(problem(f"a table of bars in {path.name}", str(e).split("\n")[0][:200], "Check the file")) from None
     frame: pd.DataFrame = read.rename(columns=lambda c: str(c).lower())
@@ -446,6 +458,17 @@ def _read_table(path: Path) -> pd.DataFrame:
     return frame
 
 # %% ../../nbs/serving/01_queries.ipynb #eeacdf59
+def _as_candles(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    "Give candles of other sources the names and times of this package, as `ingest` does; leave a table that has them."
+    if "close_ts" in frame:
+        return frame
+    try:
+        return to_table(pa.Table.from_pandas(frame, preserve_index=False), "klines")[0].to_pandas()
+    except SchemaError as e:
+        remedy = "Rename the columns of the file, or load it with cryptoresearch ingest FILE --columns and export its bars"
+        raise SchemaError(problem(f"candles in {name}", str(e).partition("; found ")[2].partition(". ")[0], remedy)) from None
+
+
 def read_bar_file(
     path: Path,  # candles or bars: a time column (ts, open_time, time …), open, high, low, close, volume
     spec: str,  # bar length, or event bars
@@ -459,7 +482,7 @@ def read_bar_file(
     if "symbol" in frame and (others := sorted(set(frame["symbol"].dropna().astype(str)) - {symbol, ""})):
         raise SchemaError(problem(f"bars of {symbol}", f"bars of {', '.join(others[:3])}", "Give the file of the run's symbol"))
     if ":" not in spec:
-        return bar_frame(frame, spec, symbol=symbol)
+        return bar_frame(_as_candles(frame, path.name), spec, symbol=symbol)
     return with_kind(as_bars(pa.Table.from_pandas(frame)), BarKind("events", event_spec(spec).name, symbol))
 
 # %% ../../nbs/serving/01_queries.ipynb #35e60837

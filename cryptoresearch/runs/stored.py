@@ -76,7 +76,7 @@ def stored_runs(
         try:
             info = read_info(path.parent)
             row = {"run": path.parent.name} | {k: info["config"][k] for k in ("symbol", "spec", "target", "horizon")}
-            row |= {"model": info["config"]["model"], "params": info["config"]["params"], "features": info["config"]["features"]}
+            row |= {k: info["config"].get(k) for k in ("model", "params", "features")}
             row |= {k: info["scores"]["model"][k] for k in ("n", "ic", "r2_oos", "dm_p")} | _against(info)
             rows.append(row | {k: info[k] for k in ("created_at", "level", "verdict", "trained_until", "simulated")})
         except (CryptoResearchError, KeyError) as e:

@@ -47,7 +47,7 @@ setup(
     python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
     packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), *NOTEBOOKS],
     package_dir=NOTEBOOKS,
-    package_data={name: ["*.ipynb"] for name in NOTEBOOKS} | {cfg["lib_name"]: ["py.typed", "sample/*"]},
+    package_data={name: ["*.ipynb"] for name in NOTEBOOKS} | {cfg["lib_name"]: ["py.typed", "sample/*", "serving/static/*"]},
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements"), "lab": lines("lab_requirements")},
     entry_points={

@@ -88,7 +88,7 @@ PAGES["Live"] = {
 }
 PAGES["Serve"] = {
     "api": "api\napi --port 8080",
-    "dashboards": "dashboards\ndashboards --page compare.ipynb",
+    "dashboards": "dashboards\ndashboards --port 9000",
 }
 
 # %% ../nbs/94_cli.ipynb #5e0c1a04
@@ -780,12 +780,11 @@ def api(
 def dashboards(
     host: Annotated[str, typer.Option(help="This machine only by default.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="DASHBOARD_PORT by default.", min=0, max=65535)] = None,
-    page: Annotated[str, typer.Option(help="Notebook in nbs/dashboards.")] = "market.ipynb",
 ) -> None:
-    "Serve a dashboard until Ctrl-C."
+    "Serve the pages until Ctrl-C."
     from cryptoresearch.serving.dashboards import dashboards as serve_dashboards
 
-    raise typer.Exit(serve_dashboards(host=host, port=port, notebook=page))
+    raise typer.Exit(serve_dashboards(host=host, port=port))
 
 # %% ../nbs/94_cli.ipynb #3096b4c0
 @app.command()

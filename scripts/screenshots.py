@@ -2,7 +2,7 @@
 
     scripts/screenshots.py RUN_FOLDER DASHBOARD_URL
 
-RUN_FOLDER is that of a volatility run, DASHBOARD_URL a served market page that knows it (cryptoresearch dashboards).
+RUN_FOLDER is that of a volatility run, DASHBOARD_URL the address of the served pages (cryptoresearch dashboards).
 They land in nbs/images; commit them. Needs pillow and playwright (development requirements).
 """
 
@@ -44,17 +44,12 @@ def report(page: Page, folder: Path) -> None:
 
 
 def dashboard(page: Page, url: str) -> None:
-    "Two hundred bars and the volatility model."
-    page.goto(url)
-    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
-    page.wait_for_timeout(3000)
-    lists = page.locator("select")
-    lists.nth(2).select_option(label="last 200")
-    page.wait_for_timeout(3000)
-    model = next(o for o in lists.nth(5).locator("option").all_text_contents() if o.startswith("volatility"))
-    lists.nth(5).select_option(label=model)
-    page.wait_for_timeout(5000)
-    box = page.locator(".js-plotly-plot").first.bounding_box()
+    "Three months of the market page."
+    page.goto(f"{url.rstrip('/')}/voila/render/market.ipynb")
+    page.wait_for_function("document.querySelector('.cr-chart')?.dataset.length", timeout=120_000)
+    page.get_by_role("button", name="3M").click()
+    page.wait_for_timeout(4000)
+    box = page.locator(".cr-chart").bounding_box()
     save([shot(page, 0, box["y"] + box["height"], 0, 1240)], "dashboard.png")
 
 

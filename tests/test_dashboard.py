@@ -1,4 +1,4 @@
-"""The market page in a browser: it draws, changes when one clicks, and asks no other machine for anything."""
+"""The pages in a browser: they draw, change when one clicks, and ask no other machine for anything."""
 
 import json
 import socket
@@ -20,7 +20,6 @@ from cryptoresearch.labels.horizon import fixed_horizon
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SERVE = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]))"
-TITLE = ".js-plotly-plot .gtitle"
 
 
 def fill(settings: Any, shared: Path) -> None:
@@ -71,47 +70,77 @@ def choose(page: Any, label: str, option: str) -> None:
     page.locator(".cr-label", has_text=label).first.locator("xpath=ancestor::div[contains(@class,'widget-vbox')][1]//select").select_option(label=option)
 
 
-def titles(page: Any) -> list[str]:
-    return page.locator(TITLE).all_text_contents()
-
-
-def wait_for(page: Any, what: str) -> None:
-    "Until the first figure's title says so."
-    page.wait_for_function("([css, what]) => document.querySelector(css)?.textContent.includes(what)", arg=[TITLE, what], timeout=60_000)
+def wait_for_length(page: Any, seconds: float) -> None:
+    "Until the chart draws bars of this length."
+    page.wait_for_function("s => document.querySelector('.cr-chart')?.dataset.length == s", arg=seconds, timeout=120_000)
 
 
 def test_market_page_draws_and_changes_without_internet(page, process, settings, shared):
     fill(settings, shared)
     address = start(process, settings)
-    page.goto(address, timeout=120_000)
-    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
-    wait_for(page, "BTCUSDT · 1h bars")
-    assert any("return, 24 bars" in title for title in titles(page))
+    page.goto(address, timeout=120_000)  # leads to the home page, which links to the market
+    page.wait_for_selector("text=BTCUSDT (klines)", timeout=120_000)
+    page.get_by_role("link", name="1h", exact=True).click()
+    wait_for_length(page, 3600)
     assert "archived candles" in page.locator(".cr-provenance").inner_text()
-    assert page.locator(".modebar-btn").count() > 0 and page.locator(".modebar-btn[data-title*='hare chart']").count() == 0  # it would upload the figure
-    candles = page.evaluate("document.querySelector('.js-plotly-plot').data[0].x.length")
-    assert candles == 500
+    legend = page.locator(".cr-chart-legend")
+    assert "1h bars" in legend.inner_text() and "rsi_14" in legend.inner_text()
 
-    # fewer bars, another indicator: the same figure, redrawn
-    choose(page, "Show", "last 100")
-    page.wait_for_function("document.querySelector('.js-plotly-plot').data[0].x.length === 100", timeout=60_000)
+    # all six years: a bar of a day for each; and back to hours with the wheel
+    page.get_by_role("button", name="All").click()
+    wait_for_length(page, 86400)
+    assert "drawn as 1d" in legend.inner_text()
+    page.locator(".cr-chart-box").hover()
+    for _ in range(40):
+        page.mouse.wheel(0, -400)
+        page.wait_for_timeout(40)
+    page.wait_for_function("document.querySelector('.cr-chart').dataset.length < 86400", timeout=60_000)
+    assert "from=" in page.url and "market=BTCUSDT" in page.url
+    view = page.url
+
+    # a day by the picker; the address shows the same again
+    page.get_by_label("Go to a day").fill("2021-05-19")
+    page.wait_for_function("new URL(location.href).searchParams.get('from') > 1621300000 && new URL(location.href).searchParams.get('from') < 1621500000", timeout=60_000)
+    page.goto(view, timeout=120_000)
+    page.wait_for_function("document.querySelector('.cr-chart')?.dataset.answers !== undefined", timeout=120_000)
+    page.wait_for_timeout(1000)
+    assert abs(float(page.url.split("from=")[1].split("&")[0]) - float(view.split("from=")[1].split("&")[0])) < 4 * 86400
+
     choose(page, "Second indicator", "willr_14")
-    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(t => t.name === 'willr_14')", timeout=60_000)
-
+    page.wait_for_function("document.querySelector('.cr-chart-legend').textContent.includes('willr_14')", timeout=60_000)
     choose(page, "Bars", "1d")
-    wait_for(page, "BTCUSDT · 1d bars")
+    wait_for_length(page, 86400)
 
-    # simulated data say so, on the page and in the figure
+    # simulated data say so
     choose(page, "Market", "TESTUSD (simulated)")
-    wait_for(page, "TESTUSD · 1m bars")
-    assert "SIMULATED DATA, not a market" in titles(page)[0]
-    assert "SIMULATED DATA, not a market" in page.locator(".cr-provenance").inner_text()
+    page.wait_for_function("document.querySelector('.cr-provenance').textContent.includes('SIMULATED DATA, not a market')", timeout=60_000)
 
-    # on a telephone nothing sticks out
+    # the keyboard moves, the theme changes the colours, and on a telephone nothing sticks out
+    page.locator(".cr-chart-box").focus()
+    before = page.url
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("u => location.href !== u", arg=before, timeout=60_000)
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.get_by_role("button", name="light / dark").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
     page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_function("document.querySelector('.js-plotly-plot .main-svg').getBoundingClientRect().width <= 390", timeout=60_000)
+    page.wait_for_function("document.querySelector('.cr-chart-box canvas').getBoundingClientRect().width <= 390", timeout=60_000)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
 
+    assert page.outside == []
+    assert page.errors == []
+
+
+def test_every_page_opens_and_says_what_is_missing(page, process, settings, shared):
+    fill(settings, shared)
+    address = start(process, settings)
+    for name, text in (("predictions", "run"), ("runs", "btcusdt-1h-return24-0123456789"), ("compare", "cryptoresearch train"), ("data", "usable")):
+        page.goto(f"{address}voila/render/{name}.ipynb", timeout=120_000)
+        page.wait_for_selector(f"#rendered_cells >> text={text}", timeout=120_000)
+        assert "Traceback" not in page.content()
+        assert page.locator(".cr-nav a[aria-current]").inner_text().lower() == name
+        page.wait_for_timeout(1500)  # what the page still tells its kernel
+    page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
     assert page.outside == []
     assert page.errors == []
 
@@ -119,7 +148,7 @@ def test_market_page_draws_and_changes_without_internet(page, process, settings,
 def test_without_a_store_the_page_says_what_to_run(page, process, settings):
     address = start(process, settings)
     for host, status in (("evil.example", 403), ("10.0.0.7", 403), ("localhost", 200)):  # a page elsewhere that takes this machine's address
-        assert httpx.get(address, headers={"Host": host}, timeout=120).status_code == status
+        assert httpx.get(f"{address}voila/render/home.ipynb", headers={"Host": host}, timeout=120).status_code == status
         upgrade = {"Host": host, "Origin": f"http://{host}", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
         assert httpx.get(f"{address}api/kernels/{'0' * 8}-0000-0000-0000-{'0' * 12}/channels", headers=upgrade, timeout=60).status_code == (403 if status == 403 else 404)
     page.goto(address, timeout=120_000)
@@ -128,37 +157,6 @@ def test_without_a_store_the_page_says_what_to_run(page, process, settings):
     assert "Traceback" not in page.content()
     assert page.outside == []
     assert page.errors == []
-
-
-def test_the_page_follows_models_that_come_and_go(settings, shared):
-    import shutil
-
-    from cryptoresearch.serving.dashboards import MarketPage
-
-    fill(settings, shared)
-    runs = Path(settings.runs_dir)
-    for spec, symbol, name in (("1d", "BTCUSDT", "btcusdt-1d-return5-0000000001"), ("1d", "TESTUSD", "testusd-1d-return5-0000000002")):
-        (runs / name).mkdir()
-        (runs / name / "run.json").write_text(json.dumps({"id": name, "config": {"symbol": symbol, "spec": spec, "target": "return", "horizon": 5}}))
-    with init_duckdb(settings) as con:
-        write(con, lambda c: c.execute("INSERT INTO bars SELECT * REPLACE ('1d' AS spec, ts + INTERVAL 1 DAY AS close_ts) FROM bars WHERE symbol = 'TESTUSD' AND hour(ts) = 0 AND minute(ts) = 0"))
-        write(con, lambda c: c.execute("INSERT INTO bars SELECT * REPLACE ('1m' AS spec, 'BTCUSDT' AS symbol, 'klines' AS source) FROM bars WHERE symbol = 'TESTUSD' AND spec = '1m'"))
-    page = MarketPage(settings)
-    page.market.value, page.spec.value = ("BTCUSDT", "klines"), "1m"
-    assert page.run.value == ""
-    page.market.value = ("TESTUSD", "simulated")  # has 1m bars too, but its model is of 1d
-    assert (page.spec.value, page.run.value) == ("1d", "testusd-1d-return5-0000000002")
-    page.spec.value = "1m"
-    assert page.spec.value == "1m", "a chosen length is kept"
-    page.market.value, page.spec.value = ("BTCUSDT", "klines"), "1h"
-    chosen = page.run.value
-    shutil.rmtree(runs / chosen)
-    page.refresh()
-    assert page.run.value == "" and chosen in page.gone and chosen in page.forecast.figure
-    page.spec.value = "1d"
-    page.run.value = "btcusdt-1d-return5-0000000001"
-    assert page.gone == ""
-    page.con.close()
 
 
 def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkeypatch):
@@ -181,15 +179,30 @@ def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkey
         except OSError:
             return b""
 
-    page.goto(address, timeout=120_000)
+    data = f"{address}voila/render/data.ipynb"
+    page.goto(data, timeout=120_000)
     page.wait_for_selector(".cr-provenance", timeout=120_000)
-    assert running() == 1
-    time.sleep(12)
-    assert running() == 1, "an open page keeps its kernel"
-    httpx.get(address, timeout=120)  # a visitor who never connects
-    assert running() == 2
-    for _ in range(40):
+    waiting = 2  # of the home and the market page, for the next visitor
+    for _ in range(120):
         time.sleep(0.5)
-        if running() == 1:
+        if running() == waiting + 1:
             break
-    assert running() == 1
+    time.sleep(12)
+    assert running() == waiting + 1, "an open page keeps its kernel, and so do those that wait"
+    httpx.get(data, timeout=120)  # a visitor who never connects
+    assert running() == waiting + 2
+    for _ in range(60):
+        time.sleep(0.5)
+        if running() == waiting + 1:
+            break
+    assert running() == waiting + 1
+
+    # a kernel that is killed: the page says so; one whose page is closed: it ends at once
+    mine = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
+    assert httpx.post(f"{address}voila/api/shutdown/{mine}", timeout=60).status_code == 204
+    page.wait_for_selector(".cr-lost", timeout=30_000)
+    for _ in range(20):
+        time.sleep(0.5)
+        if running() == waiting:
+            break
+    assert running() == waiting

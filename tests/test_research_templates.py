@@ -245,7 +245,7 @@ def test_two_runs_are_compared_on_a_page_of_the_dashboard(desk: Desk, page: Any,
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    serve = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]), notebook='compare.ipynb')"
+    serve = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]))"
     server = process([sys.executable, "-c", serve, port], env={"DUCKDB_PATH": desk.settings.duckdb_path, "RUNS_DIR": str(desk.settings.runs_dir)})
     for _ in range(240):
         assert server.poll() is None, "Voila ended"
@@ -255,7 +255,7 @@ def test_two_runs_are_compared_on_a_page_of_the_dashboard(desk: Desk, page: Any,
         except httpx.HTTPError:
             time.sleep(0.25)
     page.set_viewport_size({"width": 390, "height": 844})
-    page.goto(f"http://127.0.0.1:{port}/", timeout=120_000)
+    page.goto(f"http://127.0.0.1:{port}/voila/render/compare.ipynb", timeout=120_000)
     page.wait_for_selector(".verdict", timeout=120_000)
     verdict = page.locator(".verdict")
     before = verdict.inner_text()

@@ -6,52 +6,22 @@
 __all__ = ['run_choices', 'ComparePage']
 
 # %% ../../nbs/serving/11_compare_page.ipynb #135d3036
-import html
-from abc import ABC, abstractmethod
-from typing import Any
-
 import ipywidgets as widgets
+import plotly.graph_objects as go
 
 from ..data.store import connect
-from ..errors import CryptoResearchError, DataNotFound, problem
+from ..errors import DataNotFound, problem
 from ..evaluation.comparison import judge_lineup, line_up, Lineup, score_differences, setting_table
 from ..metrics.scores import loss_name
 from ..runs.identity import read_data
 from ..runs.run import run_strategy
 from ..runs.stored import list_runs
-from .dashboards import PlotlyView, run_config
 from .figures import empty_figure
-from .queries import read_runs
+from .pages import dropdown, framed, offer, Page, PlotlyView, row_of, select, sentence
+from .queries import read_runs, run_config
 from .research_figures import equities_figure, intervals_figure, loss_difference_figure
 from .views import difference_view, Table
 from ..settings import get_settings, Settings
-
-# %% ../../nbs/serving/11_compare_page.ipynb #56077961
-_STYLE = """<style>
-.cr-compare{overflow-x:auto;font-size:14px;line-height:1.45}
-.cr-compare table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin:4px 0}
-.cr-compare th,.cr-compare td{padding:4px 9px;text-align:right;vertical-align:top;border-bottom:1px solid #e8ebee}
-.cr-compare thead th{font-weight:600;border-bottom:1.5px solid #b9c0c8}
-.cr-compare tbody th,.cr-compare table.text td,.cr-compare table.text th{text-align:left}
-.cr-compare .note{color:#5b626b;font-size:13px;position:sticky;left:0;max-width:min(860px,calc(100vw - 24px))}
-.cr-compare .verdict{border-left:5px solid #8a8f98;background:#f5f6f8;padding:10px 14px;font-size:15px}
-.cr-compare .verdict b{display:block;font-size:12px;text-transform:uppercase;color:#5b626b}
-.cr-compare .verdict.good{border-color:#1a7f4b;background:#eef8f2}.cr-compare .verdict.weak{border-color:#d9822b;background:#fdf5ea}
-</style>"""
-
-
-def _shown(part: Any) -> str:
-    "Format a table or verdict for the page."
-    return f'{_STYLE}<div class="cr-compare">{part._repr_html_()}</div>'
-
-
-def _list(label: str) -> tuple[widgets.Dropdown, widgets.VBox]:
-    "Create a list, and a box that shows it below its label."
-    box = widgets.Dropdown(tooltip=label, layout=widgets.Layout(width="auto", margin="0"))
-    return box, widgets.VBox(
-        [widgets.HTML(f"<span class='cr-label'>{html.escape(label)}</span>"), box],
-        layout=widgets.Layout(flex="1 1 220px", margin="0 10px 6px 0"),
-    )
 
 # %% ../../nbs/serving/11_compare_page.ipynb #7f336151
 def run_choices(
@@ -70,78 +40,80 @@ def run_choices(
     return {configuration: runs for configuration, runs in found.items() if len(runs) > 1}
 
 # %% ../../nbs/serving/11_compare_page.ipynb #b64964c7
-class _CompareWidgets(ABC):
-    "Hold the widgets of the page and the selection."
+class _ComparePage(Page):
+    "Hold the widgets of the page."
 
     def __init__(
         self,
         settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
         draws: int = 100,  # bootstrap draws for the intervals
     ) -> None:
-        self.settings, self.draws, self.busy = settings or get_settings(), draws, True
-        self.configuration, first = _list("Configuration")
-        self.a, second = _list("Run A")
-        self.b, third = _list("Run B")
-        self.controls = widgets.Box([first, second, third], layout=widgets.Layout(flex_flow="row wrap", width="100%"))
+        super().__init__(settings)
+        self.draws = draws
+        self.configuration, self.a, self.b = dropdown("Configuration"), dropdown("Run A"), dropdown("Run B")
+        self.controls, reload = row_of([self.configuration, self.a, self.b], "220px")
         self.verdict, self.settings_table, self.scores = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.losses, self.differences, self.equity = PlotlyView(), PlotlyView(), PlotlyView()
-        self.configuration.observe(lambda _: None if self.busy else self.refresh(), "value")
-        for box in (self.a, self.b):
-            box.observe(lambda _: None if self.busy else self.compare(), "value")
+        for box in (self.configuration, self.a, self.b):
+            box.observe(lambda _: None if self.busy else self.refresh(), "value")
+        reload.on_click(lambda _: self.refresh())
         self.refresh()
 
-    @abstractmethod
-    def refresh(self) -> None:
-        "Offer the runs that are stored now, and compare."
-
-    @abstractmethod
-    def compare(self) -> None:
-        "Compare the two selected runs."
-
 # %% ../../nbs/serving/11_compare_page.ipynb #c01f7990
-class ComparePage(_CompareWidgets):
+class ComparePage(_ComparePage):
     "Show `controls`, `verdict`, `settings_table`, `scores`, `losses`, `differences` and `equity` of two runs."
 
-    def refresh(self) -> None:
-        "Offer the runs that are stored now, and compare."
-        self.busy = True
-        try:
-            _offer_runs(self)
-        except CryptoResearchError as error:
-            return _say(self, str(error))
-        finally:
-            self.busy = False
-        self.compare()
+    def choose(
+        self,
+        query: dict[str, str],  # configuration, a and b
+    ) -> None:
+        "Select what the address names."
+        _choose(self, query)
 
-    def compare(self) -> None:
-        "Compare the two selected runs."
-        try:
-            _draw(self, line_up([self.a.value, self.b.value], self.settings))
-        except CryptoResearchError as error:
-            _say(self, str(error))
+    def draw(self) -> None:
+        "Offer the runs that are stored now, and compare the selected two."
+        _offer_runs(self)
+        _draw(self, line_up([self.a.value, self.b.value], self.settings))
+        self.address.keep({"configuration": self.configuration.value, "a": self.a.value, "b": self.b.value})
+
+    def say(
+        self,
+        text: str,  # what is wrong and what to do
+    ) -> None:
+        "Show a sentence instead of tables and figures."
+        self.verdict.value = sentence(text)
+        self.settings_table.value = self.scores.value = ""
+        for figure in (self.losses, self.differences, self.equity):
+            figure.show(empty_figure("No comparison to show", 120))
 
 # %% ../../nbs/serving/11_compare_page.ipynb #c7b44980
 def _offer_runs(page: ComparePage) -> None:
-    "Fill the lists and select the two newest runs of a configuration."
+    "Fill the lists; with a new configuration, select its two newest runs."
     choices = run_choices(page.settings)
     if not choices:
-        raise DataNotFound(
-            problem("two runs with the same symbol, bars, target and horizon", "none yet", "Train them: cryptoresearch train")
-        )
-    if list(page.configuration.options) != list(choices):
-        page.configuration.options, page.configuration.value = list(choices), next(iter(choices))
-    runs = choices[page.configuration.value]
+        remedy = "Train them: cryptoresearch train"
+        raise DataNotFound(problem("two runs with the same symbol, bars, target and horizon", "none yet", remedy))
+    offer(page.configuration, [(name, name) for name in choices])
     for k, box in enumerate((page.a, page.b)):
-        box.options, box.value = runs, runs[k][1]
+        offer(box, choices[page.configuration.value], k)
+
+
+def _choose(page: ComparePage, query: dict[str, str]) -> None:
+    "Select the configuration and the runs that the address names."
+    _offer_runs(page)
+    select(page.configuration, query.get("configuration"))
+    _offer_runs(page)
+    for box, name in ((page.a, "a"), (page.b, "b")):
+        select(box, next((label for label, value in box.options if value == query.get(name)), None))
 
 # %% ../../nbs/serving/11_compare_page.ipynb #827c8abc
 def _draw(page: ComparePage, line: Lineup) -> None:
     "Draw the comparison."
     target, loss = line.config.target, loss_name(line.config.target)
     table = score_differences(line, draws=page.draws)
-    page.verdict.value = _shown(judge_lineup(line, page.draws))
-    page.settings_table.value = _shown(Table(setting_table(line), words=True))
-    page.scores.value = _shown(difference_view(table, target, line.level))
+    page.verdict.value = framed(judge_lineup(line, page.draws))
+    page.settings_table.value = framed(Table(setting_table(line), words=True))
+    page.scores.value = framed(difference_view(table, target, line.level))
     page.losses.show(_titled(loss_difference_figure(line.losses, loss)))
     page.differences.show(
         _titled(
@@ -151,7 +123,7 @@ def _draw(page: ComparePage, line: Lineup) -> None:
     page.equity.show(_titled(_equity(page, line)))
 
 # %% ../../nbs/serving/11_compare_page.ipynb #1d8e2e0b
-def _equity(page: ComparePage, line: Lineup) -> Any:
+def _equity(page: ComparePage, line: Lineup) -> go.Figure:
     "Draw the return of trading the sign of each run's forecasts."
     if line.config.target == "volatility":
         return empty_figure("Volatility forecasts are not traded: no return to show", 120)
@@ -164,15 +136,7 @@ def _equity(page: ComparePage, line: Lineup) -> Any:
     return equities_figure(results)
 
 
-def _titled(fig: Any) -> Any:
+def _titled(fig: go.Figure) -> go.Figure:
     "Reserve space above a figure for its title."
     top = fig.layout.margin.t or 40
     return fig.update_layout(margin={"t": top + 8}, title={"xref": "container", "x": 0, "font": {"size": 12}})
-
-
-def _say(page: ComparePage, text: str) -> None:
-    "Show a sentence instead of tables and figures."
-    page.verdict.value = f"<p class='cr-provenance'>{html.escape(text)}</p>"
-    page.settings_table.value = page.scores.value = ""
-    for figure in (page.losses, page.differences, page.equity):
-        figure.show(empty_figure("No comparison to show", 120))

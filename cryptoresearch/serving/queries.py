@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIXED', 'Exported', 'ALL_ROWS', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page',
            'labels_page', 'read_predictions', 'with_outcomes', 'match_outcomes', 'bar_positions', 'read_runs',
-           'read_run', 'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'export_page', 'read_forecasts']
+           'run_config', 'read_run', 'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'export_page',
+           'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import gzip
@@ -362,6 +363,13 @@ def _record(file: Path) -> Record:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         return {"level": "unreadable", "verdict": f"run.json cannot be read ({type(error).__name__}). Delete the folder and train again"}
+
+# %% ../../nbs/serving/01_queries.ipynb #5b1e77a2
+def run_config(
+    run: Record,  # as of read_runs
+) -> Record:  # its configuration
+    "Return the configuration of a run: symbol, spec, target, horizon and more."
+    return dict(run.get("config") or run)
 
 # %% ../../nbs/serving/01_queries.ipynb #0dff644a
 def read_run(

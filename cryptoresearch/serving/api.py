@@ -43,7 +43,7 @@ from fastapi import Depends, FastAPI, Path as InPath, Query, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -1083,8 +1083,9 @@ def _add_routes(app: FastAPI, answers: _Answers) -> None:
     "Add the routes that read."
     tables: _Answers = {200: {"content": {media: {} for media in MEDIA.values()}}}
     for path, endpoint, tag, model in _ROUTES:
-        told, form = answers | (tables if path[1:] in _TABLES else {}), JSONResponse if model is not None else PlainTextResponse
-        app.get(path, tags=[tag], response_model=model, responses=told, response_class=form)(endpoint)
+        told = answers | (tables if path[1:] in _TABLES else {})
+        plain: dict[str, Any] = {} if model is not None else {"response_class": PlainTextResponse}
+        app.get(path, tags=[tag], response_model=model, responses=told, **plain)(endpoint)
 
 # %% ../../nbs/serving/03_api.ipynb #0000001b
 _STYLE = (

@@ -377,7 +377,10 @@ def train(
         done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
-    console.print(f"verdict {load_run(done.run_id).info['verdict']}", soft_wrap=True)
+    info = load_run(done.run_id).info
+    if len(sources := info["data"]["sources"]) > 1:
+        console.print(f"source  {' and '.join(sources)}, for each bar the more reliable one; --source takes one alone", soft_wrap=True)
+    console.print(f"verdict {info['verdict']}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #c05b3f57
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, newest first; delete one.")
@@ -834,8 +837,11 @@ def main() -> None:
         to.print(f"[red]{type(e).__name__}[/]: ", end="")
         to.print(str(e), markup=False, soft_wrap=True)
         sys.exit(e.exit_code)
-    except SystemExit as e:
-        if e.code == 130:
+    except (SystemExit, RuntimeError) as e:
+        stopped = str(e) in ("130", "Query interrupted")  # Ctrl-C, also as DuckDB passes it on
+        if stopped:
             to.print("interrupted: finished work is stored, the rest is not. Run the same command again to continue", soft_wrap=True)
+        if stopped and isinstance(e, RuntimeError):
+            sys.exit(130)
         raise
 

@@ -333,3 +333,35 @@ def test_help_fits_80_columns_with_nothing_cut(name: str) -> None:
     assert "…" not in text, [line for line in text.splitlines() if "…" in line]
     broken = [line for line in text.splitlines() if re.search(r"\w\|\w", line)]
     assert not broken, "choices are broken inside words"
+
+
+def test_ctrl_c_within_a_query_ends_as_everywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    "DuckDB turns the signal into a RuntimeError."
+
+    def stopped(message: str) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(cli, "app", lambda **_: stopped("Query interrupted"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and "interrupted: finished work is stored" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "app", lambda **_: stopped("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main()
+
+
+def test_training_on_several_sources_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from typer.testing import CliRunner
+
+    from cryptoresearch.runs import run as runs
+    from cryptoresearch.serving import batch
+
+    info = {"data": {"sources": ["klines", "trades"]}, "verdict": "No skill."}
+    monkeypatch.setattr(batch, "train_report", lambda *_, **__: SimpleNamespace(run_id="r", report="r.html", reused=False))
+    monkeypatch.setattr(runs, "load_run", lambda _: SimpleNamespace(info=info))
+    told = CliRunner().invoke(cli.app, ["train", "BTCUSDT"]).output
+    assert "source  klines and trades" in told and "--source takes one" in told
+    info["data"]["sources"] = ["klines"]
+    assert "source" not in CliRunner().invoke(cli.app, ["train", "BTCUSDT"]).output

@@ -1092,3 +1092,12 @@ def test_a_journal_is_flushed_while_a_new_file_begins(turning: tuple[Journal, Se
         m.setattr(Path, "open", open_file)
         journal.turn(session)
     journal.end()
+
+
+def test_a_replay_of_a_time_without_trades_is_refused_before_it_listens(settings: Settings) -> None:
+    with init_duckdb(settings) as con:
+        process_file(con, min(shared_data().glob("BTCUSDT-trades-*.csv")))
+        with pytest.raises(DataNotFound, match=r"those from 2024-08-08 23:5.* Choose another --start"):
+            ReplayServer(con, "BTCUSDT", "2030-01-01")
+        with ReplayServer(con, "BTCUSDT", "2024-08-08", speed=math.inf) as server:
+            assert server.url

@@ -656,7 +656,7 @@ def test_what_has_no_meaning_on_event_bars_is_refused(events):
         on_frame("4x", "ret_24")(bars)
     with pytest.raises(SchemaError, match="event bars"):
         with_symbol(bars, "ETH", bars)
-    with pytest.raises(SchemaError):
+    with pytest.raises(ConfigError, match=r"event bars such as tick:1000.*ticks:100"):  # a value that cannot work, not data that are refused
         replace(EVENTS, spec="ticks:100")
 
 

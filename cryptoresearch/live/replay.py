@@ -86,12 +86,7 @@ def _from_store(
     exchange: str,  # prefix of every symbol
 ) -> Iterator[Chunk]:  # in order of (ts, trade_id)
     "Yield chunks of stored trades."
-    own = cursor(con)
-    where = "list_contains(?, symbol) AND source = ?"
-    args: list[object] = [list(symbols), source]
-    for bound, sign in ((start, ">="), (end, "<")):
-        if bound is not None:
-            where, args = f"{where} AND ts {sign} ?", [*args, _bound(bound)]
+    own, (where, args) = cursor(con), _range(symbols, start, end, source)
     own.execute(f"SELECT symbol, epoch_ms(ts) AS ms, price, qty FROM trades WHERE {where} ORDER BY ts, trade_id", args)
     while rows := own.fetchmany(_CHUNK_ROWS):
         names, ms, price, qty = zip(*rows, strict=True)
@@ -106,11 +101,36 @@ def _bound(when: pd.Timestamp | str) -> datetime:
         raise ConfigError(problem("a time such as 2024-08-09 or 2024-08-09T00:05", repr(when), "Correct start or end")) from e
 
 
+def _range(
+    symbols: Sequence[str], start: pd.Timestamp | str | None, end: pd.Timestamp | str | None, source: str
+) -> tuple[str, list[object]]:
+    "Return the condition for trades of a range, and its values."
+    where, args = "list_contains(?, symbol) AND source = ?", list[object]([list(symbols), source])
+    for bound, sign in ((start, ">="), (end, "<")):
+        if bound is not None:
+            where, args = f"{where} AND ts {sign} ?", [*args, _bound(bound)]
+    return where, args
+
+
 def _gap_ends(con: duckdb.DuckDBPyConnection, symbols: Sequence[str], source: str) -> list[int]:
     "Return the times (ms) at which stored gaps end, latest first."
     query = """SELECT DISTINCT epoch_ms(end_ts) FROM gaps WHERE list_contains(?, symbol) AND source = ?
       AND NOT coalesce(kind IN ('id', 'inner') AND last_missing_id - first_missing_id < ?, false) ORDER BY 1 DESC"""
     return [row[0] for row in cursor(con).execute(query, [list(symbols), source, harmless_ids(con)]).fetchall()]
+
+# %% ../../nbs/live/04_replay.ipynb #a7c20f31
+def _check_trades(
+    con: duckdb.DuckDBPyConnection, symbols: Sequence[str], start: pd.Timestamp | str | None, end: pd.Timestamp | str | None, source: str
+) -> None:
+    "Raise `DataNotFound` where a range has no trades, with the range that has some."
+    (where, args), own = _range(symbols, start, end, source), cursor(con)
+    if own.execute(f"SELECT 1 FROM trades WHERE {where} LIMIT 1", args).fetchone():
+        return
+    where, args = _range(symbols, None, None, source)
+    first, last = own.execute(f"SELECT min(ts), max(ts) FROM trades WHERE {where}", args).fetchall()[0]
+    found = "none in the store" if first is None else f"those from {first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S} UTC"
+    asked = f"{source} of {', '.join(symbols)} between start and end"
+    raise DataNotFound(problem(asked, found, "Choose another --start, --end or --source"))
 
 # %% ../../nbs/live/04_replay.ipynb #0000000b
 class Item(TypedDict):
@@ -246,6 +266,7 @@ def _to_play(
         raise ConfigError(problem("the symbol to replay from the store", "none", "For example: symbol='BTCUSDT'"))
     check_range(*(None if bound is None else _bound(bound) for bound in (start, end)))
     chosen = source or _choose_source(trades, symbols)
+    _check_trades(trades, symbols, start, end, chosen)
     return _from_store(trades, symbols, start, end, chosen, exchange), _gap_ends(trades, symbols, chosen)
 
 

@@ -48,7 +48,7 @@ class SeriesOptions:
 
     symbol: str = option("BTCUSDT", "Symbol of the bars, such as BTCUSDT.")
     spec: str = option("1h", "Bar length such as 1m or 1h, or event bars that were built, such as dollar:1e6.", flag="bars")
-    source: str | None = option(None, "Source of the bars.", none="the best source in the store")
+    source: str | None = option(None, "Source of the bars.", none="for each bar the most reliable source of one market")
     target: Target = option("return", "Outcome to forecast.")
     horizon: int = option(24, "Bars ahead.", unit="bars", least=1)
     start: str | None = option(None, "First bar, such as 2018-01-01.", none="the first bar of the data")

@@ -187,7 +187,8 @@ def _against(scores: pd.DataFrame, base: str) -> dict[str, float]:  # dm_stat, d
 
 def _evidence(row: Mapping[str, float], target: str) -> str:
     "Write how much of a baseline's loss the model saves, and the test against it."
-    test = f"Diebold-Mariano {p_value(row['dm_p'])}"
+    decides = ", which decides" if row.get("saved_lower", 0) > 0 and row["dm_p"] >= ALPHA else ""  # the interval alone would say skill
+    test = f"Diebold-Mariano {p_value(row['dm_p'])}{decides}"
     if not np.isfinite(row.get("saved", np.nan)):
         return f"{test} on the {loss_name(target)}"
     share, low, high = row["saved"], row["saved_lower"], row["saved_upper"]

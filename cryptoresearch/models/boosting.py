@@ -199,6 +199,7 @@ Loss = Literal["mean", "probability", "quantile"]
 class Grower(ABC):
     "Grow, forecast with and store the trees (or coefficients) of one library."
 
+    booster_: Trees
     library: ClassVar[str]  # distribution whose version is stored
     file: ClassVar[str]  # name of the file that holds the trees
 
@@ -210,13 +211,13 @@ class Grower(ABC):
     def _raw(self, trees: Trees, values: np.ndarray, best: int) -> np.ndarray:
         "Compute forecasts of the first `best` + 1 trees, before any exponential."
 
-    @abstractmethod
     def _dump(self) -> bytes:
-        "Write the trees in the library's own format."
+        "Write the trees as JSON; a library with a format of its own replaces this and `_restore`."
+        return json.dumps(self.booster_).encode()
 
-    @abstractmethod
     def _restore(self, data: bytes) -> Trees:
         "Read the trees from that format."
+        return json.loads(data)
 
     @abstractmethod
     def _gain(self) -> np.ndarray:

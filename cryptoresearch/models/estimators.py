@@ -7,7 +7,6 @@ __all__ = ['ESTIMATORS', 'LightGBMModel', 'HistGradientBoostingModel', 'Gradient
 
 # %% ../../nbs/models/04_estimators.ipynb #cf2df5df
 import io
-import json
 import re
 import zipfile
 from abc import abstractmethod
@@ -390,11 +389,6 @@ class RidgeModel(_RidgeFit):
     ) -> None:
         keep_params(self, locals())
 
-    def _dump(self) -> bytes:
-        return json.dumps(self.booster_).encode()
-
-    def _restore(self, data: bytes) -> Trees:
-        return json.loads(data)
 
 # %% ../../nbs/models/04_estimators.ipynb #c4521e74
 ESTIMATORS: dict[str, type[TailModel]] = {

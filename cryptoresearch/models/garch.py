@@ -6,7 +6,6 @@
 __all__ = ['LEAST_RETURNS', 'PATH_BARS', 'over_bars', 'GarchPath', 'estimate_garch', 'log_line', 'Garch', 'GarchModel']
 
 # %% ../../nbs/models/05c_garch.ipynb #5f0edbe9
-import json
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -225,12 +224,6 @@ class GarchModel(_GarchFit):
         seed: int = 0,  # for the common interface; nothing is random here
     ) -> None:
         keep_params(self, locals())
-
-    def _dump(self) -> bytes:
-        return json.dumps(self.booster_).encode()
-
-    def _restore(self, data: bytes) -> Trees:
-        return json.loads(data)
 
     def _gain(self) -> np.ndarray:  # weight of each return's square in the variance of the next bar
         place = {name: k for k, name in enumerate(self.needs)}

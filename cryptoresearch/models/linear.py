@@ -120,9 +120,6 @@ class _ChosenFile(_Chosen):
         "Select the features of the model; unknown values stay NaN."
         return _Terms.of(values[:, self._places()])
 
-    def _dump(self) -> bytes:
-        return json.dumps(self.booster_).encode()
-
     def _restore(self, data: bytes) -> Trees:
         trees, terms = json.loads(data), self._terms(np.zeros((1, len(self.names_))))
         for sub in trees:

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, URL
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import ConfigError, problem
-from .gate import name_request, problem_json
+from .gate import HttpLayer, problem_json
 from ..settings import served_names, Settings
 
 # %% ../../nbs/serving/02e_access.ipynb #2669ebe0
@@ -88,7 +88,7 @@ class Buckets:
         return 0.0 if left >= 1 else (1 - left) / rate
 
 # %% ../../nbs/serving/02e_access.ipynb #93a16698
-class Access:
+class Access(HttpLayer):
     "Wrap an ASGI application: names of the host, rates and keys."
 
     def __init__(
@@ -96,18 +96,10 @@ class Access:
         app: ASGIApp,  # that answers
         policy: Policy,  # of the server
     ) -> None:
-        self.app, self.policy, self.buckets = app, policy, Buckets(policy.per_minute)
+        super().__init__(app)
+        self.policy, self.buckets = policy, Buckets(policy.per_minute)
 
-    async def __call__(
-        self,
-        scope: Scope,  # of the request
-        receive: Receive,  # messages of the client
-        send: Send,  # messages to the client
-    ) -> None:
-        "Answer a request, or refuse it."
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        send = name_request(scope, send)
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = _refused(self, scope)
         await (self.app(scope, receive, send) if refused is None else _refuse(scope, send, *refused))
 

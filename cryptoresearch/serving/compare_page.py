@@ -17,7 +17,7 @@ from ..runs.identity import read_data
 from ..runs.run import run_strategy
 from ..runs.stored import list_runs
 from .figures import empty_figure
-from .pages import dropdown, framed, offer, Page, PlotlyView, row_of, select, sentence
+from .pages import dropdown, framed, offer, Page, PlotlyView, row_of, select
 from .queries import read_runs, run_config
 from .research_figures import equities_figure, intervals_figure, loss_difference_figure
 from .views import difference_view, Table
@@ -48,8 +48,11 @@ class _ComparePage(Page):
         settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
         draws: int = 100,  # bootstrap draws for the intervals
     ) -> None:
-        super().__init__(settings)
         self.draws = draws
+        super().__init__(settings)
+
+    def build(self) -> None:
+        "Create the widgets."
         self.configuration, self.a, self.b = dropdown("Configuration"), dropdown("Run A"), dropdown("Run B")
         self.controls, reload = row_of([self.configuration, self.a, self.b], "220px")
         self.verdict, self.settings_table, self.scores = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -57,7 +60,6 @@ class _ComparePage(Page):
         for box in (self.configuration, self.a, self.b):
             box.observe(lambda _: None if self.busy else self.refresh(), "value")
         reload.on_click(lambda _: self.refresh())
-        self.refresh()
 
 # %% ../../nbs/serving/11_compare_page.ipynb #c01f7990
 class ComparePage(_ComparePage):
@@ -73,16 +75,13 @@ class ComparePage(_ComparePage):
     def draw(self) -> None:
         "Offer the runs that are stored now, and compare the selected two."
         _offer_runs(self)
+        self.note.value = ""
         _draw(self, line_up([self.a.value, self.b.value], self.settings))
         self.address.keep({"configuration": self.configuration.value, "a": self.a.value, "b": self.b.value})
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence instead of tables and figures."
-        self.verdict.value = sentence(text)
-        self.settings_table.value = self.scores.value = ""
+    def clear(self) -> None:
+        "Clear tables and figures."
+        self.verdict.value = self.settings_table.value = self.scores.value = ""
         for figure in (self.losses, self.differences, self.equity):
             figure.show(empty_figure("No comparison to show", 120))
 

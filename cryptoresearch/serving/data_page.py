@@ -15,11 +15,10 @@ import pandas as pd
 from ..data.quality import report_verdict
 from ..errors import DataNotFound, problem
 from . import data_sections
-from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, sentence, show_sections
+from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, show_sections
 from .queries import read_symbols
 from .run_sections import Section, section
 from .views import Table
-from ..settings import Settings
 
 # %% ../../nbs/serving/10e_data_page.ipynb #4f20e53e
 def sessions_section(
@@ -60,16 +59,12 @@ def sections_of(
 class _DataPage(Page):
     "Hold the widgets of the page."
 
-    def __init__(
-        self,
-        settings: Settings | None = None,  # names the store; read from the environment when None
-    ) -> None:
-        super().__init__(settings)
+    def build(self) -> None:
+        "Create the widgets."
         self.series = dropdown("Series")
         self.controls, reload = row_of([self.series], "240px")
         self.verdict, self.sections = widgets.HTML(), widgets.VBox()
         redraw_on(self, [self.series], reload)
-        self.refresh()
 
 # %% ../../nbs/serving/10e_data_page.ipynb #c8b77d43
 class DataPage(_DataPage):
@@ -93,9 +88,6 @@ class DataPage(_DataPage):
         show_sections(self.sections, sections_of(self.con, symbol, source))
         self.address.keep({"series": self.series.label})
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence instead of a series."
-        self.note.value, self.verdict.value, self.sections.children = sentence(text), "", ()
+    def clear(self) -> None:
+        "Clear the verdict and the sections."
+        self.verdict.value, self.sections.children = "", ()

@@ -83,13 +83,9 @@ def live_part(
 class HomePage(Page):
     "Hold the widgets `address`, `note` and `body`."
 
-    def __init__(
-        self,
-        settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
-    ) -> None:
-        super().__init__(settings)
+    def build(self) -> None:
+        "Create the widgets."
         self.body = widgets.HTML()
-        self.refresh()
 
     def choose(
         self,
@@ -103,9 +99,6 @@ class HomePage(Page):
         self.note.value = ""
         self.body.value = f'<div class="cr-part">{"".join(f"<h2>{name}</h2>{part}" for name, part in parts.items())}</div>'
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence, and the command that fills an empty store."
-        self.note.value, self.body.value = sentence(text), ""
+    def clear(self) -> None:
+        "Clear the tables."
+        self.body.value = ""

@@ -17,9 +17,8 @@ from ..data.store import snapshot
 from ..errors import CryptoResearchError, DataNotFound, problem
 from ..features.registry import REGISTRY
 from .chart import ChartView, Levels, window
-from .pages import dropdown, offer, Page, provenance, redraw_on, row_of, select, sentence, true_source
+from .pages import dropdown, offer, Page, provenance, redraw_on, row_of, say, select, true_source
 from .queries import read_runs, read_specs, run_config
-from ..settings import Settings
 
 # %% ../../nbs/serving/10b_market_page.ipynb #7a041f22
 def _fill(page: "_MarketPage", con: duckdb.DuckDBPyConnection) -> None:
@@ -38,11 +37,8 @@ def _fill(page: "_MarketPage", con: duckdb.DuckDBPyConnection) -> None:
 class _MarketPage(Page):
     "Hold the widgets of the page."
 
-    def __init__(
-        self,
-        settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
-    ) -> None:
-        super().__init__(settings)
+    def build(self) -> None:
+        "Create the widgets."
         names = [("none", ""), *((name, name) for name in REGISTRY)]
         self.market, self.spec = dropdown("Market"), dropdown("Bars")
         self.first, self.second = dropdown("Indicator", names, "rsi_14"), dropdown("Second indicator", names, "")
@@ -52,7 +48,6 @@ class _MarketPage(Page):
         reload.on_click(lambda _: setattr(self, "levels", None))
         self.chart.on_msg(lambda _, content, buffers: _answer(self, content))
         self.chart.observe(lambda _: _keep(self), "view")
-        self.refresh()
 
     levels: Levels | None
 
@@ -77,12 +72,8 @@ class MarketPage(_MarketPage):
         _fill(self, self.con)
         _show(self)
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence above an empty chart."
-        self.note.value = sentence(text)
+    def clear(self) -> None:
+        "Leave the chart with its last bars; the sentence above it says why it does not change."
 
 # %% ../../nbs/serving/10b_market_page.ipynb #98bb438d
 def _choose(page: "_MarketPage", query: dict[str, str]) -> None:
@@ -154,7 +145,7 @@ def _answer(page: "_MarketPage", content: dict[str, float | str]) -> None:
         elif snapshot(page.con) != page.seen:
             _follow(page, page.levels)
     except (CryptoResearchError, duckdb.Error) as error:
-        page.say(str(error))
+        say(page, str(error))
 
 
 def _follow(page: "_MarketPage", levels: Levels) -> None:

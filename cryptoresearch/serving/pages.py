@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'true_source', 'provenance', 'dropdown', 'labelled', 'offer', 'row_of', 'sentence', 'framed', 'PlotlyView',
-           'Shown', 'show_sections', 'Address', 'Page', 'redraw_on', 'select']
+           'Shown', 'show_sections', 'Address', 'Page', 'say', 'redraw_on', 'select']
 
 # %% ../../nbs/serving/10a_pages.ipynb #82a37a94
 import html
@@ -209,15 +209,16 @@ class _Shown(ABC):
     "Declare what a page shows."
 
     @abstractmethod
+    def build(self) -> None:
+        "Create the widgets."
+
+    @abstractmethod
     def draw(self) -> None:
         "Read the store and show the selection."
 
     @abstractmethod
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence instead of data."
+    def clear(self) -> None:
+        "Clear what depends on the selection."
 
     @abstractmethod
     def choose(
@@ -257,6 +258,8 @@ class Page(_Stored):
     ) -> None:
         super().__init__(settings)
         self.address = Address(self.opened)
+        self.build()
+        self.refresh()
 
     def opened(
         self,
@@ -273,6 +276,15 @@ class Page(_Stored):
 log = logging.getLogger(__name__)
 
 
+def say(
+    page: Page,  # the page
+    text: str,  # what is wrong and what to do
+) -> None:
+    "Show a sentence instead of data."
+    page.note.value = sentence(text)
+    page.clear()
+
+# %% ../../nbs/serving/10a_pages.ipynb #5ab1e0c4
 def _draw(page: Page, before: Callable[[], None]) -> None:
     "Draw once, without answering the changes of lists that this makes."
     page.busy = True
@@ -281,10 +293,10 @@ def _draw(page: Page, before: Callable[[], None]) -> None:
         page.draw()
         page.seen = snapshot(page.con)
     except (CryptoResearchError, duckdb.Error) as error:
-        page.say(str(error))
+        say(page, str(error))
     except Exception as error:  # a page without a word would look as if nothing had happened
         log.exception("a page could not be drawn")
-        page.say(f"The page could not be drawn: {type(error).__name__}. The log of the server has the details.")
+        say(page, f"The page could not be drawn: {type(error).__name__}. The log of the server has the details.")
     finally:
         page.busy = False
 

@@ -12,10 +12,9 @@ import pandas as pd
 from ..runs.run import load_run, Run
 from . import report_figures
 from .figures import empty_figure, prediction_figure
-from .pages import dropdown, offer, Page, PlotlyView, redraw_on, row_of, select, sentence
+from .pages import dropdown, offer, Page, PlotlyView, redraw_on, row_of, select
 from .queries import read_forecasts
 from .runs_page import choose_run, run_options, verdict_of
-from ..settings import Settings
 
 # %% ../../nbs/serving/10d_predictions_page.ipynb #b79e6542
 SHOWN = [("last 100", 100), ("last 500", 500), ("last 2,000", 2000), ("last 10,000", 10_000)]  # forecasts
@@ -24,16 +23,12 @@ SHOWN = [("last 100", 100), ("last 500", 500), ("last 2,000", 2000), ("last 10,0
 class _PredictionsPage(Page):
     "Hold the widgets of the page."
 
-    def __init__(
-        self,
-        settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
-    ) -> None:
-        super().__init__(settings)
+    def build(self) -> None:
+        "Create the widgets."
         self.run, self.count = dropdown("Run"), dropdown("Show", SHOWN, 500)
         self.controls, reload = row_of([self.run, self.count], "240px")
         self.verdict, self.forecasts, self.skill, self.coverage = widgets.HTML(), PlotlyView(), PlotlyView(), PlotlyView()
         redraw_on(self, [self.run, self.count], reload)
-        self.refresh()
 
 # %% ../../nbs/serving/10d_predictions_page.ipynb #895907af
 class PredictionsPage(_PredictionsPage):
@@ -57,21 +52,13 @@ class PredictionsPage(_PredictionsPage):
         self.coverage.show(_coverage(run))
         self.address.keep({"run": self.run.value, "show": self.count.value})
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence instead of figures."
-        self.note.value, self.verdict.value = sentence(text), ""
-        _clear(self)
+    def clear(self) -> None:
+        "Clear the verdict and the figures."
+        self.verdict.value = ""
+        for view in (self.forecasts, self.skill, self.coverage):
+            view.show(empty_figure("No data to show", 120))
 
 # %% ../../nbs/serving/10d_predictions_page.ipynb #9287611a
-def _clear(page: PredictionsPage) -> None:
-    "Remove the contents of the figures."
-    for view in (page.forecasts, page.skill, page.coverage):
-        view.show(empty_figure("No data to show", 120))
-
-
 _ALL = pd.Timestamp("1970-01-02", tz="UTC"), pd.Timestamp("2200-01-01", tz="UTC")
 
 

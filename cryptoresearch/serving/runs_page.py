@@ -104,16 +104,12 @@ def choose_run(
 class _RunsPage(Page):
     "Hold the widgets of the page."
 
-    def __init__(
-        self,
-        settings: Settings | None = None,  # names the store and the folder of runs; read from the environment when None
-    ) -> None:
-        super().__init__(settings)
+    def build(self) -> None:
+        "Create the widgets."
         self.run, self.drawn = dropdown("Run"), ""
         self.controls, reload = row_of([self.run], "320px")
         self.table, self.verdict, self.sections = widgets.HTML(), widgets.HTML(), widgets.VBox()
         redraw_on(self, [self.run], reload)
-        self.refresh()
 
 # %% ../../nbs/serving/10c_runs_page.ipynb #30fc3395
 class RunsPage(_RunsPage):
@@ -137,9 +133,6 @@ class RunsPage(_RunsPage):
             self.drawn = run.id
         self.address.keep({"run": self.run.value})
 
-    def say(
-        self,
-        text: str,  # what is wrong and what to do
-    ) -> None:
-        "Show a sentence instead of a run."
-        self.note.value, self.verdict.value, self.sections.children = sentence(text), "", ()
+    def clear(self) -> None:
+        "Clear the verdict and the sections."
+        self.verdict.value, self.sections.children = "", ()

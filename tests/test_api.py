@@ -517,3 +517,8 @@ def test_features_that_are_named_in_full_are_described_too(client):
     page = client.get("/features", params={"symbol": "TESTUSD", "spec": "1m", "names": "ta:rsi(length=14),ret_1_lag_3", "limit": 2}).json()
     assert [f["name"] for f in page["features"]] == list(page["rows"][0]["values"]) == ["ta_rsi_length_14", "ret_1_lag_3"]
     assert all(f["warmup"] > 1 for f in page["features"])
+
+
+def test_predictions_of_a_run_that_is_not_there_are_not_found(client):
+    answer = client.get("/predictions", params={"run_id": "nope"})
+    assert answer.status_code == 404 and "one run 'nope'" in answer.json()["detail"]

@@ -365,3 +365,17 @@ def test_training_on_several_sources_says_so(monkeypatch: pytest.MonkeyPatch, ca
     assert "source  klines and trades" in told and "--source takes one" in told
     info["data"]["sources"] = ["klines"]
     assert "source" not in CliRunner().invoke(cli.app, ["train", "BTCUSDT"]).output
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".csv", ".feather"])
+def test_a_table_that_cannot_be_written_is_refused_with_a_reason(tmp_path: Path, ending: str) -> None:
+    from cryptoresearch.errors import ConfigError
+    from cryptoresearch.serving.queries import write_table
+
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"can be written; found .*Choose another file"):
+        write_table(pd.DataFrame({"a": [1.0]}), tmp_path / "file" / f"out{ending}")
+    (tmp_path / f"taken{ending}").mkdir()
+    with pytest.raises(ConfigError, match="can be written"):
+        write_table(pd.DataFrame({"a": [1.0]}), tmp_path / f"taken{ending}")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

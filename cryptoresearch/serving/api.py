@@ -851,6 +851,8 @@ def get_predictions(
     _check_limit(limit, form)
     times, settings = {"start": _time(start), "end": _time(end)}, request.app.state.reader.settings
     frame, following = read_predictions(con, symbol=symbol, run_id=run_id, limit=limit, settings=settings, **times)
+    if frame.empty and run_id is not None:
+        read_run(settings, run_id)  # `DataNotFound` for a run that there is not
     frame = frame.rename(columns={"y": "outcome", "end_ts": "outcome_ts"})
     if form != "json":
         return table_response(_columns(frame, Prediction), form, {"Snapshot": snapshot(con), "Next-Start": following})

@@ -24,7 +24,8 @@ from ..settings import get_settings, served_names, Settings
 # %% ../../nbs/serving/12_dashboards.ipynb #0000001a
 PAGES = {"home": "Home", "market": "Market", "predictions": "Predictions", "runs": "Runs", "compare": "Compare", "data": "Data"}
 EXTENSIONS = ("anywidget", "@jupyter-widgets/jupyterlab-manager", "@voila-dashboards/widgets-manager8")
-_HOME = '<!doctype html><meta http-equiv="refresh" content="0; url={{ base_url }}voila/render/home.ipynb"><title>cryptoresearch</title>'
+_HOME = """<!doctype html><meta http-equiv="refresh" content="0; url={{ base_url }}voila/render/home.ipynb">
+<link rel="icon" href="data:;base64,="><title>cryptoresearch</title>"""
 
 
 def _templates() -> dict[str, str]:  # name and text

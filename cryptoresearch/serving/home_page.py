@@ -56,7 +56,7 @@ def runs_part(
     for run in read_runs(settings)[:most]:
         c, name = run_config(run), str(run["run_id"])
         what = f"{c.get('symbol', '')} {c.get('spec', '')}: {c.get('target', '')}, {c.get('horizon', '')} bars, {c.get('model', '')}"
-        verdict = html.escape(str(run.get("verdict", ""))[:160])
+        verdict = html.escape(str(run.get("verdict", "")))
         rows.append([_link("runs", name, run=name), html.escape(what), verdict, _link("predictions", "predictions", run=name)])
     if not rows:
         return sentence("No run yet. Train one: cryptoresearch train BTCUSDT --target volatility --model har_ridge")

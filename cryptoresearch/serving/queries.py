@@ -381,8 +381,9 @@ def read_run(
     fits = [run for run in runs if run["run_id"] == run_id] or [run for run in runs if run["run_id"].startswith(run_id)]
     if len(fits) == 1:
         return fits[0]
-    there = ", ".join(run["run_id"] for run in runs[:10]) or "no run"
-    raise DataNotFound(problem(f"one run {run_id!r}", there, "Train one: cryptoresearch train"))
+    there = ", ".join(run["run_id"] for run in (fits or runs)[:10]) or "no run"
+    remedy = "Give more of its name" if fits else "See them: cryptoresearch runs" if runs else "Train one: cryptoresearch train"
+    raise DataNotFound(problem(f"one run {run_id!r}", there, remedy))
 
 # %% ../../nbs/serving/01_queries.ipynb #a1b2c3d9
 Exported = Literal["bars", "trades", "features", "predictions"]
@@ -431,16 +432,27 @@ def write_table(
     path: Path,  # its ending decides the form; an existing file is replaced
 ) -> None:
     "Write a table as Parquet, CSV or feather, completely or not at all."
-    ending = check_ending(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, frame.attrs = path.with_name(f".{path.name}.part{ending}"), {}
+    ending, frame.attrs = check_ending(path), {}
+    part = path.with_name(f".{path.name}.part{ending}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_part(frame, part, ending)
+        part.replace(path)
+    except OSError as e:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        found = f"{type(e).__name__}: {e.strerror or e}"
+        raise ConfigError(problem(f"a place where {path} can be written", found, "Choose another file, or make room")) from None
+
+
+def _write_part(frame: pd.DataFrame, part: Path, ending: str) -> None:
+    "Write a table in the form of an ending."
     if ending == ".parquet":
         frame.to_parquet(part, index=False, compression="zstd")
     elif ending == ".feather":
         frame.to_feather(part)
     else:
         frame.to_csv(part, index=False)
-    part.replace(path)
 
 # %% ../../nbs/serving/01_queries.ipynb #b759c2bd
 def _separator(path: Path) -> str:

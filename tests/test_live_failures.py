@@ -167,7 +167,7 @@ def test_an_s3_server_that_is_killed_and_comes_back(settings: Settings, tmp_path
             what = program(way, may_build=False)
             break
     else:
-        pytest.skip("no S3 server that can be started")
+        pytest.fail("no S3 server that can be started: run python scripts/s3_server.py --prepare")
     port, log = _free_port(), tmp_path / "log"
 
     def start() -> subprocess.Popen[bytes]:

@@ -33,7 +33,7 @@ from cryptoresearch.serving.predictor import predict_live
 from cryptoresearch.settings import Settings, shared_data
 
 CAPTURE = shared_data() / "binance-ws-btcusdt-2024-08-08.jsonl.gz"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CAPTURE.exists(), reason="needs the shared capture")]
+pytestmark = pytest.mark.slow
 NUMBERS = ["prediction", "lower", "upper"]
 
 

@@ -23,7 +23,6 @@ from cryptoresearch.serving.scoring import EXACT, live_drift, live_outcomes, liv
 from cryptoresearch.settings import Settings, shared_data
 
 HOURS = shared_data() / "BTCUSDT-1h-2017-08_2024-04.parquet"
-pytestmark = pytest.mark.skipif(not HOURS.exists(), reason="needs the shared data")
 START = pd.Timestamp("2024-03-01", tz="UTC")
 CONFIG = RunConfig(
     spec="1h", target="return", horizon=5, start="2023-09-01", end="2024-03-01", test_start="2024-01-15", refit_every="30D", model="ridge",

@@ -828,19 +828,33 @@ def _add_pages() -> None:
 _add_pages()
 
 # %% ../nbs/94_cli.ipynb #3ac354f0
+def _of_system(error: OSError) -> ConfigError:
+    "Say what the machine refused: a folder that may not be written, a full disk, a path through a file."
+    what = str(error.filename or "the file")
+    remedy = "Correct the path, its permissions or the free space, and run the command again"
+    return ConfigError(problem(f"to use {what}", error.strerror or str(error), remedy))
+
+
+def _fail(error: CryptoResearchError) -> None:
+    "Print an error and end with its exit code."
+    progress_console.print(f"[red]{type(error).__name__}[/]: ", end="")
+    progress_console.print(str(error), markup=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     "Run the command line and end with one of `EXIT_CODES`."
-    to = progress_console
     try:
         app(prog_name="cryptoresearch")  # names the variable of completion, however the program was started
     except CryptoResearchError as e:
-        to.print(f"[red]{type(e).__name__}[/]: ", end="")
-        to.print(str(e), markup=False, soft_wrap=True)
-        sys.exit(e.exit_code)
+        _fail(e)
+    except OSError as e:
+        _fail(_of_system(e))
     except (SystemExit, RuntimeError) as e:
         stopped = str(e) in ("130", "Query interrupted")  # Ctrl-C, also as DuckDB passes it on
         if stopped:
-            to.print("interrupted: finished work is stored, the rest is not. Run the same command again to continue", soft_wrap=True)
+            rest = ": finished work is stored, the rest is not. Run the same command again to continue"
+            progress_console.print("interrupted" + rest * (not {*sys.argv[1:2]} & {*PAGES["Serve"]}), soft_wrap=True)
         if stopped and isinstance(e, RuntimeError):
             sys.exit(130)
         raise

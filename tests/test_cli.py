@@ -335,6 +335,23 @@ def test_help_fits_80_columns_with_nothing_cut(name: str) -> None:
     assert not broken, "choices are broken inside words"
 
 
+@pytest.mark.parametrize("command", ["ingest {file}", "simulate {below}/files --days 1"])
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "trades.csv").write_text("id,price,qty,quote_qty,time,is_buyer_maker,is_best_match\n1,2.0,3.0,6.0,1723075200000,True,True\n")
+    below = tmp_path / "file/below"
+    if command.startswith("ingest"):
+        monkeypatch.setenv("CRYPTORESEARCH_HOME", str(below))
+    words = command.format(file=tmp_path / "trades.csv", below=below).split()
+    monkeypatch.setattr(sys, "argv", ["cryptoresearch", *words, *(["--symbol", "BTCUSDT"] if words[0] == "ingest" else [])])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 3 and "Traceback" not in told and "below" in told, told
+
+
 def test_ctrl_c_within_a_query_ends_as_everywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     "DuckDB turns the signal into a RuntimeError."
 
@@ -345,6 +362,10 @@ def test_ctrl_c_within_a_query_ends_as_everywhere(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130 and "interrupted: finished work is stored" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["cryptoresearch", "api"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "interrupted\n", "a server has no work to continue"
     monkeypatch.setattr(cli, "app", lambda **_: stopped("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         cli.main()

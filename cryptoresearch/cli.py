@@ -24,7 +24,7 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from cryptoresearch.cli_shared import (
-    complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, show_frame, SymbolName
+    complete_runs, complete_symbols, console, Json, print_json, progress, progress_console, RunName, show_frame, SymbolName
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
@@ -343,22 +343,6 @@ def simulate(
     for path in paths:
         console.print(str(path), soft_wrap=True)
 
-# %% ../nbs/94_cli.ipynb #957a1e88
-def _progress(text: str) -> Any:
-    "Return a context manager that shows a progress bar on a terminal and nothing in batch; it yields a function of (fraction, text)."
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def shown() -> Any:
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=progress_console, transient=True, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task(text, total=1.0)
-            yield lambda fraction, what: bar.update(task, completed=fraction, description=f"{text}: {what}")
-
-    return shown()
-
 # %% ../nbs/94_cli.ipynb #b037281e
 @app.command()
 @takes(*options(RunOptions), *options(ReportOptions))
@@ -373,8 +357,8 @@ def train(
     from cryptoresearch.serving.batch import train_report
 
     take_symbol(given, symbol_given)
-    with _progress("training") as progress:
-        done = train_report(asked_config(given), progress=progress, audit=given["audit"], split=given["split"])
+    with progress("training") as tell:
+        done = train_report(asked_config(given), progress=tell, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     info = load_run(done.run_id).info
@@ -439,8 +423,8 @@ def reproduce(
     It is trained from the same data; exit code 6 and the first difference on standard error if they differ."""
     from cryptoresearch.runs.reproduce import changed_code, reproduce as again
 
-    with _progress("reproducing") as progress:
-        checks = again(run, progress=progress, modules=modules or [])
+    with progress("reproducing") as tell:
+        checks = again(run, progress=tell, modules=modules or [])
     if as_json:
         return print_json(checks)
     short = checks.reset_index().map(lambda value: f"{str(value)[:57]}…" if len(str(value)) > 58 else value)

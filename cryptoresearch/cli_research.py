@@ -19,7 +19,7 @@ from typing import Annotated, Any, TYPE_CHECKING
 
 import typer
 
-from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress_console, RunName, show_frame
+from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress, RunName, show_frame
 from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
 from .settings import get_settings, Settings
@@ -56,9 +56,9 @@ def make_report(
     from cryptoresearch.serving.batch import run_notebook
 
     folder = output or settings.path(settings.runs_dir).parent / "reports" / kind / re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    with progress_console.status("writing the report") as status:
+    with progress("writing the report") as tell:
         template = f"research/{kind}.ipynb"
-        page = run_notebook(template, parameters, folder, settings=settings, progress=lambda share, text: status.update(text))["report"]
+        page = run_notebook(template, parameters, folder, settings=settings, progress=tell)["report"]
     console.print(f"report  {page}", soft_wrap=True, markup=False)
     return page
 
@@ -238,8 +238,8 @@ def tune(
     take_symbol(given, symbol_given)
     given |= {"modules": whole_paths(given["modules"])}
     (asked, fixed), trials, folds, storage = asked_search(given), given["trials"], given["inner_folds"], given["storage"]
-    with progress_console.status("searching") as status, connect() as con:
-        found = search(con, asked, trials, n_folds=folds, fixed=fixed, storage=storage, progress=lambda share, text: status.update(text))
+    with progress("searching") as tell, connect() as con:
+        found = search(con, asked, trials, n_folds=folds, fixed=fixed, storage=storage, progress=tell)
     show_frame(found.table.head(10).round(5))
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    {found_options(found.config)}", soft_wrap=True, markup=False)
@@ -260,8 +260,8 @@ def show_audit(
     from cryptoresearch.evaluation.audit import audit as examine
     from cryptoresearch.evaluation.promotion import save_audit
 
-    with progress_console.status("audit") as status:
-        found = examine(bars, config, seed=seed, draws=draws, progress=lambda share, text: status.update(text))
+    with progress("audit") as tell:
+        found = examine(bars, config, seed=seed, draws=draws, progress=tell)
     if run is not None and config == run.config:
         save_audit(run, found)  # promotion asks for it
     if as_json:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['console', 'progress_console', 'Json', 'RunName', 'SymbolName', 'OneSymbol', 'show_frame', 'to_json', 'print_json',
-           'complete_runs', 'complete_symbols']
+           'Tell', 'progress', 'complete_runs', 'complete_symbols']
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1a04
 import json
 import math
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date, datetime, timedelta, UTC
-from typing import Annotated, cast, TYPE_CHECKING
+from typing import Annotated, cast, Protocol, TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -75,6 +77,36 @@ def print_json(
     "Print a value as JSON on standard output."
     text = json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
     typer.echo(text)
+
+# %% ../nbs/91a_cli_shared.ipynb #6b0c1b02
+class Tell(Protocol):
+    "What a long function calls while it works."
+
+    def __call__(self, fraction: float, what: str, /) -> None: ...
+
+
+@contextmanager
+def progress(
+    text: str,  # what is being done, such as 'training'
+    every_s: float = 10.0,  # least seconds between two lines where there is no terminal
+) -> Iterator[Tell]:
+    "Show how far a command is on standard error: as a bar on a terminal, as lines elsewhere."
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    last = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as bar:
+        task = bar.add_task(text, total=1.0)
+
+        def tell(fraction: float, what: str, /) -> None:
+            nonlocal last
+            bar.update(task, completed=fraction, description=f"{text}: {what}")
+            if bar.disable and time.monotonic() - last >= every_s:
+                last = time.monotonic()
+                progress_console.print(f"{text}: {what} ({fraction:.0%})", markup=False, highlight=False, soft_wrap=True)
+
+        yield tell
+
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1a0d
 def complete_runs(

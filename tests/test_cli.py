@@ -400,3 +400,15 @@ def test_a_table_that_cannot_be_written_is_refused_with_a_reason(tmp_path: Path,
     with pytest.raises(ConfigError, match="can be written"):
         write_table(pd.DataFrame({"a": [1.0]}), tmp_path / f"taken{ending}")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from cryptoresearch.cli_shared import progress
+
+    with progress("training", every_s=0) as tell:
+        tell(0.25, "fold 1 of 4")
+        tell(1.0, "report")
+    with progress("searching", every_s=60) as tell:
+        tell(0.5, "too early for a line")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "training: fold 1 of 4 (25%)\ntraining: report (100%)\n")

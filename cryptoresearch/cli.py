@@ -826,6 +826,16 @@ def _fail(error: CryptoResearchError) -> None:
     sys.exit(error.exit_code)
 
 
+# %% ../nbs/94_cli.ipynb #3ac354f1
+def _interrupted(error: BaseException) -> bool:  # Ctrl-C, also as DuckDB passes it on
+    "Tell of Ctrl-C, and of what is left of the work."
+    stopped = str(error) in ("130", "Query interrupted")
+    if stopped:
+        rest = ": finished work is stored, the rest is not. Run the same command again to continue"
+        progress_console.print("interrupted" + rest * (not {*sys.argv[1:2]} & {*PAGES["Serve"]}), soft_wrap=True)
+    return stopped
+
+
 def main() -> None:
     "Run the command line and end with one of `EXIT_CODES`."
     try:
@@ -835,11 +845,7 @@ def main() -> None:
     except OSError as e:
         _fail(_of_system(e))
     except (SystemExit, RuntimeError) as e:
-        stopped = str(e) in ("130", "Query interrupted")  # Ctrl-C, also as DuckDB passes it on
-        if stopped:
-            rest = ": finished work is stored, the rest is not. Run the same command again to continue"
-            progress_console.print("interrupted" + rest * (not {*sys.argv[1:2]} & {*PAGES["Serve"]}), soft_wrap=True)
-        if stopped and isinstance(e, RuntimeError):
+        if _interrupted(e) and isinstance(e, RuntimeError):
             sys.exit(130)
         raise
 

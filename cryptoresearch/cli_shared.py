@@ -80,7 +80,7 @@ def print_json(
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1b02
 class Tell(Protocol):
-    "What a long function calls while it works."
+    "Report how far a long function is, and what it does."
 
     def __call__(self, fraction: float, what: str, /) -> None: ...
 
@@ -89,7 +89,7 @@ class Tell(Protocol):
 def progress(
     text: str,  # what is being done, such as 'training'
     every_s: float = 10.0,  # least seconds between two lines where there is no terminal
-) -> Iterator[Tell]:
+) -> Iterator[Tell]:  # what the long function calls
     "Show how far a command is on standard error: as a bar on a terminal, as lines elsewhere."
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

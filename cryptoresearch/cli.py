@@ -260,7 +260,7 @@ def ingest(
     from cryptoresearch.data.store import catalog_file
 
     named = read_pairs(columns.split(","), "--columns Last=price,Size=qty") if columns else {}
-    facts: dict[str, Any] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
+    facts: dict[str, object] = {"symbol": symbol, "kind": kind, "interval": interval, "market": market, "columns": named}
     facts |= {"max_rejected": max_rejected, "check_symbol": check_symbol, "replace": replace}
     if (catalog := catalog_file(get_settings())) is not None and not catalog.is_file():
         find_files(uris)  # a wrong name makes no store

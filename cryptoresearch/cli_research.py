@@ -46,7 +46,7 @@ Output = Annotated[
 def make_report(
     kind: str,  # template in nbs/research, without its ending
     name: str,  # of what is reported; becomes the name of the folder
-    parameters: dict[str, Any],  # of the template
+    parameters: dict[str, object],  # of the template
     output: Path | None,  # folder; reports/KIND/NAME next to the runs when None
     settings: Settings,  # store and runs
 ) -> Path:  # the page
@@ -80,7 +80,7 @@ def read_pairs(
 def read_params(
     pairs: list[str],  # name=value
     example: str = "--param max_depth=3",  # of the option, for the error
-) -> dict[str, Any]:  # numbers, lists and booleans as such, else text
+) -> dict[str, object]:  # numbers, lists and booleans as such, else text
     "Read name=value pairs from the command line, with the types of JSON; ConfigError as `read_pairs`."
     found: dict[str, Any] = dict(read_pairs(pairs, example))
     for name, value in found.items():
@@ -89,7 +89,7 @@ def read_params(
     return found
 
 # %% ../nbs/93_cli_research.ipynb #d44e35a2
-def _value(o: Option, given: Any) -> Any:
+def _value(o: Option, given: Any) -> object:
     "Convert the value that typer hands over to that of the option."
     if o.pairs:
         return read_params(given or [], f"--{o.flag} {o.example}")
@@ -132,7 +132,7 @@ def takes(
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(inspect.signature(command).parameters.values())[1:]]
 
         @wraps(command)
-        def run(context: typer.Context, **given: Any) -> None:
+        def run(context: typer.Context, **given: object) -> None:
             values = Given({o.name: _value(o, given.pop(o.name)) for o in wanted})
             values.stated = frozenset(o.name for o in wanted if getattr(context.get_parameter_source(o.name), "name", "") == "COMMANDLINE")
             command(values, **given)

@@ -11,7 +11,6 @@ __all__ = ['LOUD', 'SHARE', 'Pipeline', 'Maker', 'COLUMNS', 'Empty', 'World', 't
 import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -257,7 +256,7 @@ def _scored(p: pd.DataFrame, horizon: int, oracle: pd.Series | None, twin: pd.Se
     return {k: float(np.nan_to_num(v)) for k, v in found.items()} | more
 
 # %% ../../nbs/evaluation/07_audit.ipynb #0a75335a
-def _row(expected: str, draws: list[dict[str, float]]) -> dict[str, Any]:
+def _row(expected: str, draws: list[dict[str, float]]) -> dict[str, object]:
     "Combine the draws of a world into one row."
     d, m = pd.DataFrame(draws), len(draws)
     mean = {k: float(d[k].mean()) for k in ("ic", "rank_ic", "auc", "n", "oracle") if k in d}

@@ -165,7 +165,7 @@ class _Refused(Exception):
 
 
 def _values(
-    fn: Callable[[pd.DataFrame], Any],  # frame -> series, frame or array
+    fn: Callable[[pd.DataFrame], object],  # frame -> series, frame or array
     bars: pd.DataFrame,  # bar frame, handed over as a copy
 ) -> pd.DataFrame:  # float, on the index of the bars
     "Call the function and convert its result to a frame of floats on the bars' index."
@@ -365,7 +365,7 @@ class _Subject:
     "The function under test and the data that it captures."
 
     holder: Any  # features, transformer or function, and y where it is a function: whatever may hold data
-    compute: Callable[[Any, _Scene], Any]  # of the holder and a scene
+    compute: Callable[[Any, _Scene], object]  # of the holder and a scene
     declared: dict[str, Feature] = field(default_factory=dict)  # by name
     learner: "_Learner | None" = None  # where something is fitted
     others: dict[str, Any] = field(default_factory=dict)  # data held that are cut and changed, by name
@@ -388,9 +388,9 @@ class _Subject:
 
 # %% ../../nbs/features/20_causality.ipynb #062e69e2
 def _subject(
-    features: Any,  # names, groups, Feature objects, transformer, pipeline or callable
+    features: object,  # names, groups, Feature objects, transformer, pipeline or callable
     train_bars: int | None = None,  # bars that a transformer learns from; all it is given when None
-    y: Any = None,  # function of the bars where outcomes are made, anything else where they are given
+    y: object = None,  # function of the bars where outcomes are made, anything else where they are given
 ) -> _Subject:
     "Build the function under test, and what was declared about its columns."
     if isinstance(features, DataProcessing):
@@ -413,7 +413,7 @@ def _subject(
     return _Subject(features, lambda h, s: h(s.bars))
 
 # %% ../../nbs/features/20_causality.ipynb #6815c2e3
-def _is_frame(value: Any) -> bool:
+def _is_frame(value: object) -> bool:
     "Tell whether a value is a frame with the time at which each row is known."
     return isinstance(value, pd.DataFrame) and "close_ts" in value and pd.api.types.is_datetime64_any_dtype(value["close_ts"])
 
@@ -435,12 +435,12 @@ def _with_others(subject: _Subject, others: Mapping[str, Any]) -> _Subject:
         if _is_frame(held.value) and not any(held.value is o for o in subject.others.values()):
             number = sum(k.split("~")[0] == held.name for k in subject.others)
             subject.others[f"{held.name}~{number + 1}" if number else held.name] = held.value
-    parts: dict[str, Any] = {name: f for name, f in subject.declared.items()} or {"": holder}
+    parts: dict[str, object] = {name: f for name, f in subject.declared.items()} or {"": holder}
     subject.unseen = {name: text for name, part in parts.items() if (text := _unseen(held_data(part, refit), subject.others))}
     return subject
 
 # %% ../../nbs/features/20_causality.ipynb #2c4b257a
-def _unseen(held: list[Held], others: Mapping[str, Any]) -> str:
+def _unseen(held: list[Held], others: Mapping[str, object]) -> str:
     "List the captured data that take no part."
     return ", ".join(str(h) for h in held if not any(h.value is o for o in others.values()))
 
@@ -452,7 +452,7 @@ class _Learner:
     train_bars: int | None  # bars to learn from; all when None
     whole_rows: bool = False  # leave rows with missing values out
 
-    def __call__(self, holder: tuple[Any, Any], scene: _Scene) -> pd.DataFrame:
+    def __call__(self, holder: tuple[object, object], scene: _Scene) -> pd.DataFrame:
         "Compute values or predictions; NaN in the rows of the training."
         n = len(scene.bars)
         if self.train_bars is not None and n <= self.train_bars:
@@ -479,7 +479,7 @@ def _outcomes(train_bars: int | None, make: Any, scene: _Scene) -> tuple[np.ndar
     return table["y"].to_numpy(), first & table["y"].notna().to_numpy()
 
 # %% ../../nbs/features/20_causality.ipynb #28acf0b6
-def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, estimator still to be fitted (None where there is none)
+def _front(estimator: object, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, estimator still to be fitted (None where there is none)
     "Apply the first steps, which learn nothing."
     X, steps = bars, [s for _, s in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
     while steps and hasattr(steps[0], "transform") and not get_tags(steps[0]).requires_fit:
@@ -492,11 +492,11 @@ def _front(estimator: Any, bars: pd.DataFrame) -> tuple[Any, Any]:  # table, est
     return X, (None if not rest else rest[0] if len(rest) == 1 else make_pipeline(*rest))
 
 
-def _rows(table: Any, rows: np.ndarray) -> Any:
+def _rows(table: Any, rows: np.ndarray) -> object:
     return table.iloc[rows] if hasattr(table, "iloc") else table[rows]
 
 # %% ../../nbs/features/20_causality.ipynb #1dd2a225
-def _applied(learned: Any, X: Any) -> pd.DataFrame:
+def _applied(learned: Any, X: object) -> pd.DataFrame:
     "Compute probabilities, predictions or transformed values, with the best known names."
     last = learned.steps[-1][1] if isinstance(learned, Pipeline) else learned
     if hasattr(last, "predict_proba"):
@@ -784,7 +784,7 @@ def _all_through(proof: _Proof) -> list[str]:  # one text per column, empty for 
 
 # %% ../../nbs/features/20_causality.ipynb #0bdd342d
 def _prepared(
-    features: Any, bars: pd.DataFrame, train_bars: int | None, y: Any, others: Mapping[str, Any], tolerance: float, seed: int
+    features: object, bars: pd.DataFrame, train_bars: int | None, y: object, others: Mapping[str, object], tolerance: float, seed: int
 ) -> _Proof:
     "Check the arguments of `prove_causal` and compute the values on all bars."
     subject = _with_others(_subject(features, train_bars, y), others)
@@ -802,15 +802,15 @@ def _prepared(
 
 # %% ../../nbs/features/20_causality.ipynb #0bdd342e
 def prove_causal(
-    features: Any,  # names, groups, Feature objects, a transformer, a pipeline, or a callable: bar frame -> series or frame
+    features: object,  # names, groups, Feature objects, a transformer, a pipeline, or a callable: bar frame -> series or frame
     bars: pd.DataFrame,  # bar frame; real bars with gaps and still hours prove more
     *,
     # number of random cuts in addition to the edge cases, or row numbers: range(len(bars) - 1) tries every row
     cuts: int | Iterable[int] = 8,
     search: int = 64,  # runs of the function to spend on rare leaks; 0 for none
     train_bars: int | None = None,  # bars that a transformer with `fit` learns from; all it is given when None
-    y: Any = None,  # outcomes to learn from: a function of the bars; or a series, array, or frame with y and end_ts, one row per bar
-    others: Mapping[str, Any] | None = None,  # frames and series that it captures or takes by name; known at close_ts, or at their index
+    y: object = None,  # outcomes to learn from: a function of the bars; or a series, array, or frame with y and end_ts, one row per bar
+    others: Mapping[str, object] | None = None,  # frames and series that it captures or takes by name; known at close_ts, or at their index
     seed: int = 0,  # for cuts and futures
     tolerance: float = 1e-9,  # relative
 ) -> pd.DataFrame:  # by column: causal, each test, worst_error, looks_ahead (bars), size (relative), through, where (ts), unseen, note

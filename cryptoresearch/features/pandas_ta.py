@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -96,7 +96,7 @@ def _called(indicator: Indicator, bars: pd.DataFrame) -> pd.DataFrame:
 _SIGNED = ("ddof", "offset", "phase")  # numbers that may be zero or negative
 
 
-def _fault(name: str, value: Value, annotation: Any) -> str:
+def _fault(name: str, value: Value, annotation: object) -> str:
     "Say why pandas-ta would ignore a value without notice; empty if it uses it."
     kinds = {bool, int, float, str} & {annotation, *get_args(annotation)}
     fits = not kinds or type(value) in kinds or (type(value) is int and float in kinds)

@@ -55,12 +55,12 @@ def floats(
 
 # %% ../../nbs/features/01_registry.ipynb #1639e6f8
 def on_arrays(
-    fn: Callable[..., Any],  # takes arrays and parameters; returns one array or a tuple
+    fn: Callable[..., object],  # takes arrays and parameters; returns one array or a tuple
 ) -> Callable[..., Any]:  # takes series or arrays
     "Let a formula on arrays also take series; it then returns series on the index of the first."
 
     @wraps(fn)
-    def either(*columns: Any, **params: Any) -> Any:
+    def either(*columns: object, **params: object) -> object:
         index = next((a.index for a in (*columns, *params.values()) if isinstance(a, pd.Series)), None)
         if index is None:
             return fn(*columns, **params)
@@ -79,7 +79,7 @@ class OnColumns:
 
     fn: Callable[..., Any]  # takes the columns in order, then the parameters
     columns: tuple[str, ...]  # columns passed to the function
-    params: tuple[tuple[str, Any], ...] = ()  # fixed keyword arguments
+    params: tuple[tuple[str, object], ...] = ()  # fixed keyword arguments
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series | Array:
         "Apply the function to the frame's columns: as arrays if it is written on arrays, otherwise as copies."
@@ -122,7 +122,7 @@ class Declaration:
 class Feature(Declaration):
     "A named, documented function of the last `warmup` bars; call it with a bar frame."
 
-    fn: Callable[[pd.DataFrame], Any] = field(repr=False)  # frame of the inputs -> n values
+    fn: Callable[[pd.DataFrame], object] = field(repr=False)  # frame of the inputs -> n values
     tolerance: float = field(default=1e-9, repr=False)  # relative; how far a value from `warmup` bars may be from that of all history
 
     def __call__(self, bars: pd.DataFrame) -> pd.Series:
@@ -176,12 +176,12 @@ def _evaluate(feature: Feature, bars: pd.DataFrame) -> np.ndarray:
 REGISTRY: dict[str, Feature] = {}
 
 
-def _origin(fn: Callable[..., Any]) -> tuple[Any, ...]:
+def _origin(fn: Callable[..., object]) -> tuple[object, ...]:
     "Identify a function across repeated runs of its cell."
     return getattr(fn, "origin", None) or (getattr(fn, "__module__", ""), getattr(fn, "__qualname__", repr(fn)))
 
 
-def _same_author(fn: Callable[..., Any], other: Callable[..., Any]) -> bool:
+def _same_author(fn: Callable[..., object], other: Callable[..., object]) -> bool:
     "Tell whether one function redefines the other: a cell that runs again, or the notebook of an imported module."
     a, b = _origin(fn), _origin(other)
     return a[1:] == b[1:] and (a[0] == b[0] or "__main__" in (a[0], b[0]))
@@ -211,10 +211,10 @@ def feature(
     source: str = "own",  # author, year
     tolerance: float = 1e-9,  # relative; how far a value from `warmup` bars may be from that of all history
     replace: bool = False,  # replace another function of that name
-) -> Callable[[Callable[[pd.DataFrame], Any]], Feature]:  # decorator
+) -> Callable[[Callable[[pd.DataFrame], object]], Feature]:  # decorator
     "Make a function of the bar frame a registered `Feature`."
 
-    def register(fn: Callable[[pd.DataFrame], Any]) -> Feature:
+    def register(fn: Callable[[pd.DataFrame], object]) -> Feature:
         columns = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         made = Feature(name, columns, warmup, unit, group, source, fn, tolerance)
         _check_declaration(made)
@@ -228,14 +228,14 @@ def feature(
 
 # %% ../../nbs/features/01_registry.ipynb #306cac3f
 def on_columns(
-    fn: Callable[..., Any],  # takes the input columns in order, then params; series, or arrays if `on_arrays`
+    fn: Callable[..., object],  # takes the input columns in order, then params; series, or arrays if `on_arrays`
     name: str,  # name of its column
     inputs: str,  # columns it reads, separated by spaces
     warmup: int,  # bars
     unit: str,  # unit of the values
     group: str,  # family
     source: str,  # author, year
-    **params: Any,  # fixed keyword arguments of fn
+    **params: object,  # fixed keyword arguments of fn
 ) -> Feature:  # the registered feature
     "Register a function of columns under a name."
     columns = tuple(inputs.split())

@@ -144,7 +144,7 @@ class Splitter(Protocol):
     def split(
         self,
         intervals: pd.DataFrame,  # start_ts, end_ts of each row
-    ) -> Iterator[tuple[Any, Any]]:  # positions of the training and the test rows of each fold
+    ) -> Iterator[tuple[object, object]]:  # positions of the training and the test rows of each fold
         "Split the rows into purged folds."
         ...
 
@@ -153,7 +153,7 @@ class Splitter(Protocol):
 class FittedFold:
     "A model, and the rows it has not seen."
 
-    model: Any  # fitted copy
+    model: object  # fitted copy
     test: NDArray[np.int64]  # positions of the test rows
 
 # %% ../../nbs/features/22_selection.ipynb #8d67afb8
@@ -173,7 +173,7 @@ def fit_folds(
     return [FittedFold(_fitted(model, X, y, given, np.asarray(a)), np.asarray(b)) for a, b in splitter.split(intervals)]
 
 
-def _fitted(model: Any, X: pd.DataFrame, y: pd.Series, intervals: pd.DataFrame | None, rows: NDArray[np.int64]) -> Any:
+def _fitted(model: object, X: pd.DataFrame, y: pd.Series, intervals: pd.DataFrame | None, rows: NDArray[np.int64]) -> object:
     more = {} if intervals is None else {"intervals": intervals.iloc[rows]}
     return clone(model).fit(X.iloc[rows], y.iloc[rows], **more)
 
@@ -263,7 +263,7 @@ def _in_label_unit(model: object, parts: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/features/22_selection.ipynb #750bc28a
 def contributions(
-    model: Any,  # fitted model of XGBoost or LightGBM, of this package or the library's own
+    model: object,  # fitted model of XGBoost or LightGBM, of this package or the library's own
     X: pd.DataFrame,  # m rows with the features of the fit
 ) -> pd.DataFrame:  # m rows: one column per feature and `base`; a row's sum is its raw forecast (logarithms, log odds)
     "Compute the contribution of each feature to each forecast."
@@ -306,7 +306,7 @@ def contribution_importance(
 def selection_table(
     X: pd.DataFrame,  # features, n rows
     y: pd.Series,  # outcomes, n rows, no NaN
-    model: Any,  # of XGBoost or LightGBM for contributions; any other goes without
+    model: object,  # of XGBoost or LightGBM for contributions; any other goes without
     splitter: Splitter,  # of purged folds
     intervals: pd.DataFrame,  # start_ts, end_ts of each row
     *,

@@ -68,7 +68,7 @@ def _as_list(value: object, default: object) -> object:
 def interval_params(
     kind: IntervalKind,  # kind of the interval
     given: Params,  # parameters that replace the defaults
-) -> dict[str, Any]:  # all parameters of the kind
+) -> dict[str, object]:  # all parameters of the kind
     "Complete and check the parameters of an interval; raises ConfigError that names the wrong one."
     if kind not in INTERVALS:
         raise ConfigError(problem(f"interval of a run to be one of {', '.join(INTERVALS)}", repr(kind), "Change interval"))

@@ -60,7 +60,7 @@ class RunConfig(RunOptions):
             object.__setattr__(self, "_resolved", known)
         return known
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # functions of features need not be picklable
 
 # %% ../../nbs/runs/01_config.ipynb #9cb3942d

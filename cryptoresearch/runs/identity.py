@@ -43,7 +43,7 @@ from .config import by_events, config_record, RunConfig
 
 # %% ../../nbs/runs/02_identity.ipynb #32d80b9d
 def canonical(
-    value: Any,  # nested dicts, lists, texts, finite numbers, booleans, None
+    value: object,  # nested dicts, lists, texts, finite numbers, booleans, None
 ) -> str:  # JSON with sorted keys and no blanks
     "Write JSON in the one form that is hashed."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -125,7 +125,7 @@ def _names_of(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names_of(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
-def _function_parts(fn: Any, seen: frozenset[int]) -> Any:
+def _function_parts(fn: Any, seen: frozenset[int]) -> object:
     "Return the source of a user's function with its fixed values; for a shipped function its name, since `code_version` covers the rest."
     name = f"{fn.__module__}.{fn.__qualname__}"
     captured = [_parts(cell.cell_contents, seen) for cell in fn.__closure__ or ()]
@@ -138,7 +138,7 @@ def _function_parts(fn: Any, seen: frozenset[int]) -> Any:
     return [_source(fn), fixed, near]
 
 # %% ../../nbs/runs/02_identity.ipynb #3bf39a9b
-def _parts(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+def _parts(value: object, seen: frozenset[int] = frozenset()) -> object:
     "Return what a value of a feature is made of, as JSON."
     if id(value) in seen:
         return "itself"
@@ -159,7 +159,7 @@ def _parts(value: Any, seen: frozenset[int] = frozenset()) -> Any:
 _PLAIN = {"builtins", "numpy", "pandas"} | sys.stdlib_module_names  # repr describes their values fully
 
 
-def _source(kind: Any) -> Any:
+def _source(kind: Any) -> object:
     "Return the text of a function or class, or its compiled form if no file has it."
     try:
         return inspect.getsource(kind)
@@ -169,7 +169,7 @@ def _source(kind: Any) -> Any:
         return [kind.__qualname__, *compiled]
 
 # %% ../../nbs/runs/02_identity.ipynb #38a9b5da
-def _parts_of_object(value: Any, seen: frozenset[int]) -> Any:
+def _parts_of_object(value: Any, seen: frozenset[int]) -> object:
     "Return what a function, a method, a class or an object with fields is made of."
     if hasattr(value, "__func__"):
         return [_parts(value.__func__, seen), _parts(value.__self__, seen)]
@@ -285,7 +285,7 @@ def read_doubtful(
 def identity(
     config: RunConfig,  # checked
     data: RunData,  # of `read_data`
-) -> dict[str, Any]:  # everything that the result depends on, as JSON
+) -> dict[str, object]:  # everything that the result depends on, as JSON
     "Collect everything that the numbers of a run depend on."
     modules = {"modules": [Path(m).name for m in config.modules]}  # wherever they are stored
     return {
@@ -300,7 +300,7 @@ def identity(
 
 def run_name(
     config: RunConfig,  # for the readable part
-    parts: Mapping[str, Any],  # of `identity`
+    parts: Mapping[str, object],  # of `identity`
 ) -> str:  # such as btcusdt-1h-return24-3f9a01c2d4
     "Name a run: readable, and unique by ten hexadecimal digits of its identity."
     symbol = re.sub(r"[^a-z0-9]", "", config.symbol.lower())

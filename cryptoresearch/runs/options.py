@@ -150,7 +150,7 @@ class Option:
         return self.annotation.__name__ if plain else str(self.annotation).replace("typing.", "").replace("collections.abc.", "")
 
 # %% ../../nbs/runs/00_options.ipynb #9c3ba3d5
-def _option_of(f: Field[Any]) -> Option:
+def _option_of(f: Field[object]) -> Option:
     "Make the record of a field."
     kind, facts = get_origin(f.type), dict(f.metadata)
     default = f.default if f.default is not MISSING else {}
@@ -162,7 +162,7 @@ def _option_of(f: Field[Any]) -> Option:
 def options(
     table: type,  # RunOptions, another table of this module, or a subclass
     only: Iterable[str] | None = None,  # names in the order wanted; all in the table's order when None
-    **defaults: Any,  # defaults that differ from the table's
+    **defaults: object,  # defaults that differ from the table's
 ) -> tuple[Option, ...]:  # records
     "List the options of a table."
     found = {f.name: _option_of(f) for f in fields(table)}
@@ -177,7 +177,7 @@ def full_help(
     return o.help + (f" Unit: {o.unit}." if o.unit else "") + (f" Default: {default}." if default else "")
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     "Write a default as Python source with double quotes."
     if isinstance(value, float):
         return f"{value:_}"

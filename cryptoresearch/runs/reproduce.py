@@ -34,7 +34,7 @@ class _Checks:
 
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, object]] = []
 
     def note(self, check: str, expected: object, found: object) -> bool:
         "Record a comparison."

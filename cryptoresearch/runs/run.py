@@ -91,7 +91,7 @@ class Run(RunParts):
         "Return the path of the HTML report."
         return path if (path := self.folder / "report.html").is_file() else None
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
         return _mimebundle(self)
 
 # %% ../../nbs/runs/05_run.ipynb #8b2e61a3
@@ -127,7 +127,7 @@ def _check_history(run: Run, bars: pd.DataFrame) -> None:
     raise SchemaError(problem(expected, f"{len(bars)} bars", remedy))
 
 # %% ../../nbs/runs/05_run.ipynb #6acceb74
-def _mimebundle(run: Run) -> dict[str, Any]:
+def _mimebundle(run: Run) -> dict[str, object]:
     "Describe a run as text, as a table and as data that a report finds."
     text = f"run {run.id}{' (recognised, nothing trained)' if run.reused else ''}"
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in summary(run.info).items())
@@ -167,7 +167,7 @@ def _rows_of(info: Record) -> dict[str, str]:
     return {"rows": f"{rows}; {s['scored']:,} of {s['forecasts']:,} forecasts are scored{f' (left out: {left_out})' if left_out else ''}"}
 
 
-def _listed(params: Mapping[str, Any]) -> str:
+def _listed(params: Mapping[str, object]) -> str:
     "Write the parameters of an interval that have a value."
     return "".join(f", {k} {' and '.join(v) if isinstance(v, list) else v}" for k, v in params.items() if v)
 
@@ -190,7 +190,7 @@ def _sweep(folder: Path, older_s: float = 86_400.0) -> None:
 
 
 def to_json_value(
-    value: Any,  # nested dicts, lists, numbers of Python or NumPy
+    value: object,  # nested dicts, lists, numbers of Python or NumPy
 ) -> Any:  # the same with plain numbers; NaN and infinity become None
     "Convert a value to what JSON can hold."
     if isinstance(value, Mapping):
@@ -222,7 +222,7 @@ def folder_files(
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 # %% ../../nbs/runs/05_run.ipynb #5c94923b
-def _store_run(folder: Path, info: dict[str, Any], fitted: Fitted, predictions: pd.DataFrame) -> None:
+def _store_run(folder: Path, info: dict[str, object], fitted: Fitted, predictions: pd.DataFrame) -> None:
     "Write the folder of a run, complete or not at all."
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
@@ -287,7 +287,7 @@ def run_strategy(
     return sign_strategy(rows["prediction"], bars, config.horizon, config.fee_bps, rows.get("held"))
 
 
-def _assess(con: duckdb.DuckDBPyConnection, run_id: str, config: RunConfig, data: RunData, predictions: pd.DataFrame) -> dict[str, Any]:
+def _assess(con: duckdb.DuckDBPyConnection, run_id: str, config: RunConfig, data: RunData, predictions: pd.DataFrame) -> dict[str, object]:
     "Compute scores, strategy and verdict for run.json, and record the trial."
     strategy, asked = run_strategy(predictions, data.bars, config), question_of(config, data.simulated)
     if strategy is None:
@@ -307,7 +307,7 @@ def judge_run(
     data: RunData,  # its bars
     predictions: pd.DataFrame,  # out of sample
     trials: list[float],  # Sharpe ratios per bar of all trials
-) -> dict[str, Any]:  # scores, strategy (None for volatility), verdict, level
+) -> dict[str, object]:  # scores, strategy (None for volatility), verdict, level
     "Judge the forecasts of a run."
     asked, strategy = (predictions, config.target, config.horizon), run_strategy(predictions, data.bars, config)
     scores = with_savings(score_table(*asked), *asked)
@@ -323,7 +323,7 @@ def judge_run(
     return judged | {"verdict": said.sentence, "level": said.level} | ({"leaks": leaks} if leaks else {})
 
 
-def _money(s: StrategyResult, config: RunConfig, deflated: float | None, n_trials: int, trials: list[float]) -> dict[str, Any]:
+def _money(s: StrategyResult, config: RunConfig, deflated: float | None, n_trials: int, trials: list[float]) -> dict[str, object]:
     "Collect the figures of a strategy for run.json."
     found = {"fee_bps": config.fee_bps, "break_even_bps": s.break_even_bps, "sharpe": s.sharpe, "deflated_sharpe": deflated}
     total = {"total_return": s.total_return, "turnover": float(s.turnover.sum())}
@@ -334,11 +334,11 @@ def _money(s: StrategyResult, config: RunConfig, deflated: float | None, n_trial
 def run_record(
     run_id: str,  # name of the run
     config: RunConfig,  # checked
-    parts: dict[str, Any],  # of `identity`
+    parts: dict[str, object],  # of `identity`
     data: RunData,  # bars and their origin
     samples: Samples,  # of `prepare`
     test_start: pd.Timestamp,  # first bar to forecast, UTC
-) -> dict[str, Any]:  # part of run.json
+) -> dict[str, object]:  # part of run.json
     "Collect the part of run.json that is known before training."
     known = samples.labels.loc[samples.labels["y"].notna(), "end_ts"]
     about, zero = TARGETS[config.target].meaning, int((samples.labels["y"] == 0).sum()) if config.target == "volatility" else 0
@@ -356,7 +356,7 @@ def run_record(
     }  # fmt: skip
 
 # %% ../../nbs/runs/05_run.ipynb #a6778722
-def _data_record(data: RunData) -> dict[str, Any]:
+def _data_record(data: RunData) -> dict[str, object]:
     "Describe the bars of a run."
     bars = data.bars
     found = {"sources": list(data.sources), "bars": len(bars), "gap_bars": int(bars["gap"].sum())}

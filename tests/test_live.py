@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -40,13 +41,13 @@ from cryptoresearch.data.maintenance import upkeep, verify
 from cryptoresearch.data.quality import daily
 from cryptoresearch.data.series import AMOUNT_LIMIT
 from cryptoresearch.data.status import coverage, gap_table, read_trades, status
-from cryptoresearch.data.store import connect, init_duckdb, snapshot, write
+from cryptoresearch.data.store import connect, init_duckdb, journal_folder, snapshot, write
 from cryptoresearch.errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, SchemaError
 from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.binance import BinanceWebSocket
 from cryptoresearch.live.collector import _Upkeep, Collector, Journal, replay_journal, Session
-from cryptoresearch.live.feed import FinnhubWebSocket
+from cryptoresearch.live.feed import _Sequence, FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.api import create_app
@@ -263,6 +264,38 @@ def test_files_of_another_exchange_are_a_series_of_their_own(settings: Settings,
             ("BTCUSDT", 100.0, 5), (BYBIT, 250.0, 5)]
 
 
+def numbered(number: int) -> Trade:
+    return Trade(BTC, 100.0, 1.0, datetime(2024, 8, 10, tzinfo=UTC), None, number, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ids_that_were_taken_are_told_from_those_that_may_still_arrive(seed: int) -> None:
+    "Against a plain set, with holes, late trades and repetitions."
+    rng, sequence, taken, last = random.Random(seed), _Sequence(), set[int](), 1000
+    for step in range(400):
+        number = rng.choice([last + 1, last + 1, last + rng.randint(2, 40), rng.randint(1000, last)]) if step else last
+        assert sequence.is_repeated(numbered(number)) == (number in taken), (step, number)
+        missing = sequence.take(numbered(number))
+        assert missing == max(number - last - 1, 0)
+        taken.add(number)
+        last = max(last, number)
+
+
+def test_missing_ids_do_not_fill_the_memory() -> None:
+    "Of a feed that runs for weeks; a hole that is forgotten counts as taken, so that nothing is stored twice."
+    sequence, last = _Sequence(), 0
+    tracemalloc.start()
+    for last in (*range(0, 60_000_000, 30_000), *range(60_000_000, 10**12, 10**9)):
+        sequence.take(numbered(last))
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 2_000_000, f"{used:,} bytes"
+    assert not sequence.is_repeated(numbered(last - 10**8)) and sequence.is_repeated(numbered(15))
+    for number in range(last - 10**8, last, 2000):  # each of which splits a hole
+        sequence.take(numbered(number))
+    assert sequence.is_repeated(numbered(last - 2000)) and not sequence.is_repeated(numbered(last - 1000))
+
+
 @pytest.mark.parametrize(("price", "volume"), [(1e16, 1.0), (1.0, 1e19), (1e8, 1e8)])
 def test_impossible_trades_go_into_quarantine(settings: Settings, price: float, volume: float) -> None:
     assert AMOUNT_LIMIT == LIMITS["price"] == LIMITS["qty"] == LIMITS["quote_qty"]
@@ -330,6 +363,43 @@ def test_a_session_that_collects_is_not_forgotten(settings: Settings) -> None:
             forget_file(con, collector.session.session_id)
         collector.stop()
         assert forget_file(con, collector.session.session_id) == 1
+
+
+def test_a_quiet_session_is_not_forgotten_while_its_collector_runs(settings: Settings) -> None:
+    "Neither before its first trade nor hours after the last one, which a market without trades may take."
+    collector = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+    try:
+        with init_duckdb(settings) as con:
+            with pytest.raises(ConfigError, match="Stop its collector first"):
+                forget_file(con, collector.session.session_id)
+            collector.add([Trade(BTC, 100.0, 1.0, datetime.fromtimestamp(T0 / 1000, UTC))], datetime.fromtimestamp(T0 / 1000, UTC))
+            collector.flush()
+            with pytest.raises(ConfigError, match="whose collector runs"):
+                forget_file(con, collector.session.session_id)
+    finally:
+        collector.stop()
+    with init_duckdb(settings) as con:
+        assert con.execute("SELECT count(*) FROM trades").fetchone() == (1,)
+        assert forget_file(con, collector.session.session_id) == 1
+
+
+@pytest.mark.parametrize(("hours", "refused"), [(1, True), (25, False)])
+def test_a_session_of_another_machine_is_forgotten_a_day_after_its_last_trade(settings: Settings, hours: int, refused: bool) -> None:
+    "Its lock is not visible here."
+    at = datetime.now(UTC) - timedelta(hours=hours)
+    collector = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+    collector.add([Trade(BTC, 100.0, 1.0, at)], at)
+    collector.flush()
+    name = collector.session.session_id
+    with init_duckdb(settings) as con:
+        (lock,) = journal_folder(con, settings).glob("*.session.lock")
+        lock.unlink()
+        if refused:
+            with pytest.raises(ConfigError, match=r"another machine may hold.* start one of its symbols there"):
+                forget_file(con, name)
+        else:
+            assert forget_file(con, name) == 1
+    collector.stop()
 
 
 def test_a_killed_session_that_was_forgotten_does_not_come_back_from_its_journal(settings: Settings) -> None:
@@ -923,7 +993,7 @@ MARKET = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(25, marks=[pytest.mark.heavy, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(200, marks=[pytest.mark.heavy, pytest.mark.timeout(2400)])])
 def test_kills_at_random_moments_at_5000_trades_per_second(settings: Settings, kills: int) -> None:
     "Every trade that was announced is stored once, and what was not received lies in a gap."
     rng, path, received = random.Random(kills), str(settings.path(settings.duckdb_path)), list[int]()

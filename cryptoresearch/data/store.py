@@ -6,7 +6,7 @@
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'REPAIRS', 'INLINE_ROWS', 'MIGRATIONS',
            'extension_file', 'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable',
            'may_pass', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size',
-           'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path']
+           'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path', 'journal_folder']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -757,3 +757,13 @@ def data_path(
 ) -> str:  # a folder or s3:// address, ends with a slash
     "Return where the lake keeps its Parquet files."
     return str(con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchall()[0][0]).rstrip("/") + "/"
+
+
+def journal_folder(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    settings: Settings,  # names the folder if the catalog is not a file
+) -> Path:  # which exists once a collector has started
+    "Return the folder of the collectors' journals and locks, next to the catalog."
+    row = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchone()
+    path = Path(str(row[0]).removeprefix("sqlite:") if row else "")
+    return (path.parent if path.is_file() else settings.path("data")) / "journal"

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 # %% ../../nbs/ingest/06_files.ipynb #5c0be3f1
@@ -37,7 +38,7 @@ from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
 from ..data.series import from_us, normal_symbol, quote, Series, to_us, utc_now, where_rows
 from ..data.maintenance import clean_dead
-from ..data.store import data_path, exclusive, work_folder, write
+from ..data.store import data_path, exclusive, journal_folder, work_folder, write
 from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
@@ -49,7 +50,7 @@ from .repair import meets_live, rebuild_live_bars, Repair, repair_live
 from cryptoresearch.ingest.staging import (
     close_refused, copy_rows, discard, Facts, interruptible, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
 )
-from ..settings import Settings
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725
 @dataclass(frozen=True, repr=False)
@@ -902,7 +903,10 @@ def _forget(con: DuckDBPyConnection, file_id: str) -> int:
         remedy = "See the tables ingest_ledger and live_sessions"
         raise DataNotFound(problem(expected, f"{len(found) + len(sessions)}", remedy))
     if sessions:
-        return _forget_session(con, *sessions[0])
+        session_id, source, url, is_open, recent = sessions[0]
+        if is_open:
+            _check_ended(con, session_id, recent)
+        return _forget_session(con, session_id, source, url)
     row = _ledger_dict(found[0])
     series = Series(row["symbol"], row["source"], row["kind"], row["interval"])
     old = next((o for o in stored_files(con, series) if o.file_id == row["file_id"]), None)
@@ -916,17 +920,29 @@ def _forget(con: DuckDBPyConnection, file_id: str) -> int:
     return int(row["rows"])
 
 # %% ../../nbs/ingest/06_files.ipynb #5e200001
-_SESSION_OF = """SELECT s.session_id, s.source, s.url,
-    coalesce(bool_or(s.ended_at IS NULL AND t.received_at > now()::TIMESTAMP - INTERVAL 10 MINUTE), false)
+_SESSION_OF = """SELECT s.session_id, s.source, s.url, s.ended_at IS NULL,
+    coalesce(max(t.received_at), s.started_at) > now()::TIMESTAMP - INTERVAL 1 DAY
   FROM lake.main.live_sessions s LEFT JOIN lake.main.trades t ON t.file_id = s.session_id
-  WHERE starts_with(s.session_id, ?) GROUP BY ALL"""
+  WHERE starts_with(s.session_id, ?) GROUP BY s.session_id, s.source, s.url, s.started_at, s.ended_at"""
 
 
-def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: str, running: bool) -> int:
+def _check_ended(con: DuckDBPyConnection, session_id: str, recent: bool) -> None:
+    "Raise `ConfigError` for a session whose collector still runs, however quiet its market is."
+    lock = journal_folder(con, get_settings()) / f"{session_id}.session.lock"
+    if lock.exists():
+        with suppress(Timeout), FileLock(lock, timeout=0):  # free: the collector was killed
+            return
+        found, remedy = "whose collector runs", "Stop its collector first"
+    elif recent:
+        found = "which a collector of another machine may hold"
+        remedy = "Stop its collector first; if it was killed, start one of its symbols there, or wait until a day after its last trade"
+    else:
+        return
+    raise ConfigError(problem("a session that has ended", f"{session_id}, {found}", remedy))
+
+# %% ../../nbs/ingest/06_files.ipynb #5e200002
+def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: str) -> int:
     "Take the trades of a live session and their coverage out of the store; runs inside `write`."
-    if running:
-        remedy = "Stop its collector first; if it was killed, start one of the same symbols once"
-        raise ConfigError(problem("a session that has ended", f"{session_id}, which received trades in the last ten minutes", remedy))
     query = "SELECT symbol, count(*), epoch_us(min(ts)), epoch_us(max(ts)) FROM lake.main.trades WHERE file_id = ? GROUP BY 1 ORDER BY 1"
     by_symbol = con.execute(query, [session_id]).fetchall()
     by_file, by_session = ("trades", "gaps", "coverage", "quarantine"), ("live_sessions", "repairs")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'Source', 'Arrival', 'Event', 'MARGIN_US', 'TickRule', 'TradeColumns', 'Batch', 'Session', 'replay_journal',
-           'Journal', 'journal_folder', 'recover', 'plain_symbol', 'Collector']
+           'Journal', 'recover', 'plain_symbol', 'Collector']
 
 # %% ../../nbs/live/02_collector.ipynb #0cbe0a72
 import contextlib
@@ -34,7 +34,7 @@ from ..data.coverage import fold_claims
 from ..data.ledger import log_event
 from ..data.maintenance import upkeep
 from ..data.series import EPOCH, impossible, normal_symbol
-from ..data.store import cursor, in_turn, init_duckdb, may_pass, not_writable, write
+from ..data.store import cursor, in_turn, init_duckdb, journal_folder, may_pass, not_writable, write
 from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
 from .messages import shorten, Trade
 from ..settings import get_settings, Settings
@@ -498,18 +498,6 @@ def _session_row(
     values = [session.session_id, session.source, session.url, session.symbols, session.started_at, ended_at, reason, row[0] if row else 0]
     con.execute("INSERT INTO live_sessions VALUES (?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?)", values)
 
-# %% ../../nbs/live/02_collector.ipynb #c39652d8
-def journal_folder(
-    con: duckdb.DuckDBPyConnection,  # the store
-    settings: Settings,  # names the folder if the catalog is not a file
-) -> Path:  # created if missing
-    "Return the folder of the journals, next to the catalog."
-    row = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchone()
-    path = Path(str(row[0]).removeprefix("sqlite:") if row else "")
-    folder = (path.parent if path.is_file() else settings.path("data")) / "journal"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
 # %% ../../nbs/live/02_collector.ipynb #79085f56
 def _is_forgotten(con: duckdb.DuckDBPyConnection, session: Session) -> bool:
     "Check whether the user has removed the session from the store since its last event."
@@ -676,6 +664,7 @@ def _open(collector: _CollectorState) -> None:
     collector._own = cursor(collector.con) if collector.con is not None else init_duckdb(collector.settings)
     try:
         folder = journal_folder(collector._own, collector.settings)
+        folder.mkdir(parents=True, exist_ok=True)
         for symbol in collector.symbols:
             collector._locks.hold(folder / f"{collector.source}-{quote(symbol, safe='')}.symbol.lock")
         recover(collector._own, folder)

@@ -15,7 +15,8 @@ import re
 import socket
 import threading
 import time
-from collections import OrderedDict
+from bisect import bisect_right
+from collections import defaultdict, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, UTC
@@ -366,32 +367,41 @@ class Arrived:
     clock: float  # time.monotonic() when they were read
 
 # %% ../../nbs/live/03_feed.ipynb #5f400007
-_REMEMBERED = 10_000  # missing ids of one hole that may still arrive
+_HOLES = 1_000  # of a symbol that are remembered; ids of older ones no longer count as missing
 
 
+def _hole(holes: Sequence[range], number: int) -> int | None:
+    "Return the position of the hole that an id lies in."
+    at = bisect_right(holes, number, key=lambda h: h.start) - 1
+    return at if at >= 0 and number in holes[at] else None
+
+# %% ../../nbs/live/03_feed.ipynb #5f400008
 class _Sequence:
     "Follow the ids of each symbol."
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
-        self._missing: dict[str, set[int]] = {}
+        self._holes = defaultdict[str, list[range]](list)  # missing ids that may still arrive, in order
 
     def is_repeated(self, trade: Trade) -> bool:
         "Check whether a trade was taken before."
         number = trade.trade_id or 0
-        return number <= self._last.get(trade.symbol, -1) and number not in self._missing.get(trade.symbol, ())
+        return number <= self._last.get(trade.symbol, -1) and _hole(self._holes[trade.symbol], number) is None
 
     def take(self, trade: Trade) -> int:  # ids that are missing before this one
         "Note the id of a trade."
         number = trade.trade_id or 0
         last = self._last.setdefault(trade.symbol, number)
-        if number == last + 1:
-            self._last[trade.symbol] = number
-            return 0
-        missing = self._missing.setdefault(trade.symbol, set())
-        missing.discard(number)
         self._last[trade.symbol] = max(last, number)
-        missing.update(range(max(last + 1, number - _REMEMBERED), number))
+        if number == last + 1:
+            return 0
+        holes = self._holes[trade.symbol]
+        if number > last + 1:
+            holes.append(range(last + 1, number))
+        elif number <= last and (at := _hole(holes, number)) is not None:
+            found = holes[at]
+            holes[at : at + 1] = [part for part in (range(found.start, number), range(number + 1, found.stop)) if part]
+        del holes[:-_HOLES]
         return max(number - last - 1, 0)
 
 # %% ../../nbs/live/03_feed.ipynb #b300000f

@@ -124,7 +124,19 @@ def test_errors_are_typed_and_say_what_to_do(client, path, status, error, words)
 def test_nothing_can_be_written(client):
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         answer = client.request(method, "/bars")
-        assert answer.status_code == 405 and answer.headers["allow"] == "GET"
+        assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/health", "/metrics", "/symbols", "/bars?symbol=TESTUSD&spec=1m", "/bars?symbol=TESTUSD&spec=1m&format=arrow", "/bars?symbol=NOPE", "/bars?limit=0", "/runs/none", "/nowhere", "/predict"])
+def test_head_answers_as_get_without_a_body(client, path):
+    time.sleep(0.15)  # the answer of /bars is kept from here on
+    full, head = client.get(path), client.head(path)
+    changing = {"date", "x-request-id"}
+    same = lambda answer: {name: value for name, value in answer.headers.items() if name not in changing}
+    assert (head.status_code, head.content) == (full.status_code, b"")
+    assert same(head) == same(full), path
+    if "etag" in full.headers:
+        assert client.head(path, headers={"If-None-Match": full.headers["etag"]}).status_code == 304
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/bars?symbol=TESTUSD&spec=1m", "/docs"])

@@ -68,7 +68,7 @@ from ..runs.config import by_events
 from ..runs.run import load_run, Run
 from ..runs.stored import find_folder
 from .access import Access, read_policy
-from .gate import catalog_stamp, Gate, problem_json
+from .gate import catalog_stamp, Gate, Head, problem_json
 from cryptoresearch.serving.queries import (
     bars_page, export_page, Exported, features_page, labels_page, read_predictions, read_run, read_runs, read_specs, read_symbols,
 )  # fmt: skip
@@ -495,7 +495,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     "Answer an unknown path or method."
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /"
-    return _problem(request, status, "HTTPError", message, getattr(error, "headers", None))
+    headers = dict(getattr(error, "headers", None) or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return _problem(request, status, "HTTPError", message, headers)
 
 
 async def _on_surprise(request: Request, error: Exception) -> Response:
@@ -972,12 +975,13 @@ _FACTS = ["ETag", "Retry-After", "X-Next-Cursor", "X-Next-Start", "X-Request-ID"
 
 
 def _guard(app: FastAPI, settings: Settings) -> None:
-    "Put the checks and the gate around the endpoints; a request passes CORS, then the checks, then the gate."
+    "Put the checks and the gate around the endpoints; a request passes CORS, then the checks, then the gate; HEAD is asked for as GET."
     once = max(2, os.cpu_count() or 2)
     app.add_middleware(Gate, cached=_CACHED, limited=_LIMITED, stamp=lambda: catalog_stamp(settings), at_once=once)
     app.add_middleware(Access, policy=read_policy(settings))
+    app.add_middleware(Head)
     if origins := settings.api_origins.replace(",", " ").split():
-        methods = ["GET", "POST"]
+        methods = ["GET", "HEAD", "POST"]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=_HEADERS, expose_headers=_FACTS)
 
 # %% ../../nbs/serving/03_api.ipynb #044d6ee1

@@ -137,7 +137,7 @@ def test_the_search_tells_its_trials_and_what_it_did_not_see(desk: Desk, pages: 
     with connect(desk.settings, read_only=True) as con:
         model = json.loads(con.execute("SELECT model FROM trials WHERE run_id = ? LIMIT 1", [study[1]]).fetchone()[0])
     assert (model["embargo"], model["weights"], model["refit_every"], model["params"]["clip"]) == ("2h", "recency:365D", "30D", 6.5)
-    assert html_text.count('Plotly.newPlot("figure-') >= 5  # folds of the search, history, pruning, importances, slices
+    assert html_text.count('id="figure-') >= 5  # folds of the search, history, pruning, importances, slices
 
 
 @pytest.mark.slow
@@ -227,13 +227,15 @@ def test_the_pages_in_a_browser(pages: dict[str, tuple[Path, str, str]], page: A
     for name, (path, text, _) in pages.items():
         page.set_viewport_size({"width": 1200, "height": 900})
         page.goto(path.as_uri())
+        assert page.locator("details[open]").count() == 0, name  # everything below the verdict is folded
+        page.click("#open-all")
         page.wait_for_selector(".js-plotly-plot .main-svg", timeout=30_000)
-        assert page.locator(".js-plotly-plot").count() == text.count('Plotly.newPlot("figure-'), name
+        assert page.locator(".js-plotly-plot").count() == text.count('id="figure-'), name
         for width in (1200, 390):
             page.set_viewport_size({"width": width, "height": 900})
             fits = f"document.documentElement.scrollWidth <= {width} && [...document.querySelectorAll('.js-plotly-plot .main-svg')].every(e => e.getBoundingClientRect().right <= {width} + 1)"
             page.wait_for_function(fits, timeout=20_000)
-        assert text.count('"showSendToCloud": false') == text.count('Plotly.newPlot("figure-')  # no button that uploads a figure
+        assert text.count('"showSendToCloud":false') == 1  # of all figures: no button that uploads a figure
         assert page.locator("[data-title*='hare chart']").count() == 0
     assert not page.errors and not page.outside
 

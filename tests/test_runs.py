@@ -379,6 +379,7 @@ def look_at(report: Path) -> None:
         page.on("request", lambda r: asked.append(r.url))
         page.on("pageerror", lambda e: wrong.append(str(e)))
         page.goto(report.as_uri())
+        page.click("#open-all")
         page.wait_for_function("document.querySelectorAll('.figure .main-svg').length >= 2 * document.querySelectorAll('.figure').length", timeout=30_000)
         assert [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == [] and wrong == []
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

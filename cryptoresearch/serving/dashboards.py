@@ -18,7 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .batch import kernel_env, notebook_path
-from .chart import static_text
+from .figures import static_text
 from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/12_dashboards.ipynb #0000001a

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'TEMPLATE', 'Style', 'Traces', 'CONFIG', 'thin_bars', 'gap_stretches', 'Panel', 'stack_panels', 'finish',
            'warning_text', 'indicator_frame', 'candles_figure', 'prediction_traces', 'prediction_figure',
-           'empty_figure', 'plotly_js', 'embed']
+           'empty_figure', 'static_text', 'plotly_js', 'embed']
 
 # %% ../../nbs/serving/04_figures.ipynb #4e5a0010
 from . import kernel  # noqa: F401  first: loads jsonschema quickly, before plotly does
@@ -13,6 +13,8 @@ from . import kernel  # noqa: F401  first: loads jsonschema quickly, before plot
 # %% ../../nbs/serving/04_figures.ipynb #00000003
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -364,6 +366,14 @@ def empty_figure(
     )
 
 # %% ../../nbs/serving/04_figures.ipynb #00000024
+@cache
+def static_text(
+    name: str,  # of a file in serving/static
+) -> str:  # its text
+    "Read a script or a style sheet of the package."
+    return files("cryptoresearch.serving").joinpath("static", name).read_text(encoding="utf-8")
+
+
 CONFIG: Style = {
     "displaylogo": False,
     "responsive": True,

@@ -27,8 +27,7 @@ from plotly.offline import get_plotlyjs
 
 from ..data.store import connect, snapshot
 from ..errors import CryptoResearchError
-from .chart import static_text
-from .figures import CONFIG, warning_text
+from .figures import CONFIG, static_text, warning_text
 from .queries import read_symbols
 from ..settings import get_settings, Settings
 
@@ -133,7 +132,7 @@ def framed(
 class PlotlyView(anywidget.AnyWidget):
     "Show a plotly figure on a page; `show` replaces it."
 
-    _esm = static_text("plotly_view.js")
+    _esm = static_text("figure_theme.js") + "\n" + static_text("plotly_view.js")
     script = traitlets.Unicode().tag(sync=True)
     config = traitlets.Unicode(json.dumps(CONFIG)).tag(sync=True)
     figure = traitlets.Unicode('{"data": [], "layout": {}}').tag(sync=True)

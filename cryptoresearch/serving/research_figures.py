@@ -261,7 +261,7 @@ def contribution_figure(
     table, _ = thin(pd.DataFrame({"value": values.to_numpy(), "part": parts.to_numpy()}).dropna(), max_points)
     low, high = table["value"].quantile([0.005, 0.995])
     fig = go.Figure(
-        go.Scattergl(
+        go.Scatter(
             x=table["value"],
             y=table["part"],
             mode="markers",

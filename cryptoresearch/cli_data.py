@@ -172,7 +172,7 @@ def maintain(
 def backup(
     target: Annotated[Path, typer.Argument(help="A new folder, or a new file ending in .tar.")],
 ) -> None:
-    "Copy the store as of one moment, while others write."
+    "Copy the store and its runs as of one moment, while others write."
     from cryptoresearch.data.maintenance import backup as save
     from cryptoresearch.data.store import connect
 
@@ -184,9 +184,9 @@ def backup(
 def restore(
     source: Annotated[Path, typer.Argument(help="A folder or .tar that backup made.")],
 ) -> None:
-    """Restore the store from a backup and compare checksums.
+    """Restore a store and its runs from a backup and compare checksums.
 
-    The store is that of the settings; its places must be empty."""
+    The places are those of the settings, and must be empty."""
     from cryptoresearch.data.maintenance import restore as bring_back
     from cryptoresearch.data.maintenance import verify as check
     from cryptoresearch.data.store import connect

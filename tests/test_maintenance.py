@@ -255,7 +255,7 @@ def test_runs_that_are_there_stay_and_others_are_refused(settings: Settings, tmp
     places = [settings.model_copy(update={"duckdb_path": str(tmp_path / name / "c.sqlite")}) for name in ("one", "two")]
     restore(tmp_path / "saved", places[0])  # the same runs are there
     pin(settings, 0)
-    with pytest.raises(ConfigError, match="another a-run/run.json in runs. Set RUNS_DIR"):
+    with pytest.raises(ConfigError, match=r"another a-run/run.json in runs. Set RUNS_DIR"):
         restore(tmp_path / "saved", places[1])
     assert not Path(places[1].duckdb_path).exists() and pinned_snapshots(settings) == {0: ["a-run"]}
     restore(tmp_path / "saved", places[1].model_copy(update={"runs_dir": str(tmp_path / "elsewhere")}))

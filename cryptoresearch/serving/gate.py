@@ -231,7 +231,7 @@ class Head(HttpLayer):
             elif not message.get("more_body"):
                 await send({"type": "http.response.body", "body": b""})
 
-        await self.app(scope | {"method": "GET"}, _given(b""), headers_only)
+        await self.app({**scope, "method": "GET"}, _given(b""), headers_only)
 
 # %% ../../nbs/serving/02b_gate.ipynb #ae834352
 async def _too_long(scope: Scope, send: Send) -> None:

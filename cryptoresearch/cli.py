@@ -11,6 +11,7 @@ __all__ = ['EXIT_CODES', 'PAGES', 'app', 'runs_app', 'Modules', 'FeedName', 'Url
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # imported by the commands that need them: the command line s
     from typer.models import CommandInfo, TyperInfo
 
     from cryptoresearch.live.feed import Feed
+    from cryptoresearch.live.replay import ReplayServer
     from cryptoresearch.runs.run import Run
     from cryptoresearch.serving.live import LivePredictions
     from cryptoresearch.serving.monitor import LiveMonitor
@@ -580,6 +582,22 @@ def _run_watched(monitor: "LiveMonitor", seconds: float | None, metrics: int | N
     with nullcontext() if metrics is None else serve_metrics(monitor, metrics):
         _watch(monitor, stopped, None if seconds is None else time.monotonic() + seconds)
 
+# %% ../nbs/94_cli.ipynb #c4a05030
+def _disturbed(server: "ReplayServer") -> str:
+    "Say how often a replay was disturbed on purpose."
+    if server.chaos is None:
+        return ""
+    times = Counter(entry.kind for entry in server.chaos.log)
+    return f", {server.lost:,} lost; simulated disturbances: {', '.join(f'{kind} {n}' for kind, n in times.items()) or 'none'}"
+
+
+def _until_sent(server: "ReplayServer") -> None:
+    "Wait for the end of a replay, or for Ctrl-C."
+    with suppress(KeyboardInterrupt):
+        while not server.done.wait(0.5) and not server.error:
+            pass
+        time.sleep(1.0)  # the clients read what is on its way
+
 # %% ../nbs/94_cli.ipynb #179260d1
 @app.command()
 def replay(
@@ -589,6 +607,7 @@ def replay(
     speed: Annotated[float, typer.Option(help="Event seconds per second.")] = 1.0,
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8765,
     source: Annotated[str | None, typer.Option(help="Source of the stored trades, if there are several.")] = None,
+    chaos: Annotated[int | None, typer.Option(help="Seed of simulated disturbances: lost connections, broken frames, late trades.")] = None,
 ) -> None:
     """Serve stored trades in Finnhub's protocol.
 
@@ -597,16 +616,13 @@ def replay(
     from cryptoresearch.live.replay import ReplayServer
 
     feed_symbol = symbol if ":" in symbol else f"BINANCE:{symbol}"
-    with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port) as server:
+    with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port, chaos=chaos) as server:
         told = f"live {symbol} --run RUN --url {server.url}, or: cryptoresearch stream --symbol {feed_symbol} --url {server.url}"
         console.print(f"{server.url}   now run: cryptoresearch {told}", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
-            while not server.done.wait(0.5) and not server.error:
-                pass
-            time.sleep(1.0)  # the clients read what is on its way
+        _until_sent(server)
     if server.error:
         raise server.error
-    console.print(f"{server.sent:,} trades sent")
+    console.print(f"{server.sent:,} trades sent{_disturbed(server)}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #842c364a
 _FOLLOWED = "Live trades to follow: binance, finnhub or replay. Default: finnhub with FINNHUB_TOKEN, else binance."

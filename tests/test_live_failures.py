@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -12,11 +13,13 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, UTC
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from s3_server import _client, _free_port, _stop, _wait, NoServer, program, S3
 from websockets.sync.server import serve, ServerConnection
@@ -27,7 +30,8 @@ from cryptoresearch.errors import ConfigError, FeedError
 from cryptoresearch.live.collector import Collector, replay_journal
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
-from cryptoresearch.settings import Settings
+from cryptoresearch.live.replay import CHAOS, Disturbed, ReplayServer
+from cryptoresearch.settings import Settings, shared_data
 
 BTC, T0 = "BINANCE:BTCUSDT", 1_721_555_886_208
 
@@ -353,3 +357,66 @@ def test_garbage_frames_fill_neither_log_nor_store(settings: Settings, caplog: p
         assert con.execute("SELECT count(*) FROM quarantine").fetchone() == (1000,)
         assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,)
     assert stored(settings) == [1.0, 5000.0]
+
+
+# ------------------------------------------------------------------ all of it at once
+
+
+@pytest.fixture(scope="module")
+def real() -> pd.DataFrame:
+    names = ["trade_id", "price", "qty", "quote_qty", "ms", "buyer_maker", "best"]
+    day = pd.concat(pd.read_csv(file, names=names) for file in sorted(shared_data().glob("BTCUSDT-trades-*.csv")))
+    return day.assign(symbol="BTCUSDT", ts=pd.to_datetime(day["ms"], unit="ms", utc=True))
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.heavy) for n in range(3, 23))])
+def test_chaos_loses_what_it_says_and_nothing_else(settings: Settings, real: pd.DataFrame, seed: int) -> None:
+    "Each trade that arrived is stored once, each that was lost lies in a gap row, and there are no other gaps."
+    got: list[Trade] = []
+    with ReplayServer(real, speed=math.inf, frame_ms=25, chaos=seed) as server:
+        feed = FinnhubWebSocket(BTC, url=server.url, settings=settings, silence_s=0.3, retry_cap_s=0.02, on_trades=got.extend).start()
+        wait_for(lambda: server.done.is_set() and feed.stats.trades == server.sent, 30)
+        feed.stop()
+    assert server.chaos is not None and server.sent + server.lost == len(real)
+    log, stats = server.chaos.log, feed.stats
+    count = Counter(entry.kind for entry in log)
+    assert count.keys() == CHAOS.keys() or seed > 2, f"seed {seed} misses a kind"
+    assert server.lost == sum(e.lost for e in log)
+    assert "simulated" in stats.last_problem and stats.server_errors == stats.connections
+    assert stats.reconnects == count["drop"] + count["cut"] + count["silence"]
+    assert stats.repeated == count["double"]
+    lost = pd.concat([real["ms"][(real["ms"] >= e.first_ms) & (real["ms"] <= e.last_ms)].to_frame().assign(at=e.first_ms) for e in log if e.lost])
+    assert len(lost) == server.lost
+    with init_duckdb(settings) as con:
+        stored = con.sql("SELECT epoch_ms(ts) AS ms, price, qty FROM trades ORDER BY trade_id").df()
+        gaps = con.sql("SELECT epoch_ms(start_ts) AS a, epoch_ms(end_ts) AS b FROM gaps ORDER BY 1").df()
+        claims = con.sql("SELECT epoch_ms(start_ts) AS a, epoch_ms(end_ts) AS b FROM coverage ORDER BY 1").df()
+        assert con.sql("SELECT count(*) FROM quarantine").fetchone()[0] == stats.malformed + stats.rejected
+        assert verify(con).ok
+    assert stored.to_numpy().tolist() == [[round(t.ts.timestamp() * 1000), t.price, t.volume] for t in got]
+    kept = Counter(map(tuple, real[~real["ms"].isin(lost["ms"])][["ms", "price", "qty"]].to_numpy().tolist()))
+    assert Counter(map(tuple, stored.to_numpy().tolist())) == kept
+    expected = list[Disturbed]()
+    for entry in (e for e in log if CHAOS[e.kind].gap):  # without a trade between them, two are one gap
+        if not expected or not expected[-1].lost or stored["ms"].between(expected[-1].last_ms, entry.first_ms, inclusive="neither").any():
+            expected.append(entry)
+    if expected[-1].last_ms > stored["ms"].max():  # a gap ends with the next trade; without one, nothing is claimed
+        assert claims["b"].max() < expected.pop().first_ms
+        lost = lost[lost["ms"] < stored["ms"].max()]
+    assert len(gaps) == len(expected) == len(claims) - 1
+    assert all(((gaps["a"] <= ms) & (ms <= gaps["b"])).any() and not ((claims["a"] <= ms) & (ms < claims["b"])).any() for ms in lost["ms"])
+    for gap, entry in zip(gaps.itertuples(), expected, strict=True):
+        assert gap.a - 100 <= entry.first_ms <= gap.b
+        assert stored["ms"][(stored["ms"] > gap.a + 100) & (stored["ms"] < gap.b - 150)].empty  # apart from the margins, and 50 ms of disorder
+
+
+def test_the_same_seed_disturbs_the_same_frames(real: pd.DataFrame) -> None:
+    logs = []
+    for seed in (7, 7, 8):
+        with ReplayServer(real.head(4000), speed=math.inf, frame_ms=25, chaos=seed) as server:
+            feed = FinnhubWebSocket(BTC, url=server.url, collect=False, silence_s=0.2, retry_cap_s=0.02).start()
+            wait_for(lambda server=server: server.done.is_set(), 30)
+            feed.stop()
+        assert server.chaos is not None
+        logs.append([(e.kind, e.first_ms, e.last_ms, e.lost) for e in server.chaos.log])
+    assert logs[0] == logs[1] != logs[2] and len(logs[0]) > 20

@@ -347,13 +347,14 @@ def _draw(chaos: Chaos, items: list[Item]) -> Kind | None:
 # %% ../../nbs/live/04_replay.ipynb #2e85bdba
 def _to_play(
     trades: pd.DataFrame | duckdb.DuckDBPyConnection,  # trades, or the store to read them from
-    symbols: Sequence[str],  # without exchange; required with a store
+    symbol: str | Sequence[str] | None,  # without exchange; required with a store
     start: pd.Timestamp | str | None,  # first event time, UTC (store only)
     end: pd.Timestamp | str | None,  # event time before which to end, UTC (store only)
     source: str | None,  # of the stored trades
     exchange: str,  # prefix of every symbol
 ) -> tuple[Iterator[Chunk], list[int]]:  # the trades, and the ends of their gaps (ms)
     "Return the trades to play; raise `ConfigError` if a store is given without a symbol."
+    symbols = [normal_symbol(one) for one in ([symbol] if isinstance(symbol, str) else symbol or ())]
     if isinstance(trades, pd.DataFrame):
         return _from_frame(trades, symbols[0] if symbols else None, exchange), []
     if not symbols:
@@ -392,11 +393,9 @@ class _Replay(_Messages):
         faults: Mapping[int, Callable[["ReplayServer"], object]] | None = None,  # frame number -> action just before it
     ) -> None:
         super().__init__()
-        self.speed, self.host, self.port = _checked_speed(speed), host, port
-        self.ping_s, self.max_symbols, self.faults = ping_s, max_symbols, dict(faults or {})
-        self.chaos = None if chaos is None else Chaos(chaos)
-        names = [normal_symbol(one) for one in ([symbol] if isinstance(symbol, str) else symbol or ())]
-        chunks, self._gap_ends = _to_play(trades, names, start, end, source, exchange)
+        self.speed, self.host, self.port, self.faults = _checked_speed(speed), host, port, dict(faults or {})
+        self.ping_s, self.max_symbols, self.chaos = ping_s, max_symbols, None if chaos is None else Chaos(chaos)
+        chunks, self._gap_ends = _to_play(trades, symbol, start, end, source, exchange)
         self._frames = trade_frames(chunks, frame_ms)
 
 # %% ../../nbs/live/04_replay.ipynb #00000015

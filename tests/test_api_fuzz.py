@@ -88,7 +88,18 @@ def ask(client: httpx.Client, case: tuple) -> tuple[str, httpx.Response] | None:
     for name, value in parts.items():
         url = url.replace(f"{{{name}}}", quote(value, safe=""))
     query = {n: v for n, v in values.items() if n not in in_path and v is not None}
-    return path, client.get(url, params=query, headers={k: v.encode("latin-1") for k, v in headers.items()})
+    return path, received(client, client.build_request("GET", url, params=query, headers={k: v.encode("latin-1") for k, v in headers.items()}))
+
+
+def received(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    "Send a request; a stream of events, which has no end, is closed when it has begun."
+    answer = client.send(request, stream=True)
+    try:
+        if not answer.headers["content-type"].startswith("text/event-stream"):
+            answer.read()
+        return answer
+    finally:
+        answer.close()
 
 
 def check(api: dict, path: str, method: str, answer) -> None:

@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "models": ("metrics", "errors"),
     "runs": ("models", "metrics", "labels", "features", "data", "errors", "settings"),
     "evaluation": ("runs", "models", "metrics", "labels", "features", "data", "errors", "settings"),
+    "client": ("errors",),
     "serving": ("evaluation", "runs", "models", "metrics", "labels", "features", "live", "ingest", "data", "errors", "settings"),
 }
 # Thin modules at the top: they may import everything, and each other, and may import inside functions, because each command has to start fast.

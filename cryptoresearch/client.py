@@ -38,8 +38,9 @@ def _error(answer: httpx.Response) -> CryptoResearchError:
         told = {}
     told = told if isinstance(told, dict) else {}
     named = getattr(errors, str(told.get("title")), None)
-    same = isinstance(named, type) and issubclass(named, CryptoResearchError)
-    kind = named if same else _BY_STATUS.get(answer.status_code, CryptoResearchError)
+    kind = _BY_STATUS.get(answer.status_code, CryptoResearchError)
+    if isinstance(named, type) and issubclass(named, CryptoResearchError):
+        kind = named
     return kind(str(told.get("detail") or problem(f"an answer at {answer.url.path}", f"status {answer.status_code}", "Check the address")))
 
 # %% ../nbs/95_client.ipynb #3ad9ca50

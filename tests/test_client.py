@@ -36,7 +36,7 @@ def test_the_client_is_what_the_description_says(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--check"])
     script.main()
     script.CLASS += "#"
-    with pytest.raises(SystemExit, match="python scripts/write_client.py"):
+    with pytest.raises(SystemExit, match="Run: python scripts"):
         script.main()
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Lineup', 'line_up', 'setting_table', 'Measure', 'implied_probability', 'measures', 'outcome_columns',
-           'score_intervals', 'score_differences', 'pair_table', 'Finding', 'relative_gap', 'judge_lineup',
-           'known_baselines', 'baseline_table', 'known_level', 'regime_table', 'interval_table', 'feature_ic',
+           'score_intervals', 'score_differences', 'pair_table', 'Finding', 'known_baselines', 'relative_gap',
+           'judge_lineup', 'baseline_table', 'known_level', 'regime_table', 'interval_table', 'feature_ic',
            'discoveries']
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #fbed57ec
@@ -151,6 +151,7 @@ def _happened(y: np.ndarray) -> np.ndarray:
 def measures(
     target: str,  # name of a target
     level: float = 0.9,  # nominal coverage of the intervals, fraction
+    baseline: str | None = None,  # column that the skill is measured against; the reference of the target where None
 ) -> dict[str, Measure]:  # by name; the first one decides
     "Return the scores of a target's forecasts."
     both, pair = ("lower", "upper", "y"), ("prediction", "y")
@@ -164,7 +165,7 @@ def measures(
         pinball = _pinball(q)
         interval[f"pinball loss at {q:.0%}"] = Measure((side, "y"), _mean_of(pinball), -1, pinball, ".4%")
     order = {"IC": Measure(pair, ic, 1, None, ".3f"), "rank IC": Measure(pair, rank_ic, 1, None, ".3f")}
-    base = REFERENCE[target]
+    base = baseline or REFERENCE[target]
     skill = {f"OOS R² against {base}": Measure((*pair, base), r2_oos, 1, None, ".3f")}
     if is_event(target):
         own = {"AUC": Measure(pair, auc, 1, None, ".3f"), "log loss": Measure(pair, _mean_of(cross_entropy), -1, cross_entropy)}
@@ -287,6 +288,17 @@ class Finding:
     def _repr_html_(self) -> str:
         return f'<div class="verdict {self.color}"><b>Verdict: {html.escape(self.label)}</b>{html.escape(self.sentence)}</div>'
 
+# %% ../../nbs/evaluation/03_comparison.ipynb #ddf7e1b4
+_BASELINES = ("zero", "mean", "last", "naive", "ewma", "har", "base", "half")
+
+
+def known_baselines(
+    predictions: pd.DataFrame,  # of a run
+) -> list[str]:  # names of columns
+    "List the baselines that are known for nearly all rows of the model, so that the comparison keeps its rows."
+    asked = predictions[["y", "prediction"]].notna().all(axis=1)
+    return [c for c in map(str, predictions) if c in _BASELINES and predictions.loc[asked, c].notna().mean() > LEAST_COVER]
+
 # %% ../../nbs/evaluation/03_comparison.ipynb #b8b187e6
 def relative_gap(
     line: Lineup,  # of line_up
@@ -305,15 +317,24 @@ def _saved(own: pd.Series, other: pd.Series, horizon: int, draws: int, seed: int
 
 
 def _beats_baseline(line: Lineup) -> str:
-    "Say which runs beat the baseline, as a clause."
-    name, loss = REFERENCE[line.config.target], _loss(line.config.target)
-    frame = next(iter(line.frames.values()))
-    base = pd.Series(loss(frame[name], frame["y"]), frame.index)
-    tests = {k: diebold_mariano(line.losses[k], base, line.config.horizon) for k in line.letters}
-    winners = [k for k, t in tests.items() if t.stat < 0 and t.p_value < ALPHA]
+    "Say which runs beat the baseline of their target, or every baseline of volatility, as in the verdict of a run."
+    base = _baseline_losses(line)
+    own, h = line.losses.loc[base.index], line.config.horizon
+    tests = {k: {n: diebold_mariano(own[k], base[n], h) for n in base} for k in line.letters}
+    winners = [k for k, found in tests.items() if all(t.stat < 0 and t.p_value < ALPHA for t in found.values())]
+    name = max(base, key=lambda n: max(found[n].stat for found in tests.values()))  # the hardest to beat
     if not winners:
         return f"but {'neither' if len(tests) == 2 else 'none'} beats the forecast “{name}”: the better of two forecasts can lack skill"
     return f"{' and '.join(winners)} beat{'s' if len(winners) == 1 else ''} the forecast “{name}” (p < {ALPHA})"
+
+
+def _baseline_losses(line: Lineup) -> pd.DataFrame:
+    "Compute the losses of the baselines that a verdict asks for, on the rows that all have."
+    target, frame = line.config.target, next(iter(line.frames.values()))
+    names = known_baselines(frame) if target == "volatility" else [REFERENCE[target]]
+    rows = frame.dropna(subset=names)
+    losses = pd.DataFrame({n: _loss(target)(rows[n], rows["y"]) for n in names}, index=rows.index)
+    return losses[[n for n in names if np.isfinite(losses[n]).all()]]
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #5a9a1d58
 def judge_lineup(
@@ -346,14 +367,6 @@ def _lead(line: Lineup, rows: str, pair: tuple[str, str], gap: Interval, p: floa
     span = f"95 % interval {number(gap.lower, '.1%')} to {number(gap.upper, '.1%')}, Diebold-Mariano {p_value(p)}"
     return f"{pair[0]} has the lowest mean {loss_name(line.config.target)} {rows}, {number(gap.value, '.1%')} below {pair[1]} ({span})"
 
-# %% ../../nbs/evaluation/03_comparison.ipynb #ddf7e1b4
-def known_baselines(
-    predictions: pd.DataFrame,  # of a run
-) -> list[str]:  # names of columns
-    "List the baselines that are known for nearly all rows of the model, so that the comparison keeps its rows."
-    asked = predictions[["y", "prediction"]].notna().all(axis=1)
-    return [c for c in map(str, predictions) if c in _BASELINES and predictions.loc[asked, c].notna().mean() > LEAST_COVER]
-
 # %% ../../nbs/evaluation/03_comparison.ipynb #5bebf8f1
 def baseline_table(
     predictions: pd.DataFrame,  # of a run
@@ -379,9 +392,6 @@ def baseline_table(
         table[name] = found | {"dm_p": test.p_value, "mcs_p": best["p_value"][name], "in_set": bool(best["in_set"][name])}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("forecaster")
 
-
-_BASELINES = ("zero", "mean", "last", "naive", "ewma", "har", "base", "half")
-
 # %% ../../nbs/evaluation/03_comparison.ipynb #2d5dd883
 def known_level(
     rows: pd.DataFrame,  # of the predictions of a run, n
@@ -402,15 +412,17 @@ def regime_table(
     target: str,  # name of a target
     horizon: int,  # bars that an outcome spans
     window_bars: int = 168,  # bars of the volatility that defines the terciles
+    baseline: str | None = None,  # column of the loss reduction and the test; the reference of the target where None
     # index regime, part: n, ic, ic_t, ic_p, ic_margin (half of the 95 % interval), saved (loss reduction, fraction), dm_p, coverage;
     # for events auc, log_loss
 ) -> pd.DataFrame:
     "Compute scores by volatility tercile, part of the day and year."
-    rows = predictions.dropna(subset=["y", "prediction", REFERENCE[target]])
+    base = baseline or REFERENCE[target]
+    rows = predictions.dropna(subset=["y", "prediction", base])
     sigma = known_level(rows, bars, window_bars)
 
     def scores(part: pd.DataFrame) -> dict[str, float]:
-        a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", REFERENCE[target]))
+        a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", base))
         known = np.isfinite(a) & np.isfinite(b)
         saved = loss_reduction(a[known], b[known]) if known.any() else float("nan")
         f, y = part["prediction"], part["y"]

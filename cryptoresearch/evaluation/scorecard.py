@@ -63,13 +63,14 @@ def scorecard(
     level: float = 0.9,  # nominal coverage of the intervals, fraction
     draws: int = 300,  # of the block bootstrap
     seed: int = 0,  # of the draws
+    baseline: str | None = None,  # column that the skill is measured against; the reference of the target where None
 ) -> pd.DataFrame:  # index measure, forecaster (model first): value, lower, upper (95 % interval), dm_p (of the model against it)
     "Compute every score of the model and of each baseline with its interval, on the rows that both have."
     out, have = {}, known_baselines(predictions)
-    for name, m in measures(target, level).items():
+    for name, m in measures(target, level, baseline).items():
         mine = outcome_columns(predictions, m.columns, level)
         out[name, "model"] = [*bootstrap_score(m.score, *mine, horizon=horizon, draws=draws, seed=seed), np.nan]
-        for rival, columns in _rivals(m, have, list(map(str, predictions)), REFERENCE[target]).items():
+        for rival, columns in _rivals(m, have, list(map(str, predictions)), baseline or REFERENCE[target]).items():
             theirs = outcome_columns(predictions, columns, level)
             if np.isnan(m.score(*(c[~np.isnan(np.array(theirs)).any(axis=0)] for c in theirs))):
                 continue  # a constant orders nothing

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST_OUTCOMES', 'ALPHA', 'SUSPICIOUS_IC', 'SUSPICIOUS_R2', 'SUSPICIOUS_SAVED', 'LEAK_P', 'FEW_OUTCOMES',
-           'CONFIDENT', 'FEWEST_TRADES', 'verdict_rules', 'number', 'p_value', 'with_savings', 'binding', 'Judgement',
-           'judge', 'verdict', 'deflate']
+           'CONFIDENT', 'FEWEST_TRADES', 'TRADABLE', 'verdict_rules', 'number', 'p_value', 'with_savings', 'binding',
+           'Judgement', 'baseline_name', 'judge', 'verdict', 'deflate']
 
 # %% ../../nbs/metrics/05_verdict.ipynb #9b27ec64
 import html
@@ -139,6 +139,13 @@ _SUBJECTS = {
 _NAMES = {"zero": "the forecast “zero”", "base": "the base rate", "ewma": "EWMA", "har": "HAR", "last": "persistence"}
 
 
+def baseline_name(
+    name: str,  # row of a score table, such as har
+) -> str:  # such as HAR, or the forecast “zero”
+    "Return the name of a baseline as the verdict writes it."
+    return _NAMES.get(name, name)
+
+
 def _wins(row: Mapping[str, float]) -> tuple[bool, str]:  # whether the model beats the reference, and the words if it does not
     "Read the Diebold-Mariano test of the model against the reference."
     beats, worse = row["dm_stat"] < 0 and row["dm_p"] < ALPHA, row["dm_stat"] > 0 and row["dm_p"] < ALPHA
@@ -216,7 +223,7 @@ def _beaten(scores: pd.DataFrame) -> str:
     "Write the comparison with the best of the baselines and, where that is another, with the one whose test is least clear."
     base, shares = binding(scores, "volatility"), scores.drop(index="model").get("saved", pd.Series(dtype=float)).dropna()
     best = str(shares.idxmin()) if len(shares) else base
-    told = {n: f"{_NAMES.get(n, n)} ({_evidence(_against(scores, n), 'volatility')})" for n in (best, base)}
+    told = {n: f"{baseline_name(n)} ({_evidence(_against(scores, n), 'volatility')})" for n in (best, base)}
     if best != base:
         return f"{told[best]}, the best of the baselines, and {told[base]}, whose test is the least clear"
     return told[base] + (", the baseline that is hardest to beat" if len(scores) > 2 else "")
@@ -235,7 +242,7 @@ def _of_volatility(
     if beats and not unbeaten:
         return "skill", f"Forecasts of volatility beat {_beaten(scores)}"
     hardest = ", the baseline that is hardest to beat" if len(scores) > 2 else ""
-    against = f"{_NAMES.get(base, base)} ({_evidence(row, 'volatility')}){hardest}"
+    against = f"{baseline_name(base)} ({_evidence(row, 'volatility')}){hardest}"
     return "none", f"No skill beyond the baselines: forecasts of volatility {'do not clearly beat' if beats else fail} {against}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #4c48a64a
@@ -268,6 +275,7 @@ def _forecast(
 
 # %% ../../nbs/metrics/05_verdict.ipynb #0000000d
 FEWEST_TRADES = 20  # of the whole capital; with fewer, a break-even cost says nothing
+TRADABLE = "worth a test with a small amount"  # how the sentence of a tradable run ends
 
 
 def _money(
@@ -303,7 +311,7 @@ def _chance(strategy: StrategyResult, cost: str, deflated: float | None, n_trial
         return f"{cost}, but chance is not ruled out ({ratio}, {CONFIDENT} needed): not tradable yet"
     if level not in ("skill", "weak"):
         return f"{cost} ({ratio}), but forecasts without skill cannot explain it: not tradable"
-    return f"{cost} and chance is unlikely ({ratio}): worth a test with a small amount"
+    return f"{cost} and chance is unlikely ({ratio}): {TRADABLE}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #62a9d689
 def _unbeaten(scores: pd.DataFrame, target: str) -> list[str]:

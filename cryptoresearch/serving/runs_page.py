@@ -23,6 +23,7 @@ from ..runs.trials import trial_sharpes
 from . import run_sections
 from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, sentence, show_sections
 from .run_sections import Section
+from .summary import summarise
 from ..settings import Settings
 
 # %% ../../nbs/serving/10c_runs_page.ipynb #a3cc01b4
@@ -65,11 +66,14 @@ def sections_of(
 ) -> Iterator[Section]:  # computed one by one
     "Compute the sections of a run."
     report = run_sections.read_report(run, page.settings, DRAWS)
+    overfitting = run_overfitting(page.con, run)
+    told = summarise(report, run_sections.stored_verdict(report, None), None, overfitting)
+    yield run_sections.section("Summary", (told.table,))
     yield run_sections.accuracy_section(report)
     costs = Costs(run.config.fee_bps)
     trading = run_sections.trade_forecasts(report, trial_sharpes(page.con, run.config.spec, run.info["simulated"]), costs)
     yield run_sections.trading_section(report, trading)
-    yield run_sections.testing_section(report, run_overfitting(page.con, run))
+    yield run_sections.testing_section(report, overfitting)
     yield run_sections.importance_section(report)
     yield run_sections.calibration_section(report)
 

@@ -25,7 +25,7 @@ from ..evaluation.strategies import clocked, costs_text, RULES
 from ..metrics.costs import Costs
 from ..metrics.scores import left_out_text, loss_name, REFERENCE
 from ..metrics.strategy import sharpe_ratio, StrategyResult
-from ..metrics.verdict import ALPHA, deflate, FEWEST_OUTCOMES, number, p_value
+from ..metrics.verdict import ALPHA, binding, deflate, FEWEST_OUTCOMES, number, p_value
 from ..runs.trials import LEAST_BARS, LEAST_SHARE, read_trials, tried_sharpes
 from .figures import gap_stretches
 
@@ -75,7 +75,6 @@ _SCORES = {  # column: name, format
     "rank_ic": ("rank IC", ".3f"), "r2_oos": ("OOS R²", ".3f"), "rmse": ("RMSE", ".4f"),
     "auc": ("AUC", ".3f"), "brier": ("Brier", ".4f"), "log_loss": ("log loss", ".4f"),
     "qlike": ("QLIKE", ".3f"), "mse_log": ("log MSE", ".3f"), "mz_slope": ("slope", ".2f"), "mz_p": ("MZ p", ""),
-    "dm_stat": ("DM", ".1f"),
 }  # fmt: skip
 
 # %% ../../nbs/serving/08_views.ipynb #e135bab3
@@ -87,17 +86,28 @@ def score_view(
     left_out = {"r2_oos"} if target == "volatility" else set()  # it is judged by QLIKE
     shown = {c: row for c, row in _SCORES.items() if c in scores and c not in left_out}
     view = pd.DataFrame({name: _texts(scores[c], form) if form else _p_texts(scores[c]) for c, (name, form) in shown.items()})
-    view["DM p"] = _p_texts(scores["dm_p"])
-    note = (
-        f"{int(scores['n'].iloc[0]):,} forecasts. {'OOS R² and the' if 'r2_oos' in shown else 'The'} Diebold-Mariano test "
-        f"(DM, on {loss_name(target)}, negative is better) {'are' if 'r2_oos' in shown else 'is'} "
-        f"against “{_forecaster(REFERENCE[target])}”; all p-values allow for overlapping outcomes."
-    )
+    of_model = "model" in scores.index and "model_dm_stat" in scores
+    tests = "model_dm" if of_model else "dm"
+    view["DM"], view["DM p"] = _texts(scores[f"{tests}_stat"], ".1f"), _p_texts(scores[f"{tests}_p"])
+    note = f"{int(scores['n'].iloc[0]):,} forecasts. {_tests_note(target, of_model)} All p-values allow for overlapping outcomes."
+    if "r2_oos" in shown:
+        note += f" OOS R² is against “{_forecaster(REFERENCE[target])}”."
     if "slope" in view:
         note += " Slope of the squared outcome on the squared forecast (Mincer-Zarnowitz, MZ); p of a slope of 1 and an intercept of 0."
     if without := left_out_text(scores.attrs.get("rows", {})):
         note += f" {without}."
-    return Table(view.rename(index=_forecaster), note=note)
+    bound = binding(scores, target) if of_model else ""
+    view.index = pd.Index([_forecaster(n) + (" (binding)" if n == bound else "") for n in scores.index])
+    return Table(view, note=note)
+
+
+def _tests_note(target: str, of_model: bool) -> str:
+    "Explain the Diebold-Mariano tests of a score table."
+    how = f"DM: Diebold-Mariano test, on {loss_name(target)}, "
+    if not of_model:
+        return f"{how}of each forecast against “{_forecaster(REFERENCE[target])}”; negative is better than that."
+    bound = "the verdict uses the binding baseline, the one that is hardest to beat."
+    return f"{how}of the model against each baseline; negative: the model is better; {bound}"
 
 # %% ../../nbs/serving/08_views.ipynb #0000001b
 _PERCENT = ("return", "volatility", "drawdown", "exposure")  # words in the names of rows that are shares
@@ -178,7 +188,8 @@ def _spans(table: pd.DataFrame, forms: Sequence[str]) -> list[str]:
 
 def _forms(names: Sequence[object], target: str, level: float) -> list[str]:
     "Return the format of each measure."
-    known = measures(target, level)
+    against = [str(name).rpartition(" against ")[2] for name in names if " against " in str(name)]
+    known = measures(target, level, against[0] if against else None)
     return [known[str(name)].form for name in names]
 
 
@@ -567,6 +578,7 @@ def comparison_rules() -> Table:  # one rule per row
         "too little to judge": f"fewer than {FEWEST_OUTCOMES} outcomes that do not overlap",
         "better": _BETTER,
         "no clear difference": "everything else: choose by another criterion, such as simplicity",
-        "in addition": f"which run beats the baseline of its target (Diebold-Mariano p below {ALPHA}); the better of two can lack skill",
+        "in addition": f"which run beats the baseline of its target, or every baseline of volatility (Diebold-Mariano p below {ALPHA}); "
+        "the better of two can lack skill",
     }
     return Table(pd.DataFrame({"when": rows}), words=True, note="The first rule that applies is used; the last is always reported.")

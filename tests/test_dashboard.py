@@ -141,6 +141,11 @@ def test_every_page_opens_and_says_what_is_missing(page, process, settings, shar
         assert page.locator(".cr-nav a[aria-current]").inner_text().lower() == name
         page.wait_for_timeout(1500)  # what the page still tells its kernel
     page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
+    ink = "[...document.querySelectorAll('.js-plotly-plot .gtitle, .js-plotly-plot .xtick text')].map(e => getComputedStyle(e).fill)"
+    light = set(page.evaluate(ink))
+    page.get_by_role("button", name="light / dark").click()
+    page.wait_for_timeout(500)
+    assert light and not light & set(page.evaluate(ink))  # figures of reports follow the theme too
     assert page.outside == []
     assert page.errors == []
 

@@ -44,6 +44,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> LiveMonitor:
         ({"lag_s": 10.5}, {}, ["lag"]),
         ({"lag_s": 9.5, "silence_s": {"A": 59.0}}, {"drift": 0.2}, []),
         ({}, {"drift": 0.3}, ["drift"]),
+        ({}, {"drift": 0.6, "chance": 0.7}, []),  # as far as a day of hourly bars is without drift
+        ({}, {"drift": 0.8, "chance": 0.7}, ["drift"]),
         ({}, {"parity": APART}, ["parity"]),
         ({}, {"parity": Parity("run", "binance", 10, 1e-10, 0.0, 0, None, 0.0, 0, 0)}, []),
         ({}, {"parity": Parity("run", "binance", 10, float("inf"), 0.0, 1, None, 0.0, 0, 0)}, ["parity"]),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACES', 'Choice', 'HALF_LIVES', 'PERIODS', 'MOST_FITS', 'MOST_FAILED', 'suggest', 'Search', 'inner_search',
            'run_choices', 'asked_search', 'loss_of_search', 'fold_loss', 'forecast_walk', 'study_name', 'open_storage',
-           'open_study', 'Tuned', 'tune', 'study_origin', 'trial_table', 'found_options']
+           'open_study', 'Tuned', 'tune', 'study_origin', 'trial_table', 'stored_search', 'found_options']
 
 # %% ../../nbs/runs/07_tuning.ipynb #42cd427b
 import hashlib
@@ -527,6 +527,21 @@ def _finished(config: RunConfig, study: optuna.Study, failures: _Failures) -> Tu
         raise DataNotFound(problem("a trial that was completed", found, "Raise n_trials, or look at the errors above"))
     best = {name: study.best_trial.user_attrs[name] for name in ("params", *get_args(Choice))}
     return Tuned(replace(config, **best), study, trial_table(study))
+
+# %% ../../nbs/runs/07_tuning.ipynb #9cfb9c0c
+def stored_search(
+    name: str,  # of the study
+    config: RunConfig,  # of a run that it found
+    settings: Settings | None = None,  # where the runs are; from the environment when None
+) -> Tuned | None:  # None where no journal next to the runs has it
+    "Read a finished study without changing it."
+    file = runs_folder(settings) / "studies" / f"{name}.journal"
+    if not file.is_file():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.load_study(study_name=name, storage=open_storage(name, None, settings))
+    return _finished(config, study, _Failures())
 
 # %% ../../nbs/runs/07_tuning.ipynb #8fb0a0fb
 def found_options(

@@ -6,7 +6,7 @@
 __all__ = ['runs_table', 'settings_section', 'loss_section', 'comparison_loss', 'differences_section', 'benchmarks_section',
            'set_section', 'LineupTrials', 'lineup_trials', 'earnings_section', 'selection_section', 'comparison_end',
            'SearchReport', 'search_report', 'search_verdict', 'search_facts', 'search_folds_section', 'trials_section',
-           'study_section', 'search_rules_section', 'search_testing_section']
+           'stored_search_section', 'study_section', 'search_rules_section', 'search_testing_section']
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #d3f179eb
 from collections.abc import Mapping
@@ -240,9 +240,15 @@ class SearchReport:
         loss: float,  # of a fold or a mean
     ) -> str:  # of the score
         "Write a loss as a score."
-        return number(-loss if self.loss == "minus IC" else loss, ".4f" if self.loss == "log loss" else ".3f")
+        return _score_text(self.loss, loss)
+
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #8c51e962
+def _score_text(name: str, loss: float) -> str:
+    "Write a loss as a score; the IC is maximised, so that its loss is negative."
+    return number(-loss if name == "minus IC" else loss, ".4f" if name == "log loss" else ".3f")
+
+
 def search_report(
     found: Tuned,  # of tune
     config: RunConfig,  # that was searched
@@ -360,17 +366,27 @@ def search_folds_section(
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #2917404b
 def trials_section(
-    report: SearchReport,  # of search_report
+    found: Tuned,  # of tune or stored_search
 ) -> Section:  # the ten best trials, and the command that tests the best one
     "Show the best trials."
-    top = report.found.table[report.found.table["state"] == "COMPLETE"].head(10)
-    columns = {report.measure: [report.text(v) for v in top["loss"]]}
+    top, loss = found.table[found.table["state"] == "COMPLETE"].head(10), loss_of_search(found.config.target)
+    columns = {loss.removeprefix("minus "): [_score_text(loss, v) for v in top["loss"]]}
     columns |= {str(c): [v if isinstance(v, str) else number(v, ".4g") for v in top[c]] for c in top if c not in ("state", "loss", "folds")}
     note = "Similar scores with very different parameters mean that the parameters matter little."
     view = Table(pd.DataFrame(columns, index=[f"trial\u00a0{i}" for i in top.index]), note=note)
-    command = f"cryptoresearch train {found_options(report.found.config)}"
+    command = f"cryptoresearch train {found_options(found.config)}"
     once = "Run it once. Each further look at the outer test is one more trial, and the ledger counts it."
     return section("Best trials", (view, facts_table({"command to test the best trial": command}, once)))
+
+# %% ../../nbs/serving/08b_comparison_sections.ipynb #03361109
+def stored_search_section(
+    found: Tuned,  # of stored_search
+    view: Table,  # of search_view
+) -> Section:  # what the ledger holds about the search, its best trials and its course
+    "Show the study that the parameters of a run came from."
+    text = "The parameters of this run were found by a search on the rows before its test. Its best score is biased upwards by the choice."
+    history = research_figures.study_figures(found.study, loss_of_search(found.config.target)).get("history")
+    return section("Parameter search", (text, view, *trials_section(found).parts, history))
 
 # %% ../../nbs/serving/08b_comparison_sections.ipynb #f99feb49
 def study_section(

@@ -50,13 +50,15 @@ class Watched:
     scores: LiveScores | None = None  # of the last 7 days; None before the first prediction
     parity: Parity | None = None  # of the last day
     drift: float = float("nan")  # median population stability index of the features over the last day
+    chance: float = float("nan")  # median index that so few rows reach by chance
 
 
-def _drift(con: duckdb.DuckDBPyConnection, run: Run, source: str, train: pd.DataFrame | None) -> float:
-    "Compute the median drift of the features; NaN where the training rows are not in the store."
+def _drift(con: duckdb.DuckDBPyConnection, run: Run, source: str, train: pd.DataFrame | None) -> tuple[float, float]:
+    "Compute the median drift of the features and its level by chance; NaN where the training rows are not in the store."
     if train is None or train.empty:
-        return float("nan")
-    return float(live_drift(con, run, source=source, last="1D", train=train)["psi"].median())
+        return float("nan"), float("nan")
+    table = live_drift(con, run, source=source, last="1D", train=train)
+    return float(table["psi"].median()), float(table["chance"].median())
 
 # %% ../../nbs/serving/02d_monitor.ipynb #2db2c580
 def watch_run(
@@ -76,8 +78,8 @@ def watch_run(
     except DataNotFound:  # nothing is written yet
         return before
     if not slow:
-        return Watched(scores, before.parity, before.drift)
-    return Watched(scores, parity(con, run, source=source), _drift(con, run, source, train))
+        return Watched(scores, before.parity, before.drift, before.chance)
+    return Watched(scores, parity(con, run, source=source), *_drift(con, run, source, train))
 
 # %% ../../nbs/serving/02d_monitor.ipynb #0ba05105
 Kind = Literal["silence", "lag", "parity", "coverage", "drift"]
@@ -122,7 +124,7 @@ def _of_run(name: str, w: Watched, limits: Limits) -> Iterator[tuple[Kind, str, 
         yield "parity", name, f"{w.parity.missing:,} bars of the store were not predicted"
     if w.scores is not None and w.scores.coverage_p < limits.coverage_p:
         yield "coverage", name, f"the intervals cover {w.scores.coverage:.1%} instead of {w.scores.level:.0%}"
-    if w.drift > limits.drift:
+    if w.drift > np.fmax(limits.drift, w.chance):  # few rows are far from the training without any drift
         yield "drift", name, f"median stability index of the features {w.drift:.2f}"
 
 # %% ../../nbs/serving/02d_monitor.ipynb #f73a7377

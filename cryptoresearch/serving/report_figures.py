@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOME', 'MODEL', 'BASELINE', 'BAD', 'BAND', 'INK', 'BASELINE_COLUMNS', 'BUNDLED', 'thin', 'plotly_js',
            'figure_html', 'figures_json', 'folds_figure', 'prediction_figure', 'skill_figure', 'calibration_figure',
-           'coverage_figure', 'equity_figure', 'importance_figure', 'price_figure']
+           'coverage_figure', 'stretches_figure', 'equity_figure', 'importance_figure', 'price_figure']
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000003
 import base64
@@ -257,6 +257,26 @@ def coverage_figure(
     fig = _dress(fig, f"Coverage ({level:.0%} nominal) and width of the interval{note}", 380)
     fig.update_yaxes(title="coverage", tickformat=".0%", row=1, col=1)
     fig.update_yaxes(title="width", tickformat=".1%", row=2, col=1)
+    return fig
+
+# %% ../../nbs/serving/05_report_figures.ipynb #f49a9835
+def stretches_figure(
+    table: pd.DataFrame,  # of rolling_scores: saved (fraction) and coverage (fraction), index start of the stretch, UTC
+    baseline: str,  # that the loss is compared with
+    level: float,  # nominal coverage of the interval, as a fraction
+) -> go.Figure:  # loss reduction above; coverage below, where the run has intervals
+    "Draw loss reduction and coverage of each stretch of time."
+    covered = bool(table["coverage"].notna().any())
+    fig = make_subplots(1 + covered, 1, shared_xaxes=True, vertical_spacing=0.08).update_layout(showlegend=False)
+    colors = np.where(table["saved"] < 0, BAD, MODEL).tolist()
+    fig.add_bar(x=table.index, y=table["saved"], name="loss reduction", marker_color=colors, row=1, col=1)
+    if covered:
+        line = {"color": MODEL, "width": 1.5}
+        fig.add_scatter(x=table.index, y=table["coverage"], name="coverage", mode="lines+markers", line=line, row=2, col=1)
+        fig.add_hline(y=level, line={"color": BASELINE, "width": 1, "dash": "dash"}, row=2, col=1)
+        fig.update_yaxes(title="coverage", tickformat=".0%", row=2, col=1)
+    fig = _dress(fig, f"Loss reduction against “{baseline}”" + f", and coverage ({level:.0%} nominal)" * covered, 230 + 130 * covered)
+    fig.update_yaxes(title="reduction", tickformat=".1%", row=1, col=1)
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #0000001c

@@ -14,16 +14,19 @@ import ipywidgets as widgets
 import pandas as pd
 
 from ..errors import DataNotFound, problem
-from ..evaluation.overfitting import run_overfitting
+from ..evaluation.overfitting import run_overfitting, RunOverfitting, search_overfitting
 from ..metrics.costs import Costs
 from ..metrics.verdict import Judgement
 from ..runs.run import load_run, Run
 from ..runs.stored import list_runs
 from ..runs.trials import trial_sharpes
+from ..runs.tuning import stored_search, study_origin
 from . import run_sections
+from .comparison_sections import stored_search_section
 from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, sentence, show_sections
 from .run_sections import Section
 from .summary import summarise
+from .views import search_view
 from ..settings import Settings
 
 # %% ../../nbs/serving/10c_runs_page.ipynb #a3cc01b4
@@ -60,13 +63,23 @@ def runs_table(
 DRAWS = 50  # of the bootstrap, and random signals
 
 
+def _search(page: Page, run: Run, found: RunOverfitting) -> Iterator[Section]:
+    "Show the study that the parameters came from, if its journal is next to the runs."
+    tuned = None if found.search is None else stored_search(found.search.study, run.config, page.settings)
+    if tuned is None:
+        return
+    counted = search_overfitting(page.con, tuned.study.study_name, study_origin(tuned.study))
+    if counted.n_trials:  # otherwise another study of this name is in the ledger
+        best, simulated = tuned.study.best_trial.number, bool(run.info["simulated"])
+        yield stored_search_section(tuned, search_view(page.con, counted, best, run.config.spec, simulated))
+
+
 def sections_of(
     page: Page,  # gives the store and the settings
     run: Run,  # to show
 ) -> Iterator[Section]:  # computed one by one
     "Compute the sections of a run."
-    report = run_sections.read_report(run, page.settings, DRAWS)
-    overfitting = run_overfitting(page.con, run)
+    report, overfitting = run_sections.read_report(run, page.settings, DRAWS), run_overfitting(page.con, run)
     told = summarise(report, run_sections.stored_verdict(report, None), None, overfitting)
     yield run_sections.section("Summary", (told.table,))
     yield run_sections.accuracy_section(report)
@@ -74,6 +87,7 @@ def sections_of(
     trading = run_sections.trade_forecasts(report, trial_sharpes(page.con, run.config.spec, run.info["simulated"]), costs)
     yield run_sections.trading_section(report, trading)
     yield run_sections.testing_section(report, overfitting)
+    yield from _search(page, run, overfitting)
     yield run_sections.importance_section(report)
     yield run_sections.calibration_section(report)
 

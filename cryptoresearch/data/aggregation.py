@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRICES', 'NUMBERS', 'Trades', 'TRADE_COLUMNS', 'RECORD', 'at_least', 'begin_record', 'add_trade', 'add_fine',
-           'check_amounts', 'fold_trades', 'record_amount', 'complete_trades', 'place_bars', 'vwap_of', 'combine_bars']
+           'check_amounts', 'fold_trades', 'record_amount', 'trade_columns', 'in_order', 'complete_trades',
+           'TimeFolder', 'drop_before', 'place_bars', 'vwap_of', 'combine_bars']
 
 # %% ../../nbs/data/06_aggregation.ipynb #6a622a39
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -299,9 +300,9 @@ def _amounts_of(trades: pd.DataFrame) -> Trades:
     return out
 
 # %% ../../nbs/data/06_aggregation.ipynb #38ad8551
-def complete_trades(
-    trades: pd.DataFrame,  # ts (UTC), price, qty; other columns of TRADE_COLUMNS where known; n rows in any order
-) -> Trades:  # all of TRADE_COLUMNS, n each, in the order (ts, trade_id); a side that is not known is 0
+def trade_columns(
+    trades: pd.DataFrame,  # ts (UTC), price, qty; other columns of TRADE_COLUMNS where known; n rows
+) -> Trades:  # all of TRADE_COLUMNS, n each, in the order of the rows; a side that is not known is 0
     "Return the columns of trades that bars need, with defaults for those that are missing."
     out, n = _amounts_of(trades), len(trades)
     out["ts"] = pd.DatetimeIndex(pd.to_datetime(trades["ts"], utc=True, cache=False)).as_unit("us").asi8
@@ -310,8 +311,101 @@ def complete_trades(
     for side in ("side_reported", "side_tick"):
         known = side in trades
         out[side] = trades[side].astype("Int8").fillna(0).to_numpy("int8") if known else np.zeros(n, np.int8)
-    order = np.lexsort((out["trade_id"], out["ts"]))
-    return {name: out[name][order] for name in TRADE_COLUMNS}
+    return {name: out[name] for name in TRADE_COLUMNS}
+
+# %% ../../nbs/data/06_aggregation.ipynb #4eefe1e4
+def in_order(
+    t: Trades,  # n trades in any order
+) -> Trades:  # the same in the order (ts, trade_id)
+    "Sort trades by time, and by id within a moment."
+    order = np.lexsort((t["trade_id"], t["ts"]))
+    return {name: t[name][order] for name in TRADE_COLUMNS}
+
+
+def complete_trades(
+    trades: pd.DataFrame,  # ts (UTC), price, qty; other columns of TRADE_COLUMNS where known; n rows in any order
+) -> Trades:  # all of TRADE_COLUMNS, n each, in the order (ts, trade_id); a side that is not known is 0
+    "Return the columns of trades that bars need, sorted."
+    return in_order(trade_columns(trades))
+
+# %% ../../nbs/data/06_aggregation.ipynb #a3b67071
+@njit(cache=True, nogil=True)
+def _join(
+    bar: np.record,  # RECORD, changed
+    more: np.record,  # RECORD of other trades of the same bar
+    earlier: bool,  # whether its first trade is before that of the bar
+) -> None:
+    "Add the trades of another record to a bar."
+    bar.high, bar.low = max(bar.high, more.high), min(bar.low, more.low)
+    if earlier:
+        bar.open, bar.first_id = more.open, more.first_id
+    if (more.last_ts, more.last_id) >= (bar.last_ts, bar.last_id):
+        bar.close, bar.last_id, bar.last_ts = more.close, more.last_id, more.last_ts
+        bar.last_reported, bar.last_tick = more.last_reported, more.last_tick
+    bar.volume_whole, bar.volume_part = bar.volume_whole + more.volume_whole, bar.volume_part + more.volume_part
+    bar.quote_whole, bar.quote_part = bar.quote_whole + more.quote_whole, bar.quote_part + more.quote_part
+    bar.reported_whole, bar.reported_part = bar.reported_whole + more.reported_whole, bar.reported_part + more.reported_part
+    bar.tick_whole, bar.tick_part = bar.tick_whole + more.tick_whole, bar.tick_part + more.tick_part
+    bar.volume_fine, bar.quote_fine = bar.volume_fine + more.volume_fine, bar.quote_fine + more.quote_fine
+    bar.reported_fine, bar.tick_fine = bar.reported_fine + more.reported_fine, bar.tick_fine + more.tick_fine
+    bar.any_reported, bar.any_tick = bar.any_reported or more.any_reported, bar.any_tick or more.any_tick
+    bar.trades += more.trades
+
+# %% ../../nbs/data/06_aggregation.ipynb #8b8d61a5
+@njit(cache=True, nogil=True)
+def _join_all(
+    old: np.ndarray, since: np.ndarray,  # RECORD and µs of its first trade, n in order
+    new: np.ndarray, begun: np.ndarray,  # RECORD and µs of its first trade, m in order
+    out: np.ndarray, first: np.ndarray,  # RECORD and µs, n + m, filled
+) -> int:  # records in use
+    "Merge two lists of records; those of one bar are joined."
+    i, j, k = 0, 0, 0
+    while i < len(old) or j < len(new):
+        if j == len(new) or (i < len(old) and old[i].b < new[j].b):
+            out[k], first[k], i = old[i], since[i], i + 1
+        elif i == len(old) or new[j].b < old[i].b:
+            out[k], first[k], j = new[j], begun[j], j + 1
+        else:
+            out[k], first[k] = old[i], min(since[i], begun[j])
+            _join(out[k], new[j], (begun[j], new[j].first_id) < (since[i], old[i].first_id))
+            i, j = i + 1, j + 1
+        k += 1
+    return k
+
+# %% ../../nbs/data/06_aggregation.ipynb #f3e18004
+class TimeFolder:
+    "Aggregate trades into the records of time bars, in as many pieces and in whatever order they arrive."
+
+    def __init__(
+        self,
+        length_us: int,  # bar length
+    ) -> None:
+        self.length_us = length_us
+        self.records: np.ndarray = np.zeros(0, RECORD)  # in order of the bars
+        self.first: np.ndarray = np.zeros(0, np.int64)  # time of each bar's first trade, µs
+
+    def add(
+        self,
+        t: Trades,  # at least one, in the order (ts, trade_id); earlier pieces may have been later
+    ) -> None:
+        "Add trades to their bars. `SchemaError` where amounts are too large to be added exactly."
+        new = fold_trades([t], self.length_us)
+        begun = t["ts"][np.searchsorted(t["ts"], new["b"] * self.length_us)]
+        for bar in self.records[np.isin(self.records["b"], new["b"])]:
+            check_amounts(t, bar)
+        n = len(self.records) + len(new)
+        out, first = np.empty(n, RECORD), np.empty(n, np.int64)
+        k = _join_all(self.records, self.first, new, begun, out, first)
+        self.records, self.first = out[:k], first[:k]
+
+# %% ../../nbs/data/06_aggregation.ipynb #95f3d9f7
+def drop_before(
+    folder: TimeFolder,  # changed
+    b: int,  # number of a bar
+) -> None:
+    "Forget the bars before this one."
+    k = int(np.searchsorted(folder.records["b"], b))
+    folder.records, folder.first = folder.records[k:].copy(), folder.first[k:].copy()
 
 # %% ../../nbs/data/06_aggregation.ipynb #235c23c3
 _NONE = -(2**62)  # end of the holes of a bar that meets none
@@ -373,7 +467,7 @@ def _placed_numbers(
 # %% ../../nbs/data/06_aggregation.ipynb #e13a28a7
 def place_bars(
     records: np.ndarray,  # RECORD, in order
-    holes: pd.DataFrame,  # from missing_bars
+    holes: pd.DataFrame | Sequence[tuple[int, int, int]],  # of `missing_bars` or `holes_on_grid`
     length_us: int,  # bar length
     first: int,  # bar from which the walk starts
     last: int,  # last bar
@@ -382,7 +476,7 @@ def place_bars(
     "Place bars on the complete grid, with empty bars and gap bars."
     n = max(last - first + 1, 0)
     at, met, price, sides = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n), np.empty((n, 2), np.bool_)
-    _mark_holes(holes.to_numpy(np.int64), first, met)
+    _mark_holes(np.asarray(holes, np.int64).reshape(-1, 3), first, met)
     _place(records, met, first, at, price, sides, np.array([np.nan, 0, 0]) if carry is None else carry)
     gap, empty = (met != _NONE) | np.isnan(price), at < 0
     bars = np.append(records, np.zeros(1, RECORD))[at]  # zeros for an empty bar

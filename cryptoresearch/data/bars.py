@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'IntoFrame', 'SOURCES', 'PLAYED', 'Market', 'EVENTS', 'bar_length', 'bar_spec', 'check_columns',
            'check_price_range', 'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars', 'check_frame',
-           'trade_rows', 'as_pandas', 'as_bars', 'bars_frame', 'bar_frame', 'trades_to_bars', 'resample_bars',
-           'source_market', 'source_venue', 'read_bars']
+           'as_times', 'BarArrays', 'bar_arrays', 'bar_series', 'trade_rows', 'as_pandas', 'as_bars', 'bars_frame',
+           'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'read_bars']
 
 # %% ../../nbs/data/07_bars.ipynb #fdbe84e9
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from importlib import import_module
 from typing import get_args, Literal
 
@@ -214,6 +215,72 @@ def check_frame(
         remedy = "Make one with cryptoresearch.data.bars.bar_frame(df, spec) or read_bars(con, symbol, spec)"
         raise SchemaError(problem("a DataFrame of bars", type(bars).__name__, remedy))
     return check_bars(bars) if bar_kind(bars).has_clock else check_event_bars(bars)
+
+# %% ../../nbs/data/07_bars.ipynb #5776a033
+_ARRAYS = ("ts", "close_ts", *NUMBERS, "gap")
+_TYPES: dict[str, type] = {"ts": np.int64, "close_ts": np.int64, "gap": np.bool_, "first_id": np.int64, "last_id": np.int64}
+
+
+def as_times(
+    us: np.ndarray,  # int64, µs since 1970, n
+) -> pd.DatetimeIndex:  # n times in UTC
+    "Convert microseconds to times."
+    return pd.DatetimeIndex(us.view("datetime64[us]")).tz_localize("UTC")
+
+
+def _frame_of(columns: dict[str, np.ndarray], kind: BarKind, index: pd.DatetimeIndex) -> pd.DataFrame:
+    "Make a bar frame of its columns."
+    numbers = {n: c.copy() for n, c in columns.items() if n not in ("ts", "close_ts")}
+    out = pd.DataFrame({"symbol": kind.symbol, **numbers, "close_ts": as_times(columns["close_ts"])}, index=index)
+    return with_kind(out[[*COLUMNS, *(n for n in numbers if n not in COLUMNS)]], kind)
+
+# %% ../../nbs/data/07_bars.ipynb #92144707
+@dataclass(frozen=True)
+class BarArrays:
+    "The columns of a bar frame as arrays; a series or a frame is made only where one is asked for."
+
+    columns: dict[str, np.ndarray] = field(repr=False)  # ts, close_ts (µs), NUMBERS, gap; ids and threshold of event bars; n each
+    kind: BarKind  # what they are
+
+    def __len__(self) -> int:
+        return len(self.columns["ts"])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    @cached_property
+    def index(self) -> pd.DatetimeIndex:  # n opens in UTC
+        "Return the index of the frame."
+        return as_times(self["ts"]).rename("ts")
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:  # bar frame, n rows
+        "Make the frame, of copies."
+        return _frame_of(self.columns, self.kind, self.index)
+
+# %% ../../nbs/data/07_bars.ipynb #f42ab400
+def bar_arrays(
+    bars: pd.DataFrame,  # bar frame of the contract, n rows; empty: with or without columns
+    kind: BarKind,  # what it holds
+) -> BarArrays:  # n bars; the frame's own memory where that is possible
+    "Take the columns of a frame."
+    names = _ARRAYS if kind.has_clock else (*_ARRAYS, "first_id", "last_id", "threshold")
+    if not len(bars):
+        return BarArrays({n: np.empty(0, _TYPES.get(n, np.float64)) for n in names}, kind)
+    times = {"ts": utc_index(bars.index).asi8, "close_ts": utc_index(bars["close_ts"]).asi8}
+    return BarArrays(times | {n: bars[n].to_numpy() for n in names[2:]}, kind)
+
+
+def bar_series(
+    bars: BarArrays,  # n bars
+    name: str,  # of a column
+) -> pd.Series:  # n values, a copy
+    "Make the series of one column."
+    values = as_times(bars[name]) if name == "close_ts" else bars[name].copy()
+    return pd.Series(values, index=bars.index, name=name)
 
 # %% ../../nbs/data/07_bars.ipynb #b1836798
 def _check_trades(trades: pd.DataFrame, by_id: bool) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'BOUND', 'FLOOR', 'EVENT_COLUMNS', 'UNNUMBERED', 'EventSpec', 'event_spec', 'EventFolder', 'fold_events',
-           'to_event_frame', 'event_bars', 'make_event_bars', 'read_event_bars', 'with_gap_rows']
+           'to_event_frame', 'event_bars', 'make_event_bars', 'read_event_bars', 'with_gap_rows', 'with_gap_columns']
 
 # %% ../../nbs/data/09_event_bars.ipynb #cc193f4d
 import json
@@ -471,6 +471,13 @@ def read_event_bars(
     return with_kind(out, BarKind("events", e.name, symbol, chosen))
 
 # %% ../../nbs/data/09_event_bars.ipynb #1abaf4eb
+def _holes_after(first: np.ndarray, last: np.ndarray, gap: np.ndarray, harmless: int) -> np.ndarray:  # positions
+    "Find the bars after which ids are missing that no gap row marks."
+    missing = first[1:] - last[:-1] - 1
+    hole = np.flatnonzero((missing < 0) | (missing > harmless))
+    return hole[~(gap[hole] | gap[hole + 1])]
+
+
 def with_gap_rows(
     bars: pd.DataFrame,  # event bars of a source that numbers its trades without a hole, n rows
     harmless: int = 0,  # ids that may be missing in a row
@@ -478,9 +485,7 @@ def with_gap_rows(
     "Insert a gap row for each hole in the ids of event bars."
     check_event_bars(bars)
     first, last = bars["first_id"].to_numpy(), bars["last_id"].to_numpy()
-    missing = first[1:] - last[:-1] - 1
-    hole = np.flatnonzero((missing < 0) | (missing > harmless))
-    hole = hole[~(bars["gap"].to_numpy()[hole] | bars["gap"].to_numpy()[hole + 1])]
+    hole = _holes_after(first, last, bars["gap"].to_numpy(), harmless)
     if not len(hole):
         return bars
     index = pd.DatetimeIndex(bars["close_ts"].iloc[hole], name="ts").as_unit("us")
@@ -492,3 +497,17 @@ def with_gap_rows(
     out = pd.concat([bars, rows]).iloc[order].astype(bars.dtypes.to_dict())
     out.attrs = bars.attrs
     return out
+
+# %% ../../nbs/data/09_event_bars.ipynb #27e8d4dc
+def with_gap_columns(
+    bars: dict[str, np.ndarray],  # columns of `BarArrays` of event bars, n each
+    harmless: int = 0,  # ids that may be missing in a row
+) -> dict[str, np.ndarray]:  # the same with a gap for each hole
+    "Insert a gap for each hole in the ids of event bars, as `with_gap_rows` does in a frame."
+    first, last = bars["first_id"], bars["last_id"]
+    hole = _holes_after(first, last, bars["gap"], harmless)
+    if not len(hole):
+        return bars
+    known = {"ts": bars["close_ts"][hole], "close_ts": bars["ts"][hole + 1], "gap": True}
+    known |= {"first_id": last[hole] + 1, "last_id": first[hole + 1] - 1}
+    return {name: np.insert(column, hole + 1, known.get(name, np.nan)) for name, column in bars.items()}

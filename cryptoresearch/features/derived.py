@@ -11,6 +11,7 @@ __all__ = ['MODULES', 'one_feature', 'register', 'Lagged', 'lagged', 'OnFrame', 
 import re
 from dataclasses import dataclass, field
 from math import gcd
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,9 @@ from ..data.bars import bar_kind, bar_length, NUMBERS, PRICES
 from ..data.series import normal_symbol
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from . import indicators, orderflow
-from .indicators import log_return
+from .indicators import log_return, shift
 from .microstructure import TRADE_COLUMNS
-from .registry import add_resolver, Array, feature, Feature, find, OnColumns, REGISTRY, resolve
+from .registry import add_resolver, Array, Bars, feature, Feature, find, OnColumns, REGISTRY, resolve
 from .windows import correlation_over, slope_over, weighted_over
 
 # %% ../../nbs/features/15_derived.ipynb #34612d63
@@ -64,9 +65,11 @@ class Lagged:
     inner: Feature  # feature
     lag: int  # bars
 
-    def __call__(self, bars: pd.DataFrame) -> pd.Series:
+    takes_arrays: ClassVar[bool] = True  # of bars
+
+    def __call__(self, bars: Bars) -> Array:
         "Compute the values of the feature and shift them forward."
-        return self.inner(bars).shift(self.lag)
+        return shift(self.inner.values(bars), self.lag)
 
     @property
     def origin(self) -> tuple[object, ...]:  # module, parameters, name

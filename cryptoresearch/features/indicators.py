@@ -15,7 +15,6 @@ __all__ = ['weighted_sum', 'window_sum', 'window_mean', 'window_std', 'window_ma
 from math import ceil, log, log1p, log2, sqrt
 
 import numpy as np
-import pandas as pd
 
 from .registry import Array, on_arrays, on_columns
 from cryptoresearch.features.windows import (
@@ -592,15 +591,16 @@ on_columns(mfi, "mfi_14", "high low close volume", 15, "percent", "volume", "Quo
 DAY_S, WEEK_S = 86_400, 7 * 86_400
 
 
+@on_arrays
 def circle(
-    close_ts: pd.Series,  # end of the bar, UTC
+    close_ts: Array,  # end of the bar, µs since 1970 (a series of times in UTC will do), n bars
     period_s: int,  # seconds of one turn
     turn: float = 0.0,  # 0 for the sine, 0.25 for the cosine
-) -> pd.Series:  # -1 to 1, n bars
+) -> Array:  # -1 to 1, n bars
     "Encode the time of day or week as sine or cosine; weeks start on Monday 00:00 UTC."
     monday_us, period_us = 4 * DAY_S * 1_000_000, period_s * 1_000_000
-    passed = (pd.DatetimeIndex(close_ts).as_unit("us").asi8 - monday_us) % period_us
-    return pd.Series(np.sin(2 * np.pi * (passed / period_us + turn)), index=close_ts.index)
+    passed = (close_ts - monday_us) % period_us
+    return np.sin(2 * np.pi * (passed / period_us + turn))
 
 # %% ../../nbs/features/03_indicators.ipynb #08303340
 for _name, _period in (("hour", DAY_S), ("weekday", WEEK_S)):

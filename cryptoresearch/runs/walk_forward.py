@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST_KNOWN', 'one_blas_thread', 'LEAST_OUTCOMES', 'Progress', 'CALIBRATION_FOLDS', 'PAST_BLOCKS', 'LEAST_FOLDS',
-           'AMPLE', 'SHORTER', 'LEAST_ROWS', 'OF_FIXED', 'usable_rows', 'Samples', 'first_test', 'fitting_features',
-           'prepare', 'run_baselines', 'make_model', 'sample_weights', 'make_refits', 'fit_rows', 'Fitted', 'known_by',
-           'fit_volatility', 'past_volatility', 'fit_all', 'outcome_unit', 'fold_length', 'base_rate', 'forecast_fold',
-           'walk_folds', 'walk_forward', 'rows_to_fit', 'check_length', 'enough_with']
+           'AMPLE', 'SHORTER', 'LEAST_ROWS', 'OF_FIXED', 'are_usable', 'usable_rows', 'Samples', 'first_test',
+           'fitting_features', 'prepare', 'run_baselines', 'make_model', 'sample_weights', 'make_refits', 'fit_rows',
+           'Fitted', 'known_by', 'fit_volatility', 'past_volatility', 'fit_all', 'outcome_unit', 'fold_length',
+           'base_rate', 'forecast_fold', 'walk_folds', 'walk_forward', 'rows_to_fit', 'check_length', 'enough_with']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
 from collections.abc import Callable, Sequence
@@ -40,12 +40,20 @@ from .options import RunOptions
 LEAST_KNOWN = 0.5  # fraction of the features
 
 
+def are_usable(
+    values: np.ndarray,  # features, n rows by k
+    gap: np.ndarray,  # whether the bar is a gap, n
+) -> np.ndarray:  # bool, n; True without a gap and with half of the features known
+    "Select the bars for which a forecast is made."
+    return ((~np.isnan(values)).mean(axis=1) >= LEAST_KNOWN) & ~gap
+
+
 def usable_rows(
     X: pd.DataFrame,  # features, n rows
     bars: pd.DataFrame,  # their bars, n rows
-) -> np.ndarray:  # bool, n rows; True without a gap and with half of the features known
-    "Select the bars for which a forecast is made."
-    return (X.notna().mean(axis=1).to_numpy() >= LEAST_KNOWN) & ~bars["gap"].to_numpy(dtype=bool)
+) -> np.ndarray:  # bool, n rows, of `are_usable`
+    "Select the rows of a frame for which a forecast is made."
+    return are_usable(X.to_numpy(dtype=np.float64), bars["gap"].to_numpy(dtype=bool))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from ..data.bars import source_market
+from ..data.aggregation import Trades
+from ..data.bars import BarArrays, source_market
 from ..data.event_bars import UNNUMBERED
 from ..data.series import to_us, to_utc
 from ..data.store import connect, cursor
@@ -30,28 +31,26 @@ from ..live.collector import plain_symbol, TickRule
 from ..live.feed import Arrived, Feed
 from ..runs.config import by_events
 from ..runs.run import Run
-from .predictor import LiveBars, LiveEventBars, mark_gaps, Predictor, read_history, Saving
+from .predictor import add_events, finish_bars, hold_trades, LiveBars, LiveEventBars, mark_gaps, predict_bars
+from .predictor import Predictor, read_history, Saving
 
 # %% ../../nbs/serving/02a_live.ipynb #d2afea4c
 logger = logging.getLogger(__name__)
 LATENESS_S = 1.0  # after the end of a bar, without any later trade
 _SAVE_S = 1.0  # between two writes of predictions
 _WAIT_S = 0.05  # between two looks at the clock
-_HELD_ROWS = 1_000  # trades that wait as tuples; a bar's end has to lay out fewer
+_HELD_ROWS = 128  # trades that wait as tuples; a bar's end has to lay out fewer
 _CATCH_UP_BARS = 10_000  # most bars that are predicted after a restart
 # id, event time in µs, price, qty, quote amount, side reported and side by the tick rule (1, -1, 0 unknown)
 Row = tuple[int, int, float, float, float, int, int]
 
 
-def _frame(rows: Sequence[Row]) -> pd.DataFrame:
-    "Return trades as bars take them."
-    ids, ts, price, qty, quote, *sides = zip(*rows, strict=True)
-    numbers = {"trade_id": np.array(ids, np.int64), "ts": pd.DatetimeIndex(np.array(ts, np.int64).view("datetime64[us]"), tz="UTC")}
-    numbers |= {"price": np.array(price), "qty": np.array(qty), "quote_qty": np.array(quote)}
-    for name, column in zip(("side_reported", "side_tick"), sides, strict=True):
-        values = np.array(column, np.int8)
-        numbers[name] = pd.arrays.IntegerArray(values, values == 0)
-    return pd.DataFrame(numbers | {"n_trades": 1})
+def _columns(rows: Sequence[Row]) -> Trades:
+    "Return trades as bars take them, in their order."
+    ids, ts, price, qty, quote, reported, tick = zip(*rows, strict=True)
+    amounts = {"price": np.array(price), "qty": np.array(qty), "quote_qty": np.array(quote), "n_trades": np.ones(len(ids), np.int32)}
+    sides = {"side_reported": np.array(reported, np.int8), "side_tick": np.array(tick, np.int8)}
+    return {"ts": np.array(ts, np.int64), "trade_id": np.array(ids, np.int64)} | amounts | sides
 
 # %% ../../nbs/serving/02a_live.ipynb #dec0d673
 def _rows(ticks: defaultdict[str, TickRule], arrived: Arrived) -> dict[str, list[Row]]:  # by symbol
@@ -84,7 +83,7 @@ class _Flow:
         "Keep the rows of a frame."
         self.rows += rows
         newest, returned = max(row[1] for row in rows), getattr(self.bars, "returned", None)
-        self.has_late |= returned is not None and min(row[1] for row in rows) < to_us(returned)
+        self.has_late |= returned is not None and min(row[1] for row in rows) < returned
         if self.newest is None:
             self.first = rows[0][1]
         self.newest = newest if self.newest is None else max(newest, self.newest)
@@ -118,53 +117,50 @@ def _until(flow: _Flow, now: float, order_s: float, lateness_s: float | None) ->
 Gaps = list[tuple[int, int | None]]  # start and end in µs; the end of a gap that has not ended is None
 
 
-def _gap_frame(gaps: Gaps, first: int, until: pd.Timestamp | None) -> pd.DataFrame:
+def _known_gaps(gaps: Gaps, first: int, now: int) -> list[tuple[int, int]]:
     "Return the gaps of a session since a time; one that has not ended lasts until now."
-    now = 0 if until is None else to_us(until)
     known = [(a, now if b is None else b) for a, b in gaps if a >= first]
-    times = np.array([pair for pair in known if pair[1] > pair[0]], np.int64).reshape(-1, 2).view("datetime64[us]")
-    return pd.DataFrame({n: pd.DatetimeIndex(times[:, i]).tz_localize("UTC") for i, n in enumerate(("start_ts", "end_ts"))})
+    return [(a, b) for a, b in known if b > a]
 
 
-def _finished_events(flow: _Flow, gaps: Callable[[str], Gaps]) -> pd.DataFrame:
+def _finished_events(flow: _Flow, gaps: Callable[[str], Gaps]) -> BarArrays | None:
     "Build the event bars that the waiting rows complete."
     if not flow.rows:
-        return pd.DataFrame()
-    trades, flow.rows = _frame(flow.rows), []
+        return None
+    trades, flow.rows = _columns(flow.rows), []
     assert isinstance(flow.bars, LiveEventBars)  # noqa: S101
-    return flow.bars.add(trades, _gap_frame([g for g in gaps(flow.symbol) if g[1] is not None], flow.first, None))
+    ended = [g for g in gaps(flow.symbol) if g[1] is not None]
+    return add_events(flow.bars, trades, [b for _, b in _known_gaps(ended, flow.first, 0)])
 
 # %% ../../nbs/serving/02a_live.ipynb #c349e198
 def _note_due(flow: _Flow) -> None:
     "Note the end of the next time bar."
     assert isinstance(flow.bars, LiveBars) and flow.bars.next_open is not None  # noqa: S101
-    flow.due = to_us(flow.bars.next_open + flow.bars.length)
+    flow.due = flow.bars.next_open + flow.bars.folder.length_us
 
 
 def _hold(flow: _Flow) -> None:
-    "Hand the waiting rows to the bars."
+    "Add the waiting rows to the bars."
     assert isinstance(flow.bars, LiveBars)  # noqa: S101
     if flow.rows:
-        flow.bars.hold(_frame(flow.rows))
+        hold_trades(flow.bars, _columns(flow.rows))
         flow.rows, flow.has_late = [], False
         _note_due(flow)
 
 # %% ../../nbs/serving/02a_live.ipynb #c349e199
-def _finished(flow: _Flow, until: int | None, gaps: Callable[[str], Gaps]) -> pd.DataFrame:
-    "Build the bars that have ended."
+def _finished(flow: _Flow, until: int | None, gaps: Callable[[str], Gaps]) -> BarArrays | None:
+    "Build the bars that have ended; None if there are none."
     if isinstance(flow.bars, LiveEventBars):
         return _finished_events(flow, gaps)
     if flow.has_late or len(flow.rows) >= _HELD_ROWS:
         _hold(flow)
     if until is None or flow.due is None or until < flow.due:
-        return pd.DataFrame()
+        return None
     _hold(flow)
-    end = pd.Timestamp(until, unit="us", tz="UTC").as_unit("us")
-    known = _gap_frame(found, flow.first, end) if (found := gaps(flow.symbol)) else None
-    for predictor in flow.predictors.values():
-        if known is not None:
-            mark_gaps(predictor, known)
-    bars = flow.bars.finish(end, known)
+    known = _known_gaps(gaps(flow.symbol), flow.first, until)
+    for predictor in flow.predictors.values() if known else ():
+        mark_gaps(predictor, known)
+    bars = finish_bars(flow.bars, until, known)
     _note_due(flow)
     return bars
 
@@ -185,7 +181,7 @@ def _since(con: duckdb.DuckDBPyConnection, run: Run, source: str, session: str, 
 def _begin(con: duckdb.DuckDBPyConnection, flow: _Flow, run: Run, session: str) -> pd.DataFrame:  # forecasts of unpredicted bars
     "Give a predictor its history."
     assert isinstance(flow.bars, LiveBars) and flow.bars.next_open is not None  # noqa: S101
-    before, length = flow.bars.next_open, flow.bars.length
+    before, length = to_utc(pd.Timestamp(flow.bars.next_open, unit="us")), flow.bars.length
     since = max(_since(con, run, flow.source, session, before), before - _CATCH_UP_BARS * length).ceil(length)
     history = read_history(con, run, before, int(run.info["warmup"]) + (before - since) // length, flow.source)
     unpredicted = history[history.index >= since] if len(history) else history
@@ -306,8 +302,9 @@ def _advance(live: _State, last: bool) -> None:
                 _publish(live, _begin(live._con, flow, run, collector.session.session_id))
         until = _until(flow, live._clock.now(live._idle_at), order_s, None if last else live.lateness_s)
         done = _finished(flow, until, collector.gaps)
-        for predictor in flow.predictors.values() if len(done) else ():
-            _publish(live, predictor.update(done))
+        if done is not None:
+            for predictor in flow.predictors.values():
+                _publish(live, predict_bars(predictor, done))
 
 # %% ../../nbs/serving/02a_live.ipynb #2afb184a
 def _turns(live: _State) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -534,3 +535,50 @@ def test_features_that_are_named_in_full_are_described_too(client):
 def test_predictions_of_a_run_that_is_not_there_are_not_found(client):
     answer = client.get("/predictions", params={"run_id": "nope"})
     assert answer.status_code == 404 and "one run 'nope'" in answer.json()["detail"]
+
+
+def test_a_body_that_is_too_long_too_deep_or_no_json_is_refused(client):
+    for body, status in ((b"[" * 200_000, 400), (b'{"run_id":"x","bars":' + b"[" * 100_000, 400), (b"\xff\xfe", 422), (b'{"run_id": NaN}', 422), (b"[" + b"1," * 9_000_000, 413)):
+        answer = client.post("/predict", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), body[:20]
+        assert answer.json()["request_id"] == answer.headers["x-request-id"] and len(answer.content) < 2000
+    assert client.get("/health").status_code == 200
+
+
+def test_lines_and_control_characters_of_a_client_reach_no_header(client):
+    sent = "X\r\nSet-Cookie: a=1"
+    for answer in (client.get(f"/nowhere/{quote(sent)}"), client.get("/bars", params={"symbol": sent})):
+        assert "set-cookie" not in answer.headers and answer.status_code in (404, 422)
+    for given in ("a" * 65, "a b", "<script>", "\x1b[2J", "a;b"):
+        assert client.get("/health", headers={"X-Request-ID": given}).headers["x-request-id"] != given
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: a\rSet-Cookie: a=1\r\n\r\n")
+        assert b"400 Bad Request" in raw.recv(1000)
+
+
+@pytest.mark.parametrize("path", ["/static/..%2f..%2fapi.py", "/static/%2e%2e/%2e%2e/api.py", "/static//etc/passwd", "/runs/..%2f..%2fcatalog.sqlite", "/runs/..%2f/scores"])
+def test_no_path_leaves_its_folder(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 404 and "DuckLake" not in answer.text and "root:" not in answer.text and "import " not in answer.text
+
+
+@pytest.mark.parametrize("name", ["ta:rsi(length=__import__('os').getpid())", "ta:os.system('x')", "ta:__class__", "ta:" + "(" * 500, "ret_1_lags_99999999", "ta:rsi(length=999999999)"])
+def test_the_name_of_a_feature_runs_no_code(client, name, monkeypatch):
+    import os
+
+    monkeypatch.setattr(os, "system", lambda *_: pytest.fail("a command was run"))
+    answer = client.get("/features", params={"symbol": "TESTUSD", "spec": "1m", "names": name})
+    assert answer.status_code in (404, 422) and str(os.getpid()) not in answer.json()["detail"]
+
+
+def test_a_key_is_in_no_log_and_in_no_answer(settings, caplog):
+    from cryptoresearch.serving.access import new_key
+
+    key, digest = new_key()
+    caplog.set_level("DEBUG")
+    with served(settings.model_copy(update={"api_keys": digest})) as client:
+        for given in (key, key + "x"):
+            for path in ("/symbols", "/bars?symbol=NOPE", "/nowhere"):
+                answer = client.get(path, headers={"Authorization": f"Bearer {given}"})
+                assert key not in answer.text and digest not in answer.text and key not in str(answer.headers)
+    assert key not in caplog.text and digest not in repr(settings.model_copy(update={"api_keys": digest}))

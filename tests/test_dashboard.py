@@ -1,6 +1,7 @@
 """The pages in a browser: they draw, change when one clicks, and ask no other machine for anything."""
 
 import json
+import re
 import socket
 import sys
 import time
@@ -162,6 +163,33 @@ def test_without_a_store_the_page_says_what_to_run(page, process, settings):
     assert "Traceback" not in page.content()
     assert page.outside == []
     assert page.errors == []
+
+
+def test_a_visitor_cannot_run_code(process, settings, tmp_path):
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    address = start(process, settings)
+    shown = httpx.get(f"{address}voila/render/data.ipynb", timeout=120).text
+    kernel = re.search(r'"kernelId": ?"([0-9a-f-]{36})"', shown)[1]
+    channels = f"{address.replace('http', 'ws')}api/kernels/{kernel}/channels"
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(channels, origin="http://evil.example").close()
+    code = {"code": f"open({str(tmp_path / 'ran')!r}, 'w').close()", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False, "stop_on_error": True}
+
+    def message(kind: str, content: dict[str, Any]) -> str:
+        header = {"msg_id": kind, "msg_type": kind, "session": "s", "username": "", "version": "5.3", "date": "2024-01-01T00:00:00Z"}
+        return json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []})
+
+    with connect(channels) as client:
+        client.send(message("execute_request", code))
+        client.send(message("comm_info_request", {"target_name": "jupyter.widget"}))  # answered after what was sent before it
+        while (told := json.loads(client.recv(timeout=60)))["msg_type"] != "comm_info_reply":
+            assert told["parent_header"].get("msg_id") != "execute_request", told
+    assert not (tmp_path / "ran").exists()
+    for path in ("api/contents", "api/sessions", "api/terminals", "api/kernels", "voila/files/home.ipynb", "voila/files/../settings.py"):
+        assert httpx.get(f"{address}{path}", timeout=60).status_code in (403, 404, 405), path
+    assert httpx.post(f"{address}api/kernels", json={}, timeout=60).status_code in (403, 404, 405)
 
 
 def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import duckdb
@@ -307,3 +308,18 @@ def test_the_same_bytes_under_another_symbol_blame_the_symbol_first(con: duckdb.
         process_file(con, tmp_path / "a.csv", symbol="BTCUSDT")
     assert forget_file(con, str(told.value).split("cryptoresearch forget ")[1]) == 6
     assert process_file(con, tmp_path / "a.csv", symbol="BTCUSDT").rows == 6
+
+
+@pytest.mark.parametrize(("text", "form"), [("csv", "gz"), ("csv", "zst"), ("json", "zip")])
+def test_a_bomb_of_another_source_is_stopped_early(con: duckdb.DuckDBPyConnection, tmp_path: Path, text: str, form: str) -> None:
+    head = b"[[1700000000000,1,2,0.5,1.5,10]" if text == "json" else lines("time,id,price,qty,side", "{iso},{i},{p},{q},{side}").encode()
+    content, file = head + b"\n" * (90 << 20), tmp_path / f"a.{text}.{form}"
+    if form == "gz":
+        file.write_bytes(gzip.compress(content, 6))
+    elif form == "zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("a", content)
+    else:
+        file.write_bytes(pa.Codec("zstd").compress(content, asbytes=True))
+    with pytest.raises(SchemaError, match=r"at most 200 times as large as its archive; found (6|7|8|9)\d,\d{3},\d{3}|found [12]\d\d,\d{3},\d{3}"):
+        process_file(con, file, symbol="AUSDT", kind="klines" if text == "json" else None, interval="1m" if text == "json" else None)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,58 @@ def test_coefficients_that_do_not_fit_are_refused(stored, tmp_path):
         (tmp_path / "model.coef.json").write_text(text)
         with pytest.raises(SchemaError, match="do not load this file"):
             MODELS["ridge"].load(tmp_path)
+
+
+class Trap:
+    "An object that leaves a file behind when it is read by pickle or made by skops."
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+    def __setstate__(self, state) -> None:
+        Path(state["file"]).touch()
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_pickle_is_refused_and_not_run(stored, tmp_path, kind):
+    trap, data = tmp_path / "trap", pickle.dumps(Trap(tmp_path / "trap"))
+    pickle.loads(data).close()
+    assert trap.exists()
+    trap.unlink()
+    write_changed(stored / kind, tmp_path, {"trees_sha256": hashlib.sha256(data).hexdigest()})
+    (tmp_path / MODELS[kind].file).write_bytes(data)
+    with pytest.raises(SchemaError):
+        MODELS[kind].load(tmp_path)
+    assert not trap.exists()
+
+
+def test_a_skops_file_with_other_objects_is_refused_and_makes_none(stored, tmp_path, monkeypatch):
+    import skops.io
+
+    monkeypatch.setattr(Trap, "__reduce__", object.__reduce__)
+    data = skops.io.dumps({"trees": Trap(tmp_path / "trap"), "fill": None})
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:  # stored, as `save` writes it
+        for name in old.namelist():
+            new.writestr(zipfile.ZipInfo(name), old.read(name))
+    write_changed(stored / "histgb", tmp_path, {"trees_sha256": hashlib.sha256(out.getvalue()).hexdigest()})
+    (tmp_path / "model.skops").write_bytes(out.getvalue())
+    with pytest.raises(SchemaError, match="Trap"):
+        MODELS["histgb"].load(tmp_path)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("file", ["model.json", "file"])
+@pytest.mark.parametrize("kind", SMALL)
+def test_deep_json_is_refused(stored, tmp_path, kind, file):
+    data = b"[" * 100_000
+    write_changed(stored / kind, tmp_path, {"trees_sha256": hashlib.sha256(data).hexdigest()})
+    (tmp_path / (MODELS[kind].file if file == "file" else file)).write_bytes(data)
+    with pytest.raises(SchemaError):
+        MODELS[kind].load(tmp_path)
 
 
 REFIT = """

@@ -7,13 +7,14 @@ __all__ = ['LAYOUT_TABLE', 'Layout', 'to_table', 'Foreign', 'recognise', 'Conver
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0003
 import gzip
+import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Buffer, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast, Literal
+from typing import cast, IO, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 
 from ..errors import SchemaError
-from .formats import Market
+from .formats import check_ratio, Market
 from .parsing import columns_by_name, is_header, Kind, likely_kind, meaning_of, needed_columns
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0009
@@ -238,21 +239,43 @@ class Foreign:
 
 _BROKEN = (OSError, EOFError, ValueError, pa.ArrowException, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, IndexError)
 
+# %% ../../nbs/ingest/02a_layouts.ipynb #5b0a1c06
+class _Plausible(io.RawIOBase):
+    "Read a decompressed text, as long as its size is plausible."
 
+    def __init__(self, text: IO[bytes] | pa.NativeFile, stored: int) -> None:
+        self._text, self._stored, self._out = text, stored, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        data = self._text.read(len(view := memoryview(buffer)))
+        self._out += len(data)
+        check_ratio(self._out, self._stored)
+        view[: len(data)] = data
+        return len(data)
+
+
+def _plausible(text: IO[bytes] | pa.NativeFile, path: Path) -> pa.NativeFile:
+    "Limit what a file may unpack to."
+    return pa.PythonFile(io.BufferedReader(_Plausible(text, path.stat().st_size), 1 << 20), mode="r")
+
+# %% ../../nbs/ingest/02a_layouts.ipynb #5b0a1c07
 def _opened(path: Path) -> pa.NativeFile:
     "Open a file, decompressed; the first bytes decide."
     with path.open("rb") as raw:
         first = raw.read(4)
     if first == b"\x28\xb5\x2f\xfd":
-        return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+        return _plausible(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), path)
     if first[:2] == b"\x1f\x8b":
-        return pa.PythonFile(gzip.open(path), mode="r")
+        return _plausible(gzip.open(path), path)
     if first[:2] == b"PK":
         archive = zipfile.ZipFile(path)
         members = [m for m in archive.namelist() if not m.endswith("/") and not m.startswith("__MACOSX")]
         if len(members) != 1:
             raise zipfile.BadZipFile(f"{len(members)} files")
-        return pa.PythonFile(archive.open(members[0]), mode="r")
+        return _plausible(archive.open(members[0]), path)
     return pa.OSFile(str(path))
 
 # %% ../../nbs/ingest/02a_layouts.ipynb #5c0e0023
@@ -401,7 +424,7 @@ def _raw_table(path: Path, foreign: Foreign) -> pa.Table:
         return pq.read_table(path)
     with _opened(path) as stream:
         if foreign.form == "json":
-            return _json_table(json.loads(stream.read()), foreign.kind)
+            return _json_table(json.loads(b"".join(iter(lambda: stream.read(1 << 20), b""))), foreign.kind)
         options = pacsv.ReadOptions(skip_rows=foreign.skip, column_names=list(foreign.names) or None)
         return pacsv.read_csv(stream, options, pacsv.ParseOptions(delimiter=foreign.separator))
 

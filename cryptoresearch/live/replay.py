@@ -197,7 +197,7 @@ class _Client(_Link):
         try:
             message = json.loads(text)
             kind, symbol = message["type"], str(message.get("symbol", ""))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return self.send('{"msg":"Invalid message","type":"error"}')
         if kind == "subscribe" and symbol:
             if len(self.symbols | {symbol}) > self.max_symbols:

@@ -689,7 +689,7 @@ def _read(kind: type[TailModel], folder: Path) -> tuple[dict[str, Any], bytes]:
     wrong = f"expected a model stored by {kind.__name__}.save in {folder}"
     try:
         info = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:  # deep nesting
         raise SchemaError(f"{wrong}; found a model.json that is no JSON ({e}). Train the run again") from None
     if not isinstance(info, dict) or info.get("format") not in _formats(kind):
         raise SchemaError(

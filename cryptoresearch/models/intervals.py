@@ -258,5 +258,5 @@ def load_ends(
         if info["kind"] == "scaled":
             return ScaledEnds(models["volatility"], (tuple(info["lines"][0]), tuple(info["lines"][1])), tuple(info["given"]))
         return QuantileEnds(models["low"], models["high"], float(info["margin"]))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as e:
         raise SchemaError(problem(f"a stored interval in {folder.name}", type(e).__name__, "Train the run again")) from None

@@ -471,7 +471,7 @@ def _read_calibrator(file: Path) -> Calibrator:
         finite = np.isfinite([*x, *y]).all() and np.isfinite(made(np.array([0.1, 0.9]))).all()
         if not finite:
             raise ValueError
-    except (ValueError, KeyError, TypeError, SchemaError):
+    except (ValueError, KeyError, TypeError, RecursionError, SchemaError):
         raise RunMismatch(problem(f"a calibrator in {file.parent.name}", "something else", "Delete the folder and train again")) from None
     return made
 

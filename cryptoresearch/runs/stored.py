@@ -54,7 +54,7 @@ def read_info(
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return info if info["id"] and info["config"] else {}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         found = f"a run.json that cannot be read ({type(e).__name__})"
         raise RunMismatch(problem(f"the record of run {folder.name}", found, "Delete the folder and train again")) from None
 

@@ -174,7 +174,7 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
 
 # %% ../../nbs/serving/03_api.ipynb #1116cb5e
 async def _on_http_error(request: Request, error: Exception) -> Response:
-    "Answer an unknown path or method."
+    "Answer an unknown path or method, or a body that cannot be read."
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = f"{getattr(error, 'detail', error)}: {request.method} {request.url.path}. The paths are listed at /"
     headers = dict(getattr(error, "headers", None) or {})
@@ -744,7 +744,8 @@ EXAMPLES: dict[str, object] = {  # of answers in JSON, by path
 # %% ../../nbs/serving/03_api.ipynb #a6a5a30a
 def _add_predict(app: FastAPI, answers: _Answers) -> None:
     "Add the endpoint that takes a body."
-    posted: _Answers = answers | {413: {"model": Problem, "description": "too many bytes"}}
+    more = {400: "a body that is no JSON", 413: "too many bytes"}
+    posted: _Answers = answers | {code: {"model": Problem, "description": text} for code, text in more.items()}
     app.post("/predict", tags=["models"], response_model=Forecasts, responses=posted)(post_predict)
 
 
@@ -788,7 +789,7 @@ _ANSWERS = {
     503: "the store is busy; try again",
 }  # fmt: skip
 _HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
-    CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, 404: _on_http_error, 405: _on_http_error,
+    CryptoResearchError: _on_refusal, RequestValidationError: _on_bad_request, HTTPException: _on_http_error,
     Exception: _on_surprise,
 }  # fmt: skip
 _ROUTES: list[tuple[str, Any, str, object]] = [  # path, function, tag, model of the JSON

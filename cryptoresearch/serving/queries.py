@@ -361,7 +361,7 @@ def _record(file: Path) -> Record:
     "Read a run.json; a damaged one is reported and does not hide the others."
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return {"level": "unreadable", "verdict": f"run.json cannot be read ({type(error).__name__}). Delete the folder and train again"}
 
 # %% ../../nbs/serving/01_queries.ipynb #5b1e77a2

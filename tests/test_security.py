@@ -65,7 +65,7 @@ def test_a_claim_without_a_test_is_found() -> None:
 
 # calls that open a port, and programs that do
 LISTENS = re.compile(
-    r"uvicorn\.run\(|\bserve\(self\.|start_http_server\(|HTTPServer\(|TCPServer\(|\.listen\(|\.bind\(|(?:create|start)_server\(|"
+    r"uvicorn\.(?:run|Config)\(|\bserve\(self\.|start_http_server\(|HTTPServer\(|TCPServer\(|\.listen\(|\.bind\(|(?:create|start)_server\(|"
     r'"-m", "(?:voila|jupyter\w*|http\.server)"|LocalCluster\(|Scheduler\(|AsyncKernelManager\):|transport="(?:sse|streamable-http)"'
 )
 

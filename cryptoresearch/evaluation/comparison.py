@@ -155,10 +155,7 @@ def measures(
 ) -> dict[str, Measure]:  # by name; the first one decides
     "Return the scores of a target's forecasts."
     both, pair = ("lower", "upper", "y"), ("prediction", "y")
-
-    def winkler(low: np.ndarray, high: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return winkler_loss(low, high, y, level)
-
+    winkler = _winkler(level)
     interval = {f"Winkler score, {level:.0%} interval": Measure(both, _mean_of(winkler), -1, winkler, ".4%")}
     interval["coverage"] = Measure(both, lambda low, high, y: interval_coverage(y, low, high), 0, None, ".1%")
     for side, q in (("lower", (1 - level) / 2), ("upper", (1 + level) / 2)):
@@ -191,6 +188,11 @@ def _qlike_saved(f: np.ndarray, y: np.ndarray, base: np.ndarray) -> float:
 def _pinball(q: float) -> Callable[..., np.ndarray]:
     "Return the pinball loss of a quantile."
     return lambda f, y: pinball_loss(f, y, q)
+
+
+def _winkler(level: float) -> Callable[..., np.ndarray]:
+    "Return the Winkler score of an interval."
+    return lambda low, high, y: winkler_loss(low, high, y, level)
 
 
 def _crps(level: float) -> Callable[..., np.ndarray]:
@@ -315,7 +317,7 @@ def _saved(own: pd.Series, other: pd.Series, horizon: int, draws: int, seed: int
     "Compute the loss reduction against another forecaster with its bootstrap interval."
     return bootstrap_score(loss_reduction, own, other, horizon=horizon, draws=draws, seed=seed)
 
-
+# %% ../../nbs/evaluation/03_comparison.ipynb #b8b187e7
 def _beats_baseline(line: Lineup) -> str:
     "Say which runs beat the baseline of their target, or every baseline of volatility, as in the verdict of a run."
     base = _baseline_losses(line)
@@ -425,8 +427,7 @@ def regime_table(
         a, b = (_loss(target)(part[c], part["y"]) for c in ("prediction", base))
         known = np.isfinite(a) & np.isfinite(b)
         saved = loss_reduction(a[known], b[known]) if known.any() else float("nan")
-        f, y = part["prediction"], part["y"]
-        order = ic_test(f, y, horizon)
+        f, y, order = part["prediction"], part["y"], ic_test(part["prediction"], part["y"], horizon)
         p = diebold_mariano(a[known], b[known], horizon).p_value
         found = {"ic": ic(f, y), "ic_t": order.stat, "ic_p": order.p_value, "ic_margin": order.margin, "saved": saved, "dm_p": p}
         if is_event(target):

@@ -73,7 +73,7 @@ def _search(page: Page, run: Run, found: RunOverfitting) -> Iterator[Section]:
         best, simulated = tuned.study.best_trial.number, bool(run.info["simulated"])
         yield stored_search_section(tuned, search_view(page.con, counted, best, run.config.spec, simulated))
 
-
+# %% ../../nbs/serving/10c_runs_page.ipynb #9ceb9b06
 def sections_of(
     page: Page,  # gives the store and the settings
     run: Run,  # to show

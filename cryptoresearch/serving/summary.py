@@ -163,7 +163,7 @@ def summarise(
     rows |= {"where it fails": _failing_text(report), "audit": state, "next step": _next_step(report, said, passed, found)}
     return Summary(said, facts_table(rows))
 
-
+# %% ../../nbs/serving/08e_summary.ipynb #4868ea1a
 def _about(report: RunReport) -> dict[str, str]:
     "Describe the run in two rows."
     c, index = report.config, report.predictions.index

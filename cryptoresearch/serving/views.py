@@ -100,7 +100,7 @@ def score_view(
     view.index = pd.Index([_forecaster(n) + (" (binding)" if n == bound else "") for n in scores.index])
     return Table(view, note=note)
 
-
+# %% ../../nbs/serving/08_views.ipynb #e135bab4
 def _tests_note(target: str, of_model: bool) -> str:
     "Explain the Diebold-Mariano tests of a score table."
     how = f"DM: Diebold-Mariano test, on {loss_name(target)}, "

@@ -79,7 +79,7 @@ def on_arrays(
     return either
 
 
-def _on_series(fn: Callable[..., Any], columns: tuple[object, ...], params: dict[str, object]) -> object:
+def _on_series(fn: Callable[..., object], columns: tuple[object, ...], params: dict[str, object]) -> object:
     "Call a formula on the arrays of series."
     index = next(a.index for a in (*columns, *params.values()) if isinstance(a, pd.Series))
     plain = [floats(a) if isinstance(a, pd.Series) else a for a in columns]

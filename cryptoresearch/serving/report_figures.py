@@ -100,7 +100,7 @@ def _short(text: str) -> str:
     return re.sub(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d)(?::00(?:\.0+)?)?((?::\d\d(?:\.\d+)?)?)(?:\+00:00|Z)$", r"\1\2", text)
 
 
-def _lean(part: Any, name: str = "") -> Any:
+def _lean(part: object, name: str = "") -> object:
     "Shorten times, and 64-bit numbers other than places on the x axis."
     if isinstance(part, list):
         return [_lean(value, name) for value in part]
@@ -120,7 +120,7 @@ def _long_parts(part: object) -> list[str]:
     return [text, *(found for value in inner for found in _long_parts(value))] if len(text) > _LONG else []
 
 
-def _packed(part: Any, repeated: set[str], shared: dict[str, int]) -> Any:
+def _packed(part: object, repeated: set[str], shared: dict[str, int]) -> object:
     "Replace repeated parts by their number."
     if not isinstance(part, dict | list):
         return part
@@ -140,7 +140,7 @@ def _untitled(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/serving/05_report_figures.ipynb #3125c271
 def figures_json(
-    figures: Mapping[str, go.Figure | Mapping[str, Any]],  # figures, or their JSON as a notebook stores it, by id of the element
+    figures: Mapping[str, go.Figure | Mapping[str, object]],  # figures, or their JSON as a notebook stores it, by id of the element
 ) -> str:  # JSON for a script element; `report.js` reads it
     "Write the data of a page's figures, each repeated part once."
     specs = {name: json.loads(fig.to_json()) if isinstance(fig, go.Figure) else fig for name, fig in figures.items()}
@@ -153,7 +153,7 @@ def figures_json(
 
 # %% ../../nbs/serving/05_report_figures.ipynb #0000000e
 def folds_figure(
-    folds: Sequence[Mapping[str, Any]],  # one mapping per fold: fold, train_start, train_end, test_start, test_end (ISO times, UTC)
+    folds: Sequence[Mapping[str, object]],  # one mapping per fold: fold, train_start, train_end, test_start, test_end (ISO times, UTC)
 ) -> go.Figure:  # one training bar and one test bar per fold
     "Draw the training and test period of each fold."
     table = pd.DataFrame(list(folds))

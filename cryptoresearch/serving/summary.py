@@ -8,7 +8,6 @@ __all__ = ['Summary', 'summarise']
 # %% ../../nbs/serving/08e_summary.ipynb #1d2d3b42
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -63,7 +62,7 @@ def _edge_text(report: RunReport) -> str:
     return ", ".join([both, *(f"{name} {number(own.get(column), form)}" for column, name, form in alone)])
 
 
-def _traded_text(money: Mapping[str, Any], deflated: float | None, trials: int) -> str:
+def _traded_text(money: Mapping[str, float | None], deflated: float | None, trials: int) -> str:
     "Describe what trading the sign of the forecasts would have earned."
     chance = f"deflated {number(deflated, '.2f')} after {trials:,} trial{'' if trials == 1 else 's'}"
     ratio = f"Sharpe ratio {number(money['sharpe'], '.2f')} per year ({chance})"

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -27,6 +28,7 @@ from websockets.sync.server import serve, ServerConnection
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, FeedError
+from cryptoresearch.ingest.files import process_file
 from cryptoresearch.live.collector import Collector, replay_journal
 from cryptoresearch.live.feed import FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
@@ -420,3 +422,21 @@ def test_the_same_seed_disturbs_the_same_frames(real: pd.DataFrame) -> None:
         assert server.chaos is not None
         logs.append([(e.kind, e.first_ms, e.last_ms, e.lost) for e in server.chaos.log])
     assert logs[0] == logs[1] != logs[2] and len(logs[0]) > 20
+
+
+@pytest.mark.slow
+def test_the_command_says_that_its_disturbances_are_simulated(
+    settings: Settings, real: pd.DataFrame, tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, port = tmp_path / "BTCUSDT-trades-2024-08-08.csv", _free_port()
+    real.head(2000).drop(columns=["symbol", "ts"]).to_csv(file, index=False, header=False)
+    with init_duckdb(settings) as con:
+        process_file(con, file)
+    feed = FinnhubWebSocket(BTC, url=f"ws://127.0.0.1:{port}", collect=False, silence_s=0.2, retry_base_s=0.05, retry_cap_s=0.05).start()
+    words = ["replay", "BTCUSDT", "--speed", "1e9", "--port", str(port), "--chaos", "3"]
+    done = command(*words, env={"DUCKDB_PATH": settings.duckdb_path})
+    assert "simulated: this replay is disturbed on purpose, with seed 3" in caplog.text
+    with contextlib.suppress(FeedError):
+        feed.stop()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[\d,]+ trades sent, [\d,]+ lost; simulated disturbances: .*reorder \d+", done.stdout), done.stdout

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'PAGES', 'app', 'runs_app', 'Modules', 'FeedName', 'Url', 'Seconds', 'Exported', 'doctor', 'download',
            'ingest', 'forget', 'bars', 'simulate', 'train', 'runs', 'delete', 'reproduce', 'stream', 'live', 'replay',
-           'predict', 'scores', 'export', 'api', 'dashboards', 'demo', 'main']
+           'predict', 'scores', 'export', 'api', 'dashboards', 'mcp', 'demo', 'main']
 
 # %% ../nbs/94_cli.ipynb #bf365754
 import os
@@ -91,6 +91,7 @@ PAGES["Live"] = {
 PAGES["Serve"] = {
     "api": "api\napi --port 8080",
     "dashboards": "dashboards\ndashboards --port 9000",
+    "mcp": "mcp\nmcp --folder backtests",
 }
 
 # %% ../nbs/94_cli.ipynb #5e0c1a04
@@ -788,6 +789,18 @@ def dashboards(
     from cryptoresearch.serving.dashboards import dashboards as serve_dashboards
 
     raise typer.Exit(serve_dashboards(host=host, port=port))
+
+# %% ../nbs/94_cli.ipynb #98b8e66e
+@app.command()
+def mcp(
+    folder: Annotated[Path | None, typer.Option(help="Folder whose files the tools may read. Default: none.")] = None,
+) -> None:
+    """Serve tools to language models over standard input and output.
+
+    What data is there, may I believe this backtest, what does run X say. Read-only."""
+    from cryptoresearch.serving.mcp import make_tool_server
+
+    make_tool_server(get_settings(), folder).run()
 
 # %% ../nbs/94_cli.ipynb #3096b4c0
 @app.command()

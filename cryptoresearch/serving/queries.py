@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FIXED', 'Exported', 'ALL_ROWS', 'read_symbols', 'read_specs', 'pick_source', 'bars_page', 'features_page',
            'labels_page', 'read_predictions', 'with_outcomes', 'match_outcomes', 'bar_positions', 'read_runs',
-           'run_config', 'read_run', 'export_frame', 'check_ending', 'write_table', 'read_bar_file', 'export_page',
-           'read_forecasts']
+           'run_config', 'read_run', 'export_frame', 'check_ending', 'write_table', 'table_bars', 'row_times',
+           'read_bar_table', 'read_bar_file', 'export_page', 'read_forecasts']
 
 # %% ../../nbs/serving/01_queries.ipynb #18303984
 import gzip
+import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -472,6 +473,11 @@ def _read_table(path: Path) -> pd.DataFrame:
             read = pd.read_feather(path) if ending == ".feather" else pd.read_parquet(path)
     except (OSError, ValueError) as e:
         raise SchemaError(problem(f"a table of bars in {path.name}", str(e).split("\n")[0][:200], "Check the file")) from None
+    return read
+
+
+def _with_times(read: pd.DataFrame) -> pd.DataFrame:
+    "Write the names of columns in lower case, and parse times."
     frame: pd.DataFrame = read.rename(columns=lambda c: str(c).lower())
     for name in [c for c in map(str, frame) if c.endswith(("ts", "time", "date")) and not pd.api.types.is_numeric_dtype(frame[c])]:
         frame[name] = pd.to_datetime(frame[name], utc=True, errors="coerce").dt.as_unit("us")
@@ -489,6 +495,40 @@ def _as_candles(frame: pd.DataFrame, name: str) -> pd.DataFrame:
         raise SchemaError(problem(f"candles in {name}", str(e).partition("; found ")[2].partition(". ")[0], remedy)) from None
 
 
+def table_bars(
+    frame: pd.DataFrame,  # names in lower case; times in UTC, or numbers
+    spec: str,  # bar length, or event bars
+    symbol: str,  # of the bars
+    name: str,  # of the table, for errors
+) -> pd.DataFrame:  # bar frame
+    "Make a bar frame of candles or bars from elsewhere; `SchemaError` if the table holds something else, or another symbol."
+    if "symbol" in frame and (others := sorted(set(frame["symbol"].dropna().astype(str)) - {symbol, ""})):
+        raise SchemaError(problem(f"bars of {symbol}", f"bars of {', '.join(others[:3])}", "Give the file of the run's symbol"))
+    if ":" not in spec:
+        return bar_frame(_as_candles(frame, name), spec, symbol=symbol)
+    return with_kind(as_bars(pa.Table.from_pandas(frame)), BarKind("events", event_spec(spec).name, symbol))
+
+
+def row_times(
+    frame: pd.DataFrame,  # as for `table_bars`
+    name: str,  # of the table, for errors
+) -> pd.DatetimeIndex:  # opens of its rows, UTC
+    "Return the times of the rows of a table of candles or bars."
+    return pd.DatetimeIndex(pd.to_datetime(_as_candles(frame, name)["ts"], utc=True)).as_unit("us")
+
+
+def read_bar_table(
+    source: Path | str,  # a file; or the text of a CSV file
+) -> pd.DataFrame:  # all its columns, names in lower case, times in UTC
+    "Read a table of bars with its other columns; `SchemaError` if it cannot be read."
+    if isinstance(source, Path):
+        return _with_times(_read_table(source))
+    try:
+        return _with_times(pd.read_csv(io.StringIO(source)))
+    except ValueError as e:
+        raise SchemaError(problem("the text of a CSV file", str(e)[:200], "Give a header and one row per bar")) from None
+
+
 def read_bar_file(
     path: Path,  # candles or bars: a time column (ts, open_time, time …), open, high, low, close, volume
     spec: str,  # bar length, or event bars
@@ -498,12 +538,7 @@ def read_bar_file(
     if not path.is_file():
         remedy = "Write one: cryptoresearch export SYMBOL --to FILE.parquet"
         raise DataNotFound(problem(f"a file of {spec} bars", f"nothing at {path}", remedy))
-    frame = _read_table(path)
-    if "symbol" in frame and (others := sorted(set(frame["symbol"].dropna().astype(str)) - {symbol, ""})):
-        raise SchemaError(problem(f"bars of {symbol}", f"bars of {', '.join(others[:3])}", "Give the file of the run's symbol"))
-    if ":" not in spec:
-        return bar_frame(_as_candles(frame, path.name), spec, symbol=symbol)
-    return with_kind(as_bars(pa.Table.from_pandas(frame)), BarKind("events", event_spec(spec).name, symbol))
+    return table_bars(_with_times(_read_table(path)), spec, symbol, path.name)
 
 # %% ../../nbs/serving/01_queries.ipynb #35e60837
 def _nth_trade(con: duckdb.DuckDBPyConnection, symbol: str, pieces: pd.DataFrame, n: int) -> pd.Timestamp | None:

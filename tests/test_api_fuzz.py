@@ -7,11 +7,16 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given, HealthCheck, settings as options, strategies as st
+import schemathesis
+from hypothesis import given, HealthCheck, Phase, settings as options, strategies as st
+from hypothesis.errors import Unsatisfiable
 from jsonschema import Draft202012Validator, ValidationError
+from schemathesis import checks
+from schemathesis.specs.openapi import checks as openapi_checks
 
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.settings import Settings
+from conftest import examples
 from test_api import minutes, put, served
 
 RUN = "run-1"
@@ -142,6 +147,38 @@ def test_random_requests_get_documented_answers(client: httpx.Client) -> None:
     needs_a_model = {"/runs/{run_id}/scores/live", "/runs/{run_id}/parity"}  # the records here have none
     assert {path for path, status in statuses if status == 200} | needs_a_model == {path for path, methods in api["paths"].items() if "get" in methods}
     assert {404, 422} <= {status for _, status in statuses}
+
+
+CHECKS = [
+    checks.not_a_server_error, *map(lambda name: getattr(openapi_checks, name), (
+        "status_code_conformance", "content_type_conformance", "response_headers_conformance", "response_schema_conformance", "negative_data_rejection",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_schemathesis_finds_nothing(client: httpx.Client, mode: schemathesis.GenerationMode) -> None:
+    "Requests that fit the description or not; whether a name of bars or of a run means anything, only the server can know."
+    api = client.get("/openapi.json").json()
+    del api["paths"]["/stream"]  # has no end
+    wrong, done = [], Counter[str]()
+    for found in schemathesis.openapi.from_dict(api).get_all_operations():
+        operation = found.ok()
+
+        @options(max_examples=examples(4, 60), derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        @given(operation.as_strategy(generation_mode=mode))
+        def fuzz(case: schemathesis.Case) -> None:
+            case.call_and_validate(base_url=str(client.base_url), checks=CHECKS, timeout=30)
+
+        try:
+            fuzz()
+        except Unsatisfiable:
+            assert mode.is_negative, operation.label  # nothing can be wrong about a request without parameters, or with free text only
+        except Exception as e:  # noqa: BLE001  (all of them, as above)
+            wrong.append(f"{operation.label}: {e}")
+        done[operation.label] += 1
+    assert not wrong, "\n\n".join(wrong)
+    assert len(done) == sum(map(len, api["paths"].values()))
 
 
 def test_zero_bytes_reach_no_query(client: httpx.Client) -> None:

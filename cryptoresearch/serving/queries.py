@@ -494,7 +494,7 @@ def _as_candles(frame: pd.DataFrame, name: str) -> pd.DataFrame:
         remedy = "Rename the columns of the file, or load it with cryptoresearch ingest FILE --columns and export its bars"
         raise SchemaError(problem(f"candles in {name}", str(e).partition("; found ")[2].partition(". ")[0], remedy)) from None
 
-
+# %% ../../nbs/serving/01_queries.ipynb #8339cbbc
 def table_bars(
     frame: pd.DataFrame,  # names in lower case; times in UTC, or numbers
     spec: str,  # bar length, or event bars
@@ -508,7 +508,7 @@ def table_bars(
         return bar_frame(_as_candles(frame, name), spec, symbol=symbol)
     return with_kind(as_bars(pa.Table.from_pandas(frame)), BarKind("events", event_spec(spec).name, symbol))
 
-
+# %% ../../nbs/serving/01_queries.ipynb #e1c0f53c
 def row_times(
     frame: pd.DataFrame,  # as for `table_bars`
     name: str,  # of the table, for errors
@@ -528,7 +528,7 @@ def read_bar_table(
     except ValueError as e:
         raise SchemaError(problem("the text of a CSV file", str(e)[:200], "Give a header and one row per bar")) from None
 
-
+# %% ../../nbs/serving/01_queries.ipynb #76aed0e9
 def read_bar_file(
     path: Path,  # candles or bars: a time column (ts, open_time, time …), open, high, low, close, volume
     spec: str,  # bar length, or event bars

@@ -30,8 +30,8 @@ class BuildDocumented(build_py):
         return built, copied
 
 
-# the papermill templates and the dashboards travel inside the package: they are notebooks, not modules
-NOTEBOOKS = {f"{cfg['lib_name']}.notebooks.{kind}": f"nbs/{kind}" for kind in ("research", "dashboards")}
+# the papermill templates, the dashboards and the tutorials travel inside the package: they are notebooks, not modules
+NOTEBOOKS = {f"{cfg['lib_name']}.notebooks.{kind}": f"nbs/{kind}" for kind in ("research", "dashboards", "tutorials")}
 
 setup(
     name=cfg["lib_name"],

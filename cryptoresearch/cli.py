@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'PAGES', 'app', 'runs_app', 'Modules', 'FeedName', 'Url', 'Seconds', 'Exported', 'doctor', 'download',
            'ingest', 'forget', 'bars', 'simulate', 'train', 'runs', 'delete', 'reproduce', 'stream', 'live', 'replay',
-           'predict', 'scores', 'export', 'api', 'dashboards', 'mcp', 'demo', 'main']
+           'predict', 'scores', 'export', 'api', 'dashboards', 'lab', 'mcp', 'demo', 'main']
 
 # %% ../nbs/94_cli.ipynb #bf365754
 import os
@@ -77,6 +77,7 @@ PAGES["Research"] = {
     "tune": "tune --symbol BTCUSDT --model lightgbm --trials 50",
     "evaluate": "evaluate btcusdt-1h-return24\nevaluate btcusdt-1h-return24 --no-audit",
     "compare": "compare btcusdt-1h-return24-01 btcusdt-1h-return24-9f --report",
+    "batch": "batch grid.yaml\nbatch grid.yaml --workers 4 --output study",
     "runs": "runs\nruns --json\nruns delete btcusdt-1h-return24-01",
     "promote": "promote btcusdt-1h-return24",
     "registry": "registry\nregistry --json",
@@ -91,6 +92,7 @@ PAGES["Live"] = {
 PAGES["Serve"] = {
     "api": "api\napi --port 8080",
     "dashboards": "dashboards\ndashboards --port 9000",
+    "lab": "lab\nlab --folder notebooks --no-browser",
     "mcp": "mcp\nmcp --folder backtests",
 }
 
@@ -789,6 +791,20 @@ def dashboards(
     from cryptoresearch.serving.dashboards import dashboards as serve_dashboards
 
     raise typer.Exit(serve_dashboards(host=host, port=port))
+
+# %% ../nbs/94_cli.ipynb #ad2ec5c7
+@app.command()
+def lab(
+    folder: Annotated[Path, typer.Option(help="Folder of the copies.")] = Path("cryptoresearch-tutorials"),
+    port: Annotated[int, typer.Option(help="The next free one where it is taken.", min=0, max=65535)] = 8888,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Open JupyterLab on copies of the tutorials.
+
+    This machine only, until Ctrl-C; existing copies are not overwritten."""
+    from cryptoresearch.serving.lab import open_lab
+
+    raise typer.Exit(open_lab(folder, port, browser))
 
 # %% ../nbs/94_cli.ipynb #98b8e66e
 @app.command()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['research_app', 'Symbol', 'Report', 'Output', 'Audited', 'Compared', 'make_report', 'read_pairs', 'read_params',
            'Given', 'takes', 'take_symbol', 'asked_config', 'list_features', 'tune', 'show_audit', 'audit', 'evaluate',
-           'compare', 'promote', 'registry']
+           'compare', 'promote', 'registry', 'batch']
 
 # %% ../nbs/93_cli_research.ipynb #765e7e38
 import inspect
@@ -19,7 +19,9 @@ from typing import Annotated, Any, TYPE_CHECKING
 
 import typer
 
-from .cli_shared import complete_runs, complete_symbols, console, Json, print_json, progress, RunName, show_frame
+from cryptoresearch.cli_shared import (
+    complete_runs, complete_symbols, console, Json, print_json, progress, progress_console, RunName, show_frame, Tell,
+)  # fmt: skip
 from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
 from .settings import get_settings, Settings
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from cryptoresearch.evaluation.comparison import Lineup
     from cryptoresearch.runs.config import RunConfig
     from cryptoresearch.runs.run import Run
+    from cryptoresearch.serving.grid import Outcome
 
 # %% ../nbs/93_cli_research.ipynb #e09005a3
 research_app = typer.Typer()
@@ -420,3 +423,39 @@ def registry(
         console.print("nothing is registered. Run: cryptoresearch promote RUN")
     else:
         show_frame(found)
+
+# %% ../nbs/93_cli_research.ipynb #d3664d12
+_GRID = "YAML file with `notebook: research/train.ipynb`, `grid: {horizon: [4, 24]}` and, for all, `parameters: {symbol: BTCUSDT}`."
+
+
+@research_app.command()
+def batch(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help=_GRID)],
+    workers: Annotated[int, typer.Option(help="Combinations at a time, each in a process of its own.", min=1)] = 2,
+    output: Annotated[Path | None, typer.Option(help="Folder of the batch. Default: below reports, next to the runs.")] = None,
+    as_json: Json = False,  # one object per combination
+) -> None:
+    """Run a notebook over a grid of parameters.
+
+    Finished combinations are not repeated: the same command continues."""
+    from cryptoresearch.serving.grid import read_grid, run_grid
+
+    asked, settings = read_grid(grid), get_settings()
+    folder = output or settings.path(settings.runs_dir).parent / "reports" / "batch" / grid.stem
+    with progress("batch", every_s=float("inf")) as tell:  # a line per combination is enough without a terminal
+        table = run_grid(asked, folder, workers=workers, told=lambda *found: _tell_outcome(tell, *found))
+    if as_json:
+        print_json(table)
+    else:
+        show_frame(table[[*asked.grid, "state", "seconds", "run"]])
+        console.print(f"table   {folder / 'summary.csv'}\npage    {folder / 'index.html'}", soft_wrap=True, markup=False, highlight=False)
+    if failed := [int(code) for code in table["code"] if code]:
+        raise typer.Exit(code=failed[0])
+
+# %% ../nbs/93_cli_research.ipynb #fb17918a
+def _tell_outcome(tell: Tell, done: int, count: int, outcome: "Outcome") -> None:
+    "Print a line for a combination that has ended."
+    tell(done / count, f"{done} of {count}")
+    given = " ".join(f"{name}={value}" for name, value in outcome.parameters.items())
+    text = f"{done} of {count}  {outcome.state}  {outcome.seconds:.1f} s  {given}{f'  {outcome.error}' if outcome.error else ''}"
+    progress_console.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -29,7 +29,7 @@ from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.run import train_run
 from cryptoresearch.settings import Settings
 
-COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "live", "scores", "replay", "predict", "api", "dashboards", "mcp", "demo"]
+COMMANDS = ["doctor", "ingest", "forget", "bars", "export", "simulate", "download", "data", "train", "tune", "audit", "compare", "evaluate", "features", "promote", "registry", "runs", "reproduce", "stream", "live", "scores", "replay", "predict", "api", "dashboards", "lab", "mcp", "batch", "demo"]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ..runs.identity import read_data
 from ..runs.run import find_run
 from ..runs.stored import runs_folder
 from ..runs.walk_forward import check_length, Progress
-from .figures import static_text
+from .figures import static_text, Style
 from .report_figures import figure_html, figures_json, plotly_js
 from ..settings import get_settings, project_home, Settings
 
@@ -160,9 +160,9 @@ _FIGURE = "application/vnd.plotly.v1+json"
 
 def _plain(
     notebook: NotebookNode,  # executed notebook
-) -> tuple[NotebookNode, dict[str, Any]]:  # copy whose outputs are HTML or text only; its figures by id of the element
+) -> tuple[NotebookNode, dict[str, Style]]:  # copy whose outputs are HTML or text only; its figures by id of the element
     "Turn figures into their places and drop streams."
-    figures: dict[str, Any] = {}
+    figures: dict[str, Style] = {}
     copy = nbformat.from_dict(notebook)
     copy.cells = [c for c in copy.cells if NOTEBOOK_ONLY not in c.metadata.get("tags", [])]
     for cell in (c for c in copy.cells if c.cell_type == "code"):

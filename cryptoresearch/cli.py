@@ -795,16 +795,16 @@ def dashboards(
 # %% ../nbs/94_cli.ipynb #ad2ec5c7
 @app.command()
 def lab(
-    folder: Annotated[Path, typer.Option(help="Folder of the copies.")] = Path("cryptoresearch-tutorials"),
+    folder: Annotated[Path, typer.Option(help="Folder of the copies.")] = Path("tutorials"),
     port: Annotated[int, typer.Option(help="The next free one where it is taken.", min=0, max=65535)] = 8888,
-    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,
 ) -> None:
     """Open JupyterLab on copies of the tutorials.
 
     This machine only, until Ctrl-C; existing copies are not overwritten."""
     from cryptoresearch.serving.lab import open_lab
 
-    raise typer.Exit(open_lab(folder, port, browser))
+    raise typer.Exit(open_lab(folder, port, not no_browser))
 
 # %% ../nbs/94_cli.ipynb #98b8e66e
 @app.command()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ANNUAL_SECONDS', 'CLOCK', 'EULER_GAMMA', 'slices', 'check_number', 'sharpe_ratio', 'return_moments', 'until_ruin',
            'max_drawdown', 'sortino_ratio', 'calmar_ratio', 'track_record', 'StrategyReturns', 'StrategyCapital',
-           'StrategyResult', 'bar_seconds', 'sign_strategy', 'on_bars', 'on_clock', 'probabilistic_sharpe',
-           'expected_max_sharpe', 'deflated_sharpe']
+           'StrategyResult', 'bar_seconds', 'sign_strategy', 'on_bars', 'on_clock', 'daily_returns',
+           'probabilistic_sharpe', 'expected_max_sharpe', 'deflated_sharpe']
 
 # %% ../../nbs/metrics/03_strategy.ipynb #f52140ba
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -367,6 +368,21 @@ def on_clock(
     mean = sums(strategy.position) / np.maximum(np.bincount(of, minlength=len(hours)), 1)
     position, turnover = pd.Series(mean, hours, name="position"), pd.Series(sums(strategy.turnover), hours, name="turnover")
     return StrategyResult(net, gross, position, turnover, hold, 1, strategy.fee_bps, period.total_seconds())
+
+# %% ../../nbs/metrics/03_strategy.ipynb #a3329129
+type ReturnsOf = Literal["returns", "gross", "hold"]
+
+
+def daily_returns(
+    strategy: StrategyReturns,  # of sign_strategy, run_strategy or another trade of bars
+    name: str = "strategy",  # of the Series, as a tear sheet shows it
+    of: ReturnsOf = "returns",  # after costs, before costs (gross), or of buying and holding (hold)
+) -> pd.Series:  # fraction per day, every day from the first bar to the last, index midnight UTC without a time zone
+    "Compound the returns of each UTC day, in the form that quantstats takes."
+    bars: pd.Series = getattr(strategy, of)
+    days = pd.DatetimeIndex(bars.index).tz_convert("UTC").tz_localize(None).floor("D")
+    found = (1 + bars.set_axis(days)).groupby(level=0).prod() - 1
+    return found.asfreq("D", fill_value=0.0).rename_axis(None).rename(name)
 
 # %% ../../nbs/metrics/03_strategy.ipynb #6259a4d9
 EULER_GAMMA = 0.5772156649015329  # Euler-Mascheroni constant

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from .settings import get_settings, setup_logging
 
 # %% ../nbs/94_cli.ipynb #35cd82ae
 if TYPE_CHECKING:  # imported by the commands that need them: the command line starts without pandas
+    from contextlib import AbstractContextManager
     from threading import Event
 
     from pandas import DataFrame, Series
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # imported by the commands that need them: the command line s
     from cryptoresearch.runs.run import Run
     from cryptoresearch.serving.live import LivePredictions
     from cryptoresearch.serving.monitor import LiveMonitor
+    from cryptoresearch.serving.refit import Line, Refits
 
 # %% ../nbs/94_cli.ipynb #d1fb533a
 EXIT_CODES = {
@@ -84,7 +87,7 @@ PAGES["Research"] = {
 }
 PAGES["Live"] = {
     "stream": "stream --symbol BINANCE:BTCUSDT --seconds 60\nstream --url ws://127.0.0.1:8765",
-    "live": "live BTCUSDT ETHUSDT --run btcusdt-1m-return5 --feed binance\nlive BTCUSDT --run btcusdt-1m-return5 --metrics 9464",
+    "live": "live BTCUSDT --run btcusdt-1m-return5 --refit-every 7D\nlive BTCUSDT --run btcusdt-1m-return5 --metrics 9464",
     "predict": "predict btcusdt-1h-return24 bars.csv --to forecasts.csv\npredict btcusdt-1h-return24 --source binance",
     "scores": "scores btcusdt-1h-return24\nscores btcusdt-1h-return24 --last 30D --json",
     "replay": "replay BTCUSDT --start 2024-08-08 --speed 60",
@@ -445,6 +448,13 @@ Url = Annotated[str | None, typer.Option(help="Another address, such as that of 
 Seconds = Annotated[float | None, typer.Option(help="Stop after so many.")]
 
 
+def _closing_gaps(feed: "Feed") -> "AbstractContextManager[object]":
+    "Close the gaps of Binance's own feed as they appear; those of other feeds have no ids to ask for."
+    from cryptoresearch.ingest.repair import Backfills
+
+    return Backfills(feed.symbols, feed.settings, con=feed.con) if feed.source == "binance" else nullcontext()
+
+
 def _check_connected(feed: "Feed") -> None:
     "Raise `FeedError` if a feed that was stopped had never been connected."
     if not feed.stats.connections:
@@ -464,7 +474,7 @@ def stream(
 
     feed = find_feed(feed_name, url=url)(tuple(symbol or ["BINANCE:BTCUSDT"]), url=url).start()
     end = None if seconds is None else time.monotonic() + seconds
-    with console.status("connecting", spinner="dots") as status:
+    with console.status("connecting", spinner="dots") as status, _closing_gaps(feed):
         try:
             while not feed.join(0.5) and (end is None or time.monotonic() < end):
                 status.update(f"{feed.stats.state}: {feed.stats.trades:,} trades")
@@ -484,34 +494,47 @@ def live(
     url: Url = None,  # of a server that speaks the feed's protocol
     seconds: Seconds = None,  # without end if None
     modules: Modules = None,  # of user-defined features
-    metrics: Annotated[int | None, typer.Option(help="Port on this machine for Prometheus.", min=0, max=65535)] = None,
+    metrics: Annotated[str | None, typer.Option(help="Port on this machine for Prometheus, or HOST:PORT.")] = None,
     alert_url: Annotated[str | None, typer.Option(help="Webhook for alerts, which are logged too.", envvar="ALERT_URL")] = None,
+    refit_every: Annotated[str | None, typer.Option(help="Train a challenger so often, such as 7D; the gate decides.")] = None,
 ) -> None:
     """Collect live trades and predict from them until Ctrl-C.
 
     One process does both; trades and predictions are stored, and scored as outcomes become known."""
     from cryptoresearch.live.binance import find_feed
-    from cryptoresearch.runs.run import import_own, load_run
     from cryptoresearch.serving.live import LivePredictions
     from cryptoresearch.serving.monitor import LiveMonitor
+    from cryptoresearch.serving.refit import Refits
 
-    runs = [load_run(name) for name in dict.fromkeys(run)]
-    for one in runs:
-        import_own(one, modules or [])
-    names = tuple(s if ":" in s else f"BINANCE:{s}" for s in symbol)
-    predictions = LivePredictions(find_feed(feed_name, url=url)(names, url=url), runs)
-    _run_watched(LiveMonitor(predictions, alert_url=alert_url), seconds, metrics)
+    runs, lines = _live_runs(run, modules or [], refit_every is not None)
+    predictions = LivePredictions(find_feed(feed_name, url=url)(tuple(s if ":" in s else f"BINANCE:{s}" for s in symbol), url=url), runs)
+    monitor = LiveMonitor(predictions, alert_url=alert_url)
+    _run_watched(monitor, seconds, metrics, Refits(monitor, lines, refit_every, modules=modules or []) if refit_every else None)
     _check_connected(predictions.feed)
     _sum_up(predictions)
 
 # %% ../nbs/94_cli.ipynb #2d7428bf
-def _tell_predictions(rows: "DataFrame") -> None:
-    "Print a line for each prediction: bar, run, forecast, interval, and the time from the bar's end to the forecast."
+def _live_runs(names: list[str], modules: list[str], refitted: bool) -> "tuple[list[Run], list[Line]]":
+    "Load the runs to predict, and for those that are refitted the runs in use and their challengers."
+    from cryptoresearch.runs.run import import_own, load_run
+    from cryptoresearch.serving.refit import resume
+
+    runs = [load_run(name) for name in dict.fromkeys(names)]
+    lines = [resume(one, get_settings()) for one in runs if refitted]
+    runs = [one for line in lines for one in line.runs] or runs
+    for one in runs:
+        import_own(one, modules)
+    return runs, lines
+
+# %% ../nbs/94_cli.ipynb #2004ed49
+def _tell_predictions(refits: "Refits | None", rows: "DataFrame") -> None:
+    "Print a line for each prediction: bar, run, forecast, interval, the time from the bar's end to the forecast, and if it is a shadow's."
+    shadows = {line.shadow.id for line in refits.lines if line.shadow is not None} if refits is not None else set()
     for r in rows.to_dict("records"):
         ends = f" [{r['lower']:.6g}, {r['upper']:.6g}]" if r["lower"] == r["lower"] else ""
         bar = f"{r['symbol']} {r['spec']} {r['ts']:%Y-%m-%d %H:%M:%S}"
         lag = "" if r["source"] == "replay" else f" lag {(r['made_at'] - r['close_ts']).total_seconds():.3f} s"
-        text = f"{bar} {r['run_id']} {r['target']}: {r['prediction']:.6g}{ends}{lag}"
+        text = f"{bar} {r['run_id']} {r['target']}: {r['prediction']:.6g}{ends}{lag}{' (shadow)' * (r['run_id'] in shadows)}"
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -554,10 +577,10 @@ def _sum_up(live: "LivePredictions") -> None:
 _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 
-def _watch(monitor: "LiveMonitor", stopped: "Event", end: float | None) -> None:
+def _watch(monitor: "LiveMonitor", refits: "Refits | None", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
     live, shown, trades, at, warned = monitor.live, time.monotonic(), 0, time.monotonic(), False
-    with console.status("connecting", spinner="dots") as status, live, monitor:
+    with console.status("connecting", spinner="dots") as status, live, _closing_gaps(live.feed), monitor, refits or nullcontext():
         while not stopped.wait(0.5) and not live.join(0) and (end is None or time.monotonic() < end):
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
             if made.skipped.get("trained on") and not warned:
@@ -574,16 +597,17 @@ def _watch(monitor: "LiveMonitor", stopped: "Event", end: float | None) -> None:
                     shown = now
 
 # %% ../nbs/94_cli.ipynb #c23d0a36
-def _run_watched(monitor: "LiveMonitor", seconds: float | None, metrics: int | None) -> None:
-    "Run and watch live predictions until a signal or the end of the time, with a page of metrics if a port is given."
+def _run_watched(monitor: "LiveMonitor", seconds: float | None, metrics: str | None, refits: "Refits | None") -> None:
+    "Run and watch live predictions until a signal or the end of the time, with a page of metrics if an address is given."
     import signal
 
-    from cryptoresearch.serving.monitor import serve_metrics
+    from cryptoresearch.serving.monitor import metrics_address, serve_metrics
 
-    monitor.live.subscribe(_tell_predictions)
+    monitor.live.subscribe(partial(_tell_predictions, refits))
+    host, port = metrics_address(metrics) if metrics is not None else ("", 0)
     stopped = _stopped_by(signal.SIGINT, signal.SIGTERM)
-    with nullcontext() if metrics is None else serve_metrics(monitor, metrics):
-        _watch(monitor, stopped, None if seconds is None else time.monotonic() + seconds)
+    with nullcontext() if metrics is None else serve_metrics(monitor, port, host):
+        _watch(monitor, refits, stopped, None if seconds is None else time.monotonic() + seconds)
 
 # %% ../nbs/94_cli.ipynb #c4a05030
 def _disturbed(server: "ReplayServer") -> str:

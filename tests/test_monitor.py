@@ -128,4 +128,4 @@ def test_the_unit_starts_a_command_that_parses() -> None:
     assert line is not None
     name, *args = line[1].split()
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]  # a group
-    assert command.make_context(name, args).params["metrics"] == 9464
+    assert command.make_context(name, args).params["metrics"] == "9464"

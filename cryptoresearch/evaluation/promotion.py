@@ -11,6 +11,7 @@ import html
 import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, UTC
 from pathlib import Path
@@ -88,13 +89,15 @@ def compare_runs(
     a: str | Run,  # name, its first letters, or the run
     b: str | Run,  # the other one
     settings: Settings | None = None,  # where the runs are
+    forecasts: Mapping[str, pd.DataFrame] | None = None,  # by run: y, prediction, index ts; None: those of the training
 ) -> Comparison:  # on the rows that both forecast and whose outcome is known
     "Compare two runs of the same target on their common rows."
     first, second = (run if isinstance(run, Run) else load_run(run, settings) for run in (a, b))
     if question_key(first) != question_key(second):
         found = f"{question_key(first)} and {question_key(second)}"
         raise SchemaError(problem("two runs of the same symbol, bars, target and horizon", found, "Compare others"))
-    frames = {k: run.predictions.dropna(subset=["y", "prediction"]) for k, run in zip("ab", (first, second), strict=True)}
+    given = {k: run.predictions if forecasts is None else forecasts[run.id] for k, run in zip("ab", (first, second), strict=True)}
+    frames = {k: rows.dropna(subset=["y", "prediction"]) for k, rows in given.items()}
     common = frames["a"].index.intersection(frames["b"].index)
     if len(common) < 10:
         raise DataNotFound(f"expected rows that both runs forecast; found {len(common)}. Give both the same test period")
@@ -107,7 +110,7 @@ def compare_runs(
     return Comparison(first.id, second.id, _settings_differ(first, second), scores, tested, losses)
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #2482ebad
-State = Literal["candidate", "champion", "retired", "deleted"]
+State = Literal["candidate", "shadow", "champion", "retired", "deleted"]  # shadow: a refit that predicts live, compared with the run in use
 _FIELDS = ("at", "run", "question", "state", "reason", "p_value", "n", "tried", "audit")
 
 
@@ -220,20 +223,23 @@ class Promotion:
 def promote(
     run: str | Run,  # the challenger: name, its beginning, or the run
     settings: Settings | None = None,  # where the runs are
+    *,
+    incumbent: Run | None = None,  # run in use that it is compared with; the champion when None
+    forecasts: Mapping[str, pd.DataFrame] | None = None,  # by run, as of compare_runs: those made live, say
 ) -> Promotion:  # promoted or not, and why
     "Put a run through the gate; it becomes champion or stays a candidate, and the registry says why."
     found = run if isinstance(run, Run) else load_run(run, settings)
     path = _register(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        holder = champion(*question_key(found), settings)
+        holder = incumbent.id if incumbent is not None else champion(*question_key(found), settings)
         if holder == found.id:
             return Promotion(found.id, False, "is the champion already")
         tried = len(set(challengers(question_key(found), settings)) - {holder})
         if holder is None:
             reason = "first champion of its target: " + found.info["verdict"]
             return _decide(found, found.info["level"] == "skill", reason, _claim_p(found), None, tried, settings)
-        test = compare_runs(found, holder, settings)
+        test = compare_runs(found, holder, settings, forecasts)
         done = _decide(found, bool(test.test.stat < 0), test.verdict, test.test.p_value, test.n, tried, settings)
         if done.promoted:
             _enter(load_run(holder, settings), "retired", f"beaten by {found.id}", settings)
@@ -266,15 +272,15 @@ def _decide(run: Run, better: bool, reason: str, p: float, n: int | None, tried:
 # %% ../../nbs/evaluation/08_promotion.ipynb #c49cefc0
 def set_state(
     run: str | Run,  # name, its first letters, or the run
-    state: State,  # candidate or retired; a champion is made by promote
+    state: State,  # candidate, shadow or retired; a champion is made by promote
     reason: str,  # kept in the registry
     settings: Settings | None = None,  # where the runs are
 ) -> None:
-    "Name a run a candidate, or retire it."
+    "Name a run a candidate or a shadow, or retire it."
     if state not in get_args(State) or state in ("champion", "deleted"):
         raise ConfigError(
             problem(
-                "candidate or retired",
+                "candidate, shadow or retired",
                 repr(state),
                 "A champion is made by promote: cryptoresearch promote RUN; a run is deleted by delete_run",
             )

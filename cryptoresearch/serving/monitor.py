@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SLOW_EVERY', 'Kind', 'METRICS', 'Watched', 'watch_run', 'Limits', 'Alert', 'exceeded', 'check_alert_url',
-           'send_alert', 'LiveMonitor', 'MetricsPage', 'serve_metrics']
+           'send_alert', 'report', 'LiveMonitor', 'watch_further', 'forget', 'MetricsPage', 'serve_metrics',
+           'metrics_address']
 
 # %% ../../nbs/serving/02d_monitor.ipynb #1bb49468
 import json
@@ -82,7 +83,7 @@ def watch_run(
     return Watched(scores, parity(con, run, source=source), *_drift(con, run, source, train))
 
 # %% ../../nbs/serving/02d_monitor.ipynb #0ba05105
-Kind = Literal["silence", "lag", "parity", "coverage", "drift"]
+Kind = Literal["silence", "lag", "parity", "coverage", "drift", "refit"]
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,19 @@ def _look_at(m: _Watching, name: str) -> None:
     m.watched[name] = watch_run(m._con, m.runs[name], m.live.feed.source, m.watched[name], train=train, slow=slow)
 
 # %% ../../nbs/serving/02d_monitor.ipynb #71dbb407
+def report(
+    m: _Watching,  # knows where alerts go
+    alert: Alert,  # to log and to send
+) -> None:
+    "Log an alert, and send it to the webhook if there is one."
+    logger.warning("alert %s: %s of %s: %s", "raised" if alert.raised else "over", alert.kind, alert.subject, alert.text)
+    if m.alert_url is not None:
+        try:
+            send_alert(m.alert_url, alert)
+        except FeedError as e:
+            logger.warning("an alert was not delivered: %s", e)
+
+# %% ../../nbs/serving/02d_monitor.ipynb #59a7eab3
 def _raise_alerts(m: _Watching) -> None:
     "Report alerts that are new, and those that are over."
     found = exceeded(m.live.feed.stats, m.watched, m.limits, m.live.feed.source == "replay")
@@ -232,12 +246,7 @@ def _raise_alerts(m: _Watching) -> None:
     over = [Alert(*key, False, text, now) for key, text in m.active.items() if key not in found]
     m.active, m.alerts = found, m.alerts + len(new)
     for alert in (*new, *over):
-        logger.warning("alert %s: %s of %s: %s", "raised" if alert.raised else "over", alert.kind, alert.subject, alert.text)
-        if m.alert_url is not None:
-            try:
-                send_alert(m.alert_url, alert)
-            except FeedError as e:
-                logger.warning("an alert was not delivered: %s", e)
+        report(m, alert)
 
 
 def _look(m: _Watching) -> None:
@@ -279,6 +288,25 @@ class LiveMonitor(_Watching):
     def __str__(self) -> str:  # for a status line; empty before anything is scored
         scored = {name: w.scores for name, w in self.watched.items() if w.scores is not None and w.scores.scored}
         return "; ".join(str(s) if len(self.runs) == 1 else f"{name}: {s}" for name, s in scored.items())
+
+# %% ../../nbs/serving/02d_monitor.ipynb #e78732ac
+def watch_further(
+    m: LiveMonitor,  # of a session
+    run: Run,  # that the session predicts from now on
+) -> None:
+    "Watch a further run."
+    with m._looking:
+        m.runs, m.watched = m.runs | {run.id: run}, m.watched | {run.id: Watched()}
+
+
+def forget(
+    m: LiveMonitor,  # of a session
+    run: Run,  # that the session predicts no further
+) -> None:
+    "Watch a run no further; its alerts end with the next look."
+    with m._looking:
+        m.runs = {name: one for name, one in m.runs.items() if name != run.id}
+        m.watched = {name: one for name, one in m.watched.items() if name != run.id}
 
 # %% ../../nbs/serving/02d_monitor.ipynb #fb5b9e3f
 METRICS: dict[str, tuple[str, tuple[str, ...]]] = {  # by name: description, labels; names in _total count up
@@ -353,24 +381,37 @@ class _Metrics(Collector):
 class MetricsPage:
     "Name the port of a page of metrics."
 
-    port: int  # on the loopback
+    port: int  # of its host
 
 
 @contextmanager
 def serve_metrics(
     monitor: LiveMonitor,  # gives the numbers
-    port: int,  # on the loopback; 0 takes a free one
-) -> Iterator[MetricsPage]:  # ConfigError where the port is taken
+    port: int,  # 0 takes a free one
+    host: str = "127.0.0.1",  # address of this machine to listen on; 0.0.0.0 for all of them
+) -> Iterator[MetricsPage]:  # ConfigError where the port is taken, or the address is none of this machine
     "Serve `/metrics` for Prometheus until the block ends."
     registry = CollectorRegistry()
     registry.register(_Metrics(monitor))
     try:
-        page, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        page, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as e:
-        raise ConfigError(problem("a free port for metrics", f"{port} ({e.strerror})", "Choose another: --metrics PORT")) from None
+        found, remedy = f"{host}:{port} ({e.strerror})", "Choose another: --metrics PORT or --metrics HOST:PORT"
+        raise ConfigError(problem("an address of this machine with a free port for metrics", found, remedy)) from None
     try:
         yield MetricsPage(int(page.server_port))
     finally:
         page.shutdown()
         page.server_close()
         thread.join()
+
+# %% ../../nbs/serving/02d_monitor.ipynb #b84fe96c
+def metrics_address(
+    text: str,  # PORT or HOST:PORT; [::1]:9464 for IPv6
+) -> tuple[str, int]:  # host and port
+    "Read an address for metrics; the loopback where none is given. ConfigError if it is not one."
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not port.isdecimal() or int(port) > 65535 or (text.startswith(":") or (":" in host and "[" not in text)):
+        raise ConfigError(problem("PORT or HOST:PORT, such as 9464 or 0.0.0.0:9464", repr(text), "Correct --metrics"))
+    return host or "127.0.0.1", int(port)

@@ -13,7 +13,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, UTC
 from functools import cached_property
@@ -39,12 +39,14 @@ from ..models.boosting import TailModel
 from ..models.conformal import Calibrator
 from ..models.catalogue import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
+from .cluster import fold_sender, open_cluster
 from .config import by_events, least_length, RunConfig
 from .identity import canonical, identity, own_features, read_data, run_name, RunData, sha256_of
 from .stored import find_folder, read_info, Record, runs_folder
 from .trials import model_text, question_of, record_trial, saved_loss, target_text, trial_sharpes
 from cryptoresearch.runs.walk_forward import (
-    are_usable, check_length, first_test, fit_all, Fitted, fold_length, known_by, one_blas_thread, prepare, Progress, Samples, walk_folds,
+    are_usable, check_length, first_test, fit_all, Fitted, fold_length, FoldJob, known_by, one_blas_thread, prepare, Progress, Samples,
+    walk_folds,
 )  # fmt: skip
 from ..settings import Settings
 
@@ -443,16 +445,21 @@ def train_run(
         return replace(run, reused=True, info=run.info | now)
     check_length(config, data.bars, data.sources, data.trades)
     refuse_leaks(config, data.bars)
-    _train(con, config, data, parts, folder, tell)
+    with open_cluster(settings) as executor:
+        submit = None if executor is None else fold_sender(executor, config, data.snapshot, parts)
+        _train(con, config, data, parts, folder, tell, submit)
     tell(1.0, "trained")
     return load_run(folder.name, settings)
 
 # %% ../../nbs/runs/05_run.ipynb #20c5dfb9
-def _train(con: duckdb.DuckDBPyConnection, config: RunConfig, data: RunData, parts: dict[str, Any], folder: Path, tell: Progress) -> None:
-    "Train a run and write its folder."
+def _train(
+    con: duckdb.DuckDBPyConnection, config: RunConfig, data: RunData, parts: dict[str, Any], folder: Path, tell: Progress,
+    submit: Callable[[int], FoldJob] | None = None,
+) -> None:  # fmt: skip
+    "Train a run, its folds elsewhere if `submit` begins them, and write its folder."
     tell(0.0, "computing features")
     samples, test_start = prepare(data.bars, config, data.trades), first_test(config, data.bars)
-    predictions, folds, sigma = walk_folds(config, samples, test_start, tell)
+    predictions, folds, sigma = walk_folds(config, samples, test_start, tell, submit)
     tell(len(folds) / (len(folds) + 1), "fitting the final model")
     fitted = fit_last(config, samples, sigma)
     final = {"rows": fitted.model.n_rows_, "trees": fitted.model.best_iteration_ + 1}

@@ -7,13 +7,15 @@ __all__ = ['LEAST_KNOWN', 'one_blas_thread', 'LEAST_OUTCOMES', 'Progress', 'CALI
            'AMPLE', 'SHORTER', 'LEAST_ROWS', 'OF_FIXED', 'are_usable', 'usable_rows', 'Samples', 'first_test',
            'fitting_features', 'prepare', 'run_baselines', 'make_model', 'sample_weights', 'make_refits', 'fit_rows',
            'Fitted', 'known_by', 'fit_volatility', 'past_volatility', 'fit_all', 'outcome_unit', 'fold_length',
-           'base_rate', 'forecast_fold', 'walk_folds', 'walk_forward', 'rows_to_fit', 'check_length', 'enough_with']
+           'base_rate', 'forecast_fold', 'FoldJob', 'fit_fold', 'fold_split', 'walk_folds', 'walk_forward',
+           'rows_to_fit', 'check_length', 'enough_with']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -372,6 +374,61 @@ def forecast_fold(
     "Forecast a fold; outcomes, baselines and the columns of a strategy are joined."
     return _joined(samples, rows, fold, _forecasts(fitted, samples, train, rows))
 
+# %% ../../nbs/runs/04_walk_forward.ipynb #5b0a1d01
+type FoldResult = tuple[dict[str, np.ndarray], dict[str, object]]  # forecasts by column, record
+
+
+class FoldJob(Protocol):
+    "Describe a fold that is computed elsewhere, as a future of concurrent.futures or of Dask."
+
+    def result(self) -> FoldResult:  # forecasts and record
+        "Return the fold, or raise."
+
+    def cancel(self) -> object:  # ignored
+        "Cancel the fold if it has not begun."
+
+
+@one_blas_thread
+def fit_fold(
+    config: RunConfig,  # what to fit
+    samples: Samples,  # of `prepare`, n rows
+    fold: int,  # number, from 1
+    rows: tuple[np.ndarray, np.ndarray],  # positions to train on, positions to forecast
+    sigma: np.ndarray | None = None,  # as for `fit_all`
+    refits: Refits[TailModel] | None = None,  # of `make_refits`, where several folds are fitted
+) -> FoldResult:  # of this fold
+    "Fit the model of a fold and forecast it."
+    train, test = rows
+    fitted = fit_all(config, samples, train, sigma, samples.intervals["known_ts"].iloc[test[0]], refits)
+    return _forecasts(fitted, samples, train, test), _fold_record(fold, fitted.model, samples, train, test)
+
+# %% ../../nbs/runs/04_walk_forward.ipynb #5b0a1d02
+def fold_split(
+    config: RunConfig,  # how to split
+    samples: Samples,  # of `prepare`
+    test_start: pd.Timestamp,  # first bar to forecast, UTC
+) -> WalkForward:  # of the samples' intervals
+    "Return the splitter of a walk."
+    return WalkForward(test_start, fold_length(config, samples, test_start), config.mode, config.train_window, config.embargo)
+
+
+def _begin(submit: Callable[[int], FoldJob] | None, total: int, sigma: np.ndarray | None, refits: Refits[TailModel]) -> list[FoldJob]:
+    "Submit folds that need nothing of each other: no volatility forecast before, no sums carried from fit to fit."
+    if submit is None or sigma is not None or type(refits) is not Refits:
+        return []
+    return [submit(k) for k in range(1, total + 1)]
+
+
+@contextmanager
+def _canceled(jobs: list[FoldJob]) -> Iterator[list[FoldJob]]:
+    "Cancel the folds that have not begun after an error or Ctrl-C."
+    try:
+        yield jobs
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+
 # %% ../../nbs/runs/04_walk_forward.ipynb #02e97c6f
 @one_blas_thread
 def walk_folds(
@@ -379,21 +436,22 @@ def walk_folds(
     samples: Samples,  # of `prepare`, n rows
     test_start: pd.Timestamp,  # first bar to forecast, UTC
     progress: Progress | None = None,  # called after each fold
+    submit: Callable[[int], FoldJob] | None = None,  # begins a fold elsewhere, by its number; here when None
 ) -> tuple[pd.DataFrame, list[dict[str, Any]], np.ndarray | None]:  # predictions, folds, n volatilities (None unless scaled)
     "Forecast each fold, and keep the volatilities that were forecast out of sample."
-    split = WalkForward(test_start, fold_length(config, samples, test_start), config.mode, config.train_window, config.embargo)
-    total, made, folds = split.get_n_splits(samples.intervals), list[dict[str, np.ndarray]](), []
+    split = fold_split(config, samples, test_start)
+    total, made, folds, tests = split.get_n_splits(samples.intervals), list[dict[str, np.ndarray]](), [], list[np.ndarray]()
     sigma, refits = past_volatility(config, samples, test_start), make_refits(config, samples)
-    tests = list[np.ndarray]()
-    for k, (train, test) in enumerate(split.split(samples.intervals), start=1):
-        fitted = fit_all(config, samples, train, sigma, samples.intervals["known_ts"].iloc[test[0]], refits)
-        made.append(_forecasts(fitted, samples, train, test))
-        tests.append(test)
-        if sigma is not None:
-            sigma[test] = made[-1]["volatility"]
-        folds.append(_fold_record(k, fitted.model, samples, train, test))
-        if progress:
-            progress(k / (total + 1), f"fold {k} of {total}")
+    with _canceled(_begin(submit, total, sigma, refits)) as jobs:
+        for k, rows in enumerate(split.split(samples.intervals), start=1):
+            found, record = jobs[k - 1].result() if jobs else fit_fold(config, samples, k, rows, sigma, refits)
+            made.append(found)
+            folds.append(record)
+            tests.append(rows[1])
+            if sigma is not None:
+                sigma[rows[1]] = found["volatility"]
+            if progress:
+                progress(k / (total + 1), f"fold {k} of {total}")
     together = {name: np.concatenate([one[name] for one in made]) for name in made[0]}
     number = np.repeat(np.arange(1, len(tests) + 1), [len(test) for test in tests])
     return _adapted(config, _joined(samples, np.concatenate(tests), number, together).rename_axis("ts")), folds, sigma

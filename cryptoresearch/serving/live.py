@@ -251,7 +251,7 @@ def _add_now(live: "_State", run: Run) -> None:
     "Let a run predict from the next bar on."
     _add_run(live.flows, run, live.feed.source)
     flow = live.flows[run.config.symbol, run.config.spec]
-    known = [p.bars for name, p in flow.predictors.items() if name != run.id]
+    known = [p.held.frame for name, p in flow.predictors.items() if name != run.id]
     if known:  # otherwise the first trade begins it
         flow.predictors[run.id] = Predictor(run, max(known, key=len), source=flow.source)
 

@@ -263,9 +263,10 @@ def fold_trades(
         n = _fold(*(t[name] for name in TRADE_COLUMNS), length_us, out)
         if fine:
             _fold_fine(*(t[name] for name in ("ts", "qty", "quote_qty", "side_reported", "side_tick")), length_us, out)
-        done.append(out[: n - 1].copy())
+        done += [out[: n - 1].copy()] if n > 1 else []
         last = out[n - 1 : n].copy()
-    return np.concatenate([*done, last]) if last["b"][0] >= 0 else last[:0]
+    whole = np.concatenate([*done, last]) if done else last
+    return whole if last["b"][0] >= 0 else last[:0]
 
 # %% ../../nbs/data/06_aggregation.ipynb #f110a125
 def record_amount(
@@ -479,7 +480,9 @@ def place_bars(
     _mark_holes(np.asarray(holes, np.int64).reshape(-1, 3), first, met)
     _place(records, met, first, at, price, sides, np.array([np.nan, 0, 0]) if carry is None else carry)
     gap, empty = (met != _NONE) | np.isnan(price), at < 0
-    bars = np.append(records, np.zeros(1, RECORD))[at]  # zeros for an empty bar
+    padded = np.zeros(len(records) + 1, RECORD)  # the last one is for empty bars; np.append compares all fields
+    padded[:-1] = records
+    bars = padded[at]
     out = {"ts": (first + np.arange(n)) * length_us} | _placed_numbers(bars, empty, price, sides)
     for name in NUMBERS:
         out[name][gap] = np.nan

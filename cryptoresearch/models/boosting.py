@@ -88,7 +88,8 @@ def _columns_of_fit(model: Any, X: Any) -> np.ndarray:
             found = f"found none of {', '.join(missing)}"
             raise InputError(f"expected the features the model was fitted on; {found}. Make X with the run's own DataProcessing")
         X = X if list(X.columns) == names else X[names]
-        X = values if (values := X.to_numpy()).dtype == np.float64 else X  # quicker to check
+        if (values := X.to_numpy()).dtype == np.float64:  # nothing is left to convert
+            return _refuse_infinity(values, names)
     with _refusals():
         values = check_array(X, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=0, input_name="X")
     if values.shape[1] != len(names):

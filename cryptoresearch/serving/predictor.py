@@ -221,7 +221,7 @@ class LiveBars:
     returned: int | None = field(default=None, init=False)  # µs; bars before this time have been returned
 
     def __post_init__(self) -> None:
-        self.length = bar_length(self.spec)
+        self.length, self.kind = bar_length(self.spec), BarKind("time", bar_spec(self.spec), self.symbol)
         self.folder = TimeFolder(self.length // pd.Timedelta("1us"))  # records of open bars, and of the last bar with trades
 
     def add(
@@ -269,7 +269,7 @@ def finish_bars(
         live.since = max(int(before[-1]) * length, live.since)
         drop_before(live.folder, int(before[-1]))
     columns = {name: column[new:] for name, column in bars.items() if name not in ("first_id", "last_id")}
-    return BarArrays({"close_ts": columns["ts"] + length, **columns}, BarKind("time", bar_spec(live.spec), live.symbol))
+    return BarArrays({"close_ts": columns["ts"] + length, **columns}, live.kind)
 
 # %% ../../nbs/serving/02_predictor.ipynb #7afe831d
 def _pairs(gaps: pd.DataFrame | None) -> list[tuple[int, int]]:

@@ -73,7 +73,7 @@ from cryptoresearch.serving.answers import (
     LabelPage, LabelRow, LiveRunScores, MAX_ROWS, MAX_TABLE_ROWS, ModelInfo, Prediction, PredictionPage, Problem, RunInfo, RunParity,
     RunScores, Stretch, SymbolSource
 )  # fmt: skip
-from .gate import catalog_stamp, Gate, Head, problem_json
+from .gate import catalog_stamps, Gate, Head, problem_json
 from cryptoresearch.serving.queries import (
     bars_page, export_page, Exported, features_page, labels_page, read_predictions, read_run, read_runs, read_specs, read_symbols,
 )  # fmt: skip
@@ -691,7 +691,7 @@ _FACTS = ["ETag", "Retry-After", "X-Next-Cursor", "X-Next-Start", "X-Request-ID"
 def _guard(app: FastAPI, settings: Settings) -> None:
     "Put the checks and the gate around the endpoints; a request passes CORS, then the checks, then the gate; HEAD is asked for as GET."
     once = max(2, os.cpu_count() or 2)
-    app.add_middleware(Gate, cached=_CACHED, limited=_LIMITED, stamp=lambda: catalog_stamp(settings), at_once=once)
+    app.add_middleware(Gate, cached=_CACHED, limited=_LIMITED, stamp=catalog_stamps(settings), at_once=once)
     app.add_middleware(Access, policy=read_policy(settings))
     app.add_middleware(Head)
     if origins := settings.api_origins.replace(",", " ").split():
@@ -771,7 +771,7 @@ def create_app(
         dependencies=[Depends(_known_parameters)],
     )  # fmt: skip
     app.state.reader = reader = Reader(settings or get_settings())
-    app.state.streams = Streams(lambda: catalog_stamp(reader.settings), reader.cursor)
+    app.state.streams = Streams(catalog_stamps(reader.settings), reader.cursor)
     _guard(app, reader.settings)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)

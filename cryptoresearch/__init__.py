@@ -3,6 +3,8 @@ __version__ = "0.1.0"
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cryptoresearch.accessor import register_accessor
+
 if TYPE_CHECKING:
     from cryptoresearch.ingest.files import ingest_frame, process_file
     from cryptoresearch.data.store import connect, init_duckdb
@@ -38,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_accessor()  # df.cr, without loading pandas

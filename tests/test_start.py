@@ -50,6 +50,13 @@ def test_the_package_loads_nothing_else(tmp_path: Path) -> None:
     assert not modules & (HEAVY | FRAMES | {"pydantic", "pydantic_settings", "typer", "rich", "httpx"})
 
 
+@pytest.mark.parametrize("order", ["cryptoresearch, pandas", "pandas, cryptoresearch"])
+def test_frames_have_the_accessor_in_either_order_of_imports(tmp_path: Path, order: str) -> None:
+    code = f"import {order}\nframe = pandas.DataFrame()\nprint(type(frame.cr).__name__, pandas.__spec__.loader is pandas.__loader__, pandas.__loader__)"
+    modules, text = loaded(code, tmp_path)
+    assert text.startswith("BarAccessor True") and "SourceFileLoader" in text and not modules & {"numba", "sklearn"}
+
+
 @pytest.mark.parametrize("args", [("--help",), ("--version",), ("runs", "--help"), ("train", "--help"), ("runs",)], ids=" ".join)
 def test_commands_that_answer_at_once(tmp_path: Path, args: tuple[str, ...]) -> None:
     write_record(tmp_path, "btcusdt-1h-return24-0123456789")

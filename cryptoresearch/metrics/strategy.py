@@ -378,7 +378,7 @@ def daily_returns(
     name: str = "strategy",  # of the Series, as a tear sheet shows it
     of: ReturnsOf = "returns",  # after costs, before costs (gross), or of buying and holding (hold)
 ) -> pd.Series:  # fraction per day, every day from the first bar to the last, index midnight UTC without a time zone
-    "Compute the compounded returns of each UTC day, in the form that quantstats takes."
+    "Compute the compounded return of each UTC day, in the form that quantstats takes."
     bars: pd.Series = getattr(strategy, of)
     days = pd.DatetimeIndex(bars.index).tz_convert("UTC").tz_localize(None).floor("D")
     found = (1 + bars.set_axis(days)).groupby(level=0).prod() - 1

@@ -251,9 +251,10 @@ def _add_now(live: "_State", run: Run) -> None:
     "Let a run predict from the next bar on."
     _add_run(live.flows, run, live.feed.source)
     flow = live.flows[run.config.symbol, run.config.spec]
-    known = [p.held.frame for name, p in flow.predictors.items() if name != run.id]
+    known = [p.held for name, p in flow.predictors.items() if name != run.id]
     if known:  # otherwise the first trade begins it
-        flow.predictors[run.id] = Predictor(run, max(known, key=len), source=flow.source)
+        flow.predictors[run.id] = Predictor(run, pd.DataFrame(), source=flow.source)
+        flow.predictors[run.id].held = max(known, key=len)
 
 
 def _drop_now(live: "_State", run: Run) -> None:

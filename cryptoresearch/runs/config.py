@@ -7,6 +7,7 @@ __all__ = ['by_events', 'least_length', 'RunConfig', 'config_from', 'config_reco
            'fixed_inputs', 'resolve_features']
 
 # %% ../../nbs/runs/01_config.ipynb #65c6dfa6
+import html
 import inspect
 import re
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,9 @@ class RunConfig(RunOptions):
 
     def __getstate__(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # functions of features need not be picklable
+
+    def _repr_html_(self) -> str:
+        return _option_rows(self)
 
 # %% ../../nbs/runs/01_config.ipynb #9cb3942d
 def _normalise(c: RunConfig) -> None:
@@ -220,6 +224,24 @@ def _check_interval(c: RunConfig) -> None:
             remedy = f"Choose a booster, or --interval scaled ({e})"
             raise ConfigError(problem("a model of quantiles for the interval quantile", c.model, remedy)) from None
     volatility_config(c)  # checks its model and parameters
+
+# %% ../../nbs/runs/01_config.ipynb #37364a0b
+_ALWAYS = ("symbol", "spec", "target", "horizon", "model")
+
+
+def _option_rows(c: RunConfig) -> str:
+    "Write a configuration as an HTML table of the options that matter."
+    usual = type(c)(target=c.target, horizon=c.horizon, interval=c.interval)  # label and interval parameters depend on these
+    shown = [f.name for f in fields(c) if f.name in _ALWAYS or getattr(c, f.name) != getattr(usual, f.name)]
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(_words(getattr(c, name)))}</td></tr>" for name in shown)
+    return f'<table class="text">{rows}</table>'
+
+
+def _words(value: object) -> str:
+    "Write a value without the brackets of Python."
+    if isinstance(value, dict):
+        return ", ".join(f"{k} = {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 # %% ../../nbs/runs/01_config.ipynb #7e0e06ca
 @dataclass(frozen=True)

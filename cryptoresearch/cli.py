@@ -495,7 +495,7 @@ def live(
     seconds: Seconds = None,  # without end if None
     modules: Modules = None,  # of user-defined features
     metrics: Annotated[str | None, typer.Option(help="Port on this machine for Prometheus, or HOST:PORT.")] = None,
-    alert_url: Annotated[str | None, typer.Option(help="Webhook for alerts, which are logged too.", envvar="ALERT_URL")] = None,
+    alert_url: Annotated[str | None, typer.Option(help="Webhook or Apprise address for alerts, also logged.", envvar="ALERT_URL")] = None,
     refit_every: Annotated[str | None, typer.Option(help="Train a challenger so often, such as 7D; the gate decides.")] = None,
 ) -> None:
     """Collect live trades and predict from them until Ctrl-C.

@@ -4,6 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +91,36 @@ def test_a_webhook_that_fails_and_a_run_that_fails_do_not_end_the_monitor(
     assert "127.0.0.1" in caplog.text and "SECRET" not in caplog.text
     with pytest.raises(FeedError, match=r"a webhook at 127\.0\.0\.1"):
         module.send_alert(watched.alert_url, module.Alert("drift", "run", True, "", pd.Timestamp(0, tz="UTC").to_pydatetime()), attempts=1)
+
+
+def test_an_alert_goes_to_a_service_of_apprise_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[dict[str, Any]] = []
+
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if len(taken) == 1 else 500)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, alert = f"json://127.0.0.1:{server.server_port}/SECRET", module.Alert("drift", "run", True, "too far", pd.Timestamp(0, tz="UTC").to_pydatetime())
+    try:
+        module.send_alert(module.check_alert_url(url), alert)
+        with pytest.raises(FeedError, match="a service at json") as refused:
+            module.send_alert(url, alert)
+    finally:
+        server.shutdown()
+    assert (taken[0]["title"], taken[0]["message"]) == ("cryptoresearch: drift of run", "too far")
+    assert "SECRET" not in str(refused.value)
+    for wrong in ("nonsense://x", "hooks.example", "http://", ""):
+        with pytest.raises(ConfigError, match="that Apprise knows"):
+            module.check_alert_url(wrong)
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    with pytest.raises(ConfigError, match=r"cryptoresearch\[alerts\]"):
+        module.check_alert_url(url)
 
 
 def test_the_page_has_the_numbers_and_leaves_out_what_is_unknown(watched: LiveMonitor) -> None:

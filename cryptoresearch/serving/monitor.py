@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, UTC
 from http.client import HTTPException
-from typing import Literal, Self
+from typing import Literal, Self, TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -38,6 +38,9 @@ from ..runs.config import by_events
 from ..runs.run import Run
 from .live import LivePredictions
 from .scoring import EXACT, live_drift, live_scores, LiveScores, Parity, parity, training_features
+
+if TYPE_CHECKING:
+    from apprise import Apprise
 
 # %% ../../nbs/serving/02d_monitor.ipynb #5a695a06
 logger = logging.getLogger(__name__)
@@ -143,18 +146,45 @@ def exceeded(
     return texts
 
 # %% ../../nbs/serving/02d_monitor.ipynb #6479295e
+def _is_web(url: str) -> bool:
+    "Check for an address of http or https; ValueError for one that cannot be read."
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+
+
 def check_alert_url(
-    url: str,  # of a webhook
+    url: str,  # of a webhook, https://…, or of a service that Apprise knows, such as mailto://…
 ) -> str:  # the same
-    "Return the address of a webhook; ConfigError if it is not one of http or https."
+    "Return the address that alerts go to; ConfigError if it is not one, or if it needs Apprise and that is not installed."
     try:
-        parts = urlsplit(url)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        fine = _is_web(url) or ("://" in url and urlsplit(url).scheme not in ("http", "https") and bool(_notifier(url)))
     except ValueError:
         fine = False
     if not fine:
-        raise ConfigError(problem("the address of a webhook, https://…", "another one", "Give it as --alert-url or ALERT_URL"))
+        expected = "the address of a webhook, https://…, or of a service that Apprise knows, such as mailto://…"
+        raise ConfigError(problem(expected, "another one", "Give it as --alert-url or ALERT_URL"))
     return url
+
+# %% ../../nbs/serving/02d_monitor.ipynb #bba23f8b
+def _notifier(url: str) -> "Apprise":  # with no service if Apprise does not know the address
+    "Prepare a service of Apprise."
+    try:
+        import apprise  # an extra
+    except ImportError:
+        remedy = 'Run: pip install "cryptoresearch[alerts]", or give a webhook, https://…'
+        raise ConfigError(problem("the package apprise for alerts to chat and mail", "none", remedy)) from None
+    logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+    found = apprise.Apprise()
+    found.add(url)
+    return found
+
+
+def _notify(url: str, alert: Alert) -> None:
+    "Send an alert by Apprise; FeedError if the service does not take it."
+    title = f"cryptoresearch: {alert.kind} of {alert.subject}" + ("" if alert.raised else " is over")
+    if not _notifier(url).notify(title=title, body=alert.text or title):
+        scheme = urlsplit(url).scheme
+        raise FeedError(problem(f"a service at {scheme}://… that takes alerts", "no success", "Check its address"))
 
 # %% ../../nbs/serving/02d_monitor.ipynb #8576fdae
 def _post(url: str, body: bytes) -> None:
@@ -165,13 +195,15 @@ def _post(url: str, body: bytes) -> None:
 
 
 def send_alert(
-    url: str,  # of a webhook; a secret, never logged
+    url: str,  # of check_alert_url; a secret, never logged
     alert: Alert,  # to send
     *,
     attempts: int = 3,  # before it is given up
     wait_s: float = 1.0,  # before the second attempt; doubled for the next
 ) -> None:
-    "Post an alert as JSON; FeedError if the webhook does not take it."
+    "Post an alert as JSON, or send it by Apprise; FeedError if it is not taken."
+    if not _is_web(url):
+        return _notify(url, alert)
     body = json.dumps(asdict(alert) | {"at": alert.at.isoformat(timespec="seconds")}).encode()
     again = retry_if_exception_type((OSError, HTTPException))
     try:

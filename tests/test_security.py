@@ -130,6 +130,7 @@ def test_metrics_listen_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(monitor, "start_http_server", started)
     with monitor.serve_metrics(SimpleNamespace(), 9464):
         assert asked["addr"] == "127.0.0.1"
+    assert monitor.metrics_address("9464") == ("127.0.0.1", 9464)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Unix sockets")
@@ -142,7 +143,7 @@ def test_kernels_of_notebooks_listen_on_no_port(tmp_path: Path) -> None:
 
 
 def test_the_lab_keeps_its_token_and_the_loopback() -> None:
-    commands = [line for file in ("Makefile", "docker-compose.yml") for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if "lab" in line]
+    commands = [line for file in ("Makefile", "docker-compose.yml", "cryptoresearch/serving/lab.py") for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if "lab" in line]
     assert commands and not [line for line in commands if re.search(r"token=|password=|disable_check|allow_origin|allow_remote", line)]
     assert "\t@$(BIN)/jupyter lab $(ARGS)" in commands  # without an address: JupyterLab's own is localhost, with a new token at each start
 

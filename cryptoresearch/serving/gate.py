@@ -11,7 +11,6 @@ import asyncio
 import gzip
 import hashlib
 import json
-import os
 import re
 import time
 import uuid
@@ -38,15 +37,15 @@ def catalog_stamps(
 ) -> Callable[[], Stamp | None]:  # returns None where the catalog is no file, or does not exist
     "Return a function that describes the state of the catalog's files; their names are resolved once, which costs more than a look."
     file = catalog_file(settings)
-    names = [] if file is None else [(file.name + end, f"{file}{end}") for end in ("", "-wal", ".wal")]
+    names = [] if file is None else [file.with_name(file.name + end) for end in ("", "-wal", ".wal")]
 
     def stamp() -> Stamp | None:
         found = []
-        for name, path in names:
+        for path in names:
             with suppress(FileNotFoundError):
-                state = os.stat(path)  # noqa: PTH116  (a Path costs more than the look)
-                found.append((name, state.st_size, state.st_mtime_ns))
-        return tuple(found) if found and found[0][0] == names[0][0] else None
+                state = path.stat()
+                found.append((path.name, state.st_size, state.st_mtime_ns))
+        return tuple(found) if found and found[0][0] == names[0].name else None
 
     return stamp
 

@@ -471,6 +471,25 @@ def test_an_exchange_without_an_answer_leaves_the_gap(con: Con, refusal: tuple[i
     assert len(repairs(con)) == 0
 
 
+def test_an_answer_that_ends_too_early_leaves_the_gap(con: Con) -> None:
+    collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
+    with Exchange([t for t in made() if t.trade_id <= 250]) as exchange, pytest.raises(FeedError, match="no trade from id 251 on, although trade 301 is stored"):
+        backfill(con, "BTCUSDT", url=exchange.url)
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1,) and len(repairs(con)) == 0
+    with Exchange(made()) as exchange:
+        assert [r.missed for r in backfill(con, "BTCUSDT", url=exchange.url)] == [100]
+
+
+@pytest.mark.parametrize(("kept", "closed"), [((0, 200), 0), ((301, 600), 0), ((0, 600), 1)])
+def test_a_gap_is_closed_only_between_trades_that_are_stored(con: Con, kept: tuple[int, int], closed: int) -> None:
+    "Without a trade on either side, nothing shows which ids are missing."
+    collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
+    con.execute("DELETE FROM trades WHERE trade_id NOT BETWEEN ? AND ?", list(kept))
+    with Exchange(made()) as exchange:
+        assert len(backfill(con, "BTCUSDT", url=exchange.url)) == closed
+    assert con.execute("SELECT count(*) FROM gaps").fetchone() == (1 - closed,)
+
+
 def test_a_running_session_is_filled_and_counted_at_its_end(con: Con) -> None:
     collector = Collector(["BTCUSDT"], source="binance", con=con, interval_s=60).start()
     for t in made():

@@ -400,8 +400,8 @@ def _fetched(client: httpx.Client, symbol: str, first: int, last: int, patience_
     at = first
     while at <= last:
         page = _ask(client, {"symbol": symbol, "fromId": at, "limit": min(_PAGE, last - at + 1)}, patience_s)
-        if not page:
-            return  # the exchange has no later trade
+        if not page:  # not the truth, because a later trade is stored
+            raise _unanswered(str(client.base_url), f"no trade from id {at} on, although trade {last + 1} is stored")
         for trade in page:
             if at <= trade.id <= last and not impossible(float(trade.price), float(trade.qty)):
                 yield trade
@@ -410,10 +410,21 @@ def _fetched(client: httpx.Client, symbol: str, first: int, last: int, patience_
             time.sleep(_PAUSE_S)
 
 
-_AROUND_US = 1_000_000  # in which the trades on both sides of a gap lie
+_AROUND_US = 1_000_000  # by which the search for missing ids extends beyond the trades on both sides of a gap
+_SIDES = """SELECT epoch_us(max(ts) FILTER (ts <= make_timestamp($3))), epoch_us(min(ts) FILTER (ts >= make_timestamp($4)))
+  FROM lake.main.trades WHERE symbol = $1 AND source = $2"""
 _HOLES = """SELECT trade_id + 1, later - 1 FROM (SELECT trade_id, lead(trade_id) OVER (ORDER BY trade_id) AS later
     FROM lake.main.trades WHERE symbol = ? AND source = ? AND ts >= make_timestamp(?) AND ts <= make_timestamp(?))
   WHERE later > trade_id + 1 ORDER BY 1"""
+
+
+def _missing_ids(con: DuckDBPyConnection, symbol: str, source: str, start: int, end: int) -> list[tuple[int, int]] | None:
+    "Return the first and last ids of the holes in a gap; None without a trade on either side, which would show them."
+    ((before, after),) = con.execute(_SIDES, [symbol, source, start, end]).fetchall()
+    if before is None or after is None:
+        return None
+    return con.execute(_HOLES, [symbol, source, before - _AROUND_US, after + _AROUND_US]).fetchall()
+
 
 # %% ../../nbs/ingest/05a_repair.ipynb #ccb8c1a2
 def _rows(live: _Live, trades: list[_Old]) -> pa.Table:
@@ -470,8 +481,8 @@ def backfill(
     name, source, out = normal_symbol(symbol), "binance", list[Repair]()
     with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
         for session, start, end in con.execute(_OPEN, [name, source]).fetchall():
-            holes = con.execute(_HOLES, [name, source, start - _AROUND_US, end + _AROUND_US]).fetchall()
-            if sum(last - first + 1 for first, last in holes) > _MOST_IDS:
+            holes = _missing_ids(con, name, source, start, end)
+            if holes is None or sum(last - first + 1 for first, last in holes) > _MOST_IDS:
                 continue
             trades = [trade for first, last in holes for trade in _fetched(client, name, first, last, patience_s)]
             live = _Live(name, source, session, [(start, end)], [(start, end)])

@@ -2,6 +2,10 @@
 
 import re
 
+# autodoc changes the annotations of pydantic's BaseModel while it documents models; libraries that define models are loaded before
+import fastapi  # noqa: F401
+import mcp.server  # noqa: F401
+
 project = "cryptoresearch"
 author = "cryptoresearch developers"
 copyright = "2026 onwards, cryptoresearch developers"

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cryptoresearch.data.maintenance import upkeep
+from cryptoresearch.data.store import connect
 from cryptoresearch.live.collector import Collector
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.settings import Settings
@@ -46,7 +47,8 @@ def pass_days(settings: Settings, days: int, commits: int, upkeeps: int) -> pd.D
             processor.append(time.process_time() - two)
             if k % (commits // upkeeps) == commits // upkeeps - 1:
                 keep = pd.Timedelta(seconds=(time.monotonic() - began) / (day + (k + 1) / commits))
-                upkeep(collector._own, settings, keep=keep, delete_after=keep / 24, merge_below=LARGE)
+                with connect(settings) as con:  # as the collector does
+                    upkeep(con, settings, keep=keep, delete_after=keep / 24, merge_below=LARGE)
         size = sum(f.stat().st_size for f in catalog.parent.glob(catalog.name + "*")) / 1e6
         snapshots = collector._own.execute("SELECT count(*) FROM ducklake_snapshots('lake')").fetchall()[0][0]
         files = collector._own.execute("SELECT count(*) FROM ducklake_list_files('lake', 'trades')").fetchall()[0][0]

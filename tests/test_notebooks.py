@@ -55,6 +55,12 @@ def default_exp(path: str) -> str | None:
     return None
 
 
+def test_ids_of_cells_are_unique() -> None:
+    "Tools that read notebooks replace the second cell of an id by one with another."
+    twice = {path: [i for i in ids if ids.count(i) > 1] for path in ALL if (ids := [cell["id"] for cell in cells(path)])}
+    assert not {path: found for path, found in twice.items() if found}
+
+
 def copy_project(to: Path) -> Path:
     "What nbdev works on, in a folder of its own: no run of a notebook and no check of it may change the repository."
 

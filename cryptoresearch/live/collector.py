@@ -34,7 +34,7 @@ from ..data.coverage import fold_claims
 from ..data.ledger import log_event
 from ..data.maintenance import upkeep
 from ..data.series import EPOCH, impossible, normal_symbol
-from ..data.store import cursor, in_turn, init_duckdb, journal_folder, may_pass, not_writable, write
+from ..data.store import connect, cursor, in_turn, init_duckdb, journal_folder, may_pass, not_writable, write
 from ..errors import CryptoResearchError, FeedError, problem, SchemaError, StoreBusy
 from .messages import shorten, Trade
 from ..settings import get_settings, Settings
@@ -827,11 +827,12 @@ _LARGE_BYTES = 16_000_000  # size from which a file is not merged again
 
 
 def _maintain(collector: _CollectorState, trades: int) -> None:
-    "Maintain the store if it is time, after a commit of so many trades."
+    "Maintain the store if it is time, after a commit of so many trades; its memory goes with the connection that it opens."
     if not collector._upkeep.due(time.monotonic(), trades):
         return
     try:
-        upkeep(collector._own, collector.settings, delete_after="1h", merge_below=_LARGE_BYTES)
+        with contextlib.nullcontext(collector._own) if collector.con is not None else connect(collector.settings) as con:
+            upkeep(con, collector.settings, delete_after="1h", merge_below=_LARGE_BYTES)
     except (CryptoResearchError, duckdb.Error) as e:
         logger.warning("the store was not maintained, which is tried again later: %s", e)
 

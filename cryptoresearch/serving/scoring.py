@@ -376,7 +376,7 @@ def _written(con: duckdb.DuckDBPyConnection, run: Run, source: str, rows: pd.Dat
     end = con.execute(sql, [run.config.symbol, source]).fetchall()[0][0]
     return rows if end is None else rows[rows["close_ts"] <= to_utc(end)]
 
-# %% ../../nbs/serving/02c_scoring.ipynb #d9e253fd
+# %% ../../nbs/serving/02c_scoring.ipynb #d9e253a2
 def parity(
     con: duckdb.DuckDBPyConnection,  # of data.store
     run: Run,  # that predicted live

@@ -1171,3 +1171,66 @@ def test_a_replay_of_a_time_without_trades_is_refused_before_it_listens(settings
             ReplayServer(con, "BTCUSDT", "2030-01-01")
         with ReplayServer(con, "BTCUSDT", "2024-08-08", speed=math.inf) as server:
             assert server.url
+
+
+# ------------------------------------------------------------------ other symbols while it runs
+
+ETH, XRP = "BINANCE:ETHUSDT", "BINANCE:XRPUSDT"
+
+
+def test_symbols_are_added_and_dropped_while_running(settings: Settings) -> None:
+    "The server is asked, a dropped symbol's trades are left out, and the time until it comes back is a gap."
+    asked: list[dict[str, str]] = []
+
+    def script(c: ServerConnection, n: int) -> None:
+        c.send(frame({"t": T0}, {"t": T0 + 2000}))
+        asked.append(json.loads(c.recv(timeout=10)))
+        c.send(frame({"s": ETH, "t": T0 + 2100}))
+        asked.append(json.loads(c.recv(timeout=10)))
+        c.send(frame({"t": T0 + 2200}))
+        c.send(frame({"s": ETH, "t": T0 + 4300}))
+        asked.append(json.loads(c.recv(timeout=10)))
+        c.send(frame({"t": T0 + 9000}))
+        hold(c)
+
+    with stub(script) as (url, _), listen(url, settings, collect=True, symbols=BTC) as feed:
+        for symbols, trades in (([BTC, ETH], 2), ([ETH], 3), ([BTC, ETH], 4)):
+            wait_for(lambda n=trades: feed.stats.trades == n)
+            feed.follow(symbols)
+        wait_for(lambda: feed.stats.trades == 5)
+        assert feed.stats.rejected == 1 and set(feed.stats.silence_s) == {BTC, ETH}
+    assert asked == [{"type": kind, "symbol": s} for kind, s in (("subscribe", ETH), ("unsubscribe", BTC), ("subscribe", BTC))]
+    with connect(settings) as con:
+        kept = con.execute("SELECT symbol, epoch_ms(ts) - ? FROM trades ORDER BY ts", [T0]).fetchall()
+        assert kept == [("BTCUSDT", 0), ("BTCUSDT", 2000), ("ETHUSDT", 2100), ("ETHUSDT", 4300), ("BTCUSDT", 9000)]
+        ((symbol, start, end),) = con.execute("SELECT symbol, epoch_ms(start_ts) - $1, epoch_ms(end_ts) - $1 FROM gaps", [T0]).fetchall()
+        assert symbol == "BTCUSDT" and start <= 2000 and end >= 9000
+        assert con.execute("SELECT symbols FROM live_sessions").fetchall() == [(["BTCUSDT", "ETHUSDT"],)]
+
+
+def test_a_symbol_that_another_collector_has_changes_nothing(settings: Settings) -> None:
+    one, two = (Collector([s], source="replay", settings=settings, interval_s=60).start() for s in (BTC, ETH))
+    with pytest.raises(FeedError, match="another that collects replay-ETHUSDT"):
+        one.follow([XRP, ETH])
+    assert one.symbols == ["BTCUSDT"]
+    three = Collector([XRP], source="replay", settings=settings, interval_s=60).start()  # its lock was given back
+    two.stop()
+    one.follow([ETH])
+    with connect(settings) as con:
+        recovered = replay_journal(one.journal.path)
+        assert recovered is not None and recovered.symbols == ["BTCUSDT", "ETHUSDT"]
+        rows = con.execute("SELECT symbols FROM live_sessions WHERE session_id = ?", [one.session.session_id]).fetchall()
+        assert rows == [(["BTCUSDT", "ETHUSDT"],)]
+    four = Collector([BTC], source="replay", settings=settings, interval_s=60).start()
+    for collector in (one, three, four):
+        collector.stop()
+
+
+def test_a_feed_of_binance_asks_for_streams(settings: Settings) -> None:
+    feed = BinanceWebSocket(["BTCUSDT", "ETHUSDT"], settings=settings, collect=False)
+    feed.follow(["ETHUSDT", "XRPUSDT"])
+    assert feed.symbols == (ETH, XRP)
+    assert feed._requests.get_nowait() == {"method": "SUBSCRIBE", "params": ["xrpusdt@trade"], "id": 1}
+    assert feed._requests.get_nowait() == {"method": "UNSUBSCRIBE", "params": ["btcusdt@trade"], "id": 1}
+    with pytest.raises(ConfigError, match="Name at least one"):
+        feed.follow([])

@@ -108,9 +108,19 @@ def _locate(url: str | None, token: str | SecretStr | None, settings: Settings) 
 
 def _subscriptions(symbols: Sequence[str]) -> list[Mapping[str, object]]:
     "Return the messages that subscribe the trades of every symbol."
+    return _requests("SUBSCRIBE", symbols)
+
+
+def _drops(symbols: Sequence[str]) -> list[Mapping[str, object]]:
+    "Return the messages that end subscriptions."
+    return _requests("UNSUBSCRIBE", symbols)
+
+
+def _requests(method: str, symbols: Sequence[str]) -> list[Mapping[str, object]]:
+    "Return requests for the streams of symbols."
     streams = [f"{normal_symbol(s).lower()}@trade" for s in symbols]
     parts = [streams[i : i + _SYMBOLS_PER_MESSAGE] for i in range(0, len(streams), _SYMBOLS_PER_MESSAGE)]
-    return [{"method": "SUBSCRIBE", "params": part, "id": number} for number, part in enumerate(parts, 1)]
+    return [{"method": method, "params": part, "id": number} for number, part in enumerate(parts, 1)]
 
 
 def _spell(symbol: str) -> str:
@@ -123,7 +133,7 @@ def _spell(symbol: str) -> str:
 # %% ../../nbs/live/03a_binance.ipynb #625408c5
 BINANCE = Protocol(
     "Binance", "binance", ("binance.com", "binance.vision"), _locate, parse_binance, _subscriptions, _spell, key=False, ids=True,
-    sides=True, max_symbols=1024, message_gap_s=0.25, heartbeat={"method": "LIST_SUBSCRIPTIONS", "id": 0},
+    sides=True, max_symbols=1024, message_gap_s=0.25, unsubscribe=_drops, heartbeat={"method": "LIST_SUBSCRIPTIONS", "id": 0},
 )  # fmt: skip
 
 

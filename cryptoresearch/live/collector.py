@@ -15,7 +15,7 @@ import time
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, UTC
 from functools import lru_cache
@@ -264,6 +264,16 @@ class _Refusals(_Arrivals):
 class Session(_Refusals):
     "Number the arrivals of one collector run, apply the tick rule, and track coverage."
 
+    def follow(
+        self,
+        symbols: Iterable[str],  # without exchange
+        before: Mapping[str, int],  # end of the stored coverage by symbol, microseconds
+    ) -> None:
+        "Collect further symbols."
+        self.symbols = list(dict.fromkeys([*self.symbols, *symbols]))
+        for symbol, end in before.items():
+            self.tracks.setdefault(symbol, _Track(before=end))
+
     def drain(self) -> Batch:  # the rows since the last call
         "Return the uncommitted rows and start a new batch."
         batch, self.batch = self.batch, Batch()
@@ -298,6 +308,8 @@ def _apply(
             session.add(event["d"], event["at"], event.get("whole", True))
         case "lost":
             session.lost(event.get("s"))
+        case "symbols":
+            session.follow(event["d"], event["before"])
         case "refused":
             session.refuse(event["d"], event.get("trades", False), event.get("more", 0))
 
@@ -553,6 +565,12 @@ class _Locks:
             raise FeedError(problem("one collector for a symbol and source", found, "Stop the other one first")) from None
         self._held.append(lock)
 
+    def drop(self, path: Path) -> None:
+        "Give up one lock."
+        for lock in [held for held in self._held if held.lock_file == str(path)]:
+            lock.release()
+            self._held.remove(lock)
+
     def release(self, ended: bool) -> None:
         "Release all locks; keep the session's lock file after a failure, so that `recover` finds the session."
         for lock in self._held:
@@ -574,10 +592,16 @@ def _new_session(
     next_id = max(now, (row[0] or 0) + 1 if row else 0)
     session_id = f"{source}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     session = Session(session_id, source, url, symbols, now, next_id)
-    if source != "replay":  # a replay may start at an earlier time, a market cannot
-        ends = con.execute("SELECT symbol, epoch_us(max(end_ts)) FROM coverage WHERE source = ? GROUP BY 1", [source]).fetchall()
-        session.tracks = {s: _Track(before=end) for s, end in ends if s in symbols}
+    session.follow(symbols, _covered_until(con, source, symbols))
     return session
+
+
+def _covered_until(con: duckdb.DuckDBPyConnection, source: str, symbols: Sequence[str]) -> dict[str, int]:
+    "Return the end of the stored coverage, in microseconds; nothing for a replay, which may start at an earlier time."
+    if source == "replay":
+        return {}
+    ends = con.execute("SELECT symbol, epoch_us(max(end_ts)) FROM coverage WHERE source = ? GROUP BY 1", [source]).fetchall()
+    return {s: end for s, end in ends if s in symbols}
 
 # %% ../../nbs/live/02_collector.ipynb #e04549ea
 @lru_cache
@@ -653,6 +677,11 @@ def _begin(collector: _CollectorState, folder: Path) -> None:
     write(own, _session_row, session, None, None)
 
 
+def _lock_of(collector: _CollectorState, folder: Path, symbol: str) -> Path:
+    "Name the lock of a symbol."
+    return folder / f"{collector.source}-{quote(symbol, safe='')}.symbol.lock"
+
+
 def _release(collector: _CollectorState) -> None:
     "Release locks and store."
     collector._locks.release(ended=collector.error is None)
@@ -666,7 +695,7 @@ def _open(collector: _CollectorState) -> None:
         folder = journal_folder(collector._own, collector.settings)
         folder.mkdir(parents=True, exist_ok=True)
         for symbol in collector.symbols:
-            collector._locks.hold(folder / f"{collector.source}-{quote(symbol, safe='')}.symbol.lock")
+            collector._locks.hold(_lock_of(collector, folder, symbol))
         recover(collector._own, folder)
         _begin(collector, folder)
     except BaseException as e:
@@ -790,7 +819,7 @@ def _store_waiting(collector: _CollectorState) -> int:  # number of trades
 
 # %% ../../nbs/live/02_collector.ipynb #c2000012
 class _Committing(_Intake):
-    "Commit the waiting rows."
+    "Commit the waiting rows, and change what is collected."
 
     def flush(self) -> int:  # number of trades committed
         "Commit the waiting rows, which the collector's own thread does regularly; after `StoreBusy` they keep waiting."
@@ -800,6 +829,14 @@ class _Committing(_Intake):
                 if old := self.journal.turn(self.session):
                     self._old.append(old)
             return _store_waiting(self) if self._waiting else 0
+
+    def follow(
+        self,
+        symbols: Sequence[str],  # with or without exchange: all that are collected from now on
+    ) -> None:
+        "Collect other symbols: the coverage of those left out ends. `FeedError` if another collector has one; nothing changes then."
+        _follow(self, list(dict.fromkeys(plain_symbol(s) for s in symbols)))
+
 
 # %% ../../nbs/live/02_collector.ipynb #c2000011
 _SYNC_S = 0.05  # between two flushes of the journal; what a failing machine may lose
@@ -874,6 +911,35 @@ def _start_threads(collector: _Committing) -> None:
     for name, work in (("collector", _work), ("collector-journal", _sync)):
         collector._threads.append(threading.Thread(target=work, args=[collector], name=name, daemon=True))
         collector._threads[-1].start()
+
+# %% ../../nbs/live/02_collector.ipynb #5e60f011
+def _take_locks(collector: _CollectorState, folder: Path, symbols: Sequence[str]) -> None:
+    "Take the locks of symbols: all or none."
+    taken = list[Path]()
+    try:
+        for symbol in symbols:
+            collector._locks.hold(path := _lock_of(collector, folder, symbol))
+            taken.append(path)
+    except FeedError:
+        for path in taken:
+            collector._locks.drop(path)
+        raise
+
+
+def _follow(collector: _Intake, symbols: list[str]) -> None:
+    "Change the symbols of a running session, in the journal and in its row."
+    new, gone = ([s for s in a if s not in b] for a, b in ((symbols, collector.symbols), (collector.symbols, symbols)))
+    with contextlib.closing(cursor(collector._own)) as con:
+        folder = journal_folder(con, collector.settings)
+        _take_locks(collector, folder, new)
+        for symbol in gone:
+            collector.lost(symbol)
+        collector.symbols = symbols
+        _record(collector, {"e": "symbols", "d": new, "before": _covered_until(con, collector.source, new)})
+        write(con, _session_row, collector.session, None, None)
+        for symbol in gone:
+            collector._locks.drop(_lock_of(collector, folder, symbol))
+
 
 # %% ../../nbs/live/02_collector.ipynb #a6768d65
 class Collector(_Committing):

@@ -17,9 +17,10 @@ import threading
 import time
 from bisect import bisect_right
 from collections import defaultdict, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, UTC
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import parse_qs, parse_qsl, quote, SplitResult, unquote, urlencode, urlsplit
@@ -347,6 +348,7 @@ class Protocol:
     order_s: float = 0.0  # by how much a trade may arrive after one of a later time, seconds
     max_symbols: int | None = None  # per connection; None where the account decides
     message_gap_s: float = 0.0  # between two messages to the server, seconds
+    unsubscribe: Callable[[Sequence[str]], list[Mapping[str, object]]] | None = field(default=None, repr=False)  # None: symbols stay
     heartbeat: Mapping[str, object] | None = None  # sent after a third of `silence_s` in quiet; its answer is a sign of life
 
     def owns(
@@ -404,6 +406,14 @@ class _Sequence:
         del holes[:-_HOLES]
         return max(number - last - 1, 0)
 
+# %% ../../nbs/live/03_feed.ipynb #b300002e
+def _forget(sequence: _Sequence, symbols: Iterable[str]) -> None:
+    "Take the next trade of these symbols for the first."
+    for symbol in symbols:
+        sequence._last.pop(symbol, None)
+        sequence._holes.pop(symbol, None)
+
+
 # %% ../../nbs/live/03_feed.ipynb #b300000f
 class _FeedState:
     "Hold the state of a feed."
@@ -418,6 +428,7 @@ class _FeedState:
         self._connection: Connection | None = None
         self._frames: OrderedDict[int, float] = OrderedDict()  # time.monotonic() when the last frames of trades first arrived, by hash
         self._sequence, self._subscribers = _Sequence(), list[Callable[[Arrived], object]]()
+        self._requests = SimpleQueue[Mapping[str, object]]()  # to send on the open connection
         self.idle_at = 0.0  # time.monotonic() when a read last found nothing: all that had arrived was passed on before
 
 
@@ -474,6 +485,14 @@ class _Feed(_FeedOptions):
         now, seen = datetime.now(UTC), dict(self._stats.last_seen)
         silence = {s: (now - seen.get(s, self._began)).total_seconds() for s in self.symbols}
         return replace(self._stats, last_seen=seen, silence_s=silence)
+
+    def subscribe(
+        self,
+        callback: Callable[[Arrived], object],  # called in the feed's thread with the trades of each read
+    ) -> None:
+        "Pass on trades of all later frames, after they are in the journal."
+        self._subscribers.append(callback)
+
 
 # %% ../../nbs/live/03_feed.ipynb #0000002d-1
 def vars_of(
@@ -633,12 +652,20 @@ def _note_opened(feed: _Feed) -> None:
     logger.info("connected to %s", feed.address.shown)
 
 # %% ../../nbs/live/03_feed.ipynb #49b57821
+def _send_requests(feed: _Feed, connection: Connection) -> None:
+    "Send what `follow` asks for; the answers are frames without trades."
+    while not feed._requests.empty() and not feed._stop.is_set():
+        connection.send(feed._requests.get())
+        feed._stop.wait(feed.protocol.message_gap_s)
+
+
 def _listen(feed: _Feed, connection: Connection) -> None:
     "Read frames until the feed is stopped; raise `ConnectionLost` if nothing arrives for `silence_s`."
     heard, asked = time.monotonic(), 0.0
     while not feed._stop.is_set():
         if feed.collector is not None and feed.collector.error is not None:
             raise feed.collector.error
+        _send_requests(feed, connection)
         frames, now = connection.receive(), time.monotonic()
         feed.idle_at = feed.idle_at if frames else now
         if frames:
@@ -659,6 +686,7 @@ def _connect(feed: _Feed) -> None:
         return
     try:
         connection.open()
+        feed._requests = SimpleQueue()  # what they ask for is part of the symbols by now
         for number, message in enumerate(feed.protocol.subscribe(feed.symbols)):
             feed._stop.wait(feed.protocol.message_gap_s if number else 0)
             connection.send(message)
@@ -781,16 +809,32 @@ class _Startable(_Stoppable):
         atexit.register(self._quietly_stop)
         return self
 
+# %% ../../nbs/live/03_feed.ipynb #0000002e
+def _follow(feed: _Feed, symbols: str | Sequence[str]) -> None:
+    "Change the symbols of a feed, and ask the server for the new ones if it runs."
+    names, protocol = _symbols(symbols, feed.protocol), feed.protocol
+    new, gone = [s for s in names if s not in feed._known], [s for s in feed.symbols if s not in names]
+    if gone and protocol.unsubscribe is None:
+        raise ConfigError(problem(f"{', '.join(gone)} too, because {protocol.name} drops no symbol", ", ".join(names), "Stop the feed"))
+    if feed.collector is not None:
+        feed.collector.follow(names)
+    _forget(feed._sequence, gone)
+    feed.symbols, feed._known = names, frozenset(names)
+    asked = protocol.subscribe(new) if new else []
+    for message in [*asked, *(protocol.unsubscribe(gone) if gone and protocol.unsubscribe is not None else [])]:
+        feed._requests.put(message)
+
+
 # %% ../../nbs/live/03_feed.ipynb #0000002b
 class Feed(_Startable):
     "Collect live trades in the background; a subclass names its `protocol`."
 
-    def subscribe(
+    def follow(
         self,
-        callback: Callable[[Arrived], object],  # called in the feed's thread with the trades of each read
+        symbols: str | Sequence[str],  # as the feed names them: all that are wanted from now on
     ) -> None:
-        "Pass on trades of all later frames, after they are in the journal."
-        self._subscribers.append(callback)
+        "Add and drop symbols, also while the feed runs; the time until a symbol comes back is a gap. Errors: `ConfigError`, `FeedError`."
+        _follow(self, symbols)
 
     def join(
         self,
@@ -818,7 +862,14 @@ def _finnhub_subscriptions(symbols: Sequence[str]) -> list[Mapping[str, object]]
     return [{"type": "subscribe", "symbol": s} for s in symbols]
 
 
-FINNHUB = Protocol("Finnhub", "finnhub", ("finnhub.io",), address, parse_message, _finnhub_subscriptions, str, order_s=0.1)
+def _finnhub_drops(symbols: Sequence[str]) -> list[Mapping[str, object]]:
+    "Return one message for each symbol."
+    return [{"type": "unsubscribe", "symbol": s} for s in symbols]
+
+
+FINNHUB = Protocol(
+    "Finnhub", "finnhub", ("finnhub.io",), address, parse_message, _finnhub_subscriptions, str, order_s=0.1, unsubscribe=_finnhub_drops
+)
 
 
 class FinnhubWebSocket(Feed):

@@ -54,7 +54,7 @@ def connection(
 ) -> httpx.Client:  # connected at the first request
     "Prepare the connection to a server; `ConfigError` where address or key cannot be one."
     if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ConfigError(problem("an API key without spaces", "another text", "Copy the key that cryptoresearch api --new-key printed"))
+        raise ConfigError(problem("an API key without spaces", "another text", "Copy it again, or make one: cryptoresearch api --new-key"))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         return httpx.Client(base_url=url, headers=headers, timeout=timeout_s)

@@ -809,7 +809,7 @@ class _Startable(_Stoppable):
         atexit.register(self._quietly_stop)
         return self
 
-# %% ../../nbs/live/03_feed.ipynb #0000002e
+# %% ../../nbs/live/03_feed.ipynb #0000002f2
 def _follow(feed: _Feed, symbols: str | Sequence[str]) -> None:
     "Change the symbols of a feed, and ask the server for the new ones if it runs."
     names, protocol = _symbols(symbols, feed.protocol), feed.protocol

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['When', 'connection', 'shown', 'ask', 'read_json', 'send_json', 'rows_of', 'read_table', 'Event', 'read_events',
-           'Health', 'BuiltBars', 'SymbolSource', 'Stretch', 'ModelInfo', 'RunScores', 'DayScores', 'LiveRunScores',
-           'RunParity', 'Forecast', 'Forecasts', 'get_health', 'get_metrics', 'get_symbols', 'get_coverage', 'get_bars',
-           'get_features', 'get_labels', 'get_export', 'get_models', 'get_runs', 'get_run', 'get_scores',
-           'get_live_scores', 'get_parity', 'get_predictions', 'post_predict', 'get_stream', 'Client']
+           'Health', 'get_health', 'get_metrics', 'BuiltBars', 'SymbolSource', 'Stretch', 'get_symbols', 'get_coverage',
+           'get_bars', 'get_features', 'get_labels', 'get_export', 'get_stream', 'ModelInfo', 'RunScores', 'DayScores',
+           'LiveRunScores', 'RunParity', 'Forecast', 'Forecasts', 'get_models', 'get_runs', 'get_run', 'get_scores',
+           'get_live_scores', 'get_parity', 'get_predictions', 'post_predict', 'Client']
 
 # %% ../nbs/95_client.ipynb #a4f79983
 import re
@@ -177,10 +177,7 @@ def read_events(
         remedy = "Open it again, with the id of the last event"
         raise StoreBusy(problem(f"a stream of {shown(client)}", type(e).__name__, remedy)) from None
 
-# %% ../nbs/95_client.ipynb #8e3d243e
-# written by scripts/write_client.py
-
-# %% ../nbs/95_client.ipynb #55898449
+# %% ../nbs/95_client.ipynb #b24e5bfe
 # written by scripts/write_client.py
 
 class Health(TypedDict):
@@ -192,7 +189,21 @@ class Health(TypedDict):
     catalog: str  # kind of catalog: sqlite, duckdb or postgres
     snapshot: int | None  # the store's current snapshot, null without data; pin it to read the same data again
 
-# %% ../nbs/95_client.ipynb #e2af56f0
+
+def get_health(
+    client: "Client",  # of the server
+) -> Health:  # JSON
+    "Report whether the store is reachable, and the installed versions."
+    return cast(Health, read_json(client, "/health"))
+
+
+def get_metrics(
+    client: "Client",  # of the server
+) -> str:  # text
+    "Return the live predictions of the store by run as metrics of Prometheus; `live --metrics` has those of a session."
+    return ask(client, "/metrics").text
+
+# %% ../nbs/95_client.ipynb #d4dd902a
 # written by scripts/write_client.py
 
 class BuiltBars(TypedDict):
@@ -204,8 +215,6 @@ class BuiltBars(TypedDict):
     bars: int  # rows, bars that met a gap included
     gaps: int  # bars that met a gap
 
-# %% ../nbs/95_client.ipynb #745696a6
-# written by scripts/write_client.py
 
 class SymbolSource(TypedDict):
     "Describe one symbol from one source."
@@ -218,7 +227,7 @@ class SymbolSource(TypedDict):
     candles: int  # stored candles
     bars: list[BuiltBars]  # bars that were built from them
 
-# %% ../nbs/95_client.ipynb #a33fbcf8
+# %% ../nbs/95_client.ipynb #fc22f5a0
 # written by scripts/write_client.py
 
 class Stretch(TypedDict):
@@ -234,7 +243,108 @@ class Stretch(TypedDict):
     first_id: int | None  # id of the first trade
     last_id: int | None  # last id
 
-# %% ../nbs/95_client.ipynb #5fbb4ada
+
+def get_symbols(
+    client: "Client",  # of the server
+) -> list[SymbolSource]:  # JSON
+    "List symbols and sources with their time range and bars."
+    return cast("list[SymbolSource]", read_json(client, "/symbols"))
+
+# %% ../nbs/95_client.ipynb #7ebb03ed
+# written by scripts/write_client.py
+
+def get_coverage(
+    client: "Client",  # of the server
+    symbol: str | None = None,  # all when absent
+    source: str | None = None,  # all when absent
+) -> list[Stretch]:  # JSON
+    "List the stretches for which files and live sessions claim completeness."
+    return cast("list[Stretch]", read_json(client, "/coverage", symbol=symbol, source=source))
+
+
+def get_bars(
+    client: "Client",  # of the server
+    symbol: str,  # such as BTCUSDT
+    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
+    start: When | None = None,  # first open, UTC; without it the latest rows
+    end: When | None = None,  # bars that open before this, UTC
+    limit: int = 1000,  # rows at most; 10,000 in JSON
+    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
+) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
+    "Return finished bars of one symbol in order of time; bars that met a gap contain nulls."
+    return read_table(client, "/bars", symbol=symbol, spec=spec, start=start, end=end, limit=limit, source=source)
+
+# %% ../nbs/95_client.ipynb #51c1b244
+# written by scripts/write_client.py
+
+def get_features(
+    client: "Client",  # of the server
+    symbol: str,  # such as BTCUSDT
+    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
+    names: list[str] | None = None,  # features or groups; repeat, or separate by commas; without it the default set
+    start: When | None = None,  # first open, UTC; without it the latest rows
+    end: When | None = None,  # bars that open before this, UTC
+    limit: int = 200,  # rows at most; 10,000 in JSON
+    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
+) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
+    "Return feature values, each row computed with its full warm-up, as used by a model."
+    return read_table(client, "/features", symbol=symbol, spec=spec, names=names, start=start, end=end, limit=limit, source=source)
+
+# %% ../nbs/95_client.ipynb #74988f68
+# written by scripts/write_client.py
+
+def get_labels(
+    client: "Client",  # of the server
+    symbol: str,  # such as BTCUSDT
+    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
+    target: str = "return",  # kind of label: return, volatility, scaled_return, direction, triple_barrier, trend, meta
+    horizon: int = 24,  # bars
+    start: When | None = None,  # first open, UTC; without it the latest rows
+    end: When | None = None,  # bars that open before this, UTC
+    limit: int = 1000,  # rows at most; 10,000 in JSON
+    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
+) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
+    "Return labels of bars in order of time, as runs are trained on them. They look forward: never use them as features."
+    return read_table(
+        client, "/labels", symbol=symbol, spec=spec, target=target, horizon=horizon, start=start, end=end, limit=limit, source=source
+    )
+
+# %% ../nbs/95_client.ipynb #de20a391
+# written by scripts/write_client.py
+
+def get_export(
+    client: "Client",  # of the server
+    symbol: str,  # such as BTCUSDT
+    what: Literal["bars", "trades", "features", "predictions"] = "bars",  # kind of rows; predictions are the live ones
+    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
+    names: list[str] | None = None,  # features or groups; repeat, or separate by commas; without it the default set
+    start: When | None = None,  # first time, UTC; without it the beginning
+    end: When | None = None,  # bars that open before this, UTC
+    limit: int = 1000,  # rows at most; 10,000 in JSON
+    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
+    cursor: str | None = None,  # next_cursor of the last page (header X-Next-Cursor)
+) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
+    "Return everything that is stored under a symbol, page by page from the beginning: trades, bars, features or predictions."
+    return read_table(
+        client, "/export", symbol=symbol, what=what, spec=spec, names=names, start=start, end=end, limit=limit, source=source, cursor=cursor
+    )
+
+# %% ../nbs/95_client.ipynb #7cf0a2fd
+# written by scripts/write_client.py
+
+def get_stream(
+    client: "Client",  # of the server
+    symbol: str,  # such as BTCUSDT
+    spec: str = "1m",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
+    run_id: str | None = None,  # all when absent
+    start: When | None = None,  # first open, UTC; without it the latest rows
+    source: str | None = None,  # of the bars; without it the one with the newest bar
+    last_id: str | None = None,  # id of the last event that was received
+) -> Iterator[Event]:  # ends when the server stops
+    "Send each bar and each prediction that is stored from now on as a server-sent event: `bar` or `prediction`, JSON as in the lists."
+    return read_events(client, "/stream", symbol=symbol, spec=spec, run_id=run_id, start=start, source=source, last_id=last_id)
+
+# %% ../nbs/95_client.ipynb #6536fdae
 # written by scripts/write_client.py
 
 class ModelInfo(TypedDict):
@@ -245,8 +355,6 @@ class ModelInfo(TypedDict):
     library: str  # that fits it
     runs: list[str]  # stored runs with it, the latest first
 
-# %% ../nbs/95_client.ipynb #a0050b89
-# written by scripts/write_client.py
 
 class RunScores(TypedDict):
     "Return the scores of a run and of its baselines."
@@ -257,7 +365,7 @@ class RunScores(TypedDict):
     baseline: str | None  # the one that is hardest to beat
     scores: dict[str, dict[str, float | None]]  # scores by forecaster: model, and each baseline
 
-# %% ../nbs/95_client.ipynb #ab6cec8d
+# %% ../nbs/95_client.ipynb #730a47e1
 # written by scripts/write_client.py
 
 class DayScores(TypedDict):
@@ -271,7 +379,7 @@ class DayScores(TypedDict):
     saved: float | None  # share of the baseline's loss that the model saves; negative where it loses more
     coverage: float | None  # share of the outcomes inside the interval; null for a probability
 
-# %% ../nbs/95_client.ipynb #807da3c3
+# %% ../nbs/95_client.ipynb #257b27b3
 # written by scripts/write_client.py
 
 class LiveRunScores(TypedDict):
@@ -293,7 +401,7 @@ class LiveRunScores(TypedDict):
     slope: float | None  # of outcomes on forecasts, 1 where they are calibrated
     stretches: list[DayScores]  # the same over time
 
-# %% ../nbs/95_client.ipynb #1587f167
+# %% ../nbs/95_client.ipynb #baacbb2c
 # written by scripts/write_client.py
 
 class RunParity(TypedDict):
@@ -311,7 +419,7 @@ class RunParity(TypedDict):
     missing: int  # recomputed, but not predicted live
     extra: int  # predicted live, but not recomputed: their bars are not in the store
 
-# %% ../nbs/95_client.ipynb #75205de8
+# %% ../nbs/95_client.ipynb #c1edd25b
 # written by scripts/write_client.py
 
 class Forecast(TypedDict):
@@ -323,8 +431,6 @@ class Forecast(TypedDict):
     lower: float | None  # lower end of the interval; null for a probability
     upper: float | None  # upper end of the interval
 
-# %% ../nbs/95_client.ipynb #075c7457
-# written by scripts/write_client.py
 
 class Forecasts(TypedDict):
     "Return the forecasts of a run for the client's bars."
@@ -337,115 +443,7 @@ class Forecasts(TypedDict):
     warmup: int  # bars that one forecast depends on; the first of the bars that can be forecast is this one
     forecasts: list[Forecast]  # one per bar after the warm-up whose features are known
 
-# %% ../nbs/95_client.ipynb #8b1a61ea
-# written by scripts/write_client.py
-
-def get_health(
-    client: "Client",  # of the server
-) -> Health:  # JSON
-    "Report whether the store is reachable, and the installed versions."
-    return cast(Health, read_json(client, "/health"))
-
-# %% ../nbs/95_client.ipynb #f92fb046
-# written by scripts/write_client.py
-
-def get_metrics(
-    client: "Client",  # of the server
-) -> str:  # text
-    "Return the live predictions of the store by run as metrics of Prometheus; `live --metrics` has those of a session."
-    return ask(client, "/metrics").text
-
-# %% ../nbs/95_client.ipynb #49378f48
-# written by scripts/write_client.py
-
-def get_symbols(
-    client: "Client",  # of the server
-) -> list[SymbolSource]:  # JSON
-    "List symbols and sources with their time range and bars."
-    return cast("list[SymbolSource]", read_json(client, "/symbols"))
-
-# %% ../nbs/95_client.ipynb #88d0c2f5
-# written by scripts/write_client.py
-
-def get_coverage(
-    client: "Client",  # of the server
-    symbol: str | None = None,  # all when absent
-    source: str | None = None,  # all when absent
-) -> list[Stretch]:  # JSON
-    "List the stretches for which files and live sessions claim completeness."
-    return cast("list[Stretch]", read_json(client, "/coverage", symbol=symbol, source=source))
-
-# %% ../nbs/95_client.ipynb #ee1cc6a3
-# written by scripts/write_client.py
-
-def get_bars(
-    client: "Client",  # of the server
-    symbol: str,  # such as BTCUSDT
-    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
-    start: When | None = None,  # first open, UTC; without it the latest rows
-    end: When | None = None,  # bars that open before this, UTC
-    limit: int = 1000,  # rows at most; 10,000 in JSON
-    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
-) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
-    "Return finished bars of one symbol in order of time; bars that met a gap contain nulls."
-    return read_table(client, "/bars", symbol=symbol, spec=spec, start=start, end=end, limit=limit, source=source)
-
-# %% ../nbs/95_client.ipynb #6763b416
-# written by scripts/write_client.py
-
-def get_features(
-    client: "Client",  # of the server
-    symbol: str,  # such as BTCUSDT
-    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
-    names: list[str] | None = None,  # features or groups; repeat, or separate by commas; without it the default set
-    start: When | None = None,  # first open, UTC; without it the latest rows
-    end: When | None = None,  # bars that open before this, UTC
-    limit: int = 200,  # rows at most; 10,000 in JSON
-    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
-) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
-    "Return feature values, each row computed with its full warm-up, as used by a model."
-    return read_table(client, "/features", symbol=symbol, spec=spec, names=names, start=start, end=end, limit=limit, source=source)
-
-# %% ../nbs/95_client.ipynb #bd580423
-# written by scripts/write_client.py
-
-def get_labels(
-    client: "Client",  # of the server
-    symbol: str,  # such as BTCUSDT
-    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
-    target: str = "return",  # kind of label: return, volatility, scaled_return, direction, triple_barrier, trend, meta
-    horizon: int = 24,  # bars
-    start: When | None = None,  # first open, UTC; without it the latest rows
-    end: When | None = None,  # bars that open before this, UTC
-    limit: int = 1000,  # rows at most; 10,000 in JSON
-    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
-) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
-    "Return labels of bars in order of time, as runs are trained on them. They look forward: never use them as features."
-    return read_table(
-        client, "/labels", symbol=symbol, spec=spec, target=target, horizon=horizon, start=start, end=end, limit=limit, source=source
-    )
-
-# %% ../nbs/95_client.ipynb #703508ab
-# written by scripts/write_client.py
-
-def get_export(
-    client: "Client",  # of the server
-    symbol: str,  # such as BTCUSDT
-    what: Literal["bars", "trades", "features", "predictions"] = "bars",  # kind of rows; predictions are the live ones
-    spec: str = "1h",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
-    names: list[str] | None = None,  # features or groups; repeat, or separate by commas; without it the default set
-    start: When | None = None,  # first time, UTC; without it the beginning
-    end: When | None = None,  # bars that open before this, UTC
-    limit: int = 1000,  # rows at most; 10,000 in JSON
-    source: str | None = None,  # one of the symbol's sources; without it the most trustworthy one with such rows
-    cursor: str | None = None,  # next_cursor of the last page (header X-Next-Cursor)
-) -> pd.DataFrame:  # rows; attrs: snapshot, and source and next_start or next_cursor where there are any
-    "Return everything that is stored under a symbol, page by page from the beginning: trades, bars, features or predictions."
-    return read_table(
-        client, "/export", symbol=symbol, what=what, spec=spec, names=names, start=start, end=end, limit=limit, source=source, cursor=cursor
-    )
-
-# %% ../nbs/95_client.ipynb #e23b52bc
+# %% ../nbs/95_client.ipynb #0a1b95e4
 # written by scripts/write_client.py
 
 def get_models(
@@ -454,8 +452,6 @@ def get_models(
     "List the kinds of models that runs can use, with the stored runs of each."
     return cast("list[ModelInfo]", read_json(client, "/models"))
 
-# %% ../nbs/95_client.ipynb #bc54c1f7
-# written by scripts/write_client.py
 
 def get_runs(
     client: "Client",  # of the server
@@ -463,8 +459,6 @@ def get_runs(
     "List stored runs, the latest first."
     return cast("list[dict[str, object]]", read_json(client, "/runs"))
 
-# %% ../nbs/95_client.ipynb #3b754d3a
-# written by scripts/write_client.py
 
 def get_run(
     client: "Client",  # of the server
@@ -473,7 +467,7 @@ def get_run(
     "Return one run with everything that is recorded about it."
     return cast("dict[str, object]", read_json(client, f"/runs/{run_id}"))
 
-# %% ../nbs/95_client.ipynb #476ca50a
+# %% ../nbs/95_client.ipynb #ab9cc643
 # written by scripts/write_client.py
 
 def get_scores(
@@ -483,8 +477,6 @@ def get_scores(
     "Return the scores of one run, next to those of its baselines."
     return cast(RunScores, read_json(client, f"/runs/{run_id}/scores"))
 
-# %% ../nbs/95_client.ipynb #82c8cddd
-# written by scripts/write_client.py
 
 def get_live_scores(
     client: "Client",  # of the server
@@ -496,7 +488,7 @@ def get_live_scores(
     "Return the scores of a run's live predictions whose outcome is known, next to those of its baselines."
     return cast(LiveRunScores, read_json(client, f"/runs/{run_id}/scores/live", last=last, every=every, source=source))
 
-# %% ../nbs/95_client.ipynb #7af2f274
+# %% ../nbs/95_client.ipynb #6cc82298
 # written by scripts/write_client.py
 
 def get_parity(
@@ -508,8 +500,6 @@ def get_parity(
     "Recompute a run's latest live predictions from the store, and return the largest difference."
     return cast(RunParity, read_json(client, f"/runs/{run_id}/parity", last=last, source=source))
 
-# %% ../nbs/95_client.ipynb #728e5c14
-# written by scripts/write_client.py
 
 def get_predictions(
     client: "Client",  # of the server
@@ -522,7 +512,7 @@ def get_predictions(
     "Return live predictions in order of time, with known outcomes. `limit` counts bar times; several runs may predict at one."
     return read_table(client, "/predictions", symbol=symbol, run_id=run_id, start=start, end=end, limit=limit)
 
-# %% ../nbs/95_client.ipynb #b2f8565a
+# %% ../nbs/95_client.ipynb #22640ea5
 # written by scripts/write_client.py
 
 def post_predict(
@@ -533,22 +523,7 @@ def post_predict(
     "Forecast the client's bars with a stored run and its own features; refused below its warm-up. Nothing is stored."
     return cast(Forecasts, send_json(client, "/predict", run_id=run_id, bars=rows_of(bars)))
 
-# %% ../nbs/95_client.ipynb #a4f4746b
-# written by scripts/write_client.py
-
-def get_stream(
-    client: "Client",  # of the server
-    symbol: str,  # such as BTCUSDT
-    spec: str = "1m",  # bar length: 1s, 5m, 1h …; or event bars: tick:100, dollar:1e6 …
-    run_id: str | None = None,  # all when absent
-    start: When | None = None,  # first open, UTC; without it the latest rows
-    source: str | None = None,  # of the bars; without it the one with the newest bar
-    last_id: str | None = None,  # id of the last event that was received
-) -> Iterator[Event]:  # ends when the server stops
-    "Send each bar and each prediction that is stored from now on as a server-sent event: `bar` or `prediction`, JSON as in the lists."
-    return read_events(client, "/stream", symbol=symbol, spec=spec, run_id=run_id, start=start, source=source, last_id=last_id)
-
-# %% ../nbs/95_client.ipynb #0c77fe09
+# %% ../nbs/95_client.ipynb #3359aaba
 # written by scripts/write_client.py
 
 class Client:

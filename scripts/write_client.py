@@ -122,21 +122,56 @@ def wrapped(names: list[str]) -> str:
     return "\n".join(f"    {', '.join(n.partition('_')[2] for n in some)} = {', '.join(some)}" for some in fours)
 
 
+GROUPS = {  # tag of the routes: heading and introduction
+    "service": ("The service", "Whether the server works, and how the live predictions of its store do."),
+    "data": ("Data", "What the store holds, and the tables that are made from it."),
+    "models": ("Models, runs and predictions", "What was trained, what it is worth, and what it forecasts. `predict` sends a table of bars, and stores nothing."),
+}
+MOST_LINES = 24  # of a generated cell, unless a single definition is longer
+
+
+def row(name: str, what: Schema, code: str, known: Schema) -> str:
+    "Write the row of a method in the table of its group."
+    required = [p["name"] for p in what.get("parameters", []) if p.get("required")]
+    if body := what.get("requestBody"):
+        required += known[of_ref(body["content"]["application/json"]["schema"])]["required"]
+    returns = re.search(r"^\) -> (.+?):  # ", code, re.MULTILINE)[1].replace("|", "or").replace("pd.", "")
+    return f"| `client.{name.partition('_')[2]}({', '.join(required)})` | {what['description'].split('. ')[0].rstrip('.')} | `{returns}` |"
+
+
+def packed(definitions: list[str]) -> Iterator[str]:
+    "Put definitions together into cells."
+    cell = ""
+    for one in definitions:
+        both = f"{cell}\n\n\n{one}" if cell else one
+        if cell and both.count("\n") + 3 > MOST_LINES:
+            yield cell
+            both = one
+        cell = both
+    yield cell
+
+
 def cells() -> list[str]:
-    "Write all generated cells."
+    "Write all generated cells; those that do not begin with MARK are text."
     api = create_app(Settings(_env_file=None)).openapi()
-    known, out, names, objects = api["components"]["schemas"], [], [], []
+    known, names, written = api["components"]["schemas"], [], list[str]()
+    rows, types, codes = ({tag: list[str]() for tag in GROUPS} for _ in range(3))
     for path, methods in api["paths"].items():
         for verb, what in methods.items():
-            content = what["responses"]["200"]["content"]
-            if ARROW not in content:
-                objects += list(needed(content.get("application/json", {}), known))
+            (tag,), content = what["tags"], what["responses"]["200"]["content"]
             name, code = method(path, verb, what, known)
             names.append(name)
-            out.append(code)
-    typed = [typed_dict(n, known[n], known) for n in dict.fromkeys(objects)]
-    klass = CLASS.replace("METHODS", wrapped(names))
-    return [MARK + "\n\n" + code if code.startswith(("class", "def")) else MARK + code for code in [*typed, *out, klass]]
+            rows[tag].append(row(name, what, code, known))
+            codes[tag].append(code)
+            objects = [] if ARROW in content else list(dict.fromkeys(needed(content.get("application/json", {}), known)))
+            types[tag] += [typed_dict(n, known[n], known) for n in objects if n not in written]
+            written += objects
+    out = []
+    for tag, (title, about) in GROUPS.items():
+        out.append("\n".join([f"### {title}", about, "", "| call | what it does | returns |", "| --- | --- | --- |", *rows[tag]]))
+        out += [f"{MARK}\n{code}" for code in packed([*types[tag], *codes[tag]])]
+    about = "### The client\nThe functions above are its methods."
+    return [*out, about, f"{MARK}\n{CLASS.replace('METHODS', wrapped(names))}"]
 
 
 CLASS = '''class Client:
@@ -156,21 +191,28 @@ CLASS = '''class Client:
 METHODS'''
 
 
+def identity(source: str) -> str:
+    "Make the id of a cell from what it begins with."
+    key = re.search(r"(?:class|def) \w+|^### .*", source, re.MULTILINE)[0]
+    return hashlib.sha256(key.encode()).hexdigest()[:8]
+
+
 def main() -> None:
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    old = [i for i, c in enumerate(notebook["cells"]) if "".join(c["source"]).startswith(MARK)]
-    wanted = [code.replace(MARK + "\n\n", MARK + "\n").rstrip("\n") for code in cells()]
-    if ["".join(notebook["cells"][i]["source"]) for i in old] == wanted:
+    "Write the generated cells, or compare them."
+    notebook, wanted = json.loads(NOTEBOOK.read_text(encoding="utf-8")), {identity(source): source.rstrip("\n") for source in cells()}
+    sources = ["".join(c["source"]) for c in notebook["cells"]]
+    old = [i for i, c in enumerate(notebook["cells"]) if sources[i].startswith(MARK) or c["id"] in wanted]
+    if [sources[i] for i in old] == list(wanted.values()):
         return
     if "--check" in sys.argv[1:]:
         sys.exit("the client differs from the API's description. Run: python scripts/write_client.py; nbdev_export")
     new = []
-    for code in wanted:
-        key = (re.search(r"(?:class|def) (\w+)", code) or [code, code])[1]
-        name = hashlib.sha256(key.encode()).hexdigest()[:8]
-        new.append({"cell_type": "code", "execution_count": None, "id": name, "metadata": {}, "outputs": [], "source": code.splitlines(keepends=True)})
+    for name, source in wanted.items():
+        is_code = source.startswith(MARK)
+        cell = {"cell_type": "code" if is_code else "markdown", "id": name, "metadata": {}, "source": source.splitlines(keepends=True)}
+        new.append(cell | ({"execution_count": None, "outputs": []} if is_code else {}))
     at = old[0] if old else len(notebook["cells"])
-    kept = [c for c in notebook["cells"] if not "".join(c["source"]).startswith(MARK)]
+    kept = [c for i, c in enumerate(notebook["cells"]) if i not in old]
     notebook["cells"] = kept[:at] + new + kept[at:]
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 

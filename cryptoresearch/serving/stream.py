@@ -44,7 +44,7 @@ class Position(NamedTuple):
 
 def parse_position(
     text: str,  # Last-Event-ID
-) -> Position:  # that it stands for
+) -> Position:  # of that event
     "Parse the id of an event; `ConfigError` where it is none."
     try:
         ts, first_id, row = map(int, text.split("."))

@@ -27,21 +27,24 @@ files, stores, kills = sorted(Path(sys.argv[1]).glob("*.csv")), Path(sys.argv[2]
 fork = multiprocessing.get_context("fork")
 
 
-def load(store, started, found):
+def load(store, started, found, done):
     con = init_duckdb(Settings(_env_file=None, duckdb_path=str(store / "catalog.sqlite"), duckdb_threads=2))
     found.value = con.execute("SELECT count(*) FROM ingest_ledger").fetchone()[0]
     started.set()
-    for file in files:
+    for done.value, file in enumerate(files):
         process_file(con, file)
 
 
-def attempt(name, delay=None):
-    "Load into a store, killed after some seconds of work; whether it was killed, files found at its start, seconds of work."
-    started, found = fork.Event(), fork.Value("i", 0)
-    child = fork.Process(target=load, args=(stores / name, started, found))
+def attempt(name, share=None, delay=None):
+    "Load into a store, killed some seconds after the start of a file; whether it was killed, files found at its start, seconds of work."
+    started, found, done = fork.Event(), fork.Value("i", 0), fork.Value("i", 0)
+    child = fork.Process(target=load, args=(stores / name, started, found, done))
     child.start()
     started.wait(120)
     began = time.monotonic()
+    if share is not None:
+        while child.is_alive() and done.value < found.value + int(share * (len(files) - found.value)):
+            time.sleep(0.005)
     child.join(delay)
     killed = child.is_alive()
     if killed:
@@ -57,12 +60,12 @@ if __name__ == "__main__":
     whole = attempt("calm")[2]
     rng, moments, left, rounds, attempts = random.Random(7), [], [], 0, 0
     while len(moments) < kills:
-        delay = rng.uniform(0, whole)
-        killed, found, took = attempt(f"round-{rounds}", delay)
+        share, delay = rng.random(), rng.uniform(0, whole / len(files))
+        killed, found, took = attempt(f"round-{rounds}", share, delay)
         attempts += 1
         if moments and len(left) < len(moments):
             left.append(found)  # what the kill before had left
-        moments += [round(delay / whole, 2)] * killed
+        moments += [round(share, 2)] * killed
         rounds += not killed  # a load that ends is compared, and the next one begins with an empty store
     left.append(attempt(f"round-{rounds}")[1])
     print(json.dumps({"whole": whole, "moments": moments, "left": left, "rounds": rounds + 1, "attempts": attempts}))
@@ -86,7 +89,7 @@ def state(store: Path) -> dict[str, list]:
 @pytest.mark.timeout(900)  # twenty kills: a minute and a half on two free cores
 @pytest.mark.parametrize(("kills", "days"), [(4, 6), pytest.param(20, 16, marks=pytest.mark.heavy)])
 def test_kills_leave_what_an_undisturbed_load_leaves(kills: int, days: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    "Loads are killed at work, at moments drawn from the length of an undisturbed one; each continues where the one before was stopped, until it is through."
+    "Loads are killed at work, at random moments of random files; each continues where the one before was stopped, until it is through."
     files = simulate_trades(tmp_path / "files", days=days, trades_per_day=150_000, seed=3)
     lines = files[2].read_text().splitlines()
     lines[500] = "garbage"

@@ -124,7 +124,7 @@ _SESSIONS = """SELECT DISTINCT t.source, t.file_id, coalesce(t.kind, ''), epoch_
     SELECT symbol, source, file_id, NULL AS kind, start_ts, end_ts FROM lake.main.coverage UNION ALL
     SELECT symbol, source, file_id, kind, start_ts, end_ts FROM lake.main.gaps WHERE kind = 'live') t
   JOIN lake.main.live_sessions s ON s.session_id = t.file_id
-  WHERE t.symbol = ? AND t.end_ts > make_timestamp(?) AND t.start_ts < make_timestamp(?) ORDER BY ALL"""
+  WHERE t.symbol = ? AND t.end_ts > make_timestamp(?) AND t.start_ts < make_timestamp(?) ORDER BY 4, 5, 1, 2, 3"""
 _DONE = """SELECT epoch_us(start), epoch_us("end") FROM lake.main.repairs WHERE symbol = ? AND session_id = ? AND file_id = ?"""
 
 # %% ../../nbs/ingest/05a_repair.ipynb #86288234

@@ -20,7 +20,7 @@ from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.ingest import formats
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.ingest.formats import FileSpec, inspect_file, open_text, read_blocks
-from cryptoresearch.ingest.parsing import BadRow, check_values, LAYOUTS, parse_piece, possible_time, read_row
+from cryptoresearch.ingest.parsing import BadRow, check_values, fields_of, LAYOUTS, parse_piece, possible_time, read_row
 from cryptoresearch.errors import DataNotFound, SchemaError
 from cryptoresearch.settings import Settings
 
@@ -363,3 +363,20 @@ def test_a_kind_that_does_not_exist_is_told_with_the_nearest(tmp_path):
     (tmp_path / "a.csv").write_text("date,open,high,low,close,volume\n")
     with pytest.raises(SchemaError, match=r"found 'candels'\. Did you mean candles\?"):
         inspect_file(tmp_path / "a.csv", symbol="ABCUSD", kind="candels", interval="1h")
+
+@pytest.mark.parametrize("symbol", ["BTC,USDT", "BTCUSDT,", '"BTCUSDT"', "BTC USDT!", "BTC\nUSDT"])
+def test_a_symbol_that_is_none_is_refused_in_parquet_as_in_text(tmp_path, symbol):
+    rows = pa.table({"note": ["a,b"] * 9, "trade_id": range(1, 10), "price": [1.0] * 9, "qty": [1.0] * 9, "time": range(FIRST_MS, FIRST_MS + 9)})
+    pq.write_table(rows.append_column("symbol", [[symbol] * 9]), tmp_path / "a.parquet")
+    with pytest.raises(SchemaError, match="a symbol such as BTCUSDT"):
+        inspect_file(tmp_path / "a.parquet", kind="trades")
+
+
+def test_commas_of_a_parquet_file_do_not_shift_its_columns(tmp_path):
+    columns = {"note, by hand": ["a,b"] * 9, "trade_id": [*range(1, 9), None], "symbol": ["BTCUSDT"] * 9, "price": [1.0] * 9, "qty": [2.0] * 9}
+    pq.write_table(pa.table(columns | {"time": range(FIRST_MS, FIRST_MS + 9)}), tmp_path / "a.parquet")
+    spec = inspect_file(tmp_path / "a.parquet", kind="trades")
+    (block,) = read_blocks(tmp_path / "a.parquet", spec)
+    assert spec.symbol == "BTCUSDT" and set(block.columns["price"]) == {1.0}
+    ((_, raw, _),) = block.bad
+    assert fields_of(raw)[:3] == ["a,b", "None", "BTCUSDT"]

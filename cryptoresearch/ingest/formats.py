@@ -34,9 +34,9 @@ from isal import igzip, isal_zlib
 from ..data.series import normal_symbol
 from ..errors import DataNotFound, SchemaError
 from cryptoresearch.ingest.parsing import (
-    BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, doubled, explain_header, is_header, Kind, KINDS, LAYOUTS,
-    likely_kind, meaning_of, MICROSECONDS_FROM, parse_piece, pieces, possible_time, read_row, Stream, TEXT, text_hash, TIME, TYPES,
-    unquoted, WHOLE,
+    BadRow, Block, BOOLEAN, check_values, Columns, columns_by_name, DECIMAL, doubled, explain_header, fields_of, is_header, Kind, KINDS,
+    LAYOUTS, likely_kind, meaning_of, MICROSECONDS_FROM, parse_piece, pieces, possible_time, quoted, read_row, Stream, TEXT, text_hash,
+    TIME, TYPES, WHOLE,
 )
 
 # %% ../../nbs/ingest/02_formats.ipynb #3dfeeafd
@@ -362,13 +362,17 @@ def _of_symbol(blocks: Iterator[Block], spec: FileSpec) -> Iterator[Block]:
         found = _listed(sorted(set(known.values())))
         raise SchemaError(f"expected rows of {spec.symbol}; found {found} in the column symbol. Pass the symbol that is meant")
 
-
+# %% ../../nbs/ingest/02_formats.ipynb #5d1724f3
 def _new_symbols(block: Block, columns: Columns, known: dict[int, str]) -> dict[int, str]:  # symbol by hash
     "Read the symbols of a block that are not known yet."
     numbers, rows = np.unique(block.columns["symbol"], return_index=True)
-    at = columns.index("symbol")
-    new = [(int(number), block.text(int(i)).split(",")[at]) for number, i in zip(numbers, rows, strict=True) if int(number) not in known]
-    return {number: normal_symbol(unquoted(text)) for number, text in new}
+    at, new = columns.index("symbol"), {}
+    for number, i in zip(numbers.tolist(), rows.tolist(), strict=True):
+        if number not in known:
+            text = block.text(i)
+            fields = fields_of(text)  # marks that do not belong together have joined some if their number differs
+            new[number] = normal_symbol((fields if len(fields) == len(columns) else text.split(","))[at])
+    return new
 
 # %% ../../nbs/ingest/02_formats.ipynb #1397accc
 def _text_blocks(source: Path | Stream, spec: FileSpec) -> Iterator[Block]:
@@ -404,7 +408,7 @@ _ROWS = 1 << 16  # rows of a Parquet file at a time
 
 def _raw(batch: pa.RecordBatch, i: int) -> str:
     "Return a row of a Parquet file as text."
-    return ",".join(str(column[i].as_py()) for column in batch.columns)
+    return ",".join(quoted(str(column[i].as_py())) for column in batch.columns)
 
 
 def _parquet_blocks(path: Path, spec: FileSpec) -> Iterator[Block]:
@@ -639,7 +643,7 @@ def _first_lines(path: Path, name: str, form: Form) -> tuple[Named, list[str]]:
     "Read what the names state and the first lines; of Parquet, the names of the columns."
     with _broken_archive(path.name):
         if form == "parquet":
-            return _named(name, None), [",".join(pq.read_schema(path).names)]
+            return _named(name, None), [",".join(column.replace(",", " ") for column in pq.read_schema(path).names)]
         return _named(name, _member_name(path)), _sample(path)
 
 # %% ../../nbs/ingest/02_formats.ipynb #5c0f0081

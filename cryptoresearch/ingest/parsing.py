@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'WHOLE', 'DECIMAL', 'TIME', 'BOOLEAN', 'SKIP', 'TEXT', 'TYPES', 'Columns', 'LAYOUTS',
            'MICROSECONDS_FROM', 'Check', 'LIMITS', 'CHECKS', 'meaning_of', 'needed_columns', 'likely_kind',
-           'columns_by_name', 'is_header', 'doubled', 'explain_header', 'BadRow', 'text_hash', 'unquoted', 'read_row',
-           'Block', 'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
+           'columns_by_name', 'is_header', 'doubled', 'explain_header', 'BadRow', 'text_hash', 'unquoted', 'quoted',
+           'fields_of', 'read_row', 'Block', 'possible_time', 'check_values', 'Stream', 'pieces', 'parse_piece']
 
 # %% ../../nbs/ingest/01_parsing.ipynb #b35d43ca
 import re
@@ -209,6 +209,23 @@ def _header_again(parts: list[str]) -> bool:
     "Check whether a row is a header: files that were joined keep their headers."
     # no name begins with a digit, as most fields do
     return len(parts) > 2 and sum(not part[:1].isdigit() and meaning_of(part) is not None for part in parts) > len(parts) / 2
+
+# %% ../../nbs/ingest/01_parsing.ipynb #6a255893
+_FIELD = re.compile(r'(?:^|,)(?:"((?:[^"]|"")*)"(?=,|$)|([^,]*))', re.DOTALL)
+
+
+def quoted(
+    field: str,  # any text
+) -> str:  # in quotation marks if it contains a comma, a quotation mark or the end of a line
+    "Write a field of a row."
+    return '"' + field.replace('"', '""') + '"' if re.search('[,"\r\n]', field) else field
+
+
+def fields_of(
+    text: str,  # one row
+) -> list[str]:  # without their quotation marks
+    "Split a row at its commas, but not inside of quotation marks."
+    return [plain or inside.replace('""', '"') for inside, plain in _FIELD.findall(text.removesuffix("\r"))]
 
 # %% ../../nbs/ingest/01_parsing.ipynb #cb42570a
 def read_row(

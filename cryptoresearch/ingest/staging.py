@@ -36,7 +36,7 @@ from ..data.store import data_path
 from ..errors import SchemaError
 from .formats import FileSpec, interval_us, read_blocks
 from .late_rows import repeats_the_same, too_far, wrong_ids
-from .parsing import Block
+from .parsing import Block, fields_of
 
 # %% ../../nbs/ingest/04_staging.ipynb #7e0057fe
 _BAD_SCHEMA = pa.schema([("line", pa.int64()), ("raw", pa.string()), ("reason", pa.string())])
@@ -96,7 +96,7 @@ def _readable_id(
     "Read the trade id of a refused row."
     if id_at is None:
         return -1
-    parts = raw.split(",", id_at + 1)
+    parts = fields_of(raw)
     text = parts[id_at] if len(parts) > id_at + 1 else ""  # the last part of a broken line may be cut
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
 

@@ -8,15 +8,13 @@ __all__ = ['FIRST', 'copy_tutorials', 'lab_command', 'open_lab']
 # %% ../../nbs/serving/13_lab.ipynb #1bc35fd6
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ConfigError, problem
 from .batch import notebook_path
+from .dashboards import run_server
 from ..settings import project_home
 
 # %% ../../nbs/serving/13_lab.ipynb #4d2fd1a6
@@ -54,13 +52,4 @@ def open_lab(
     command = lab_command(folder.resolve(), port, browser)
     copy_tutorials(folder)
     env = {**os.environ, "CRYPTORESEARCH_HOME": str(project_home())}
-    process = subprocess.Popen(command, env=env)  # noqa: S603  (our own command line)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that JupyterLab is stopped too
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+    return run_server(command, env)

@@ -132,8 +132,8 @@ def test_refusals_name_the_remedy(con: duckdb.DuckDBPyConnection, settings: Sett
     run = predicted(con, settings, CONFIG)
     with pytest.raises(DataNotFound, match="from finnhub"):
         live_scores(con, run, source="finnhub")
-    for wrong in ("soon", "-1D", "0s"):
-        with pytest.raises(ConfigError, match="a length of time such as 1D"):
+    for wrong in ("soon", "-1D", "0s", "7"):
+        with pytest.raises(ConfigError, match="last to be a length of time such as 1D"):
             live_scores(con, run, last=wrong)
 
 

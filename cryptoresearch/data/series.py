@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPOCH', 'BARS_OF', 'AMOUNT_LIMIT', 'IMPOSSIBLE', 'to_utc', 'to_us', 'from_us', 'naive_utc', 'check_range', 'utc_now',
-           'utc_index', 'quote', 'normal_symbol', 'Series', 'where_rows', 'where_recorded', 'impossible']
+           'utc_index', 'length_of', 'quote', 'normal_symbol', 'Series', 'where_rows', 'where_recorded', 'impossible']
 
 # %% ../../nbs/data/00_series.ipynb #8565ead7
 import re
@@ -85,6 +85,26 @@ def utc_index(
 
     index = pd.DatetimeIndex(times, name=name)
     return (index.tz_localize("UTC") if index.tz is None else index.tz_convert("UTC")).as_unit("us")
+
+# %% ../../nbs/data/00_series.ipynb #4b1f584a
+def length_of(
+    value: object,  # a number with its unit, such as 7D, 12h or 1h30m; or a Timedelta
+    what: str,  # the option, named in the error
+    least: "pd.Timedelta | None" = None,  # shortest that is allowed; 0 when None
+) -> "pd.Timedelta":  # not negative
+    "Read a length of time. Errors: `ConfigError`."
+    import pandas as pd
+
+    text, least = str(value), pd.Timedelta(0) if least is None else least
+    try:
+        length = pd.Timedelta(text)
+    except ValueError:
+        length = pd.Timedelta(-1)
+    has_unit = not length or re.search("[^\\d\\s.+-]", text)
+    if has_unit and length >= least:  # not so for NaT
+        return length
+    expected = f"{what} to be a length of time such as 1D or 12h" + (f", at least {least}" if least else "")
+    raise ConfigError(problem(expected, repr(text), f"Change {what}"))
 
 # %% ../../nbs/data/00_series.ipynb #b478ce85
 def quote(

@@ -21,7 +21,7 @@ import pandas as pd
 import cryptoresearch.features.pipeline  # noqa: F401  (registers all features)
 from ..data.bars import bar_length
 from ..data.build_bars import check_spec
-from ..data.series import normal_symbol, to_utc
+from ..data.series import length_of, normal_symbol, to_utc
 from ..errors import ConfigError, problem, SchemaError
 from ..features.registry import Feature, find, REGISTRY, resolve
 from ..labels.targets import is_event, label_params, TARGETS
@@ -137,11 +137,9 @@ def _utc_text(name: str, value: object) -> str | None:  # ISO text in UTC
 def _length(name: str, value: object, least: pd.Timedelta) -> None:
     "Refuse a length of time that cannot be read or is too short."
     try:
-        ok = pd.Timedelta(str(value)) >= least
-    except (ValueError, TypeError):
-        ok = False
-    if not ok:
-        raise _wrong(name, f"a length of time such as 90D, at least {least}", value)
+        length_of(value, name, least)
+    except ConfigError:
+        raise _wrong(name, f"a length of time such as 90D, at least {least}", value) from None
 
 # %% ../../nbs/runs/01_config.ipynb #93efbba4
 def _check_config(c: RunConfig) -> None:

@@ -21,7 +21,7 @@ import duckdb
 import pandas as pd
 
 from ..data.build_bars import make_bars
-from ..data.series import to_utc
+from ..data.series import length_of, to_utc
 from ..data.store import connect, cursor, init_duckdb
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, RunMismatch
 from ..evaluation.promotion import champion, promote, registry, registry_log, set_state
@@ -143,7 +143,8 @@ class Refits:
         every_s: float = 10.0,  # between two looks
         modules: Sequence[str] = (),  # of user-defined features
     ) -> None:
-        self.monitor, self.lines, self.every, self.every_s, self.modules = monitor, list(lines), _period(every), every_s, list(modules)
+        self.monitor, self.lines, self.every_s, self.modules = monitor, list(lines), every_s, list(modules)
+        self.every = length_of(every, "--refit-every", pd.Timedelta("1us"))
         self.newest = dict[str, pd.Timestamp]()  # close of the last bar predicted, by run
         self.stopping, self.con = threading.Event(), list[duckdb.DuckDBPyConnection]()  # that of the gate, once it is open
         self.thread = threading.Thread(target=_work, args=[self], name="refits", daemon=True)
@@ -158,17 +159,6 @@ class Refits:
         _end(self)
 
 # %% ../../nbs/serving/02e_refit.ipynb #20e8be75
-def _period(every: str) -> pd.Timedelta:
-    "Read a period; ConfigError if it is not a length of time above zero."
-    try:
-        found = pd.Timedelta(every)
-    except ValueError:
-        found = pd.Timedelta(0)
-    if not found > pd.Timedelta(0):
-        raise ConfigError(problem("a length of time such as 7D or 12h", repr(every), "Give one: --refit-every 7D"))
-    return found
-
-
 def _check_targets(lines: Sequence[Line]) -> None:
     "Raise ConfigError for several runs of one target."
     asked = [question_key(line.current) for line in lines]

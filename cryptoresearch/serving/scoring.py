@@ -16,8 +16,8 @@ import pandas as pd
 
 from ..data.bars import bar_length, read_bars, source_market
 from ..data.event_bars import UNNUMBERED, with_gap_rows
-from ..data.series import naive_utc, to_utc
-from ..errors import ConfigError, DataNotFound, problem
+from ..data.series import length_of, naive_utc, to_utc
+from ..errors import DataNotFound, problem
 from ..evaluation.scorecard import calibration_slope
 from ..features.drift import drift_table
 from ..labels.targets import is_event, make_labels
@@ -44,16 +44,6 @@ def live_source(
     return str(rows[0][0])
 
 
-def _duration(last: str) -> pd.Timedelta:
-    "Read a length of time; ConfigError if it is not one above zero."
-    try:
-        found = pd.Timedelta(last)
-    except ValueError:
-        found = pd.Timedelta(0)
-    if not found > pd.Timedelta(0):
-        raise ConfigError(problem("a length of time such as 1D or 12h", repr(last), "Give one"))
-    return found
-
 # %% ../../nbs/serving/02c_scoring.ipynb #c0ce2e4b
 def _stored(con: duckdb.DuckDBPyConnection, run: Run, source: str, last: str) -> pd.DataFrame:  # index ts, in order
     "Read the live predictions of a run and source."
@@ -64,7 +54,7 @@ def _stored(con: duckdb.DuckDBPyConnection, run: Run, source: str, last: str) ->
         raise DataNotFound(problem(f"live predictions of run {run.id} from {source}", "none", remedy))
     columns = "ts, close_ts, made_at, prediction, lower, upper, first_id"
     sql = f"SELECT {columns} FROM predictions WHERE {where} AND close_ts > ? ORDER BY ts, first_id"
-    rows = con.execute(sql, [*key, naive_utc(to_utc(newest) - _duration(last))]).df()
+    rows = con.execute(sql, [*key, naive_utc(to_utc(newest) - length_of(last, "last", pd.Timedelta("1us")))]).df()
     for name in ("ts", "close_ts", "made_at"):
         rows[name] = pd.to_datetime(rows[name]).dt.tz_localize("UTC").dt.as_unit("us")
     return rows.set_index("ts") if by_events(run.config.spec) else rows.set_index("ts").drop(columns="first_id")
@@ -246,7 +236,7 @@ def rolling_scores(
     "Score the matured predictions of each stretch of time against the reference baseline."
     target, known = run.config.target, rows[rows["state"] == "matured"]
     out = {}
-    for start, part in known.groupby(known["close_ts"].dt.floor(_duration(every))):
+    for start, part in known.groupby(known["close_ts"].dt.floor(length_of(every, "every", pd.Timedelta("1us")))):
         own, other = (_losses(part, column, target) for column in ("prediction", REFERENCE[target]))
         inside = part["y"].between(part["lower"], part["upper"]).where(part["lower"].notna() & part["upper"].notna())
         saved = _saved(part, REFERENCE[target], target)

@@ -8,9 +8,11 @@ __all__ = ['logger', 'Line', 'resume', 'Training', 'Refits']
 # %% ../../nbs/serving/02e_refit.ipynb #5759a9ff
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, UTC
 from multiprocessing.connection import Connection
@@ -84,6 +86,9 @@ def resume(
     return Line(run if holder is None else line[holder], shadow, max(map(_data_end, line.values())))
 
 # %% ../../nbs/serving/02e_refit.ipynb #165f08ac
+_NICE = 10  # lower priority of a training, so that live predictions keep their latency
+
+
 def _train(config: RunConfig, settings: Settings, source: str, told: Connection) -> None:
     "Train in a process of its own; send the run's name, or the text of the error."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -95,7 +100,7 @@ def _train(config: RunConfig, settings: Settings, source: str, told: Connection)
     except (CryptoResearchError, duckdb.Error, OSError) as e:
         told.send(("", str(e)))
 
-
+# %% ../../nbs/serving/02e_refit.ipynb #4ba6c3db
 class Training:
     "Train a run in a process of its own."
 
@@ -111,6 +116,8 @@ class Training:
         self.process: BaseProcess = context.Process(target=_train, args=(config, settings, source, other), daemon=True)
         self.process.start()
         other.close()
+        with suppress(ProcessLookupError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, self.process.pid or 0, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICE, 19))
 
 # %% ../../nbs/serving/02e_refit.ipynb #171e1fa4
 def _outcome(training: Training) -> tuple[str, str] | None:  # name of the run, or why there is none; None while it runs

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 import warnings
 from collections import Counter
@@ -82,6 +83,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def examples(always: int, in_all: int) -> int:
     "How many examples of a property to try: `always`, and `in_all` with the option --heavy."
     return in_all if any(heavy) else always
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    "Wait for a condition; fail after a time that only a broken program needs."
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, f"waited {timeout_s} s in vain"
+        time.sleep(0.005)
 
 
 def group_of(nodeid: str) -> str:

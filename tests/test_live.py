@@ -23,11 +23,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fastapi.testclient
 import pandas as pd
 import pytest
+from conftest import wait_for
 import websocket
 from typer.testing import CliRunner
 from websockets.sync.server import ServerConnection, serve
@@ -47,7 +49,8 @@ from cryptoresearch.ingest.files import forget_file, process_file
 from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.binance import BinanceWebSocket
 from cryptoresearch.live.collector import _Upkeep, Collector, Journal, replay_journal, Session
-from cryptoresearch.live.feed import _Sequence, FinnhubWebSocket
+from cryptoresearch.live import feed as feed_module
+from cryptoresearch.live.feed import _Sequence, _take, ConnectionLost, Feed, FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.api import create_app
@@ -60,13 +63,6 @@ BTC = "BINANCE:BTCUSDT"
 
 def frame(*items: dict[str, Any]) -> str:
     return json.dumps({"type": "trade", "data": [{"p": 100.0, "s": BTC, "t": T0, "v": 0.5} | i for i in items]})
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < end, f"waited {timeout_s} s in vain"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -1234,3 +1230,95 @@ def test_a_feed_of_binance_asks_for_streams(settings: Settings) -> None:
     assert feed._requests.get_nowait() == {"method": "UNSUBSCRIBE", "params": ["btcusdt@trade"], "id": 1}
     with pytest.raises(ConfigError, match="Name at least one"):
         feed.follow([])
+
+
+# ------------------------------------------------------------------ trades that cannot be right
+
+
+def read(feed: Feed, text: str) -> None:
+    "Let a feed take one frame, as its thread does."
+    _take(feed, [text.encode()], time.monotonic())
+
+
+def dated(ahead_s: float, **more: Any) -> str:
+    "A trade of Binance, dated after the local clock."
+    event = {"e": "trade", "s": "BTCUSDT", "p": "100.0", "q": "1.0", "m": True, "T": round((time.time() + ahead_s) * 1000)}
+    return json.dumps({"stream": "btcusdt@trade", "data": event | more})
+
+
+def test_a_trade_dated_ahead_of_the_others_hides_no_gap(settings: Settings) -> None:
+    feed = BinanceWebSocket("BTCUSDT", settings=settings, source="replay", on_trades=(rows := list[Trade]()).extend)
+    feed.collector = Collector(["BTCUSDT"], source="replay", settings=settings).start()
+    for number in range(20):
+        read(feed, dated(-1.0, t=number))
+    read(feed, dated(30, t=20))
+    feed.collector.lost()  # the connection
+    read(feed, dated(1.0, t=21))
+    gaps = feed.collector.gaps("BTCUSDT")
+    feed.collector.stop()
+    assert len(gaps) == 1 and gaps[0][1] is not None
+    assert feed.stats.rejected == 1 and len(rows) == 21
+    with connect(settings) as con:
+        assert con.execute("SELECT count(*) FROM quarantine WHERE reason = 'dated in the future'").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("slow_s", [1.3, 30.0])
+def test_a_slow_clock_refuses_nothing(settings: Settings, slow_s: float) -> None:
+    feed = BinanceWebSocket("BTCUSDT", settings=settings, collect=False)
+    for number in range(20):
+        read(feed, dated(slow_s + 0.05 * (number % 3), t=number))
+    assert (feed.stats.trades, feed.stats.rejected) == (20, 0)
+
+
+@pytest.mark.parametrize("odd", [2**62, 2**63 - 1, 5_000_000, 3])
+def test_an_id_far_from_the_others_is_refused_and_hides_no_hole(settings: Settings, odd: int) -> None:
+    feed = BinanceWebSocket("BTCUSDT", settings=settings, collect=False)
+    for number in (1_000_000, 1_000_001, odd, 1_000_002, 1_000_005, 1_000_006):
+        read(feed, dated(-0.1, t=number))
+    assert (feed.stats.trades, feed.stats.rejected, feed.stats.repeated, feed.stats.missing) == (5, 1, 0, 2)
+
+
+@pytest.mark.parametrize("numbers", [(2**62, 7, 8, 9), (7, 2**62, 2**62 + 1, 2**62 + 2), (5_000_000, 7, 8, 9)])
+def test_ids_that_begin_anew_are_believed_with_the_second(settings: Settings, numbers: tuple[int, ...]) -> None:
+    feed = BinanceWebSocket("BTCUSDT", settings=settings, collect=False)
+    for number in numbers:
+        read(feed, dated(-0.1, t=number))
+    assert (feed.stats.trades, feed.stats.rejected, feed.stats.repeated) == (3, 1, 0)
+
+
+def test_the_wait_grows_until_a_connection_delivers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, waits, clock = BinanceWebSocket("BTCUSDT", settings=settings, collect=False), list[int](), itertools.count(0, 30)
+    delivered = iter([0.0, 0.0, 9.0, 11.0, 0.0])  # seconds; each connection, or the try to open one, lasts longer
+
+    def connect_once(feed: Feed) -> None:
+        feed._delivered_s = next(delivered)
+        raise ConnectionLost("lost")
+
+    def wait(feed: Feed, lost: ConnectionLost, attempt: int) -> None:
+        waits.append(attempt)
+        if len(waits) == 5:
+            feed._stop.set()
+
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(feed_module, "_connect", connect_once)
+    monkeypatch.setattr(feed_module, "_wait", wait)
+    feed_module._reconnect(feed)
+    assert waits == [0, 1, 2, 0, 1]
+
+
+def test_a_connection_delivers_from_its_opening_to_its_last_frame(settings: Settings) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        if n == 1:
+            time.sleep(0.3)
+            c.send('{"type":"ping"}')
+            time.sleep(0.1)
+        else:
+            hold(c)
+
+    with stub(script) as (url, seen):
+        feed = listen(url, settings).start()
+        wait_for(lambda: feed.stats.frames == 1)
+        first = feed._delivered_s
+        wait_for(lambda: len(seen) == 2)
+        feed.stop()
+    assert first >= 0.3 and feed._delivered_s == 0

@@ -22,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import wait_for
 from s3_server import _client, _free_port, _stop, _wait, NoServer, program, S3
 from websockets.sync.server import serve, ServerConnection
 
@@ -36,13 +37,6 @@ from cryptoresearch.live.replay import CHAOS, Disturbed, ReplayServer
 from cryptoresearch.settings import Settings, shared_data
 
 BTC, T0 = "BINANCE:BTCUSDT", 1_721_555_886_208
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < end, f"waited {timeout_s} s in vain"
-        time.sleep(0.005)
 
 
 def trades(first: int, n: int = 1) -> list[Trade]:

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import wait_for
 from websockets.sync.server import serve, ServerConnection
 
 from cryptoresearch.data.build_bars import make_bars
@@ -187,6 +188,14 @@ def test_after_a_restart_no_bar_is_missed_and_none_is_made_twice(settings: Setti
     assert both["ts"].is_unique and not both["ts"].between("2024-08-08 23:59:00", "2024-08-08 23:59:02").any()
 
 
+PREDICTION = r"BTCUSDT 1s 2024-08-08 23:5\d:\d\d \S+ volatility: \S+ \[\S+, \S+\]"
+
+
+def page_of(port: int) -> str:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return answer.read().decode()
+
+
 def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, frames: list[str], tmp_path: Path) -> None:
     a, d = at(frames, "23:58:00"), at(frames, "23:59:50")
     with binance(frames[a:d]) as (url, _):
@@ -201,15 +210,16 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
         command[1:3] = ["-c", code]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
             assert process.stdout is not None
-            first = process.stdout.readline()
-            time.sleep(3)
-            with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-                page = answer.read().decode()
+            said = list[str]()
+            while not said or (said[-1] and not re.match(PREDICTION, said[-1])):  # status lines come before it on a slow machine
+                said.append(process.stdout.readline())
+            wait_for(lambda: re.search(r"^cryptoresearch_predictions_total [1-9]", page_of(port), re.MULTILINE))
+            page = page_of(port)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
-    assert re.match(r"BTCUSDT 1s 2024-08-08 23:5\d:\d\d \S+ volatility: \S+ \[\S+, \S+\]", first), first + err
+    assert re.match(PREDICTION, said[-1]), "".join(said) + err
     assert process.returncode == 0, err
-    assert re.search(r"^cryptoresearch_predictions_total [1-9]", page, re.MULTILINE) and "cryptoresearch_silence_seconds{symbol=" in page
+    assert "cryptoresearch_silence_seconds{symbol=" in page
     assert re.search(rf"{d - a:,} trades received, [1-9]\d* predictions stored", out), out[-300:]
 
 

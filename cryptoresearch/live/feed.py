@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from bisect import bisect_right
-from collections import defaultdict, OrderedDict
+from collections import defaultdict, deque, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, UTC
@@ -378,17 +378,24 @@ def _hole(holes: Sequence[range], number: int) -> int | None:
     return at if at >= 0 and number in holes[at] else None
 
 # %% ../../nbs/live/03_feed.ipynb #5f400008
-class _Sequence:
-    "Follow the ids of each symbol."
+class _Ids:
+    "Hold the ids of each symbol."
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
         self._holes = defaultdict[str, list[range]](list)  # missing ids that may still arrive, in order
+        self._seen, self._odd = dict[str, Trade](), dict[str, Trade]()  # the last one, and the last one with an id far from those before
 
     def is_repeated(self, trade: Trade) -> bool:
         "Check whether a trade was taken before."
         number = trade.trade_id or 0
-        return number <= self._last.get(trade.symbol, -1) and _hole(self._holes[trade.symbol], number) is None
+        if number > self._last.get(trade.symbol, -1) or _hole(self._holes[trade.symbol], number) is not None:
+            return False
+        return _near(self._seen.get(trade.symbol, trade), trade)
+
+# %% ../../nbs/live/03_feed.ipynb #3ae6e020
+class _Sequence(_Ids):
+    "Follow the ids of each symbol."
 
     def take(self, trade: Trade) -> int:  # ids that are missing before this one
         "Note the id of a trade."
@@ -406,12 +413,35 @@ class _Sequence:
         del holes[:-_HOLES]
         return max(number - last - 1, 0)
 
+# %% ../../nbs/live/03_feed.ipynb #c4f3c33f
+_FAR, _FAR_PER_S = 100_000, 50_000  # most ids between two trades, and further ones for each second between them
+
+
+def _near(a: Trade, b: Trade) -> bool:
+    "Check whether the ids of two trades may belong to one sequence."
+    apart = abs((a.trade_id or 0) - (b.trade_id or 0))
+    return apart <= _FAR or apart <= _FAR + _FAR_PER_S * abs((a.ts - b.ts).total_seconds())
+
+
+def _fits(sequence: _Sequence, trade: Trade) -> bool:
+    "Check the id of a trade; the second of two odd ones that are near to each other begins the sequence again."
+    symbol = trade.symbol
+    if _near(sequence._seen.get(symbol, trade), trade):
+        sequence._seen[symbol] = trade
+        return True
+    odd, sequence._odd[symbol] = sequence._odd.get(symbol), trade
+    if odd is None or not _near(odd, trade):
+        return False
+    _forget(sequence, [symbol])
+    sequence._seen[symbol], sequence._last[symbol] = trade, odd.trade_id or 0
+    return True
+
 # %% ../../nbs/live/03_feed.ipynb #b300002e
 def _forget(sequence: _Sequence, symbols: Iterable[str]) -> None:
     "Take the next trade of these symbols for the first."
     for symbol in symbols:
-        sequence._last.pop(symbol, None)
-        sequence._holes.pop(symbol, None)
+        for known in (sequence._last, sequence._holes, sequence._seen, sequence._odd):
+            known.pop(symbol, None)
 
 
 # %% ../../nbs/live/03_feed.ipynb #b300000f
@@ -429,6 +459,7 @@ class _FeedState:
         self._frames: OrderedDict[int, float] = OrderedDict()  # time.monotonic() when the last frames of trades first arrived, by hash
         self._sequence, self._subscribers = _Sequence(), list[Callable[[Arrived], object]]()
         self._requests = SimpleQueue[Mapping[str, object]]()  # to send on the open connection
+        self._leads, self._delivered_s = deque[float](maxlen=15), 0.0  # see `_may_lead`; seconds from opening to last frame of a connection
         self.idle_at = 0.0  # time.monotonic() when a read last found nothing: all that had arrived was passed on before
 
 
@@ -503,12 +534,7 @@ def vars_of(
     return {"s": trade.symbol, "p": trade.price, "v": trade.volume, "t": t, "c": trade.conditions}
 
 
-_FOREIGN = "not subscribed"
-
-
-def _unusable(feed: _Feed, trades: Sequence[Trade], latest: datetime) -> list[Rejected]:
-    late = [t for t in trades if t.ts > latest or t.symbol not in feed._known]
-    return [Rejected(shorten(vars_of(t)), "dated in the future" if t.symbol in feed._known else _FOREIGN) for t in late]
+_FOREIGN, _FUTURE = "not subscribed", "dated in the future"
 
 
 def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
@@ -517,14 +543,25 @@ def _refuse(feed: _Feed, items: list[Rejected], trades: bool = True) -> None:
         feed.collector.refuse([(feed.address.hide(i.raw), i.reason) for i in items], trades)
 
 
-def _refuse_unusable(feed: _Feed, message: Trades, latest: datetime) -> bool:
+def _refuse_unusable(feed: _Feed, message: Trades, faults: Sequence[str]) -> bool:
     "Send what is unusable in a frame to quarantine; return whether any may have been a trade of the feed's symbols."
-    odd = _unusable(feed, message.trades, latest)
+    odd = [Rejected(shorten(vars_of(t)), fault) for t, fault in zip(message.trades, faults, strict=True) if fault]
     torn = [*message.rejected, *(r for r in odd if r.reason != _FOREIGN)]
     _refuse(feed, [r for r in odd if r.reason == _FOREIGN], trades=False)
     _refuse(feed, torn)
     feed._stats.rejected += len(message.rejected) + len(odd)
     return bool(torn)
+
+# %% ../../nbs/live/03_feed.ipynb #d72635eb
+_LEAST_READS, _LEAD_S = 5, 2.0  # from which the lead of the exchange's clock is known, and what a trade may be ahead of it
+
+
+def _may_lead(feed: _Feed) -> timedelta:
+    "Return how far a trade may be dated ahead of the local clock; the exchange's clock is believed if the local one is slow."
+    known = sorted(feed._leads)
+    if len(known) < _LEAST_READS:
+        return feed.future
+    return min(feed.future, timedelta(seconds=max(known[(len(known) - 1) // 2], 0.0) + _LEAD_S))
 
 # %% ../../nbs/live/03_feed.ipynb #64c4fb09
 class _Batch:
@@ -532,6 +569,9 @@ class _Batch:
 
     def __init__(self, feed: _Feed, at: datetime, clock: float) -> None:
         self.feed, self.at, self.clock = feed, at, clock
+        self.now = max(at, feed._began + timedelta(seconds=clock - feed._began_clock))  # a clock that was set back is not believed
+        self.latest = self.now + _may_lead(feed)  # time that a trade may have
+        self.newest: datetime | None = None  # time of a trade
         self.trades = list[Trade]()
 
     def pass_on(self, whole: bool = True) -> None:
@@ -561,20 +601,33 @@ def _note_missing(batch: _Batch, trades: Sequence[Trade]) -> None:
             if feed.collector is not None:
                 feed.collector.lost(trade.symbol)
 
+# %% ../../nbs/live/03_feed.ipynb #55dac9b0
+def _fault(batch: _Batch, trade: Trade) -> str:
+    "Return why a trade cannot be used; empty if it can."
+    if trade.symbol not in batch.feed._known:
+        return _FOREIGN
+    if trade.ts > batch.now + batch.feed.future:
+        return _FUTURE
+    batch.newest = max(batch.newest or trade.ts, trade.ts)
+    if trade.ts > batch.latest:
+        return _FUTURE
+    return "its id is far from those before" if batch.feed.protocol.ids and not _fits(batch.feed._sequence, trade) else ""
+
+
+def _note_lead(batch: _Batch) -> None:
+    "Note by how much the newest trade of a read is ahead of the local clock."
+    if batch.newest is not None:
+        batch.feed._leads.append((batch.newest - batch.now).total_seconds())
+
 # %% ../../nbs/live/03_feed.ipynb #5f400005
-def _latest(batch: _Batch) -> datetime:
-    "Return the latest time that a trade may have; a clock that was set back does not make the market's time wrong."
-    feed = batch.feed
-    return max(batch.at, feed._began + timedelta(seconds=batch.clock - feed._began_clock)) + feed.future
-
-
 def _gather(batch: _Batch, message: Trades) -> None:
     "Keep the usable trades of a frame, and send its other items to quarantine."
-    feed, latest, torn = batch.feed, _latest(batch), False
-    trades = [t for t in message.trades if t.ts <= latest and t.symbol in feed._known]
+    feed, torn = batch.feed, False
+    faults = [_fault(batch, t) for t in message.trades]
+    trades = [t for t, fault in zip(message.trades, faults, strict=True) if not fault]
     if message.rejected or len(trades) < len(message.trades):
         batch.pass_on()
-        torn = _refuse_unusable(feed, message, latest)
+        torn = _refuse_unusable(feed, message, faults)
     if message.quotes:
         feed._stats.quotes += len(message.quotes)
         feed._stats.last_seen |= dict.fromkeys(message.quotes, batch.at)
@@ -642,6 +695,7 @@ def _take(feed: _Feed, frames: Sequence[bytes], clock: float) -> None:
     for data in frames:
         _take_frame(batch, data)
     batch.pass_on()
+    _note_lead(batch)
     feed._stats.frames += len(frames)
 
 # %% ../../nbs/live/03_feed.ipynb #b3000009
@@ -661,7 +715,8 @@ def _send_requests(feed: _Feed, connection: Connection) -> None:
 
 def _listen(feed: _Feed, connection: Connection) -> None:
     "Read frames until the feed is stopped; raise `ConnectionLost` if nothing arrives for `silence_s`."
-    heard, asked = time.monotonic(), 0.0
+    heard = began = time.monotonic()
+    asked = 0.0
     while not feed._stop.is_set():
         if feed.collector is not None and feed.collector.error is not None:
             raise feed.collector.error
@@ -669,7 +724,7 @@ def _listen(feed: _Feed, connection: Connection) -> None:
         frames, now = connection.receive(), time.monotonic()
         feed.idle_at = feed.idle_at if frames else now
         if frames:
-            heard = now
+            heard, feed._delivered_s = now, now - began
             _take(feed, frames, now)
         elif now - heard > feed.silence_s:
             raise ConnectionLost(f"nothing received for {feed.silence_s:g} s")
@@ -698,7 +753,7 @@ def _connect(feed: _Feed) -> None:
             feed.collector.lost()
 
 # %% ../../nbs/live/03_feed.ipynb #b300000b
-_STABLE_S = 10.0  # a connection that lasted so long resets the count of failures
+_STABLE_S = 10.0  # a connection that delivered frames for so long resets the count of failures
 
 
 def _wait(feed: _Feed, lost: ConnectionLost, attempt: int) -> None:
@@ -715,11 +770,11 @@ def _reconnect(feed: _Feed) -> None:
     "Open one connection after another until the feed is stopped; `FeedError` if another cannot help."
     attempt = 0
     while not feed._stop.is_set():
-        began = time.monotonic()
+        feed._delivered_s = 0.0
         try:
             _connect(feed)
         except ConnectionLost as lost:
-            attempt = 0 if time.monotonic() - began >= _STABLE_S else attempt
+            attempt = 0 if feed._delivered_s >= _STABLE_S else attempt
             _wait(feed, lost, attempt)
             attempt += 1
 
@@ -798,6 +853,7 @@ class _Startable(_Stoppable):
         if self._thread is not None and self._thread.is_alive():
             return self
         self.error, self._stats, self._began, self._began_clock = None, FeedStats(state="connecting"), datetime.now(UTC), time.monotonic()
+        self._leads.clear()
         self._stop.clear()
         _hide_keys.addresses = [a for a in _hide_keys.addresses if a != self.address] + [self.address]
         if self.collect:

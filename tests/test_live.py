@@ -29,8 +29,8 @@ from typing import Any
 import fastapi.testclient
 import pandas as pd
 import pytest
-from conftest import wait_for
 import websocket
+from conftest import wait_for
 from typer.testing import CliRunner
 from websockets.sync.server import ServerConnection, serve
 
@@ -54,6 +54,8 @@ from cryptoresearch.live.feed import _Sequence, _take, ConnectionLost, Feed, Fin
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.api import create_app
+from cryptoresearch.serving.data_page import sessions_section
+from cryptoresearch.serving.home_page import live_part
 from cryptoresearch.settings import Settings, shared_data
 
 TOKEN = "c0ffee+secret/key"
@@ -411,6 +413,22 @@ def test_a_killed_session_that_was_forgotten_does_not_come_back_from_its_journal
     assert con.execute("SELECT count(*) FROM live_sessions WHERE session_id = ?", [killed.session.session_id]).fetchone() == (0,)
     assert not killed.journal.path.exists()
     killed._locks._held = []
+    con.close()
+
+
+def test_pages_tell_a_killed_collector_from_one_that_runs(settings: Settings) -> None:
+    con = init_duckdb(settings)
+    runs, killed = (Collector([symbol], source="replay", settings=settings, con=con).start() for symbol in (BTC, ETH))
+    for lock in killed._locks._held:
+        lock.release()  # as the operating system does for a killed process
+    home, states = live_part(con), sessions_section(con).parts[0].frame["ended"]
+    assert re.search(r"Open sessions: BTCUSDT [^;.]*\. Killed: ETHUSDT [^;.]*\.", home)
+    assert sorted(states) == ["killed", "running"]
+    runs.stop()
+    (journal_folder(con, settings) / f"{killed.session.session_id}.session.lock").unlink()
+    assert "Open sessions: ETHUSDT" in live_part(con)  # of another machine, as far as this one can see
+    killed._locks._held = []
+    killed.stop()
     con.close()
 
 

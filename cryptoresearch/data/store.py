@@ -6,7 +6,7 @@
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'REPAIRS', 'INLINE_ROWS', 'MIGRATIONS',
            'extension_file', 'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable',
            'may_pass', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'connect', 'store_size',
-           'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path', 'journal_folder']
+           'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path', 'journal_folder', 'is_collecting']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -767,3 +767,21 @@ def journal_folder(
     row = con.execute("SELECT path FROM duckdb_databases() WHERE database_name = 'lake'").fetchone()
     path = Path(str(row[0]).removeprefix("sqlite:") if row else "")
     return (path.parent if path.is_file() else settings.path("data")) / "journal"
+
+# %% ../../nbs/data/01_store.ipynb #3b28f0e7
+def is_collecting(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    session_id: str,  # of a row of `live_sessions` without an end
+    settings: Settings | None = None,  # as for `journal_folder`; from the environment when None
+) -> bool | None:  # None where its lock cannot be seen, as on another machine
+    "Check whether the collector of a session runs; False for one that was killed."
+    lock = journal_folder(con, settings or get_settings()) / f"{session_id}.session.lock"
+    if not lock.exists():
+        return None
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may only be read
+        return None

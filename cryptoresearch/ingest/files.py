@@ -29,7 +29,6 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
-from filelock import FileLock, Timeout
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 # %% ../../nbs/ingest/06_files.ipynb #5c0be3f1
@@ -38,7 +37,7 @@ from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
 from ..data.series import from_us, normal_symbol, quote, Series, to_us, utc_now, where_rows
 from ..data.maintenance import clean_dead
-from ..data.store import data_path, exclusive, journal_folder, work_folder, write
+from ..data.store import data_path, exclusive, is_collecting, work_folder, write
 from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
@@ -50,7 +49,7 @@ from .repair import meets_live, rebuild_live_bars, Repair, repair_live
 from cryptoresearch.ingest.staging import (
     close_refused, copy_rows, discard, Facts, interruptible, Job, OFF_GRID, OutOfOrder, refused_holes, Report, work_mark, write_rows,
 )
-from ..settings import get_settings, Settings
+from ..settings import Settings
 
 # %% ../../nbs/ingest/06_files.ipynb #3341d725
 @dataclass(frozen=True, repr=False)
@@ -928,12 +927,10 @@ _SESSION_OF = """SELECT s.session_id, s.source, s.url, s.ended_at IS NULL,
 
 def _check_ended(con: DuckDBPyConnection, session_id: str, recent: bool) -> None:
     "Raise `ConfigError` for a session whose collector still runs, however quiet its market is."
-    lock = journal_folder(con, get_settings()) / f"{session_id}.session.lock"
-    if lock.exists():
-        with suppress(Timeout), FileLock(lock, timeout=0):  # free: the collector was killed
-            return
+    collecting = is_collecting(con, session_id)
+    if collecting:
         found, remedy = "whose collector runs", "Stop its collector first"
-    elif recent:
+    elif collecting is None and recent:
         found = "which a collector of another machine may hold"
         remedy = "Stop its collector first; if it was killed, start one of its symbols there, or wait until a day after its last trade"
     else:

@@ -13,6 +13,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 from ..data.quality import report_verdict
+from ..data.store import is_collecting
 from ..errors import DataNotFound, problem
 from . import data_sections
 from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, show_sections
@@ -21,16 +22,23 @@ from .run_sections import Section, section
 from .views import Table
 
 # %% ../../nbs/serving/10e_data_page.ipynb #4f20e53e
+_STATES = {True: "running", False: "killed", None: "not known: another machine's"}
+
+
 def sessions_section(
     con: duckdb.DuckDBPyConnection,  # of data.store
     last: int = 20,  # sessions at most, the newest
 ) -> Section:  # nothing where no live trades were collected
     "Show the newest live sessions."
-    sql = f"SELECT started_at, ended_at, source, symbols, trades, reason FROM live_sessions ORDER BY started_at DESC LIMIT {int(last)}"
+    names = "started_at, ended_at, source, symbols, trades, reason, session_id"
+    sql = f"SELECT {names} FROM live_sessions ORDER BY started_at DESC LIMIT {int(last)}"
     rows = con.execute(sql).df()
     if rows.empty:
         return section("Live sessions")
-    ended = [f"{t:%Y-%m-%d %H:%M:%S}" if pd.notna(t) else "running, or killed" for t in rows["ended_at"]]
+    ended = [
+        f"{t:%Y-%m-%d %H:%M:%S}" if pd.notna(t) else _STATES[is_collecting(con, session)]
+        for t, session in zip(rows["ended_at"], rows["session_id"], strict=True)
+    ]
     view = pd.DataFrame({
         "started (UTC)": rows["started_at"].dt.strftime("%Y-%m-%d %H:%M:%S"), "ended": ended, "source": rows["source"],
         "symbols": [", ".join(s) for s in rows["symbols"]], "trades": ["–" if pd.isna(n) else f"{n:,.0f}" for n in rows["trades"]],

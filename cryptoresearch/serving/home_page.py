@@ -13,6 +13,7 @@ import duckdb
 import ipywidgets as widgets
 import pandas as pd
 
+from ..data.store import is_collecting
 from .pages import Page, sentence
 from .queries import read_runs, read_specs, run_config
 from ..settings import Settings
@@ -62,22 +63,33 @@ def runs_part(
         return sentence("No run yet. Train one: cryptoresearch train BTCUSDT --target volatility --model har_ridge")
     return _table(("run", "what", "verdict", ""), rows)
 
+# %% ../../nbs/serving/11a_home_page.ipynb #33bc1e9c
+_OPEN = """SELECT session_id, source, symbols, started_at FROM live_sessions
+  WHERE ended_at IS NULL ORDER BY started_at DESC LIMIT 10"""
+
+
+def _sessions(con: duckdb.DuckDBPyConnection) -> str:  # HTML
+    "Say which sessions are open, and which collectors were killed."
+    known: dict[bool, list[str]] = {True: [], False: []}
+    for session, source, symbols, start in con.execute(_OPEN).fetchall():
+        text = f"{', '.join(symbols)} ({source}) since {start:%Y-%m-%d %H:%M:%S} UTC"
+        known[is_collecting(con, session) is not False].append(text)
+    said = [f"Open sessions: {'; '.join(known[True])}."] if known[True] else []
+    if known[False]:
+        said.append(f"Killed: {'; '.join(known[False])}. The next collector stores what they had received.")
+    return sentence(" ".join(said) or "Nothing is collected at the moment. Start: cryptoresearch live BTCUSDT --run RUN")
+
 # %% ../../nbs/serving/11a_home_page.ipynb #9d09354e
 def live_part(
     con: duckdb.DuckDBPyConnection,  # of data.store
 ) -> str:  # HTML
     "Say what is collected and predicted live."
-    sql = "SELECT source, symbols, started_at FROM live_sessions WHERE ended_at IS NULL ORDER BY started_at DESC LIMIT 10"
-    open_sessions = con.execute(sql).fetchall()
     sql = "SELECT run_id, count(*), max(close_ts), arg_max(prediction, close_ts) FROM predictions GROUP BY run_id ORDER BY 3 DESC LIMIT 10"
     rows = [
         [_link("predictions", run, run=run), f"{n:,}", f"{pd.Timestamp(last):%Y-%m-%d %H:%M:%S}", f"{value:.6g}"]
         for run, n, last, value in con.execute(sql).fetchall()
     ]
-    running = [f"{', '.join(symbols)} ({source}) since {start:%Y-%m-%d %H:%M:%S} UTC" for source, symbols, start in open_sessions]
-    start = "Nothing is collected at the moment. Start: cryptoresearch live BTCUSDT --run RUN"
-    said = sentence("Open sessions: " + "; ".join(running) if running else start)
-    return said + (_table(("run", "live predictions", "last bar closed (UTC)", "last forecast"), rows) if rows else "")
+    return _sessions(con) + (_table(("run", "live predictions", "last bar closed (UTC)", "last forecast"), rows) if rows else "")
 
 # %% ../../nbs/serving/11a_home_page.ipynb #7f166d95
 class HomePage(Page):

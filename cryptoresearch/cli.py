@@ -455,11 +455,38 @@ def _closing_gaps(feed: "Feed") -> "AbstractContextManager[object]":
     return Backfills(feed.symbols, feed.settings, con=feed.con) if feed.source == "binance" else nullcontext()
 
 
+def _check_symbols(feed: "Feed") -> None:
+    "Raise `ConfigError` for a symbol that Binance does not trade, where it can be asked."
+    from cryptoresearch.ingest.repair import BINANCE_API
+    from cryptoresearch.live.binance import check_symbols
+
+    if feed.source == "binance":
+        check_symbols(feed.symbols, BINANCE_API)
+
+
 def _check_connected(feed: "Feed") -> None:
     "Raise `FeedError` if a feed that was stopped had never been connected."
     if not feed.stats.connections:
         found = feed.address.hide(feed.stats.last_problem) or "none until it was stopped"
         raise FeedError(problem(f"a connection to {feed.address.shown}", found, "Check the address, and that its server runs"))
+
+# %% ../nbs/94_cli.ipynb #c0ba1e5d
+_WAIT_S = 3.0  # after which symbols without a trade are named
+
+
+def _tell_waiting(feed: "Feed", began: float) -> bool:  # whether it is time
+    "Say after a few seconds what a feed waits for; a server does not report a wrong symbol."
+    if time.monotonic() - began < _WAIT_S:
+        return False
+    stats = feed.stats
+    silent = ", ".join(s for s in feed.symbols if s not in stats.last_seen)
+    if stats.connections and silent:
+        text = f"no trade of {silent} yet: the market may be quiet, or the symbol wrong, which the server does not report"
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    elif silent:
+        why = feed.address.hide(stats.last_problem) or "no answer"
+        console.print(f"no connection to {feed.address.shown} yet: {why}", soft_wrap=True, markup=False, highlight=False)
+    return True
 
 # %% ../nbs/94_cli.ipynb #51ee8fea
 @app.command()
@@ -472,11 +499,15 @@ def stream(
     "Collect live trades into the store until Ctrl-C."
     from cryptoresearch.live.binance import find_feed
 
-    feed = find_feed(feed_name, url=url)(tuple(symbol or ["BINANCE:BTCUSDT"]), url=url).start()
-    end = None if seconds is None else time.monotonic() + seconds
+    feed = find_feed(feed_name, url=url)(tuple(symbol or ["BINANCE:BTCUSDT"]), url=url)
+    _check_symbols(feed)
+    feed.start()
+    began, told = time.monotonic(), False
+    end = None if seconds is None else began + seconds
     with console.status("connecting", spinner="dots") as status, _closing_gaps(feed):
         try:
             while not feed.join(0.5) and (end is None or time.monotonic() < end):
+                told = told or _tell_waiting(feed, began)
                 status.update(f"{feed.stats.state}: {feed.stats.trades:,} trades")
         except KeyboardInterrupt:
             pass
@@ -508,6 +539,7 @@ def live(
 
     runs, lines = _live_runs(run, modules or [], refit_every is not None)
     predictions = LivePredictions(find_feed(feed_name, url=url)(tuple(s if ":" in s else f"BINANCE:{s}" for s in symbol), url=url), runs)
+    _check_symbols(predictions.feed)
     monitor = LiveMonitor(predictions, alert_url=alert_url)
     _run_watched(monitor, seconds, metrics, Refits(monitor, lines, refit_every, modules=modules or []) if refit_every else None)
     _check_connected(predictions.feed)
@@ -579,10 +611,12 @@ _STATUS_S = 10.0  # between two status lines where there is no terminal
 
 def _watch(monitor: "LiveMonitor", refits: "Refits | None", stopped: "Event", end: float | None) -> None:
     "Run live predictions until they are stopped, with a status line on a terminal and a plain line every ten seconds elsewhere."
-    live, shown, trades, at, warned = monitor.live, time.monotonic(), 0, time.monotonic(), False
+    live, shown, trades, at, warned, told = monitor.live, time.monotonic(), 0, time.monotonic(), False, False
+    began = at
     with console.status("connecting", spinner="dots") as status, live, _closing_gaps(live.feed), monitor, refits or nullcontext():
         while not stopped.wait(0.5) and not live.join(0) and (end is None or time.monotonic() < end):
             now, feed, made = time.monotonic(), live.feed.stats, live.stats
+            told = told or _tell_waiting(live.feed, began)
             if made.skipped.get("trained on") and not warned:
                 warned = True
                 console.print(_trained_on(live), soft_wrap=True, markup=False, highlight=False)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -1340,3 +1341,24 @@ def test_a_connection_delivers_from_its_opening_to_its_last_frame(settings: Sett
         wait_for(lambda: len(seen) == 2)
         feed.stop()
     assert first >= 0.3 and feed._delivered_s == 0
+
+
+def test_the_command_names_a_symbol_without_trades_after_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(c: ServerConnection, n: int) -> None:
+        c.send(frame({}))
+        hold(c)
+
+    monkeypatch.setattr("cryptoresearch.cli._WAIT_S", 0.6)
+    monkeypatch.setenv("DUCKDB_PATH", settings.duckdb_path)
+    with stub(script) as (url, _):
+        said = CliRunner().invoke(app, ["stream", "--symbol", BTC, "--symbol", "BINANCE:BTCUSTD", "--url", url, "--seconds", "1.2"])
+    assert said.exit_code == 0 and said.output.count("no trade of BINANCE:BTCUSTD yet") == 1, said.output
+
+
+@pytest.mark.parametrize("command", [["stream", "--symbol", "BTCUSTD"], ["live", "BTCUSTD", "--run", "x"]])
+def test_a_symbol_that_the_exchange_does_not_trade_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    monkeypatch.setattr("cryptoresearch.live.binance.urlopen", lambda url, timeout: contextlib.closing(io.BytesIO(b'[{"symbol":"BTCUSDT"}]')))
+    monkeypatch.setattr("cryptoresearch.cli._live_runs", lambda *_: ([], []))
+    monkeypatch.setattr("cryptoresearch.serving.live._check", lambda *_: None)
+    said = CliRunner().invoke(app, [*command, "--feed", "binance"])
+    assert isinstance(said.exception, ConfigError) and "found BTCUSTD. Did you mean BTCUSDT?" in str(said.exception)

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryptoresearch.data.bars import bar_length, check_bars, NUMBERS, read_bars, resample_bars, trades_to_bars
+from cryptoresearch.data.bars import bar_frame, bar_length, check_bars, NUMBERS, read_bars, resample_bars, trades_to_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.event_bars import make_event_bars, read_event_bars
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.simulate import simulate_trades
 from cryptoresearch.data.store import init_duckdb, snapshot
-from cryptoresearch.errors import DataNotFound
+from cryptoresearch.errors import DataNotFound, SchemaError
 from cryptoresearch.settings import Settings
 
 T0 = pd.Timestamp("2024-01-04", tz="UTC")  # a multiple of 7 days since 1970: every length used here has a bar that begins then
@@ -309,3 +309,25 @@ def test_an_unknown_symbol_is_told_with_the_closest(tmp_path):
             make_bars(con, "SIMUSD", "1h")
         with pytest.raises(DataNotFound, match=r"no trades or candles of XRPETH\. Load"):
             make_bars(con, "XRPETH", "1h")
+
+
+def test_candles_of_read_csv_make_bars_without_a_conversion(tmp_path: Path) -> None:
+    numbers = {name: [1.0, 2.0] for name in ("Open", "High", "Low", "Close", "Volume")}
+    texts = [("2024-01-01 00:00", "2024-01-01 01:00:00"), ("2024-01-01T01:00+01:00", "2024-01-01T01:00Z"), ("2024-01-01", "2024-01-01 01:00")]
+    for first, second in texts:
+        pd.DataFrame({"Date": [first, second], **numbers}).to_csv(tmp_path / "candles.csv", index=False)
+        table = pd.read_csv(tmp_path / "candles.csv")
+        expected = [pd.Timestamp("2024-01-01", tz="UTC"), pd.Timestamp("2024-01-01 01:00", tz="UTC")]
+        assert bar_frame(table, "1h").index.tolist() == bar_frame(table.set_index("Date"), "1h").index.tolist() == expected
+
+
+@pytest.mark.parametrize("times", [[1704067200], [1704067200000], [1704067200000000], [1704067200000000000], ["01/01/2024 00:00"]])
+def test_the_remedy_for_times_that_say_too_little_works(times: list) -> None:
+    df = pd.DataFrame({"Date": times, **{name: 1.0 for name in ("Open", "High", "Low", "Close", "Volume")}})
+    for table in (df, df.set_index("Date")):
+        with pytest.raises(SchemaError, match="expected open times") as refused:
+            bar_frame(table, "1h")
+        exec(str(refused.value).partition("Convert it: ")[2], {"pd": pd, "df": table})
+        assert bar_frame(table, "1h").index[0] == pd.Timestamp("2024-01-01", tz="UTC")
+    with pytest.raises(SchemaError, match="expected open, high, low, close, volume"):
+        bar_frame(pd.DataFrame([[1.0, 2.0]]), "1h")

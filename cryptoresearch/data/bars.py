@@ -312,14 +312,28 @@ _OPEN_TIMES = ("ts", "open_time", "time", "timestamp", "date", "datetime")
 _OTHER_NAMES = {"count": "trades", "taker_buy_volume": "buy_volume", "quote_asset_volume": "quote_volume"}
 
 
+def _no_times(times: pd.Series | pd.Index, name: str | None) -> SchemaError:
+    "Return the error for numbers and texts whose meaning must be given."
+    first = times[pd.notna(times)][:1].tolist()
+    size = abs(first[0]) if pd.api.types.is_numeric_dtype(times.dtype) and first else 0
+    unit = next(u for u, above in (("ns", 1e17), ("us", 1e14), ("ms", 1e11), ("s", 0)) if size >= above)
+    meant = f"unit={unit!r}" if size else "format='%d/%m/%Y %H:%M'"
+    place, shown = (f"df[{name!r}]", name) if name else ("df.index", "index")
+    remedy = f"Convert it: {place} = pd.to_datetime({place}, {meant}, utc=True)"
+    return SchemaError(f"{shown}: expected open times; found {first[0] if first else 'none'} ({times.dtype}). {remedy}")
+
+
 def _open_times(df: pd.DataFrame) -> pd.DatetimeIndex:
     "Open times of a table of candles, from its time column or its index, in UTC."
-    name = next((c for c in _OPEN_TIMES if c in df.columns), None)
+    names = {str(c).lower(): c for c in df.columns}
+    name = next((names[c] for c in _OPEN_TIMES if c in names), None)
     times = df.index if name is None else df[name]
-    if not pd.api.types.is_datetime64_any_dtype(times.dtype):
-        remedy = f"Convert it: pd.to_datetime(df[{name or 'index'!r}], unit='ms', utc=True)"
-        raise SchemaError(f"{name or 'index'}: expected open times; found {times.dtype}. {remedy}")
-    return utc_index(times)
+    if pd.api.types.is_datetime64_any_dtype(times.dtype):
+        return utc_index(times)
+    parsed = pd.DatetimeIndex(pd.to_datetime(times.astype(str), utc=True, errors="coerce", format="ISO8601"))
+    if pd.api.types.is_numeric_dtype(times.dtype) or parsed.hasnans:
+        raise _no_times(times, name)
+    return utc_index(parsed)
 
 # %% ../../nbs/data/07_bars.ipynb #f73df77e
 IntoFrame = pd.DataFrame | IntoDataFrame  # pandas, or polars, Arrow and others that narwhals knows
@@ -380,9 +394,9 @@ def bars_frame(
     return _on_grid(pd.DataFrame({name: bars[name] for name in NUMBERS}, index=index), length, symbol)
 
 # %% ../../nbs/data/07_bars.ipynb #5b8b2797
-def _candle_numbers(df: pd.DataFrame, spec: str) -> pd.DataFrame:
+def _candle_numbers(df: pd.DataFrame, index: pd.DatetimeIndex, spec: str) -> pd.DataFrame:
     "Return the number columns of candles, indexed by open time, sorted; raise `SchemaError` for times off the grid or repeated."
-    length, index = bar_length(spec), _open_times(df)
+    length = bar_length(spec)
     if len(off := index[index.asi8 % (length // pd.Timedelta("1us")) != 0]):
         raise SchemaError(f"ts: expected open times at multiples of {spec}; found {off[0]}. Are these candles of another length?")
     out = df[[c for c in NUMBERS if c in df.columns]].astype("float64").set_axis(index).sort_index()
@@ -392,16 +406,17 @@ def _candle_numbers(df: pd.DataFrame, spec: str) -> pd.DataFrame:
 
 # %% ../../nbs/data/07_bars.ipynb #97059757
 def bar_frame(
-    df: IntoFrame,  # open, high, low, close, volume and what else is known; open time as column (ts, open_time, …) or index, naive = UTC
+    df: IntoFrame,  # open, high, low, close, volume and what is known; open time (time or ISO text) as column (ts, date, …) or index; UTC
     spec: str = "1h",  # length of these candles
     symbol: str = "",  # such as BTCUSDT
 ) -> pd.DataFrame:  # bar frame; unknown columns NaN, missing candles as gap bars
     "Make a bar frame of any table of candles; nothing is filled."
-    df = as_pandas(df).rename(columns=str.lower).rename(columns=_OTHER_NAMES)
+    given = as_pandas(df)
+    df = given.rename(columns=lambda c: str(c).lower()).rename(columns=_OTHER_NAMES)
     if missing := [c for c in [*PRICES, "volume"] if c not in df.columns]:
         found = ", ".join(map(str, df.columns))
         raise SchemaError(f"{missing[0]}: expected open, high, low, close, volume; found {found}. Rename the columns first")
-    out = _candle_numbers(df, spec)
+    out = _candle_numbers(df, _open_times(given), spec)
     if "vwap" not in out and "quote_volume" in out:
         out["vwap"] = (out["quote_volume"] / out["volume"].where(out["volume"] > 0)).fillna(out["close"].where(out["quote_volume"].notna()))
     return with_kind(_on_grid(out, bar_length(spec), symbol), BarKind("time", bar_spec(spec), symbol))

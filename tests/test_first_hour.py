@@ -202,8 +202,13 @@ def test_event_bars_are_read_like_time_bars(tmp_path):
         for more in ({"market": "spot"}, {"start": "2030-01-01"}):
             with pytest.raises(DataNotFound, match="cryptoresearch bars BTCUSDT tick:100"):
                 read_bars(con, "BTCUSDT", "tick:100", **more)
+        for spec in ("1h", "tick:10"):
+            with pytest.raises(DataNotFound, match=r"Correct the symbol, or load .* cryptoresearch ingest"):  # there is nothing to build bars of
+                read_bars(con, "BTCUDST", spec)
         with pytest.raises(DataNotFound, match="closest symbol is BTCUSDT"):
             read_bars(con, "BTCUDST", "1h")
+        with pytest.raises(DataNotFound, match="cryptoresearch bars BTCUSDT 1h"):
+            read_bars(con, "BTCUSDT", "1h")
         values, page, following = features_page(con, "BTCUSDT", "tick:100", names=["ret_3"], start=bars.index[10], limit=5)
         whole = DataProcessing(["ret_3"]).process_data(bars)
         assert np.allclose(values["ret_3"], whole["ret_3"].iloc[10:15]) and following == bars.index[15] and len(page) == 5

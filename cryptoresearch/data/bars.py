@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'IntoFrame', 'SOURCES', 'PLAYED', 'Market', 'EVENTS', 'bar_length', 'bar_spec', 'check_columns',
            'check_price_range', 'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars', 'check_frame',
            'as_times', 'BarArrays', 'bar_arrays', 'bar_series', 'trade_rows', 'as_pandas', 'as_bars', 'bars_frame',
-           'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'read_bars']
+           'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'bars_remedy', 'read_bars']
 
 # %% ../../nbs/data/07_bars.ipynb #fdbe84e9
 import re
@@ -519,6 +519,17 @@ def _choose(
     return con.execute(query, params).df()
 
 # %% ../../nbs/data/07_bars.ipynb #3001b2f5
+def bars_remedy(
+    con: duckdb.DuckDBPyConnection,  # of data.store
+    symbol: str,  # normal form
+    spec: str,  # of bars that are not stored
+) -> str:  # one that works: a symbol without trades and candles has nothing to build bars of
+    "Say how to get bars that are missing."
+    if con.execute("SELECT symbol FROM coverage WHERE symbol = $1 UNION SELECT symbol FROM bars WHERE symbol = $1", [symbol]).fetchall():
+        return f"Build them: cryptoresearch bars {symbol} {spec}"
+    return "Correct the symbol, or load its trades or candles: cryptoresearch ingest FILE; see what is there: cryptoresearch data status"
+
+
 def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked: str) -> DataNotFound:
     "Return the error that names the bars that the symbol has."
     rows = con.execute(
@@ -529,8 +540,7 @@ def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked
         symbols = [str(r[0]) for r in con.execute("SELECT DISTINCT symbol FROM bars ORDER BY ALL").fetchall()]
         near = get_close_matches(symbol, symbols, 1)
         found = f"no bars of {symbol}" + (f", the closest symbol is {near[0]}" if near else "")
-    remedy = f"Build them: cryptoresearch bars {symbol} {spec}, or make_bars(con, {symbol!r}, {spec!r})"
-    return DataNotFound(f"expected {asked}; found {found}. {remedy}")
+    return DataNotFound(f"expected {asked}; found {found}. {bars_remedy(con, symbol, spec)}")
 
 
 def _rows_frame(rows: pd.DataFrame, kind: BarKind, ids: bool) -> pd.DataFrame:
@@ -556,8 +566,7 @@ def _read_events(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, **asked
     if found.empty or wanted not in (None, source_market(found.attrs["source"])):
         of = ", ".join(f"{k} {v}" for k, v in (asked | {"market": wanted}).items() if v is not None)
         there = f"{len(found):,} from {found.attrs['source']}"
-        expected, remedy = f"{spec} bars of {symbol}{of and f' ({of})'}", f"Build them: cryptoresearch bars {symbol} {spec}"
-        raise DataNotFound(problem(expected, there, remedy))
+        raise DataNotFound(problem(f"{spec} bars of {symbol}{of and f' ({of})'}", there, bars_remedy(con, symbol, spec)))
     return found if found.attrs["source"] in events.UNNUMBERED else events.with_gap_rows(found)
 
 

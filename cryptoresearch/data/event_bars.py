@@ -24,11 +24,11 @@ from cryptoresearch.data.aggregation import (
     Trades, vwap_of,
 )
 from .bar_updates import Change, changed_since, fold_ordered, record_build, record_rebuilt
-from .bars import BarKind, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
+from .bars import BarKind, bars_remedy, check_event_bars, COLUMNS, Market, source_market, SOURCES, with_kind
 from .coverage import CLAIMS, covered_spans
 from .series import BARS_OF, check_range, naive_utc, normal_symbol, Series, TimeLike, to_us
 from .store import harmless_ids, write
-from ..errors import DataNotFound, SchemaError
+from ..errors import DataNotFound, problem, SchemaError
 
 # %% ../../nbs/data/09_event_bars.ipynb #6726b6ef
 _WEIGHTS = ("tick", "volume", "dollar")
@@ -437,8 +437,7 @@ def _source_of(con: DuckDBPyConnection, symbol: str, e: EventSpec, source: str |
     chosen = source or min(found, key=rank, default="")
     if chosen not in found:
         expected = f"{e.name} bars of {symbol}{f' from {source}' if source else ''}"
-        remedy = f"Build them: cryptoresearch bars {symbol} {e.name}"
-        raise DataNotFound(f"expected {expected}; found {', '.join(found) or 'none'}. {remedy}")
+        raise DataNotFound(problem(expected, ", ".join(found) or "none", bars_remedy(con, symbol, e.name)))
     return chosen
 
 

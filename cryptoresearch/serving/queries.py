@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 
 from cryptoresearch.data.bars import (
-    as_bars, bar_frame, bar_kind, bar_length, bar_spec, BarKind, read_bars, source_market, SOURCES, with_kind
+    as_bars, bar_frame, bar_kind, bar_length, bar_spec, BarKind, bars_remedy, read_bars, source_market, SOURCES, with_kind
 )  # fmt: skip
 from ..data.event_bars import event_spec, read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.series import check_range, naive_utc, normal_symbol, TimeLike, to_utc
@@ -86,7 +86,7 @@ def pick_source(
     specs = read_specs(con)
     there = ", ".join(f"{r.symbol} {r.spec} ({r.source})" for r in specs.itertuples()) or "none at all"
     wanted = f"bars {symbol} {spec}" + (f" of source {source}" if source else "")
-    raise DataNotFound(problem(wanted, there, f"Build them: cryptoresearch bars {symbol} {spec}"))
+    raise DataNotFound(problem(wanted, there, bars_remedy(con, symbol, spec)))
 
 # %% ../../nbs/serving/01_queries.ipynb #6eb2f0c5
 def _clauses(**parts: Any) -> tuple[str, list[Any]]:

@@ -24,7 +24,7 @@ import uvicorn
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..data.bars import bar_spec
+from ..data.bars import bar_spec, bars_remedy
 from ..data.event_bars import event_spec
 from ..data.series import naive_utc, normal_symbol
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
@@ -272,7 +272,7 @@ def subscribe(
     row = con.execute(sql, [kind, asked.symbol, spec, asked.source or None]).fetchone()
     if row is None:
         wanted = f"bars {asked.symbol} {asked.spec}" + (f" of source {asked.source}" if asked.source else "")
-        raise DataNotFound(problem(wanted, "none", f"Build them: cryptoresearch bars {asked.symbol} {asked.spec}"))
+        raise DataNotFound(problem(wanted, "none", bars_remedy(con, asked.symbol, asked.spec)))
     return replace(asked, spec=spec if kind == "time" else asked.spec, source=str(row[0]))
 
 # %% ../../nbs/serving/03a_stream.ipynb #95065468

@@ -55,6 +55,8 @@ def connection(
     "Prepare the connection to a server; `ConfigError` where address or key cannot be one."
     if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
         raise ConfigError(problem("an API key without spaces", "another text", "Copy it again, or make one: cryptoresearch api --new-key"))
+    if not re.match(r"https?://[^/]", url):
+        raise ConfigError(problem("an address such as http://127.0.0.1:8000", f"{url!r}", "Begin it with http:// or https://"))
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
         return httpx.Client(base_url=url, headers=headers, timeout=timeout_s)
@@ -418,6 +420,7 @@ class RunParity(TypedDict):
     features: float | None  # largest difference of a feature, on up to 20 bars
     missing: int  # recomputed, but not predicted live
     extra: int  # predicted live, but not recomputed: their bars are not in the store
+    repaired: int  # recomputed from trades that were stored after the session, not counted as missing
 
 # %% ../nbs/95_client.ipynb #c1edd25b
 # written by scripts/write_client.py

@@ -162,6 +162,21 @@ def test_parity_is_exact_and_sees_a_changed_bar_a_lost_and_a_strange_prediction(
     assert parity(con, run, last="2h").exact  # the last hours have none of them
 
 
+def test_bars_whose_trades_came_later_are_repaired_and_not_missing(con: duckdb.DuckDBPyConnection, settings: Settings) -> None:
+    run = predicted(con, settings, replace(CONFIG, horizon=6))
+    names = 'symbol, source, session_id, start, "end", missed_start, missed_end, missed_trades, repaired_at, file_id'
+    row = "'BTCUSDT', 'klines', 's', TIMESTAMP '2024-04-21 02:30', TIMESTAMP '2024-04-21 03:30', [], [], [], now()::TIMESTAMP, NULL"
+    lost = "('2024-04-21 00:00', '2024-04-21 03:00', '2024-04-21 09:00')"
+    write(con, lambda c: c.execute(f"DELETE FROM predictions WHERE run_id = '{run.id}' AND strftime(ts, '%Y-%m-%d %H:%M') IN {lost}"))
+    write(con, lambda c: c.execute(f"INSERT INTO repairs ({names}) VALUES ({row})"))
+    try:
+        found = parity(con, run)
+    finally:
+        write(con, lambda c: c.execute("DELETE FROM repairs"))
+    assert (found.missing, found.repaired) == (1, 2)  # the features of 09:00 reach back to the gap
+    assert str(found).endswith("1 missing, 2 repaired")
+
+
 @pytest.fixture(scope="module")
 def ticks(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[duckdb.DuckDBPyConnection, Run]:
     "A store with a live session of real trades, and a run on bars of 20 trades with predictions of it."

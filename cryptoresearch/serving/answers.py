@@ -337,3 +337,4 @@ class RunParity(Answer):
     features: Number = Field(description="largest difference of a feature, on up to 20 bars")
     missing: int = Field(description="recomputed, but not predicted live")
     extra: int = Field(description="predicted live, but not recomputed: their bars are not in the store")
+    repaired: int = Field(description="recomputed from trades that were stored after the session, not counted as missing")

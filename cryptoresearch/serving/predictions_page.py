@@ -129,6 +129,7 @@ def parity_section(
         "predictions compared": f"{found.compared:,} of the last day",
         "predictions that differ": f"{found.differing:,}" + ("" if found.worst is None else f", most at {found.worst:%Y-%m-%d %H:%M:%S}"),
         "bars that were not predicted live": f"{found.missing:,}",
+        "bars whose trades were stored later": f"{found.repaired:,}",
         "predictions whose bar is not in the store": f"{found.extra:,}",
         "largest difference of a feature": number(found.features, ".1e"),
     }

@@ -166,26 +166,35 @@ def test_without_a_store_the_page_says_what_to_run(page, process, settings):
 
 
 def test_a_visitor_cannot_run_code(process, settings, tmp_path):
+    from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
     from websockets.exceptions import InvalidStatus
     from websockets.sync.client import connect
+
+    from cryptoresearch.serving.waiting_kernels import PROTOCOL
 
     address = start(process, settings)
     shown = httpx.get(f"{address}voila/render/data.ipynb", timeout=120).text
     kernel = re.search(r'"kernelId": ?"([0-9a-f-]{36})"', shown)[1]
     channels = f"{address.replace('http', 'ws')}api/kernels/{kernel}/channels"
     with pytest.raises(InvalidStatus, match="403"):
-        connect(channels, origin="http://evil.example").close()
+        connect(channels, origin="http://evil.example", subprotocols=[PROTOCOL]).close()
+    with pytest.raises(InvalidStatus, match="400"):
+        connect(channels).close()  # the old protocol, whose binary messages would stop Voila
     code = {"code": f"open({str(tmp_path / 'ran')!r}, 'w').close()", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False, "stop_on_error": True}
 
-    def message(kind: str, content: dict[str, Any]) -> str:
+    def message(kind: str, content: dict[str, Any]) -> bytes:
         header = {"msg_id": kind, "msg_type": kind, "session": "s", "username": "", "version": "5.3", "date": "2024-01-01T00:00:00Z"}
-        return json.dumps({"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []})
+        return serialize_msg_to_ws_v1([json.dumps(part).encode() for part in (header, {}, {}, content)], "shell")
 
-    with connect(channels) as client:
+    def received(client: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        header, parent = deserialize_msg_from_ws_v1(client.recv(timeout=60))[1][:2]
+        return json.loads(header), json.loads(parent)
+
+    with connect(channels, subprotocols=[PROTOCOL]) as client:
         client.send(message("execute_request", code))
         client.send(message("comm_info_request", {"target_name": "jupyter.widget"}))  # answered after what was sent before it
-        while (told := json.loads(client.recv(timeout=60)))["msg_type"] != "comm_info_reply":
-            assert told["parent_header"].get("msg_id") != "execute_request", told
+        while (told := received(client))[0]["msg_type"] != "comm_info_reply":
+            assert told[1].get("msg_id") != "execute_request", told
     assert not (tmp_path / "ran").exists()
     for path in ("api/contents", "api/sessions", "api/terminals", "api/kernels", "voila/files/home.ipynb", "voila/files/../settings.py"):
         assert httpx.get(f"{address}{path}", timeout=60).status_code in (403, 404, 405), path

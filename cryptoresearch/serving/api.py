@@ -64,7 +64,7 @@ from ..models.catalogue import MODELS
 from ..runs.config import by_events
 from ..runs.run import load_run, Run
 from ..runs.stored import find_folder
-from ..settings import get_settings, Settings
+from ..settings import check_address, get_settings, Settings
 
 # %% ../../nbs/serving/03c_api.ipynb #d1a47c85
 from .access import Access, read_policy
@@ -887,5 +887,6 @@ def serve(
     "Run the API until it is stopped."
     chosen = settings or get_settings()
     host, port = host or chosen.api_host, chosen.api_port if port is None else port
+    check_address(host, port)
     with contextlib.suppress(KeyboardInterrupt):  # the server has stopped by then
         make_server(host, port, chosen).run()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .batch import kernel_env, notebook_path
 from .figures import static_text
-from ..settings import get_settings, served_names, Settings
+from ..settings import check_address, get_settings, served_names, Settings
 
 # %% ../../nbs/serving/12_dashboards.ipynb #0000001a
 PAGES = {"home": "Home", "market": "Market", "predictions": "Predictions", "runs": "Runs", "compare": "Compare", "data": "Data"}
@@ -44,17 +44,18 @@ def cull_after(
 
 
 _WAITING = ("home", "market")  # pages with a kernel in waiting
-_MANAGER = "cryptoresearch.serving.waiting_kernels.WaitingKernels"
+_KERNELS = "cryptoresearch.serving.waiting_kernels"
 
 
 def _configuration(names: Collection[str], idle_s: int) -> dict[str, object]:
     "Return the configuration of Voila."
     hosts = {"allow_remote_access": "*" in names, "local_hostnames": sorted(names), "disable_check_xsrf": True}
-    voila = {"preheat_kernel": True, "multi_kernel_manager_class": _MANAGER}
+    voila = {"preheat_kernel": True, "multi_kernel_manager_class": f"{_KERNELS}.WaitingKernels"}
     without = [f"{name}.ipynb" for name in PAGES if name not in _WAITING]
     pools = {"kernel_pools_config": {"default": {"pool_size": 1}}, "preheat_denylist": without}
     kernels = {"MappingKernelManager": cull_after(idle_s), "VoilaKernelManager": pools}
-    return {"Voila": {"tornado_settings": hosts}, "VoilaConfiguration": voila, **kernels}
+    server = {"tornado_settings": hosts, "kernel_websocket_connection_class": f"{_KERNELS}.PageConnection"}
+    return {"Voila": server, "VoilaConfiguration": voila, **kernels}
 
 # %% ../../nbs/serving/12_dashboards.ipynb #29d550be
 def write_template(
@@ -130,6 +131,7 @@ def dashboards(
     "Serve the pages until they are stopped, and log their address."
     chosen = settings or get_settings()
     number = chosen.dashboard_port if port is None else port
+    check_address(host, number)
     if host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("the dashboards listen at %s without a password: anyone who can reach this address can read the store", host)
     with tempfile.TemporaryDirectory(prefix="cryptoresearch-voila-") as folder:

@@ -93,13 +93,14 @@ def backfill(
     It closes the gaps whose trades the exchange still has, and prints what was missed."""
     from cryptoresearch.data.store import connect
     from cryptoresearch.ingest.repair import backfill as fill
+    from cryptoresearch.ingest.repair import open_gaps
 
     with connect() as con:
-        found = fill(con, symbol)
+        found, left = fill(con, symbol), open_gaps(con, symbol)
     for repair in found:
         console.print(str(repair), soft_wrap=True, markup=False)
-    if not found:
-        console.print("no gap was closed")
+    why = " (their missing ids are unknown, or more than 200,000)" if left else ""
+    console.print(f"gaps closed: {len(found)}; still open: {left}{why}")
 
 # %% ../nbs/92_cli_data.ipynb #07da7ec5
 @data_app.command()

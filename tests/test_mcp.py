@@ -11,10 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
 from test_api import minutes, put
-
-pytest.importorskip("mcp.server.mcpserver")
 
 
 class Session:

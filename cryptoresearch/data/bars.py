@@ -529,7 +529,7 @@ def bars_remedy(
         return f"Build them: cryptoresearch bars {symbol} {spec}"
     return "Correct the symbol, or load its trades or candles: cryptoresearch ingest FILE; see what is there: cryptoresearch data status"
 
-
+# %% ../../nbs/data/07_bars.ipynb #d0a30dff
 def _nothing_found(con: duckdb.DuckDBPyConnection, symbol: str, spec: str, asked: str) -> DataNotFound:
     "Return the error that names the bars that the symbol has."
     rows = con.execute(

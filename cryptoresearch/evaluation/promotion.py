@@ -24,6 +24,7 @@ from filelock import FileLock
 from ..errors import ConfigError, DataNotFound, problem, RunMismatch, SchemaError
 from .audit import Audit
 from ..metrics.scores import diebold_mariano, MeanTest, qlike_loss, REFERENCE, same_losses, score_table, squared_loss
+from ..metrics.verdict import p_value
 from ..runs.identity import code_version
 from ..runs.run import load_run, question_key, Run
 from ..runs.stored import find_folder, read_info, runs_folder
@@ -67,7 +68,7 @@ def _verdict(c: Comparison) -> str:
         return f"the losses of {c.a} and {c.b} on {c.n:,} common rows cannot be tested: they differ by a constant, or one is infinite"
     (low, high), p = sorted(c.losses.mean()), c.test.p_value
     better, chance = c.a if c.test.stat < 0 else c.b, "more than chance explains" if p < 0.05 else "which chance can explain"
-    return f"{better} has the lower loss by {1 - low / high:.1%} on {c.n:,} common rows, {chance} (p = {p:{'.3f' if p < 0.05 else '.2f'}})"
+    return f"{better} has the lower loss by {1 - low / high:.1%} on {c.n:,} common rows, {chance} ({p_value(p)})"
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #a390dbfd
 def _settings_differ(a: Run, b: Run) -> pd.DataFrame:
@@ -258,16 +259,16 @@ def _decide(run: Run, better: bool, reason: str, p: float, n: int | None, tried:
     "Correct, judge and write the decision down."
     corrected, audited = corrected_p(p, tried), audit_of(run)
     state = ("passed" if audited["passed"] else "failed") if audited else "none"
+    stored = None if np.isnan(corrected) else corrected
     fit = better and corrected < GATE_P and not audited.get("leaks")
     told = f"{reason}; " + (
-        f"p = {corrected:.3f} corrected for {tried} model{'s' if tried > 1 else ''} tried (Bonferroni)"
+        f"{p_value(corrected)} corrected for {tried} model{'s' if tried > 1 else ''} tried (Bonferroni)"
         if np.isfinite(corrected)
         else "no test could be made"
     )
     told += f"; audit: {state}" + (f", found a signal in {', '.join(audited['leaks'])}" if audited.get("leaks") else "")
-    p_value = None if np.isnan(corrected) else corrected
-    _enter(run, "champion" if fit else "candidate", told, settings, p_value, n, tried, state)
-    return Promotion(run.id, fit, told, p_value, tried, state)
+    _enter(run, "champion" if fit else "candidate", told, settings, stored, n, tried, state)
+    return Promotion(run.id, fit, told, stored, tried, state)
 
 # %% ../../nbs/evaluation/08_promotion.ipynb #c49cefc0
 def set_state(

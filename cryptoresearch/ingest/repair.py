@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINANCE_API', 'logger', 'Repair', 'meets_live', 'repair_live', 'rebuild_live_bars', 'repairs', 'backfill',
-           'Backfills']
+           'open_gaps', 'Backfills']
 
 # %% ../../nbs/ingest/05a_repair.ipynb #d035d9ad
 import logging
@@ -29,7 +29,7 @@ from ..data.event_bars import UNNUMBERED
 from ..data.ledger import log_event
 from ..data.series import from_us, impossible, normal_symbol, quote, Series, to_us, utc_now, where_rows
 from ..data.store import connect, cursor, harmless_ids, schema_version, write
-from ..errors import CryptoResearchError, FeedError, problem
+from ..errors import CryptoResearchError, DataNotFound, FeedError, problem
 from ..settings import Settings
 
 # %% ../../nbs/ingest/05a_repair.ipynb #d24a60f4
@@ -470,6 +470,13 @@ _OPEN = """SELECT file_id, epoch_us(start_ts), epoch_us(end_ts) FROM lake.main.g
   WHERE symbol = ? AND source = ? AND kind = 'live' AND end_ts > start_ts ORDER BY start_ts"""
 
 
+def _check_collected(con: DuckDBPyConnection, symbol: str, source: str) -> None:
+    "Raise `DataNotFound` where no session has collected a symbol."
+    if not con.execute("SELECT 1 FROM lake.main.live_sessions WHERE source = ? AND list_contains(symbols, ?)", [source, symbol]).fetchall():
+        remedy = f"Only its sessions can be filled: cryptoresearch stream {symbol} --feed {source}"
+        raise DataNotFound(problem(f"a session of the feed {source} with {symbol}", "none", remedy))
+
+# %% ../../nbs/ingest/05a_repair.ipynb #420f2f36
 def backfill(
     con: DuckDBPyConnection,  # from `init_duckdb`
     symbol: str,  # collected from Binance's own feed, such as BTCUSDT
@@ -477,8 +484,9 @@ def backfill(
     url: str = BINANCE_API,  # of the exchange's REST interface
     patience_s: float = 60.0,  # longest wait for each request, where the exchange asks for one
 ) -> tuple[Repair, ...]:  # one for each gap that was closed
-    "Fetch what the sessions of a symbol missed from Binance, gap by gap. Errors: `FeedError`; gaps before it stay closed."
+    "Fetch what a symbol's sessions missed, gap by gap. Errors: `DataNotFound` without sessions; `FeedError`: earlier gaps stay closed."
     name, source, out = normal_symbol(symbol), "binance", list[Repair]()
+    _check_collected(con, name, source)
     with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
         for session, start, end in con.execute(_OPEN, [name, source]).fetchall():
             holes = _missing_ids(con, name, source, start, end)
@@ -491,6 +499,14 @@ def backfill(
     if out:
         _rebuild(con, "r.symbol = ?", name)
     return tuple(out)
+
+# %% ../../nbs/ingest/05a_repair.ipynb #a441fdaf
+def open_gaps(
+    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
+    symbol: str,  # any case
+) -> int:  # gaps
+    "Count the gaps of Binance's sessions that are not closed."
+    return len(con.execute(_OPEN, [normal_symbol(symbol), "binance"]).fetchall())
 
 # %% ../../nbs/ingest/05a_repair.ipynb #5c927529
 logger = logging.getLogger(__name__)

@@ -6,6 +6,13 @@
 __all__ = ['Grid', 'read_grid', 'Task', 'combinations', 'Outcome', 'run_task', 'Job', 'Executor', 'local_workers', 'run_grid']
 
 # %% ../../nbs/serving/09a_grid.ipynb #e1eb4e65
+from .batch import check_parameters, notebook_path, run_notebook, told_run  # first: loads jsonschema quickly
+from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, StoreBusy
+from ..runs.stored import stored_runs
+from .figures import static_text
+from ..settings import Settings
+
+# %% ../../nbs/serving/09a_grid.ipynb #1a048e1d
 import hashlib
 import html
 import json
@@ -27,12 +34,6 @@ import nbformat
 import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
-
-from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, StoreBusy
-from ..runs.stored import stored_runs
-from .batch import check_parameters, notebook_path, run_notebook, told_run
-from .figures import static_text
-from ..settings import Settings
 
 # %% ../../nbs/serving/09a_grid.ipynb #3e375cae
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def lab_command(
     if find_spec("jupyterlab") is None:
         raise ConfigError(problem("JupyterLab", "none in this environment", 'Run: pip install "cryptoresearch[lab]"'))
     options = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.root_dir": folder, "ServerApp.answer_yes": True}
-    given = [f"--{name}={value}" for name, value in options.items()] + ([] if browser else ["--no-browser"])
+    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # this machine only, as for other users
+    given = [f"--{name}={value}" for name, value in options.items()] + root + ([] if browser else ["--no-browser"])
     return [sys.executable, "-P", "-m", "jupyterlab", *given]
 
 # %% ../../nbs/serving/13_lab.ipynb #6ffa2db0

@@ -120,7 +120,11 @@ def run_here(request: dict[str, Any]) -> int:
 
     flags = request["flags"].split()
     passed, _ = test_nb(Path(request["path"]), skip_flags=request["skip_flags"].split(), force_flags=flags, basepath=ROOT)
-    return 0 if passed else 1
+    if not passed:  # at once: a server that the notebook did not come to stop would keep the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0
 
 
 def run_code(code: str, args: list[str], module: bool = False) -> int:

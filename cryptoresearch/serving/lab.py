@@ -38,9 +38,8 @@ def lab_command(
     "Build the command that starts JupyterLab."
     if find_spec("jupyterlab") is None:
         raise ConfigError(problem("JupyterLab", "none in this environment", 'Run: pip install "cryptoresearch[lab]"'))
-    options = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.root_dir": folder, "ServerApp.answer_yes": True}
-    root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # this machine only, as for other users
-    given = [f"--{name}={value}" for name, value in options.items()] + root + ([] if browser else ["--no-browser"])
+    options = {"ip": "127.0.0.1", "port": port, "root_dir": folder, "answer_yes": True, "allow_root": True}  # root: as in a container
+    given = [f"--ServerApp.{name}={value}" for name, value in options.items()] + ([] if browser else ["--no-browser"])
     return [sys.executable, "-P", "-m", "jupyterlab", *given]
 
 # %% ../../nbs/serving/13_lab.ipynb #6ffa2db0

@@ -313,7 +313,7 @@ def test_an_unknown_name_gets_the_closest(tmp_path):
     settings = Settings(_env_file=None, runs_dir=str(tmp_path))
     (tmp_path / "btcusdt-1h-volatility24-d353293e5a").mkdir()
     (tmp_path / "btcusdt-1h-volatility24-d353293e5a" / "run.json").write_text("{}")
-    with pytest.raises(DataNotFound, match="1 other runs, the closest btcusdt-1h-volatility24"):
+    with pytest.raises(DataNotFound, match="1 other run, the closest btcusdt-1h-volatility24"):
         load_run("btcusdt-1h-volatilty24", settings)
 
 

@@ -39,7 +39,8 @@ def find_folder(
     fits = [run_id] if run_id in names else [n for n in names if n.startswith(run_id)]
     if len(fits) != 1:
         near = difflib.get_close_matches(run_id, fits or [*names, *(n.rpartition("-")[0] for n in names)], 1)
-        found = f"{len(fits)} runs that begin so" if fits else f"{len(names)} other runs" + (f", the closest {near[0]}" if near else "")
+        others = f"{len(names)} other run{'s' * (len(names) != 1)}" + (f", the closest {near[0]}" if near else "")
+        found = f"{len(fits)} runs that begin so" if fits else others
         raise DataNotFound(problem(f"a run {run_id}", found, "See them: cryptoresearch runs"))
     return root / fits[0]
 

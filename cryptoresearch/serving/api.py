@@ -64,10 +64,10 @@ from ..models.catalogue import MODELS
 from ..runs.config import by_events
 from ..runs.run import load_run, Run
 from ..runs.stored import find_folder
-from ..settings import check_address, get_settings, Settings
+from ..settings import get_settings, Settings
 
 # %% ../../nbs/serving/03c_api.ipynb #d1a47c85
-from .access import Access, read_policy
+from .access import Access, check_address, read_policy
 from cryptoresearch.serving.answers import (
     Bar, BarPage, BuiltBars, ExportPage, FeatureInfo, FeaturePage, FeatureRow, Forecast, Forecasts, GivenBar, GivenBars, Health,
     LabelPage, LabelRow, LiveRunScores, MAX_ROWS, MAX_TABLE_ROWS, ModelInfo, Prediction, PredictionPage, Problem, RunInfo, RunParity,

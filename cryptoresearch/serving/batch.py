@@ -11,6 +11,7 @@ from .kernel import PROGRESS  # first: loads jsonschema quickly
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
 from ..runs.config import RunConfig
 from ..runs.identity import read_data
+from ..runs.options import options, RunOptions
 from ..runs.run import find_run
 from ..runs.stored import runs_folder
 from ..runs.walk_forward import check_length, Progress
@@ -27,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,10 @@ def check_parameters(
             )
         )
     if unknown := sorted(set(parameters) - set(known)):
-        raise ConfigError(problem(f"parameters among {', '.join(known)}", ", ".join(unknown), "Check the spelling"))
+        flags = {o.flag: o.name for o in options(RunOptions)}  # such as bars, whose parameter is spec
+        near = [flags.get(name) or "".join(get_close_matches(name, known, 1)) for name in unknown]
+        remedy = f"Write {', '.join(near)} instead" if set(near) <= set(known) else "Check the spelling"
+        raise ConfigError(problem(f"parameters among {', '.join(known)}", ", ".join(unknown), remedy))
     if hidden := [name for name in parameters if re.search(r"token|secret|password|access_key", name, re.IGNORECASE)]:
         raise ConfigError(problem("no secrets in a notebook's parameters", ", ".join(hidden), "Set them in the environment or in .env"))
 

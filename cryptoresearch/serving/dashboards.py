@@ -17,9 +17,10 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from .access import check_address
 from .batch import kernel_env, notebook_path
 from .figures import static_text
-from ..settings import check_address, get_settings, served_names, Settings
+from ..settings import get_settings, served_names, Settings
 
 # %% ../../nbs/serving/12_dashboards.ipynb #0000001a
 PAGES = {"home": "Home", "market": "Market", "predictions": "Predictions", "runs": "Runs", "compare": "Compare", "data": "Data"}

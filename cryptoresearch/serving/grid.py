@@ -57,7 +57,7 @@ def read_grid(
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as e:
-        raise DataNotFound(problem(f"a grid at {file}", type(e).__name__, _EXAMPLE)) from None
+        raise DataNotFound(problem(f"a grid at {file}", (e.strerror or str(e)).lower(), _EXAMPLE)) from None
     except yaml.YAMLError as e:
         raise ConfigError(problem(f"YAML in {file}", " ".join(str(e).split()), _EXAMPLE)) from None
     _check_grid(found, file)

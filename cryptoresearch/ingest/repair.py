@@ -473,7 +473,7 @@ _OPEN = """SELECT file_id, epoch_us(start_ts), epoch_us(end_ts) FROM lake.main.g
 def _check_collected(con: DuckDBPyConnection, symbol: str, source: str) -> None:
     "Raise `DataNotFound` where no session has collected a symbol."
     if not con.execute("SELECT 1 FROM lake.main.live_sessions WHERE source = ? AND list_contains(symbols, ?)", [source, symbol]).fetchall():
-        remedy = f"Only its sessions can be filled: cryptoresearch stream {symbol} --feed binance"
+        remedy = f"Only its sessions can be filled: cryptoresearch stream --symbol {symbol} --feed binance"
         raise DataNotFound(problem(f"a session of the feed {source} with {symbol}", "none", remedy))
 
 # %% ../../nbs/ingest/05a_repair.ipynb #420f2f36

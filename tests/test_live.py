@@ -51,7 +51,7 @@ from cryptoresearch.ingest.parsing import LIMITS
 from cryptoresearch.live.binance import BinanceWebSocket
 from cryptoresearch.live.collector import _Upkeep, Collector, Journal, replay_journal, Session
 from cryptoresearch.live import feed as feed_module
-from cryptoresearch.live.feed import _Sequence, _take, ConnectionLost, Feed, FinnhubWebSocket
+from cryptoresearch.live.feed import _note_id, _Sequence, _take, _was_taken, ConnectionLost, Feed, FinnhubWebSocket
 from cryptoresearch.live.messages import Trade
 from cryptoresearch.live.replay import ReplayServer
 from cryptoresearch.serving.api import create_app
@@ -273,8 +273,8 @@ def test_ids_that_were_taken_are_told_from_those_that_may_still_arrive(seed: int
     rng, sequence, taken, last = random.Random(seed), _Sequence(), set[int](), 1000
     for step in range(400):
         number = rng.choice([last + 1, last + 1, last + rng.randint(2, 40), rng.randint(1000, last)]) if step else last
-        assert sequence.is_repeated(numbered(number)) == (number in taken), (step, number)
-        missing = sequence.take(numbered(number))
+        assert _was_taken(sequence, numbered(number)) == (number in taken), (step, number)
+        missing = _note_id(sequence, numbered(number))
         assert missing == max(number - last - 1, 0)
         taken.add(number)
         last = max(last, number)
@@ -285,14 +285,14 @@ def test_missing_ids_do_not_fill_the_memory() -> None:
     sequence, last = _Sequence(), 0
     tracemalloc.start()
     for last in (*range(0, 60_000_000, 30_000), *range(60_000_000, 10**12, 10**9)):
-        sequence.take(numbered(last))
+        _note_id(sequence, numbered(last))
     used = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert used < 2_000_000, f"{used:,} bytes"
-    assert not sequence.is_repeated(numbered(last - 10**8)) and sequence.is_repeated(numbered(15))
+    assert not _was_taken(sequence, numbered(last - 10**8)) and _was_taken(sequence, numbered(15))
     for number in range(last - 10**8, last, 2000):  # each of which splits a hole
-        sequence.take(numbered(number))
-    assert sequence.is_repeated(numbered(last - 2000)) and not sequence.is_repeated(numbered(last - 1000))
+        _note_id(sequence, numbered(number))
+    assert _was_taken(sequence, numbered(last - 2000)) and not _was_taken(sequence, numbered(last - 1000))
 
 
 @pytest.mark.parametrize(("price", "volume"), [(1e16, 1.0), (1.0, 1e19), (1e8, 1e8)])

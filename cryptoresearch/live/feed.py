@@ -378,7 +378,7 @@ def _hole(holes: Sequence[range], number: int) -> int | None:
     return at if at >= 0 and number in holes[at] else None
 
 # %% ../../nbs/live/03_feed.ipynb #5f400008
-class _Ids:
+class _Sequence:
     "Hold the ids of each symbol."
 
     def __init__(self) -> None:
@@ -386,32 +386,30 @@ class _Ids:
         self._holes = defaultdict[str, list[range]](list)  # missing ids that may still arrive, in order
         self._seen, self._odd = dict[str, Trade](), dict[str, Trade]()  # the last one, and the last one with an id far from those before
 
-    def is_repeated(self, trade: Trade) -> bool:
-        "Check whether a trade was taken before."
-        number = trade.trade_id or 0
-        if number > self._last.get(trade.symbol, -1) or _hole(self._holes[trade.symbol], number) is not None:
-            return False
-        return _near(self._seen.get(trade.symbol, trade), trade)
+
+def _was_taken(sequence: _Sequence, trade: Trade) -> bool:
+    "Check whether a trade was taken before."
+    number = trade.trade_id or 0
+    if number > sequence._last.get(trade.symbol, -1) or _hole(sequence._holes[trade.symbol], number) is not None:
+        return False
+    return _near(sequence._seen.get(trade.symbol, trade), trade)
 
 # %% ../../nbs/live/03_feed.ipynb #3ae6e020
-class _Sequence(_Ids):
-    "Follow the ids of each symbol."
-
-    def take(self, trade: Trade) -> int:  # ids that are missing before this one
-        "Note the id of a trade."
-        number = trade.trade_id or 0
-        last = self._last.setdefault(trade.symbol, number)
-        self._last[trade.symbol] = max(last, number)
-        if number == last + 1:
-            return 0
-        holes = self._holes[trade.symbol]
-        if number > last + 1:
-            holes.append(range(last + 1, number))
-        elif number <= last and (at := _hole(holes, number)) is not None:
-            found = holes[at]
-            holes[at : at + 1] = [part for part in (range(found.start, number), range(number + 1, found.stop)) if part]
-        del holes[:-_HOLES]
-        return max(number - last - 1, 0)
+def _note_id(sequence: _Sequence, trade: Trade) -> int:  # ids that are missing before this one
+    "Note the id of a trade."
+    number = trade.trade_id or 0
+    last = sequence._last.setdefault(trade.symbol, number)
+    sequence._last[trade.symbol] = max(last, number)
+    if number == last + 1:
+        return 0
+    holes = sequence._holes[trade.symbol]
+    if number > last + 1:
+        holes.append(range(last + 1, number))
+    elif number <= last and (at := _hole(holes, number)) is not None:
+        found = holes[at]
+        holes[at : at + 1] = [part for part in (range(found.start, number), range(number + 1, found.stop)) if part]
+    del holes[:-_HOLES]
+    return max(number - last - 1, 0)
 
 # %% ../../nbs/live/03_feed.ipynb #c4f3c33f
 _FAR, _FAR_PER_S = 100_000, 50_000  # most ids between two trades, and further ones for each second between them
@@ -595,7 +593,7 @@ def _note_missing(batch: _Batch, trades: Sequence[Trade]) -> None:
     "Count missing ids, which end the coverage of their symbol."
     feed = batch.feed
     for trade in trades if feed.protocol.ids else ():
-        if missing := feed._sequence.take(trade):
+        if missing := _note_id(feed._sequence, trade):
             batch.pass_on()
             feed._stats.missing += missing
             if feed.collector is not None:
@@ -644,7 +642,7 @@ _LATER_S = 1.0
 def _is_repeated(feed: _Feed, data: bytes, trades: Sequence[Trade], clock: float) -> bool:
     "Check whether a frame was delivered before, where that is certain, and remember it."
     if feed.protocol.ids:
-        return all(feed._sequence.is_repeated(t) for t in trades)
+        return all(_was_taken(feed._sequence, t) for t in trades)
     key = hash(data)
     if (first := feed._frames.get(key)) is not None:
         feed._frames.move_to_end(key)

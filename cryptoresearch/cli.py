@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TYPE_CHECKING
 
 import typer
 import typer.core
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from . import __version__
@@ -140,9 +141,9 @@ app.add_typer(research_app)
 # %% ../nbs/94_cli.ipynb #d1fb5301
 def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
     "Print rows as a table that fits the terminal; missing values are empty."
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "run")
     for row in rows:
         table.add_row(*map(_text, row))
     console.print(table)
@@ -395,8 +396,9 @@ def runs(
     if not found:
         console.print("no runs yet. Run: cryptoresearch train")
         return
-    columns = ["run", "model", "n", "ic", "baseline", "saved", "dm_p", "level"]
-    _show_rows(columns, [[run.get(c) for c in columns] for run in found])
+    columns = ["run", "model", "ic", "baseline", "saved", "p"]
+    few = [run | {"p": "< 0.001" if (p := run.get("dm_p")) is not None and p < 0.001 else p} for run in found]
+    _show_rows(columns, [[run.get(c) for c in columns] for run in few])
     for run in found:
         console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
 

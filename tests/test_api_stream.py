@@ -138,7 +138,7 @@ def test_a_stream_of_nothing_is_refused(settings, grown):
     from fastapi.testclient import TestClient
 
     wrong = [
-        ({"symbol": "NOPE"}, 404, "cryptoresearch bars NOPE 1m"), (ASKED | {"spec": "5m"}, 404, "bars TESTUSD 5m"), (ASKED | {"source": "x"}, 404, "of source x"),
+        ({"symbol": "NOPE"}, 404, "cryptoresearch ingest FILE"), (ASKED | {"spec": "5m"}, 404, "bars TESTUSD 5m"), (ASKED | {"source": "x"}, 404, "of source x"),
         (ASKED | {"run_id": "x"}, 404, "one run 'x'"), (ASKED | {"bars": "1m"}, 422, "bars"), ({}, 422, "symbol"), (ASKED | {"spec": "1M"}, 422, "bar length"),
     ]  # fmt: skip
     with TestClient(api.create_app(settings), base_url="http://127.0.0.1") as client:

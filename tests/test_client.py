@@ -74,7 +74,7 @@ def test_errors_are_those_of_the_package(stored):
     with served(stored.model_copy(update={"api_requests_per_minute": 6})) as http:
         client = Client(str(http.base_url))
         for call, kind, words in (
-            (lambda: client.bars("NOPE"), errors.DataNotFound, "cryptoresearch bars NOPE 1h"),
+            (lambda: client.bars("NOPE"), errors.DataNotFound, "bars NOPE 1h"),
             (lambda: client.bars(*ASKED, start="soon"), errors.ConfigError, "start"),
             (lambda: client.bars("TESTUSD", "1M"), errors.SchemaError, "bar length"),
             (lambda: client.run("x"), errors.DataNotFound, "one run 'x'"),

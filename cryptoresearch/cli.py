@@ -27,7 +27,8 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from cryptoresearch.cli_shared import (
-    complete_runs, complete_symbols, console, Json, print_json, progress, progress_console, RunName, show_frame, SymbolName
+    Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame,
+    SymbolName,
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
@@ -56,7 +57,6 @@ EXIT_CODES = {
     6: "a check failed: audit, verify, reproduce, promote", 7: "the store is busy, or the feed broke: try again", 130: "interrupted",
 }  # fmt: skip
 
-
 # %% ../nbs/94_cli.ipynb #5e0c1a02
 # panel of `cryptoresearch --help`: command: the examples of its help page, one per line
 PAGES: dict[str, dict[str, str]] = {}
@@ -77,7 +77,7 @@ export BTCUSDT --what features --feature ret_1 --to ret.csv""",
 # %% ../nbs/94_cli.ipynb #5e0c1a03
 PAGES["Research"] = {
     "features": 'features --search "log return"\nfeatures --symbol BTCUSDT --report',
-    "train": "train BTCUSDT\ntrain BTCUSDT --target volatility --model har_ridge",
+    "train": "train BTCUSDT\ntrain BTCUSDT --target volatility --cluster tls://desk:8786",
     "tune": "tune --symbol BTCUSDT --model lightgbm --trials 50",
     "evaluate": "evaluate btcusdt-1h-return24\nevaluate btcusdt-1h-return24 --no-audit",
     "compare": "compare btcusdt-1h-return24-01 btcusdt-1h-return24-9f --report",
@@ -307,22 +307,25 @@ def forget(
 def bars(
     symbol: SymbolName,  # any case
     spec: Annotated[list[str] | None, typer.Argument(help="Such as 1m, 5m or 1d; tick:1000 or dollar:1e6. Default: 1h.")] = None,
+    cluster: Cluster = None,  # that of the settings if None
 ) -> None:
     """Build and store bars of a symbol.
 
     They are made from its trades or candles. Run again, it builds only what changed."""
     from cryptoresearch.data.build_bars import check_spec, make_bars, stored_builds
     from cryptoresearch.data.store import connect
+    from cryptoresearch.data.workers import open_cluster
 
     specs = spec or ["1h"]
     for one in specs:  # before anything is built
         check_spec(one)
-    con = connect()
-    for one in specs:
-        total = make_bars(con, symbol, one)
-        built = stored_builds(con, symbol, one)
-        for source, count in built.items() if len(built) > 1 else [("", total)]:
-            console.print(f"{symbol} {one}{f' from {source}' if source else ''}: {count:,} bars")
+    settings = on_cluster(cluster)
+    with connect(settings) as con, open_cluster(settings) as executor:
+        for one in specs:
+            total = make_bars(con, symbol, one, executor=executor)
+            built = stored_builds(con, symbol, one)
+            for source, count in built.items() if len(built) > 1 else [("", total)]:
+                console.print(f"{symbol} {one}{f' from {source}' if source else ''}: {count:,} bars")
 
 # %% ../nbs/94_cli.ipynb #340bc425
 @app.command()
@@ -358,6 +361,7 @@ def simulate(
 def train(
     given: Given,  # options of the run and its report
     symbol_given: Symbol = None,  # in place of --symbol
+    cluster: Cluster = None,  # that of the settings if None
 ) -> None:
     """Train a walk-forward model and write its report.
 
@@ -367,7 +371,7 @@ def train(
 
     take_symbol(given, symbol_given)
     with progress("training") as tell:
-        done = train_report(asked_config(given), progress=tell, audit=given["audit"], split=given["split"])
+        done = train_report(asked_config(given), settings=on_cluster(cluster), progress=tell, audit=given["audit"], split=given["split"])
     console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
     console.print(f"report  {done.report}", soft_wrap=True)
     info = load_run(done.run_id).info
@@ -930,7 +934,6 @@ def _fail(error: CryptoResearchError) -> None:
     progress_console.print(str(error), markup=False, soft_wrap=True)
     sys.exit(error.exit_code)
 
-
 # %% ../nbs/94_cli.ipynb #3ac354f1
 def _interrupted(error: BaseException) -> bool:  # Ctrl-C, also as DuckDB passes it on
     "Tell of Ctrl-C, and of what is left of the work."
@@ -953,4 +956,3 @@ def main() -> None:
         if _interrupted(e) and isinstance(e, RuntimeError):
             sys.exit(130)
         raise
-

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TYPE_CHECKING
 import typer
 
 from cryptoresearch.cli_shared import (
-    complete_runs, complete_symbols, console, Json, print_json, progress, progress_console, RunName, show_frame, Tell,
+    Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame, Tell,
 )  # fmt: skip
 from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
@@ -177,18 +177,19 @@ def _either(as_json: bool, report: bool) -> None:
         raise ConfigError(problem("--json or --report", "both", "Run the command once for each"))
 
 
-def _feature_report(given: dict[str, Any], output: Path | None) -> None:
+def _feature_report(given: dict[str, Any], output: Path | None, settings: Settings) -> None:
     "Write the page about features; refuse wrong options and missing data before the notebook starts."
     from cryptoresearch.data.store import connect
+    from cryptoresearch.data.workers import open_cluster
     from cryptoresearch.features.user_modules import whole_paths
     from cryptoresearch.runs.identity import read_data
 
     config = asked_config(given)
-    with connect(read_only=True) as con:
-        read_data(con, config)
+    with connect(settings, read_only=True) as con, open_cluster(settings) as executor:
+        read_data(con, config, executor=executor)
     name = "{symbol}-{spec}-{target}{horizon}".format(**given)
     lists = {"features": list(given["features"]), "modules": list(whole_paths(given["modules"]))}
-    make_report("feature_report", name, given | lists, output, get_settings())
+    make_report("feature_report", name, given | lists, output, settings)
 
 # %% ../nbs/93_cli_research.ipynb #65b9c202
 @research_app.command("features")
@@ -199,6 +200,7 @@ def list_features(
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
     as_json: Json = False,  # one object per feature
+    cluster: Cluster = None,  # for the page; that of the settings if None
 ) -> None:
     """List features, or write a page about them.
 
@@ -210,12 +212,10 @@ def list_features(
     _either(as_json, report)
     import_modules(given["modules"])
     chosen = resolve(given["features"])
-    if search:
-        chosen = search_features(search, "all" if given["features"] == ("default",) else chosen)
+    chosen = search_features(search, "all" if given["features"] == ("default",) else chosen) if search else chosen
     if report:
-        return _feature_report(given, output)
-    table = feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]]
-    table = table.assign(description=[description(f) for f in chosen])
+        return _feature_report(given, output, on_cluster(cluster))
+    table = feature_table(chosen)[["group", "unit", "warmup", "tolerance", "source"]].assign(description=[*map(description, chosen)])
     print_json(table) if as_json else show_frame(table)
 
 # %% ../nbs/93_cli_research.ipynb #c5413b72
@@ -229,26 +229,26 @@ def tune(
     symbol_given: Symbol = None,  # in place of --symbol
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
+    cluster: Cluster = None,  # that of the settings if None
 ) -> None:
     """Search parameters, weights and refit period before the test.
 
-    Start it several times to use more cores, again to continue."""
+    Start it several times to use more cores, or with --cluster; again to continue."""
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import whole_paths
-    from cryptoresearch.runs.tuning import asked_search, found_options
-    from cryptoresearch.runs.tuning import tune as search
+    from cryptoresearch.runs.tuning import asked_search, found_options, tune as search
 
     take_symbol(given, symbol_given)
-    given |= {"modules": whole_paths(given["modules"])}
-    (asked, fixed), trials, folds, storage = asked_search(given), given["trials"], given["inner_folds"], given["storage"]
-    with progress("searching") as tell, connect() as con:
-        found = search(con, asked, trials, n_folds=folds, fixed=fixed, storage=storage, progress=tell)
+    (asked, fixed), settings = asked_search(given | {"modules": whole_paths(given["modules"])}), on_cluster(cluster)
+    with progress("searching") as tell, connect(settings) as con:
+        more = {"n_folds": given["inner_folds"], "fixed": fixed, "storage": given["storage"]}
+        found = search(con, asked, given["trials"], **more, settings=settings, progress=tell)
     show_frame(found.table.head(10).round(5))
     console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
     console.print(f"best    {found_options(found.config)}", soft_wrap=True, markup=False)
     if report:
         as_given = {o.name: getattr(asked, o.name, given[o.name]) for o in _TUNED} | {k: given[k] for k in ("weights", "refit_every")}
-        make_report("tune", found.study.study_name, json.loads(json.dumps(as_given)), output, get_settings())
+        make_report("tune", found.study.study_name, json.loads(json.dumps(as_given)), output, settings)
 
 # %% ../nbs/93_cli_research.ipynb #0232f4f3
 def show_audit(
@@ -431,19 +431,21 @@ _GRID = "YAML file with `notebook: research/train.ipynb`, `grid: {horizon: [4, 2
 @research_app.command()
 def batch(
     grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help=_GRID)],
-    workers: Annotated[int, typer.Option(help="Combinations at a time, each in a process of its own.", min=1)] = 2,
+    workers: Annotated[int, typer.Option(help="Combinations at a time, each in a process of its own. Not used with --cluster.", min=1)] = 2,
     output: Annotated[Path | None, typer.Option(help="Folder of the batch. Default: below reports, next to the runs.")] = None,
+    cluster: Cluster = None,  # that of the settings if None
     as_json: Json = False,  # one object per combination
 ) -> None:
     """Run a notebook over a grid of parameters.
 
     Finished combinations are not repeated: the same command continues."""
+    from cryptoresearch.data.workers import open_cluster
     from cryptoresearch.serving.grid import read_grid, run_grid
 
-    asked, settings = read_grid(grid), get_settings()
+    asked, settings = read_grid(grid), on_cluster(cluster)
     folder = output or settings.path(settings.runs_dir).parent / "reports" / "batch" / grid.stem
-    with progress("batch", every_s=float("inf")) as tell:  # a line per combination is enough without a terminal
-        table = run_grid(asked, folder, workers=workers, told=lambda *found: _tell_outcome(tell, *found))
+    with progress("batch", every_s=float("inf")) as tell, open_cluster(settings) as executor:  # a line per combination without a terminal
+        table = run_grid(asked, folder, workers=workers, executor=executor, told=lambda *found: _tell_outcome(tell, *found))
     if as_json:
         print_json(table)
     else:

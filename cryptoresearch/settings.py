@@ -97,7 +97,7 @@ class _Fields(_ServerFields):
     api_keys: str = Field("", repr=False, pattern=r"^([0-9a-f]{64}([, ]+|$))*$")  # SHA-256 of each key
     api_origins: str = Field("", pattern=r"^(https?://[A-Za-z0-9.:\[\]\-]+([, ]+|$))*$")
     api_requests_per_minute: int = Field(0, ge=0, le=1_000_000)  # of one key or address; 0: no limit
-    dask_scheduler_address: str = ""  # tls://host:port of the cluster that computes folds; empty: this process
+    dask_scheduler_address: str = ""  # tls://host:port of a cluster that shares the work of commands; empty: this process
     log_level: str = "INFO"
     cryptoresearch_shared_data: str = "../shared/data"
 

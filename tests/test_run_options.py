@@ -124,7 +124,7 @@ def test_a_scaled_interval_is_right_in_calm_and_in_storm(bars):
 def test_what_an_interval_is_made_of_is_part_of_the_question(store):
     asked = [replace(CALM, **kind) for kind in ({}, {"interval": "residual", "interval_params": {}}, {"interval": "scaled"}, {"interval": "scaled", "interval_params": {"volatility": "har_ridge"}}, {"interval": "scaled", "interval_params": {"given": []}}, {"interval": "quantile"})]
     with connect(store) as con:
-        names = [runs.find_run(con, c, store)[0] for c in asked]
+        names = [runs.find_run(c, runs.read_data(con, c), store)[0] for c in asked]
     assert names[0] == names[1] and names[2] == names[3] and len(set(names)) == 4
 
 

@@ -115,7 +115,8 @@ def test_the_same_question_is_trained_once(trained):
     steps = []
     with connect(settings) as con:
         again = train_run(con, replace(WALK, params=dict(reversed(SMALL.items()))), settings, progress=lambda _, text: steps.append(text))
-        other = runs.find_run(con, replace(WALK, seed=1), settings)
+        changed = replace(WALK, seed=1)
+        other = runs.find_run(changed, runs.read_data(con, changed), settings)
         trials = con.execute("SELECT count(*) FROM trials").fetchone()[0]
     assert again.reused and again.id == run.id and not run.reused
     assert not any("fold" in s for s in steps) and "trained before" in steps[-1]
@@ -142,7 +143,7 @@ def test_made_again_bit_for_bit_although_the_store_has_moved_on(store):
     with connect(store) as con:
         run = train_run(con, WALK, store)
         write(con, lambda c: c.execute("UPDATE bars SET close = close * 1.01 WHERE ts = TIMESTAMP '2024-02-01 00:00'"))
-        new, there = runs.find_run(con, WALK, store)
+        new, there = runs.find_run(WALK, runs.read_data(con, WALK), store)
     assert new != run.id and not there  # other data, other run
     checks = reproduce(run.id, store)  # from the pinned snapshot
     assert checks["same"].all(), checks[~checks["same"]]
@@ -521,7 +522,7 @@ def test_label_parameters_are_part_of_the_question(trained):
     settings, _ = trained
     asked = [replace(WALK, target="triple_barrier", label=label) for label in ({}, {"up": 1}, {"up": 1.5}, {"window": 100}, {"timeout": "zero"})]
     with connect(settings) as con:
-        names = [runs.find_run(con, c, settings)[0] for c in asked]
+        names = [runs.find_run(c, runs.read_data(con, c), settings)[0] for c in asked]
     assert names[0] == names[1] and len(set(names)) == 4
     for wrong in ({"up": 0}, {"up": True}, {"window": 1.5}, {"timeout": "drop"}, {"primary": "ret_24"}):
         with pytest.raises(ConfigError):

@@ -12,6 +12,7 @@ from .bar_updates import grow_bars
 from .bars import bar_spec
 from .event_bars import event_spec, make_event_bars
 from .series import normal_symbol
+from .workers import Executor
 from ..errors import ConfigError, SchemaError
 
 # %% ../../nbs/data/10_build_bars.ipynb #ab0e9112
@@ -21,11 +22,12 @@ def make_bars(
     spec: str = "1m",  # length of time bars, 1s to 366d; or event bars: tick:1000, volume:50, dollar:1e6 …
     *,
     source: str | None = None,  # one source only; every source that the store has when None
+    executor: Executor | None = None,  # whose workers read the trades of time bars, a month each; here when None
 ) -> int:  # bars that the store now holds of them, gap bars included
     "Build and store the bars of a symbol from its trades and candles; a repeated call writes only what changed."
     if ":" in spec:
         return make_event_bars(con, symbol, spec, source=source)
-    return grow_bars(con, symbol, spec, source=source)
+    return grow_bars(con, symbol, spec, source=source, executor=executor)
 
 # %% ../../nbs/data/10_build_bars.ipynb #a909e3c3
 def check_spec(

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.aggregation import Trades
-from ..data.bar_updates import fold_ordered
+from ..data.bar_updates import fold_ordered, month_of_bars
 from ..data.bars import bar_kind, bar_length, read_bars, source_market, SOURCES
+from ..data.workers import each, Executor
 from ..errors import ConfigError, problem
 from .derived import split_symbol, symbol_prefix, with_symbol
 from .microstructure import TRADE_COLUMNS, trade_features
@@ -46,26 +47,36 @@ def _bar_by_bar(
         parts.append(trade_features(_frame(held), bars.iloc[done:]))
     return pd.concat(parts).reindex(bars.index)
 
+
+def _columns(con: duckdb.DuckDBPyConnection, symbol: str, source: str, bars: pd.DataFrame) -> pd.DataFrame:
+    "Compute the trade columns of some bars of one source."
+    start, end = (int(t.value // 1000) for t in (bars.index[0], bars["close_ts"].iloc[-1]))
+    return fold_ordered(con, symbol, source, start, end, partial(_bar_by_bar, bars=bars))
+
 # %% ../../nbs/features/17_inputs.ipynb #30934593
 def read_trade_columns(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
+    executor: Executor | None = None,  # whose workers read the trades, a month each; here when None
 ) -> pd.DataFrame:  # columns TRADE_COLUMNS, on the index of the bars; NaN where the trades of a bar are not all there
     "Compute the trade columns of each bar from the stored trades of the bars' sources."
     symbol, spec = bars.attrs["symbol"], bars.attrs["spec"]
     out = pd.DataFrame(np.nan, index=bars.index, columns=list(TRADE_COLUMNS))
-    taken = np.zeros(len(bars), dtype=bool)
+    taken, month = np.zeros(len(bars), dtype=bool), month_of_bars(bar_length(spec) // pd.Timedelta("1us"))
     with_trades = [s for s in bars.attrs["sources"] if not s.endswith("klines")]
     for source in sorted(with_trades, key=lambda s: SOURCES.index(s) if s in SOURCES else len(SOURCES)):
-        own = read_bars(con, symbol, spec, start=bars.index[0], end=bars["close_ts"].iloc[-1], source=source)
-        start, end = (int(t.value // 1000) for t in (own.index[0], own["close_ts"].iloc[-1]))
-        said = fold_ordered(con, symbol, source, start, end, partial(_bar_by_bar, bars=own)).reindex(bars.index)
+        own = read_bars(con, symbol, spec, start=bars.index[0], end=bars["close_ts"].iloc[-1], source=source)[["close_ts", "gap"]]
+        parts = [own[i : i + month] for i in range(0, len(own), month)] if executor else [own]
+        said = pd.concat(each(con, executor, _columns, ((symbol, source, part) for part in parts))).reindex(bars.index)
         whole = ~own["gap"].reindex(bars.index, fill_value=True).to_numpy(dtype=bool)
         out[whole & ~taken] = said[whole & ~taken]
         taken |= whole
     return out
 
 # %% ../../nbs/features/17_inputs.ipynb #b607237d
+_TIME_BARS_ONLY = "Columns of trades and of other symbols are joined to time bars only"
+
+
 def other_symbols(
     features: Iterable[str],  # names and groups
 ) -> tuple[str, ...]:  # each once, in order
@@ -73,13 +84,11 @@ def other_symbols(
     return tuple(dict.fromkeys(symbol for name in features if (symbol := split_symbol(name)[0])))
 
 # %% ../../nbs/features/17_inputs.ipynb #4734e1d3
-_TIME_BARS_ONLY = "Columns of trades and of other symbols are joined to time bars only"
-
-
 def join_needed(
     con: duckdb.DuckDBPyConnection,  # the store
     bars: pd.DataFrame,  # bar frame of read_bars, with its attrs
     features: Iterable[str],  # names and groups
+    executor: Executor | None = None,  # as for `read_trade_columns`
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:  # the frame with the columns; sources of each other symbol
     "Join the columns that the features need and the bars do not have."
     names, sources = list(features), dict[str, tuple[str, ...]]()
@@ -89,14 +98,14 @@ def join_needed(
             joined = ", ".join([*other_symbols(names), *sorted(missing & set(TRADE_COLUMNS))])
             raise ConfigError(problem("features of the event bars themselves", joined, _TIME_BARS_ONLY))
         return bars, sources
-    out = bars.join(read_trade_columns(con, bars)) if missing & set(TRADE_COLUMNS) else bars
+    out = bars.join(read_trade_columns(con, bars, executor)) if missing & set(TRADE_COLUMNS) else bars
     used, length = list(bars.attrs["sources"]), bar_length(bars.attrs["spec"])
     for symbol in other_symbols(names):
         end, market = bars.index[-1] + length, source_market(used[0]) if used else None
         other = read_bars(con, symbol, bars.attrs["spec"], start=bars.index[0], end=end, source=bars.attrs["source"], market=market)
         sources[symbol] = tuple(other.attrs["sources"])
         if missing & {f"{symbol_prefix(symbol)}_{c}" for c in TRADE_COLUMNS}:
-            other = other.join(read_trade_columns(con, other))
+            other = other.join(read_trade_columns(con, other, executor))
         out = with_symbol(out, symbol, other)
     out.attrs = bars.attrs
     return out, sources

@@ -32,6 +32,7 @@ from ..data.bars import read_bars, source_market
 from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
 from ..data.store import harmless_ids, snapshot
+from ..data.workers import Executor
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.derived import Lagged, lagged
 from ..features.inputs import join_needed
@@ -215,15 +216,16 @@ class RunData:
     simulated: bool  # any of it from the simulated exchange
     trades: pd.DataFrame | None = None  # in bars that touch both barriers, if the label asks for them
 
-# %% ../../nbs/runs/02_identity.ipynb #62669fb0
+
 _FILES = """SELECT DISTINCT source, sha256 FROM ingest_ledger
 WHERE list_contains(?::VARCHAR[], symbol) AND last_ts >= ? AND first_ts < ? ORDER BY ALL"""
 
-
+# %% ../../nbs/runs/02_identity.ipynb #62669fb0
 def read_data(
     con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # which bars
     joined: bool = True,  # also what features and label need; False needs no user-defined feature
+    executor: Executor | None = None,  # whose workers read the trades inside the bars; here when None
 ) -> RunData:  # bars and their origin, all as of one snapshot
     "Read the bars of a run, the columns that its features need in addition, and the checksums of the files they come from."
     read = _read_events if by_events(config.spec) else read_bars
@@ -231,7 +233,7 @@ def read_data(
     try:
         bars = read(con, config.symbol, config.spec, start=config.start, end=config.end, source=config.source)
         own = bars.attrs.get("sources") or ([bars.attrs["source"]] if bars.attrs.get("source") else [])
-        bars, others = join_needed(con, bars, config.resolved.names) if joined else (bars, {})
+        bars, others = join_needed(con, bars, config.resolved.names, executor) if joined else (bars, {})
         sources = tuple(sorted({*own, *(s for used in others.values() for s in used)}))
         span = [[config.symbol, *others], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
         files = con.execute(_FILES, span).fetchall()

@@ -26,6 +26,7 @@ import pandas as pd
 
 # %% ../../nbs/runs/05_run.ipynb #5c0be379
 from ..data.bars import bar_kind, BarArrays, bar_length
+from ..data.workers import open_cluster
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, RunMismatch, SchemaError
 from ..features import proof
 from ..features.pipeline import DataProcessing, Feature
@@ -39,7 +40,7 @@ from ..models.boosting import TailModel
 from ..models.conformal import Calibrator
 from ..models.catalogue import MODELS
 from ..models.intervals import Ends, load_ends, save_ends, ScaledEnds
-from .cluster import fold_sender, open_cluster
+from .cluster import fold_sender
 from .config import by_events, least_length, RunConfig
 from .identity import canonical, identity, own_features, read_data, run_name, RunData, sha256_of
 from .stored import find_folder, read_info, Record, runs_folder
@@ -404,13 +405,12 @@ def _warmup(config: RunConfig, samples: Samples) -> int:
 
 # %% ../../nbs/runs/05_run.ipynb #961c73b6
 def find_run(
-    con: duckdb.DuckDBPyConnection,  # the store
     config: RunConfig,  # configuration to look for
+    data: RunData,  # of `read_data`
     settings: Settings | None = None,  # where the runs are; from the environment when None
 ) -> tuple[str, bool]:  # the name that the run has or would have, and whether it is stored
-    "Compute the name of a run on the current data."
-    import_modules(config.modules)
-    run_id = run_name(config, identity(config, read_data(con, config)))
+    "Compute the name of a run on these data."
+    run_id = run_name(config, identity(config, data))
     return run_id, (runs_folder(settings) / run_id / "run.json").is_file()
 
 
@@ -435,18 +435,15 @@ def train_run(
     tell = progress or (lambda fraction, text: None)
     tell(0.0, "reading bars")
     import_modules(config.modules)
-    data = read_data(con, config)
-    parts = identity(config, data)
-    folder = runs_folder(settings) / run_name(config, parts)
-    if (folder / "run.json").is_file():
-        run = load_run(folder.name, settings)
-        now = to_json_value(_assess(con, run.id, config, data, run.predictions))  # by the current trials; the store may be younger
-        tell(1.0, "the same run was trained before: nothing to do")
-        return replace(run, reused=True, info=run.info | now)
-    check_length(config, data.bars, data.sources, data.trades)
-    refuse_leaks(config, data.bars)
     with open_cluster(settings) as executor:
-        submit = None if executor is None else fold_sender(executor, config, data.snapshot, parts)
+        data = read_data(con, config, executor=executor)
+        parts = identity(config, data)
+        folder = runs_folder(settings) / run_name(config, parts)
+        if (folder / "run.json").is_file():
+            return _reused(con, folder.name, config, data, settings, tell)
+        check_length(config, data.bars, data.sources, data.trades)
+        refuse_leaks(config, data.bars)
+        submit = None if executor is None else fold_sender(executor, config, data, parts)
         _train(con, config, data, parts, folder, tell, submit)
     tell(1.0, "trained")
     return load_run(folder.name, settings)
@@ -465,6 +462,16 @@ def _train(
     final = {"rows": fitted.model.n_rows_, "trees": fitted.model.best_iteration_ + 1}
     info = run_record(folder.name, config, parts, data, samples, test_start) | {"folds": folds, "final": final}
     _store_run(folder, to_json_value(info | _assess(con, folder.name, config, data, predictions)), fitted, predictions)
+
+
+def _reused(
+    con: duckdb.DuckDBPyConnection, name: str, config: RunConfig, data: RunData, settings: Settings | None, tell: Progress,
+) -> Run:  # fmt: skip
+    "Load a stored run, assessed by the current trials: the store may be younger."
+    run = load_run(name, settings)
+    now = to_json_value(_assess(con, run.id, config, data, run.predictions))
+    tell(1.0, "the same run was trained before: nothing to do")
+    return replace(run, reused=True, info=run.info | now)
 
 # %% ../../nbs/runs/05_run.ipynb #c357c863
 def _read_calibrator(file: Path) -> Calibrator:

@@ -7,21 +7,22 @@ __all__ = ['LEAST_KNOWN', 'one_blas_thread', 'LEAST_OUTCOMES', 'Progress', 'CALI
            'AMPLE', 'SHORTER', 'LEAST_ROWS', 'OF_FIXED', 'are_usable', 'usable_rows', 'Samples', 'first_test',
            'fitting_features', 'prepare', 'run_baselines', 'make_model', 'sample_weights', 'make_refits', 'fit_rows',
            'Fitted', 'known_by', 'fit_volatility', 'past_volatility', 'fit_all', 'outcome_unit', 'fold_length',
-           'base_rate', 'forecast_fold', 'FoldJob', 'fit_fold', 'fold_split', 'walk_folds', 'walk_forward',
-           'rows_to_fit', 'check_length', 'enough_with']
+           'base_rate', 'forecast_fold', 'fit_fold', 'fold_split', 'walk_folds', 'walk_forward', 'rows_to_fit',
+           'check_length', 'enough_with']
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #9b27ec64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from ..data.bars import bar_kind, bar_length
+from ..data.workers import Job
 from ..errors import ConfigError, DataNotFound, problem, SchemaError
 from ..features.pipeline import DataProcessing
 from ..features.registry import Feature
@@ -376,16 +377,7 @@ def forecast_fold(
 
 # %% ../../nbs/runs/04_walk_forward.ipynb #5b0a1d01
 type FoldResult = tuple[dict[str, np.ndarray], dict[str, object]]  # forecasts by column, record
-
-
-class FoldJob(Protocol):
-    "Describe a fold that is computed elsewhere, as a future of concurrent.futures or of Dask."
-
-    def result(self) -> FoldResult:  # forecasts and record
-        "Return the fold, or raise."
-
-    def cancel(self) -> object:  # ignored
-        "Cancel the fold if it has not begun."
+type FoldJob = Job[FoldResult]  # a fold that is computed elsewhere
 
 
 @one_blas_thread

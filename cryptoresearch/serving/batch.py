@@ -8,7 +8,9 @@ __all__ = ['RUN', 'NOTEBOOK_ONLY', 'TRAIN', 'notebook_path', 'kernel_env', 'chec
 
 # %% ../../nbs/serving/09_batch.ipynb #fa0755e5
 from .kernel import PROGRESS  # first: loads jsonschema quickly
+from ..data.workers import open_cluster
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem
+from ..features.user_modules import import_modules
 from ..runs.config import RunConfig
 from ..runs.identity import read_data
 from ..runs.options import options, RunOptions
@@ -379,15 +381,15 @@ def train_report(
         raise ConfigError(problem("split to be walk or cpcv", repr(split), "Change split"))
     s, asked = settings or get_settings(), ({"audit": True} if audit else {}) | ({"split": split} if split != "walk" else {})
     root, name = runs_folder(s), Path(template).name
-    with connect(s) as con:
-        run_id, there = find_run(con, config, s)
-        if not there:
-            data = read_data(con, config)
-            check_length(config, data.bars, data.sources, data.trades)
+    import_modules(config.modules)
+    with connect(s) as con, open_cluster(s) as executor:
+        data = read_data(con, config, executor=executor)
+    run_id, there = find_run(config, data, s)
+    if not there:
+        check_length(config, data.bars, data.sources, data.trades)
     reused = there and (root / run_id / "report.html").is_file() and _holds(root / run_id / name, asked)
     if not reused:
         run_id = _execute(config, template, asked, s, progress)
     elif progress:
         progress(1.0, "the same run was trained before: nothing to do")
-    folder = root / run_id
-    return TrainReport(run_id, folder, folder / name, folder / "report.html", reused)
+    return TrainReport(run_id, folder := root / run_id, folder / name, folder / "report.html", reused)

@@ -18,8 +18,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import display, Markdown
 
-# %% ../../nbs/serving/08a_run_sections.ipynb #5c0bb996
 from ..data.store import connect
+from ..data.workers import open_cluster
+
+# %% ../../nbs/serving/08a_run_sections.ipynb #5c0bb996
 from ..evaluation.audit import audit, Audit, audited
 from ..evaluation.comparison import baseline_table, interval_table, regime_table
 from ..evaluation.cpcv import path_predictions, score_paths
@@ -127,8 +129,8 @@ def read_report(
     seed: int = 0,  # of the draws
 ) -> RunReport:  # with the bars of the run's snapshot
     "Read the data behind a run's report."
-    with connect(settings, snapshot=run.info["snapshot"]) as con:
-        return RunReport(run, read_data(con, run.config), draws, seed)
+    with connect(settings, snapshot=run.info["snapshot"]) as con, open_cluster(settings) as executor:
+        return RunReport(run, read_data(con, run.config, executor=executor), draws, seed)
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #9bb4d5ce
 def data_section(

@@ -141,7 +141,7 @@ app.add_typer(research_app)
 # %% ../nbs/94_cli.ipynb #d1fb5301
 def _show_rows(columns: list[str], rows: Iterable[Iterable[object]], title: str = "") -> None:
     "Print rows as a table that fits the terminal; missing values are empty."
-    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == "run")
     for row in rows:
@@ -380,6 +380,13 @@ def train(
     console.print(f"verdict {info['verdict']}", soft_wrap=True)
 
 # %% ../nbs/94_cli.ipynb #c05b3f57
+def _short(value: object, least: bool) -> object:
+    "Round a number to the third digit, the least one of a p-value."
+    if not isinstance(value, float) or value != value:
+        return value
+    return "<0.001" if least and value < 0.001 else f"{value:.3f}"
+
+# %% ../nbs/94_cli.ipynb #c05b3f58
 runs_app = typer.Typer(invoke_without_command=True, help="List the runs, newest first; delete one.")
 app.add_typer(runs_app, name="runs")
 
@@ -401,8 +408,7 @@ def runs(
         console.print("no runs yet. Run: cryptoresearch train")
         return
     columns = ["run", "model", "ic", "baseline", "saved", "p"]
-    few = [run | {"p": "< 0.001" if (p := run.get("dm_p")) is not None and p < 0.001 else p} for run in found]
-    _show_rows(columns, [[run.get(c) for c in columns] for run in few])
+    _show_rows(columns, [[_short(run.get("dm_p" if c == "p" else c), least=c == "p") for c in columns] for run in found])
     for run in found:
         console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
 

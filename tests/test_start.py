@@ -63,7 +63,7 @@ def test_commands_that_answer_at_once(tmp_path: Path, args: tuple[str, ...]) -> 
     modules, text = loaded(COMMAND, tmp_path, *args)
     assert not modules & (HEAVY | FRAMES)
     if args == ("runs",):
-        assert "btcusdt-1h-return24-0123456789" in text and "6000" in text and "No skill found." in text
+        assert "btcusdt-1h-return24-0123456789" in text and "0.030" in text and "0.200" in text and "No skill found." in text
 
 
 def test_trained_runs_load_what_they_need(tmp_path: Path) -> None:

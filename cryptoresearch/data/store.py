@@ -623,7 +623,7 @@ def _not_newer(con: DuckDBPyConnection) -> int:
     "Return the version of the store's schema; `SchemaError` if the code is older."
     have, newest = schema_version(con), max(MIGRATIONS)
     if have > newest:
-        remedy = "Run: pip install --upgrade cryptoresearch"
+        remedy = "Install the version of cryptoresearch that wrote it, or a newer one"
         raise SchemaError(problem(f"a store of schema version {newest} or older", f"version {have}", remedy))
     return have
 

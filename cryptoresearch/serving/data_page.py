@@ -75,6 +75,14 @@ class _DataPage(Page):
         redraw_on(self, [self.series], reload)
 
 # %% ../../nbs/serving/10e_data_page.ipynb #c8b77d43
+def _offer_series(page: _DataPage) -> None:
+    "Offer the series of the store; raise `DataNotFound` without any."
+    found = read_symbols(page.con)
+    if found.empty:
+        raise DataNotFound(problem("trades or candles in the store", "none yet", "Run: cryptoresearch ingest FILE"))
+    offer(page.series, list(dict.fromkeys((f"{r.symbol} ({r.source})", (r.symbol, r.source)) for r in found.itertuples())))
+
+# %% ../../nbs/serving/10e_data_page.ipynb #5d0c3a02
 class DataPage(_DataPage):
     "Hold the widgets `address`, `controls`, `note`, `verdict` and `sections`."
 
@@ -83,14 +91,12 @@ class DataPage(_DataPage):
         query: dict[str, str],  # series, as its label
     ) -> None:
         "Select the series that the address names."
+        _offer_series(self)
         select(self.series, query.get("series"))
 
     def draw(self) -> None:
         "Offer the series of the store, and show the selected one."
-        found = read_symbols(self.con)
-        if found.empty:
-            raise DataNotFound(problem("trades or candles in the store", "none yet", "Run: cryptoresearch ingest FILE"))
-        offer(self.series, list(dict.fromkeys((f"{r.symbol} ({r.source})", (r.symbol, r.source)) for r in found.itertuples())))
+        _offer_series(self)
         symbol, source = self.series.value
         self.note.value, self.verdict.value = "", framed(report_verdict(self.con, symbol, source))
         show_sections(self.sections, sections_of(self.con, symbol, source))

@@ -78,6 +78,7 @@ class MarketPage(_MarketPage):
 # %% ../../nbs/serving/10b_market_page.ipynb #98bb438d
 def _choose(page: "_MarketPage", query: dict[str, str]) -> None:
     "Select what the address names; the bars are those of the market."
+    _fill(page, page.con)
     select(page.market, query.get("market"))
     _fill(page, page.con)
     for box, name in ((page.spec, "bars"), (page.first, "first"), (page.second, "second")):
@@ -137,13 +138,15 @@ def _answer(page: "_MarketPage", content: dict[str, float | str]) -> None:
     "Answer a message of the chart."
     try:
         page.width = float(content.get("width", page.width))
-        if page.levels is None or content["type"] == "ready":
-            return page.refresh()
-        if content["type"] == "range":
-            asked = float(content["from"]), float(content["to"])
-            page.chart.show(page.levels, page.names, asked, int(content["id"]), page.width)
-        elif snapshot(page.con) != page.seen:
-            _follow(page, page.levels)
+        levels, kind = page.levels, content["type"]
+        if levels is None:  # not opened yet, or without a store
+            return page.refresh() if kind == "look" else None
+        if kind == "ready":
+            page.chart.show(levels, page.names, (page.chart.view[0], page.chart.view[1]), width=page.width, move=True)
+        elif kind == "range":
+            page.chart.show(levels, page.names, (float(content["from"]), float(content["to"])), int(content["id"]), page.width)
+        elif kind == "look" and snapshot(page.con) != page.seen:
+            _follow(page, levels)
     except (CryptoResearchError, duckdb.Error) as error:
         say(page, str(error))
 

@@ -23,10 +23,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import traitlets
-from plotly.offline import get_plotlyjs
 
 from ..data.store import connect, snapshot
 from ..errors import CryptoResearchError
+from .chart import Drawing
 from .figures import CONFIG, static_text, warning_text
 from .queries import read_symbols
 from ..settings import get_settings, Settings
@@ -129,17 +129,17 @@ def framed(
     return f'<div class="cr-part">{text}</div>'
 
 # %% ../../nbs/serving/10a_pages.ipynb #79765635
-class PlotlyView(anywidget.AnyWidget):
+class PlotlyView(Drawing):
     "Show a plotly figure on a page; `show` replaces it."
 
-    _esm = static_text("figure_theme.js") + "\n" + static_text("plotly_view.js")
-    script = traitlets.Unicode().tag(sync=True)
+    library = "plotly-cartesian.js"
+    _esm = "\n".join(map(static_text, ("library.js", "figure_theme.js", "plotly_view.js")))
     config = traitlets.Unicode(json.dumps(CONFIG)).tag(sync=True)
-    figure = traitlets.Unicode('{"data": [], "layout": {}}').tag(sync=True)
+    figure = traitlets.Unicode("").tag(sync=True)  # JSON; empty until there is one
 
     def __init__(self) -> None:
         self.shown = go.Figure()
-        super().__init__(script=get_plotlyjs(), layout=widgets.Layout(width="100%"))
+        super().__init__()
 
     def show(
         self,
@@ -176,7 +176,9 @@ def show_sections(
     sections: Iterable[Shown],  # computed one by one
 ) -> None:
     "Show sections as they are computed."
-    box.children = ()
+    old, box.children = box.children, ()
+    for widget in old:
+        widget.close()
     for one in sections:
         if one.parts:
             heading = widgets.HTML(f'<div class="cr-part"><h2>{html.escape(one.heading)}</h2></div>')
@@ -258,7 +260,6 @@ class Page(_Stored):
         super().__init__(settings)
         self.address = Address(self.opened)
         self.build()
-        self.refresh()
 
     def opened(
         self,

@@ -40,17 +40,18 @@ class _PredictionsPage(Page):
         self.live, self.drawn = widgets.VBox(), ("", -1)  # run and snapshot of the live sections
         redraw_on(self, [self.run, self.count], reload)
 
-# %% ../../nbs/serving/10d_predictions_page.ipynb #895907af
-class PredictionsPage(_PredictionsPage):
-    "Hold the widgets `address`, `controls`, `note`, `verdict`, `forecasts`, `live`, `skill` and `coverage`."
-
     def choose(
         self,
         query: dict[str, str],  # run, show
     ) -> None:
         "Select what the address names."
+        offer(self.run, run_options(self.settings))
         choose_run(self.run, query.get("run"))
         select(self.count, next((label for label, n in SHOWN if str(n) == query.get("show")), None))
+
+# %% ../../nbs/serving/10d_predictions_page.ipynb #895907af
+class PredictionsPage(_PredictionsPage):
+    "Hold the widgets `address`, `controls`, `note`, `verdict`, `forecasts`, `live`, `skill` and `coverage`."
 
     def draw(self) -> None:
         "Offer the runs, and show the forecasts of the selected one."

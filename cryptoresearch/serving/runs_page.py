@@ -130,6 +130,12 @@ class _RunsPage(Page):
         redraw_on(self, [self.run], reload)
 
 # %% ../../nbs/serving/10c_runs_page.ipynb #30fc3395
+def _offer_runs(page: _RunsPage) -> None:
+    "List the runs, and offer those that can be read."
+    page.table.value = runs_table(page.settings)
+    offer(page.run, run_options(page.settings))
+
+# %% ../../nbs/serving/10c_runs_page.ipynb #5d0c3a01
 class RunsPage(_RunsPage):
     "Hold the widgets `address`, `table`, `controls`, `note`, `verdict` and `sections`."
 
@@ -138,12 +144,12 @@ class RunsPage(_RunsPage):
         query: dict[str, str],  # run
     ) -> None:
         "Select the run that the address names."
+        _offer_runs(self)
         choose_run(self.run, query.get("run"))
 
     def draw(self) -> None:
         "List the runs, and show the selected one."
-        self.table.value = runs_table(self.settings)
-        offer(self.run, run_options(self.settings))
+        _offer_runs(self)
         if self.run.value != self.drawn:
             run = load_run(str(self.run.value), self.settings)
             self.note.value, self.verdict.value = "", verdict_of(run) + framed(run)

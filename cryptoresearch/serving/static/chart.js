@@ -45,7 +45,8 @@ function look() {
   };
 }
 
-function render({ model, el }) {
+async function render({ model, el }) {
+  await library(model, "LightweightCharts");
   const { createChart, CandlestickSeries, HistogramSeries, LineSeries } = window.LightweightCharts;
   el.classList.add("cr-chart");
   const bar = element(el, "div", { className: "cr-chart-bar" });

@@ -1,5 +1,5 @@
 // Colour a plotly figure as the page around it; style sheets define --cr-paper, --cr-text, --cr-muted and --cr-grid.
-const SWAPPED = { "#20242a": "text", "#1f5fbf": "link" }; // INK and MODEL of serving.report_figures, too dark for a dark page
+const SWAPPED = { "#20242a": "text", "#1f5fbf": "link", "#4B5563": "muted" }; // INK and MODEL of serving.report_figures, outcome of serving.figures: too dark for a dark page
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--cr-${name}`).trim();
 
 function themed(layout) {
@@ -13,6 +13,7 @@ function themed(layout) {
     note.font = { ...note.font, color: color("muted") };
     if (note.bgcolor) note.bgcolor = "rgba(0,0,0,0)";
   }
+  if (layout.title?.text) layout.title.text = layout.title.text.replaceAll("#B42318", color("warning")); // that of serving.figures
   for (const font of [layout.font, layout.title?.font]) if (font && font.color in SWAPPED) font.color = color(SWAPPED[font.color]);
   if (layout.title?.subtitle?.font) layout.title.subtitle.font.color = color("muted");
   layout.template = { ...layout.template, layout: template };

@@ -1,21 +1,14 @@
-// Draw a plotly figure, in the colours of the page; figure_theme.js comes first.
-function ready(model) {
-  if (!window.Plotly) {
-    const tag = document.createElement("script");
-    tag.textContent = model.get("script");
-    document.head.append(tag);
-  }
-}
-
-function render({ model, el }) {
-  ready(model);
+// Draw a plotly figure, in the colours of the page; figure_theme.js and library.js come first.
+async function render({ model, el }) {
+  await library(model, "Plotly");
   const box = document.createElement("div");
   el.append(box);
   const draw = () => {
+    if (!model.get("figure")) return; // nothing to show yet
     const { data, layout } = JSON.parse(model.get("figure"));
     window.Plotly.react(box, inked(data), themed(layout), JSON.parse(model.get("config")));
   };
-  const watch = new ResizeObserver(() => box.clientWidth > 0 && window.Plotly.Plots.resize(box));
+  const watch = new ResizeObserver(() => box.clientWidth > 0 && box.data && window.Plotly.Plots.resize(box));
   draw();
   model.on("change:figure", draw);
   window.addEventListener("cr-theme", draw);

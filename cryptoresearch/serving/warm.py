@@ -7,10 +7,11 @@ __all__ = []
 
 # %% ../../nbs/serving/11b_warm.ipynb #5d0c1a04
 import gc
+import os
+from importlib import import_module
 
 import arch.bootstrap  # noqa: F401
 import duckdb
-import ipykernel.debugger
 import ipykernel.ipkernel
 import ipykernel.kernelapp
 import ipykernel.zmqshell  # noqa: F401
@@ -24,6 +25,8 @@ from . import compare_page, data_page, home_page, market_page, predictions_page,
 from .data_figures import daily_figure
 
 # %% ../../nbs/serving/11b_warm.ipynb #5d0c1a06
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # no warning of the debugger, which pages cannot use
+import_module("ipykernel.debugger")
 rsi(pd.Series(np.arange(30.0)), 14)
 daily_figure(pd.DataFrame({"rows": [1, 2], "volume": [1.0, 2.0]}, pd.date_range("2024-01-01", periods=2, tz="UTC"))).to_json()
 duckdb.default_connection().close()

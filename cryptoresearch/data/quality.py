@@ -8,13 +8,14 @@ __all__ = ['pick_source', 'is_candles', 'daily', 'agreement', 'refused', 'agains
 # %% ../../nbs/data/14_quality.ipynb #afa12c57
 import re
 from datetime import datetime
+from typing import get_args
 
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from .bars import bar_length
 from .series import check_range, naive_utc, normal_symbol, TimeLike
-from .status import coverage, gap_table, Level, PREFERRED, status, Verdict
+from .status import coverage, gap_table, Level, PREFERRED, Verdict
 from ..errors import DataNotFound, problem
 
 # %% ../../nbs/data/14_quality.ipynb #d5e47170
@@ -203,14 +204,12 @@ def happened(
 
 # %% ../../nbs/data/14_quality.ipynb #b14edd53
 def report_verdict(
-    con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
-    symbol: str,  # such as BTCUSDT
-    source: str,  # as in `coverage`
-    compared: pd.DataFrame | None = None,  # from `against_candles`
-) -> Verdict:  # as from `status`, lowered if candles differ
+    series: pd.DataFrame,  # rows of `status` about one source of a symbol, one per length of its candles
+    compared: pd.DataFrame,  # from `against_candles`; may be empty
+) -> Verdict:  # the worst of the rows, lowered if candles differ
     "Judge a series by its gaps, its refused rows and its candles."
-    row = status(con, symbol, source).iloc[0]
-    wrong = int((~compared["equal"].astype(bool)).sum()) if compared is not None and len(compared) else 0
+    row = min((row for _, row in series.iterrows()), key=lambda row: get_args(Level).index(row["level"]))
+    wrong = int((~compared["equal"].astype(bool)).sum()) if len(compared) else 0
     level: Level = "usable" if wrong and row["level"] == "complete" else row["level"]
-    extra = f"; {wrong} of {len(compared):,} candles differ from the trades" if wrong and compared is not None else ""
-    return Verdict(level, f"{symbol} from {source}: {row['verdict']}{extra}.")
+    extra = f"; {wrong} of {len(compared):,} candles differ from the trades" if wrong else ""
+    return Verdict(level, f"{row['symbol']} from {row['source']}: {row['verdict']}{extra}.")

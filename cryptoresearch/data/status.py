@@ -658,13 +658,14 @@ def _terminal(s: DataStatus) -> Group:
 def data_status(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
     symbol: str | None = None,  # one symbol only
+    source: str | None = None,  # one source only
     *,
     silences: bool = True,  # find silences and contradictory values too, which reads all rows
 ) -> DataStatus:  # displays itself in a terminal and in a notebook
     "Collect everything that the store has, for display."
-    claims, gaps = _claims(con, symbol), gap_table(con, symbol, silences=silences)
-    doubts = _doubts(con, symbol, None) if silences else {}
-    return DataStatus(_summed(claims, gaps, _live_rows(con, claims), doubts), coverage(con, symbol), gaps, store_size(con))
+    claims, gaps = _claims(con, symbol, source), gap_table(con, symbol, source, silences=silences)
+    doubts = _doubts(con, symbol, source) if silences else {}
+    return DataStatus(_summed(claims, gaps, _live_rows(con, claims), doubts), coverage(con, symbol, source), gaps, store_size(con))
 
 # %% ../../nbs/data/13_status.ipynb #b12c8bbb
 PREFERRED = {"spot": ("trades", "aggTrades", "binance", "finnhub"), "um": ("um.trades", "um.aggTrades")}

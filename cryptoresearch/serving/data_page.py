@@ -16,6 +16,7 @@ from ..data.quality import report_verdict
 from ..data.store import is_collecting
 from ..errors import DataNotFound, problem
 from . import data_sections
+from .data_sections import data_report, DataReport
 from .pages import dropdown, framed, offer, Page, redraw_on, row_of, select, show_sections
 from .queries import read_symbols
 from .run_sections import Section, section
@@ -48,18 +49,15 @@ def sessions_section(
 
 # %% ../../nbs/serving/10e_data_page.ipynb #9bd73a31
 def sections_of(
-    con: duckdb.DuckDBPyConnection,  # of data.store
-    symbol: str,  # such as BTCUSDT
-    source: str,  # of the series
+    report: DataReport,  # of the series
 ) -> Iterator[Section]:  # computed one by one
     "Compute the sections about a series."
-    report = data_sections.data_report(con, symbol, source)
     yield section("Series", (data_sections.series_table(report),))
     for make in (data_sections.coverage_section, data_sections.daily_section, data_sections.agreement_section):
         yield make(report)
     yield data_sections.candles_section(report)
     yield data_sections.refused_section(report)
-    yield sessions_section(con)
+    yield sessions_section(report.con)
     yield data_sections.events_section(report)
     yield data_sections.data_rules_section()
 
@@ -97,9 +95,9 @@ class DataPage(_DataPage):
     def draw(self) -> None:
         "Offer the series of the store, and show the selected one."
         _offer_series(self)
-        symbol, source = self.series.value
-        self.note.value, self.verdict.value = "", framed(report_verdict(self.con, symbol, source))
-        show_sections(self.sections, sections_of(self.con, symbol, source))
+        report = data_report(self.con, *self.series.value)
+        self.note.value, self.verdict.value = "", framed(report_verdict(report.series, report.compared))
+        show_sections(self.sections, sections_of(report))
         self.address.keep({"series": self.series.label})
 
     def clear(self) -> None:

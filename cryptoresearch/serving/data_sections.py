@@ -13,7 +13,7 @@ import duckdb
 import pandas as pd
 
 from ..data import quality
-from ..data.status import coverage, gap_table, length_text, missing_files, status
+from ..data.status import data_status, length_text, missing_files
 from ..data.store import snapshot
 from . import data_figures
 from .run_sections import facts_table, section, Section
@@ -46,8 +46,8 @@ def data_report(
     name = quality.pick_source(con, symbol, source)
     candles = quality.is_candles(con, symbol, name)
     compared = pd.DataFrame() if candles else quality.against_candles(con, symbol, name)
-    tables = status(con, symbol, name), coverage(con, symbol, name), gap_table(con, symbol, name)
-    return DataReport(con, symbol, name, candles, *tables, compared, quality.daily(con, symbol, name, start, end))
+    found, days = data_status(con, symbol, name), quality.daily(con, symbol, name, start, end)
+    return DataReport(con, symbol, name, candles, found.status, found.coverage, found.gaps, compared, days)
 
 # %% ../../nbs/serving/08d_data_sections.ipynb #2bdfcf3a
 def _missing(report: DataReport) -> str:

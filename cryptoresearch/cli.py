@@ -27,8 +27,8 @@ from rich.table import Table
 from . import __version__
 from .cli_data import data_app
 from cryptoresearch.cli_shared import (
-    Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame,
-    SymbolName,
+    Cluster, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, run_option, RunName,
+    show_frame, SymbolName,
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_symbol, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
@@ -532,7 +532,7 @@ def stream(
 @app.command()
 def live(
     symbol: Annotated[list[str], typer.Argument(help="Such as BTCUSDT; several may be given.", autocompletion=complete_symbols)],
-    run: Annotated[list[str], typer.Option(help="Name of a run. May be given several times.", autocompletion=complete_runs)],
+    run: Annotated[list[str], run_option(help="Name of a run. May be given several times.")],
     feed_name: FeedName = None,  # chosen by the settings if None
     url: Url = None,  # of a server that speaks the feed's protocol
     seconds: Seconds = None,  # without end if None
@@ -819,7 +819,7 @@ def export(
     start: Annotated[str | None, typer.Option(help="First time, UTC.")] = None,
     end: Annotated[str | None, typer.Option(help="Times before this one, UTC.")] = None,
     source: Annotated[str | None, typer.Option(help="Source of the rows. Default: the best one.")] = None,
-    run: Annotated[str | None, typer.Option(help="Run whose forecasts out of sample are written.", autocompletion=complete_runs)] = None,
+    run: Annotated[str | None, run_option(help="Run whose forecasts out of sample are written.")] = None,
     modules: Modules = None,  # of user-defined features
 ) -> None:
     "Write bars, trades, features or predictions to a file."

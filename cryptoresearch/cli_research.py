@@ -20,7 +20,8 @@ from typing import Annotated, Any, TYPE_CHECKING
 import typer
 
 from cryptoresearch.cli_shared import (
-    Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame, Tell,
+    Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame,
+    stored_names, Tell,
 )  # fmt: skip
 from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
@@ -352,7 +353,8 @@ def evaluate(
 
 # %% ../nbs/93_cli_research.ipynb #73308072
 Compared = Annotated[
-    list[str], typer.Argument(help="Names of two or more runs, or unambiguous beginnings of them.", autocompletion=complete_runs)
+    list[str],
+    typer.Argument(help="Names of two or more runs, or beginnings of them.", autocompletion=complete_runs, callback=stored_names),
 ]
 
 

@@ -174,7 +174,9 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 # %% ../nbs/94_cli.ipynb #4aee2cbe
 @app.command()
-def doctor() -> None:
+def doctor(
+    as_json: Json = False,  # one object per check
+) -> None:
     """Check what works on this machine.
 
     Report what to do about the rest; exit code 1 if a check failed."""
@@ -182,12 +184,10 @@ def doctor() -> None:
 
     checks = examine()
     marks = {"ok": "[green]ok[/]", "absent": "[yellow]not set up[/]", "failed": "[red]failed[/]"}
-    table = Table(header_style="bold")
-    for column in ("check", "state", "found", "what to do"):
-        table.add_column(column, overflow="fold")
-    for c in checks:
-        table.add_row(c.name, marks[c.state], c.found, c.remedy)
-    console.print(table)
+    if as_json:
+        print_json([asdict(c) for c in checks])
+    else:
+        _show_rows(["check", "state", "found", "what to do"], [[c.name, marks[c.state], c.found, c.remedy] for c in checks])
     raise typer.Exit(code=1 if any(c.state == "failed" for c in checks) else 0)
 
 # %% ../nbs/94_cli.ipynb #aab7325b

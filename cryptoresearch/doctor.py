@@ -135,7 +135,7 @@ def check_minio(
 ) -> Check:  # result with a remedy
     "Check that the MinIO server accepts the keys."
     if not settings.minio_endpoint:
-        return Check("MinIO", "absent", "MINIO_ENDPOINT is not set", "Only needed for s3:// files; see .env.example")
+        return Check("MinIO", "absent", "MINIO_ENDPOINT is not set", "Only for s3:// files: set it, MINIO_ACCESS_KEY and MINIO_SECRET_KEY")
     try:
         names = {b.name for b in minio_client(settings).list_buckets()}
     except Exception as e:  # any network error is the result of the check

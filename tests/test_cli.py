@@ -25,6 +25,7 @@ from cryptoresearch import cli
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.runs import stored
 from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.run import train_run
 from cryptoresearch.settings import Settings
@@ -108,6 +109,8 @@ def test_a_wrong_setting_is_named(run: Command, tmp_path: Path) -> None:
 
 
 def test_doctor_fails_only_on_what_is_broken(run: Command, tmp_path: Path) -> None:
+    checks = json.loads(run(tmp_path, "doctor", "--json").stdout)
+    assert len(checks) > 5 and {check["state"] for check in checks} == {"ok", "absent"}
     assert run(tmp_path, "doctor").returncode == 0
     broken = run(tmp_path, "doctor", MINIO_ENDPOINT="127.0.0.1:9", MINIO_ACCESS_KEY="k3y-a", MINIO_SECRET_KEY="k3y-b", FINNHUB_TOKEN="t0k3n")
     assert broken.returncode == 1
@@ -160,7 +163,8 @@ def test_the_help_page_is_a_table_of_contents(run: Command, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", all_commands())
-def test_the_examples_of_each_command_parse(name: str) -> None:
+def test_the_examples_of_each_command_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "find_folder", str)  # the runs of the examples are not stored here
     examples = [line.strip() for line in (all_commands()[name].epilog or "").splitlines()[1:]]
     assert examples, "a command without an example"
     for line in examples:

@@ -19,6 +19,7 @@ from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.errors import ConfigError, SchemaError
 from cryptoresearch.evaluation.comparison import baseline_table
 from cryptoresearch.ingest.files import process_file
+from cryptoresearch.runs import stored
 from cryptoresearch.runs.config import RunConfig
 from cryptoresearch.runs.identity import read_data
 from cryptoresearch.runs.run import load_run, train_run
@@ -522,9 +523,10 @@ def refused(text: str) -> str | None:
         return "" if harmless else said
 
 
-def test_the_commands_that_messages_name_parse():
+def test_the_commands_that_messages_name_parse(monkeypatch):
     import cryptoresearch
 
+    monkeypatch.setattr(stored, "find_folder", str)  # the runs of the messages are not stored here
     assert refused("train --modle xgboost. Then") and refused("bars BTCUSDT 1h --fast") and refused("runs delete A B C"), "the test can fail"
     assert refused("bars BTCUSDT 5m, or make_bars(con)") == "" and refused("is a project") is None
     files = [p for p in sorted(Path(cryptoresearch.__file__).parent.rglob("*.py")) if p.name != "_modidx.py"]

@@ -66,6 +66,12 @@ def test_commands_that_answer_at_once(tmp_path: Path, args: tuple[str, ...]) -> 
         assert "btcusdt-1h-return24-0123456789" in text and "0.030" in text and "0.200" in text and "No skill found." in text
 
 
+@pytest.mark.parametrize("line", ["scores nope", "predict nope", "live BTCUSDT --run nope", "evaluate nope", "compare a b", "reproduce nope", "runs delete nope"])
+def test_a_run_that_is_not_stored_is_refused_before_libraries_load(tmp_path: Path, line: str) -> None:
+    modules, _ = loaded(COMMAND.replace("if end.code:", "if end.code != 4:"), tmp_path, *line.split())
+    assert not modules & (HEAVY | FRAMES)
+
+
 def test_trained_runs_load_what_they_need(tmp_path: Path) -> None:
     "Significance tests, GARCH and scikit-learn's file format are loaded on their first use."
     modules, _ = loaded("import cryptoresearch.runs.run, cryptoresearch.metrics.significance", tmp_path)

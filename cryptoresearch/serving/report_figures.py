@@ -196,7 +196,7 @@ def prediction_figure(
         fig.add_scatter(x=rows.index, y=rows["y"], name="outcome", line={"color": OUTCOME, "width": 1})
     fig.add_scatter(x=rows.index, y=rows["prediction"], name="forecast", line={"color": MODEL, "width": 1.5})
     fig = _dress(fig, f"Forecast and outcome of {target}{note}")
-    fig.update_yaxes(title=target, tickformat=".1%")
+    fig.update_yaxes(title=target, tickformat=".2~%")
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000015
@@ -215,7 +215,7 @@ def skill_figure(
     fig = go.Figure(go.Scatter(x=shown.index, y=shown["gain"], line={"color": MODEL, "width": 1.5}, name="cumulative loss reduction"))
     fig.add_hline(y=0, line={"color": BASELINE, "width": 1, "dash": "dash"})
     fig = _dress(fig, f"Rising: the model is better than “{baseline}”; falling: worse{note}", 280)
-    fig.update_yaxes(title=f"reduction of the {loss_name(target)}", tickformat=".1%")
+    fig.update_yaxes(title=f"reduction of the {loss_name(target)}", tickformat=".2~%")
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000019
@@ -256,7 +256,7 @@ def coverage_figure(
     fig.add_scatter(x=shown.index, y=shown["width"], name="width", line={"color": OUTCOME, "width": 1}, row=2, col=1)
     fig = _dress(fig, f"Coverage ({level:.0%} nominal) and width of the interval{note}", 380)
     fig.update_yaxes(title="coverage", tickformat=".0%", row=1, col=1)
-    fig.update_yaxes(title="width", tickformat=".1%", row=2, col=1)
+    fig.update_yaxes(title="width", tickformat=".2~%", row=2, col=1)
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #f49a9835
@@ -276,7 +276,7 @@ def stretches_figure(
         fig.add_hline(y=level, line={"color": BASELINE, "width": 1, "dash": "dash"}, row=2, col=1)
         fig.update_yaxes(title="coverage", tickformat=".0%", row=2, col=1)
     fig = _dress(fig, f"Loss reduction against “{baseline}”" + f", and coverage ({level:.0%} nominal)" * covered, 230 + 130 * covered)
-    fig.update_yaxes(title="reduction", tickformat=".1%", row=1, col=1)
+    fig.update_yaxes(title="reduction", tickformat=".2~%", row=1, col=1)
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #0000001c
@@ -314,7 +314,7 @@ def importance_figure(
     )
     fig = _dress(fig, f"Feature importance: {len(share)} of {len(importance)} features", 110 + 18 * len(share))
     fig.update_layout(hovermode="closest", showlegend=False, margin={"l": 8, "r": 8, "t": 40, "b": 8})
-    fig.update_xaxes(tickformat=".1%", nticks=6, title="gain share")
+    fig.update_xaxes(tickformat=".2~%", nticks=6, title="gain share")
     return fig
 
 # %% ../../nbs/serving/05_report_figures.ipynb #00000023

@@ -532,7 +532,7 @@ def stream(
 @app.command()
 def live(
     symbol: Annotated[list[str], typer.Argument(help="Such as BTCUSDT; several may be given.", autocompletion=complete_symbols)],
-    run: Annotated[list[str], run_option(help="Name of a run. May be given several times.")],
+    run: Annotated[list[str], run_option("Name of a run. May be given several times.")],  # stored
     feed_name: FeedName = None,  # chosen by the settings if None
     url: Url = None,  # of a server that speaks the feed's protocol
     seconds: Seconds = None,  # without end if None
@@ -819,7 +819,7 @@ def export(
     start: Annotated[str | None, typer.Option(help="First time, UTC.")] = None,
     end: Annotated[str | None, typer.Option(help="Times before this one, UTC.")] = None,
     source: Annotated[str | None, typer.Option(help="Source of the rows. Default: the best one.")] = None,
-    run: Annotated[str | None, run_option(help="Run whose forecasts out of sample are written.")] = None,
+    run: Annotated[str | None, run_option("Run whose forecasts out of sample are written.")] = None,  # stored
     modules: Modules = None,  # of user-defined features
 ) -> None:
     "Write bars, trades, features or predictions to a file."

@@ -1358,6 +1358,7 @@ def test_the_command_names_a_symbol_without_trades_after_seconds(settings: Setti
 @pytest.mark.parametrize("command", [["stream", "--symbol", "BTCUSTD"], ["live", "BTCUSTD", "--run", "x"]])
 def test_a_symbol_that_the_exchange_does_not_trade_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr("cryptoresearch.live.binance.urlopen", lambda url, timeout: contextlib.closing(io.BytesIO(b'[{"symbol":"BTCUSDT"}]')))
+    monkeypatch.setattr("cryptoresearch.runs.stored.find_folder", str)
     monkeypatch.setattr("cryptoresearch.cli._live_runs", lambda *_: ([], []))
     monkeypatch.setattr("cryptoresearch.serving.live._check", lambda *_: None)
     said = CliRunner().invoke(app, [*command, "--feed", "binance"])

@@ -151,11 +151,12 @@ def test_systemd_accepts_the_unit() -> None:
     assert done.returncode == 0 and unit.name not in done.stderr, done.stderr
 
 
-def test_the_unit_starts_a_command_that_parses() -> None:
+def test_the_unit_starts_a_command_that_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     import typer.main
 
     from cryptoresearch.cli import app
 
+    monkeypatch.setattr("cryptoresearch.runs.stored.find_folder", str)  # the run of the unit is not stored here
     text = (ROOT / "deploy" / "cryptoresearch-live.service").read_text(encoding="utf-8")
     line = re.search(r"^ExecStart=.*/cryptoresearch (.*)$", text, re.MULTILINE)
     assert line is not None

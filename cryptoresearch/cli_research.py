@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['research_app', 'Symbol', 'Report', 'Output', 'Audited', 'Compared', 'make_report', 'read_pairs', 'read_params',
-           'Given', 'takes', 'take_symbol', 'asked_config', 'list_features', 'tune', 'show_audit', 'audit', 'evaluate',
-           'compare', 'promote', 'registry', 'batch']
+           'Given', 'takes', 'take_symbol', 'asked_config', 'check_bars', 'list_features', 'tune', 'show_audit',
+           'audit', 'evaluate', 'compare', 'promote', 'registry', 'batch']
 
 # %% ../nbs/93_cli_research.ipynb #765e7e38
 import inspect
@@ -172,6 +172,18 @@ def asked_config(
 _LISTED = ("features", "modules", "symbol", "spec", "target", "label", "horizon", "start", "end", "test_start", "model", "seed")
 
 
+def check_bars(
+    given: dict[str, Any],  # by name of the option
+    settings: Settings | None = None,  # from the environment when None
+) -> None:
+    "Refuse bars that are not stored before a command imports its libraries."
+    from cryptoresearch.data.bars import check_stored
+    from cryptoresearch.data.store import connect
+
+    with connect(settings, read_only=True) as con:
+        check_stored(con, given["symbol"], given["spec"])
+
+
 def _either(as_json: bool, report: bool) -> None:
     "Refuse --json together with --report, whose path would be part of the output."
     if as_json and report:
@@ -235,11 +247,12 @@ def tune(
     """Search parameters, weights and refit period before the test.
 
     Start it several times to use more cores, or with --cluster; again to continue."""
+    take_symbol(given, symbol_given)
+    check_bars(given)
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import whole_paths
     from cryptoresearch.runs.tuning import asked_search, found_options, tune as search
 
-    take_symbol(given, symbol_given)
     (asked, fixed), settings = asked_search(given | {"modules": whole_paths(given["modules"])}), on_cluster(cluster)
     with progress("searching") as tell, connect(settings) as con:
         more = {"n_folds": given["inner_folds"], "fixed": fixed, "storage": given["storage"]}

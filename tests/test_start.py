@@ -72,6 +72,12 @@ def test_a_run_that_is_not_stored_is_refused_before_libraries_load(tmp_path: Pat
     assert not modules & (HEAVY | FRAMES)
 
 
+@pytest.mark.parametrize("line", ["train BTCUST", "tune BTCUST"])
+def test_bars_are_looked_for_before_models_load(tmp_path: Path, line: str) -> None:
+    modules, _ = loaded(COMMAND.replace("if end.code:", "if end.code != 4:"), tmp_path, *line.split())
+    assert not modules & (HEAVY - {"duckdb", "numba", "scipy"})
+
+
 def test_trained_runs_load_what_they_need(tmp_path: Path) -> None:
     "Significance tests, GARCH and scikit-learn's file format are loaded on their first use."
     modules, _ = loaded("import cryptoresearch.runs.run, cryptoresearch.metrics.significance", tmp_path)

@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'IntoFrame', 'SOURCES', 'PLAYED', 'Market', 'EVENTS', 'bar_length', 'bar_spec', 'check_columns',
            'check_price_range', 'check_bars', 'BarKind', 'with_kind', 'bar_kind', 'check_event_bars', 'check_frame',
            'as_times', 'BarArrays', 'bar_arrays', 'bar_series', 'trade_rows', 'as_pandas', 'as_bars', 'bars_frame',
-           'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'bars_remedy', 'read_bars']
+           'bar_frame', 'trades_to_bars', 'resample_bars', 'source_market', 'source_venue', 'bars_remedy', 'read_bars',
+           'check_stored']
 
 # %% ../../nbs/data/07_bars.ipynb #fdbe84e9
 import re
@@ -601,3 +602,14 @@ def read_bars(
     if rows.empty:
         raise _nothing_found(con, symbol, spec, f"{spec} bars of {symbol}{_in_words(source, market, t0, t1)}")
     return _rows_frame(rows, BarKind("time", spec, symbol, source), ids)
+
+# %% ../../nbs/data/07_bars.ipynb #08aaad49
+def check_stored(
+    con: duckdb.DuckDBPyConnection,  # the store
+    symbol: str,  # such as BTCUSDT
+    spec: str,  # bar length; event bars are not looked for
+) -> None:
+    "Raise the `DataNotFound` of `read_bars` where a symbol has no bars of a length."
+    symbol = normal_symbol(symbol)
+    if ":" not in spec and not _usable(con, symbol, bar_spec(spec), None, None):
+        raise _nothing_found(con, symbol, bar_spec(spec), f"{bar_spec(spec)} bars of {symbol}")

@@ -183,7 +183,7 @@ def _connected(address: str) -> "Client":
 
 # %% ../../nbs/data/01a_workers.ipynb #d0a50016
 class Cluster:
-    "Run tasks on the workers of a Dask scheduler; a job as an argument stands for its result."
+    "Run tasks on the workers of a Dask scheduler; a job among the arguments is replaced by its result."
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class Cluster:
         self,
         run: Callable[..., T],  # of a module that the workers can import
         /,
-        *args: object,  # of `run`; jobs of this cluster stand for their results
+        *args: object,  # of `run`; jobs of this cluster are replaced by their results
     ) -> Job[T]:  # begun or waiting
         "Submit a task."
         job: Job[T] = self.client.submit(run, *args, pure=False)

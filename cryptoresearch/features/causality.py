@@ -954,7 +954,7 @@ def _rows_across(
 def live_across_gap(
     features: Any,  # names, groups, Feature objects
     bars: pd.DataFrame,  # bar frame with a gap, and more than the warm-up of whole bars on both sides of the first
-    bars_read: int = 1_000,  # bars of warm-up to read on each side, for each feature; 4 to 8 rows result
+    bars_read: int = 1_000,  # bars of warm-up to read on each side, for each feature; 4 to 20 rows result
     # index: feature; group, warmup, played (rows), compared (rows with a value), behind (of them after the gap),
     # worst_error (relative; inf where only one has a value), equal (within the declared tolerance)
 ) -> pd.DataFrame:
@@ -965,7 +965,7 @@ def live_across_gap(
     bars = pd.DataFrame(dict(bars.items()))  # without attrs, which pandas copies at each access
     for f in resolve(features):
         batch = f.values(bars)
-        rows = _rows_across(np.flatnonzero(~np.isnan(batch)), gap, f.warmup, int(np.clip(bars_read // f.warmup, 4, 8)))
+        rows = _rows_across(np.flatnonzero(~np.isnan(batch)), gap, f.warmup, int(np.clip(bars_read // f.warmup, 4, 20)))
         size = np.nanmedian(np.abs(batch)) if not np.isnan(batch).all() else 0.0
         live = np.array([[f.values(bars.iloc[max(0, i + 1 - f.warmup) : i + 1])[-1], f.values(bars.iloc[: i + 1])[-1]] for i in rows])
         errors = _errors(np.repeat(batch[rows][:, None], 2, axis=1), live, np.array(size))

@@ -30,7 +30,7 @@ from cryptoresearch.cli_shared import (
     Cluster, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, run_option, RunName,
     show_frame, SymbolName,
 )  # fmt: skip
-from .cli_research import asked_config, check_bars, Given, read_pairs, research_app, Symbol, take_symbol, takes
+from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_bars, takes
 from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
@@ -366,8 +366,7 @@ def train(
     """Train a walk-forward model and write its report.
 
     The same options on the same data find the run that is there."""
-    take_symbol(given, symbol_given)
-    check_bars(given)
+    take_bars(given, symbol_given)
     from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.batch import train_report
 

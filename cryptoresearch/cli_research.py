@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['research_app', 'Symbol', 'Report', 'Output', 'Audited', 'Compared', 'make_report', 'read_pairs', 'read_params',
-           'Given', 'takes', 'take_symbol', 'asked_config', 'check_bars', 'list_features', 'tune', 'show_audit',
-           'audit', 'evaluate', 'compare', 'promote', 'registry', 'batch']
+           'Given', 'takes', 'take_symbol', 'asked_config', 'take_bars', 'list_features', 'tune', 'show_audit', 'audit',
+           'evaluate', 'compare', 'promote', 'registry', 'batch']
 
 # %% ../nbs/93_cli_research.ipynb #765e7e38
 import inspect
@@ -168,20 +168,24 @@ def asked_config(
 
     return config_from(given | {"modules": whole_paths(given["modules"])})
 
-# %% ../nbs/93_cli_research.ipynb #7a0c1a01
-_LISTED = ("features", "modules", "symbol", "spec", "target", "label", "horizon", "start", "end", "test_start", "model", "seed")
-
-
-def check_bars(
-    given: dict[str, Any],  # by name of the option
-    settings: Settings | None = None,  # from the environment when None
+# %% ../nbs/93_cli_research.ipynb #7a0c1a02
+def take_bars(
+    given: Given,  # options of the command
+    symbol: str | None,  # its argument
 ) -> None:
-    "Refuse bars that are not stored before a command imports its libraries."
+    "Take the symbol of the argument, and refuse bars that are not stored before the command imports its libraries."
     from cryptoresearch.data.bars import check_stored
+    from cryptoresearch.data.build_bars import check_spec
+    from cryptoresearch.data.series import normal_symbol
     from cryptoresearch.data.store import connect
 
-    with connect(settings, read_only=True) as con:
-        check_stored(con, given["symbol"], given["spec"])
+    take_symbol(given, symbol)
+    name, (_, spec) = normal_symbol(given["symbol"]), check_spec(given["spec"])
+    with connect(read_only=True) as con:
+        check_stored(con, name, spec)
+
+# %% ../nbs/93_cli_research.ipynb #7a0c1a01
+_LISTED = ("features", "modules", "symbol", "spec", "target", "label", "horizon", "start", "end", "test_start", "model", "seed")
 
 
 def _either(as_json: bool, report: bool) -> None:
@@ -247,8 +251,7 @@ def tune(
     """Search parameters, weights and refit period before the test.
 
     Start it several times to use more cores, or with --cluster; again to continue."""
-    take_symbol(given, symbol_given)
-    check_bars(given)
+    take_bars(given, symbol_given)
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import whole_paths
     from cryptoresearch.runs.tuning import asked_search, found_options, tune as search
@@ -387,7 +390,7 @@ def _show_lineup(line: "Lineup", as_json: bool) -> None:
         show_frame(frame.round(4))
     console.print(verdict.sentence, soft_wrap=True, markup=False)
 
-# %% ../nbs/93_cli_research.ipynb #7a0c1a02
+# %% ../nbs/93_cli_research.ipynb #7a0c1a03
 @research_app.command()
 def compare(
     runs: Compared,  # the first is compared with each of the others

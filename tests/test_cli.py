@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conftest import Command
 from pyarrow import csv
 
 from cryptoresearch import cli
+from cryptoresearch.cli_research import take_symbol
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.ingest.files import process_file
@@ -62,13 +64,9 @@ def test_every_command_explains_itself(run: Command, tmp_path: Path, name: str) 
         (["train", "--target", "luck"], "target", 2),
         (["train", "--param", "max_depth"], "name=value", 3),
         (["train", "--label", "up"], "--label name=value", 3),
-        (["train", "--target", "triple_barrier", "--label", "up=-1"], "above 0", 3),
-        (["train", "--target", "direction", "--model", "har"], "probabilities", 3),
         (["reproduce", "no-such-run"], "no-such-run", 4),
         (["bars", "BTCUSDT", "1fortnight"], "1fortnight", 3),
-        (["train", "--bars", "1x"], "1x", 3),
         (["export", "BTCUSDT", "--bars", "1x", "--to", "x.csv"], "1x", 3),
-        (["train", "--train-window", "365D"], "--train-window", 3),
         (["predict", "no-such-run"], "no-such-run", 4),
         (["stream", "--seconds", "1", "--feed", "finnhub"], "FINNHUB_TOKEN", 3),
         (["stream", "--feed", "nasdaq"], "binance, finnhub", 3),
@@ -99,6 +97,27 @@ def test_wrong_input_is_told_in_a_sentence(run: Command, tmp_path: Path, args: l
     assert "Traceback" not in done.stderr + done.stdout
     assert told in done.stderr, done.stderr
     assert len(done.stderr) < 900, done.stderr
+
+
+@pytest.fixture(scope="module")
+def hour_store(hours_in: Callable[[Path, str, str], Settings], tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return hours_in(tmp_path_factory.mktemp("hours"), "2024-01-01", "2024-01-05")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--target", "triple_barrier", "--label", "up=-1"], "above 0"),
+        (["--target", "direction", "--model", "har"], "probabilities"),
+        (["--bars", "1x"], "1x"),
+        (["--train-window", "365D"], "--train-window"),
+    ],
+)
+def test_a_wrong_option_of_a_training_is_told(run: Command, hour_store: Settings, args: list[str], told: str) -> None:
+    done = run(Path(hour_store.duckdb_path).parent, "train", *args, DUCKDB_PATH=hour_store.duckdb_path)
+    assert done.returncode == 3, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert told in done.stderr and len(done.stderr) < 900, done.stderr
 
 
 def test_a_wrong_setting_is_named(run: Command, tmp_path: Path) -> None:
@@ -388,6 +407,7 @@ def test_training_on_several_sources_says_so(monkeypatch: pytest.MonkeyPatch, ca
     info = {"data": {"sources": ["klines", "trades"]}, "verdict": "No skill."}
     monkeypatch.setattr(batch, "train_report", lambda *_, **__: SimpleNamespace(run_id="r", report="r.html", reused=False))
     monkeypatch.setattr(runs, "load_run", lambda _: SimpleNamespace(info=info))
+    monkeypatch.setattr(cli, "take_bars", take_symbol)
     told = CliRunner().invoke(cli.app, ["train", "BTCUSDT"]).output
     assert "source  klines and trades" in told and "--source takes one" in told
     info["data"]["sources"] = ["klines"]

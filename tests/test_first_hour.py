@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cryptoresearch import cli
+from cryptoresearch.cli_research import take_symbol
 from cryptoresearch.data.bars import bar_frame, check_bars
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.data.simulate import simulate_archive
@@ -170,7 +172,7 @@ def test_the_report_uses_one_loss_and_one_baseline(tmp_path):
     table, base = baseline_table(run.predictions, "volatility", 6, draws=200), run.info["baseline"]
     assert base == table.drop(index="model")["dm_stat"].idxmax(), "the hardest to beat"
     share, low, high = (table.loc[base, c] for c in ("saved", "lower", "upper"))
-    told = f"({share:.1%} of its QLIKE saved, 95 % interval {low:.1%} to {high:.1%}, " if share >= 0 else f"({-share:.1%} more QLIKE, 95 % interval {-high:.1%} to {-low:.1%}, "
+    told = f"({share:.1%} of its QLIKE saved, 95% interval {low:.1%} to {high:.1%}, " if share >= 0 else f"({-share:.1%} more QLIKE, 95% interval {-high:.1%} to {-low:.1%}, "
     assert told.replace("-", "−") in run.info["verdict"], run.info["verdict"]
     assert "OOS R²" not in run.info["verdict"]
     assert found.dm_p == pytest.approx(table.loc[base, "dm_p"]) and f"“{base}”" in overfitting_view(found, None).frame.to_string()
@@ -245,8 +247,6 @@ def candles_run(tmp_path_factory):
 def command(settings: Settings, *words: str):
     "Run a command of the command line on a store; return exit code, output and the error, if any."
     from typer.testing import CliRunner
-
-    from cryptoresearch import cli
 
     done = CliRunner().invoke(cli.app, list(words), env={"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir, "COLUMNS": "200"})
     return done.exit_code, done.output, done.exception
@@ -436,6 +436,7 @@ def test_train_takes_the_symbol_as_other_commands_do(month, monkeypatch):
         raise ConfigError("asked")
 
     monkeypatch.setattr(batch, "train_report", keep)
+    monkeypatch.setattr(cli, "take_bars", take_symbol)  # the month has no ETHUSDT
     command(month, "train", "ETHUSDT", "--horizon", "9")
     command(month, "train", "--symbol", "ETHUSDT")
     assert [(c.symbol, c.horizon) for c in asked] == [("ETHUSDT", 9), ("ETHUSDT", 24)]

@@ -90,6 +90,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 import cryptoresearch
 from cryptoresearch import cli
+from cryptoresearch.cli_research import take_symbol
 from cryptoresearch.runs.config import config_from, RunConfig
 from cryptoresearch.runs.options import parameters_cell, TEMPLATES
 from cryptoresearch.serving import batch
@@ -100,6 +101,7 @@ def keep(config, **more):
 
 seen = {"package": str(Path(cryptoresearch.__file__).parent), "config": RunConfig(patience=4).patience}
 batch.train_report = keep
+cli.take_bars = take_symbol
 seen["help"] = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200"}).output
 seen["refused"] = CliRunner().invoke(cli.app, ["train", "--patience", "0"]).exit_code
 CliRunner().invoke(cli.app, ["train", "--patience", "5"])

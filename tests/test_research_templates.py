@@ -153,7 +153,7 @@ def test_the_feature_report_names_every_feature_and_proves_them(pages: dict[str,
 def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, str, str]]) -> None:
     text = words(pages["evaluate"][1])
     assert desk.runs[2].id in text
-    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95 % interval", "volatility: high", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of backtest overfitting"):
+    for part in ("rank IC", "Brier score of a rise", "Winkler score", "95% interval", "volatility: high", "hour: 18-23", "year: 2021", "in proportion", "interval clears the cost", "capacity", "random as good", "shuffled labels", "planted signal", "planted leak", "The audit", "probability of backtest overfitting"):
         assert part in text, part
     with connect(desk.settings, read_only=True) as con:
         asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))

@@ -273,6 +273,7 @@ def test_the_command_line_asks_for_every_option(monkeypatch):
     from typer.testing import CliRunner
 
     from cryptoresearch import cli
+    from cryptoresearch.cli_research import take_symbol
     from cryptoresearch.serving import batch
 
     asked = []
@@ -281,6 +282,7 @@ def test_the_command_line_asks_for_every_option(monkeypatch):
         asked.append((config, more["split"]))
         raise ConfigError("asked")
 
+    monkeypatch.setattr(cli, "take_bars", take_symbol)
     monkeypatch.setattr(batch, "train_report", keep)
     told = CliRunner().invoke(cli.app, ["train", "--interval", "adaptive", "--interval-param", "of=scaled", "--interval-param", "given=log_sigma", "--split", "cpcv"])
     CliRunner().invoke(cli.app, ["train", "--target", "direction", "--calibrate", "platt"])

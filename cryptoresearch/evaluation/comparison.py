@@ -232,7 +232,7 @@ def score_intervals(
     level: float = 0.9,  # nominal coverage of the prediction intervals, fraction
     draws: int = 300,  # of the block bootstrap
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:  # index measure: value, lower, upper (95 % interval)
+) -> pd.DataFrame:  # index measure: value, lower, upper (95% interval)
     "Compute every score with its block-bootstrap interval."
     rows = {}
     for name, m in measures(target, level).items():
@@ -308,7 +308,7 @@ def relative_gap(
     b: str,  # letter of the other run
     draws: int = 300,  # of the block bootstrap
     seed: int = 0,  # of the draws
-) -> Interval:  # 1 - loss of a / loss of b, fraction, with its 95 % interval
+) -> Interval:  # 1 - loss of a / loss of b, fraction, with its 95% interval
     "Compute the relative loss reduction of one run against another."
     return _saved(line.losses[a], line.losses[b], line.config.horizon, draws, seed)
 
@@ -366,7 +366,7 @@ def judge_lineup(
 # %% ../../nbs/evaluation/03_comparison.ipynb #759cd0c1
 def _lead(line: Lineup, rows: str, pair: tuple[str, str], gap: Interval, p: float) -> str:
     "Describe how far the best run leads."
-    span = f"95 % interval {number(gap.lower, '.1%')} to {number(gap.upper, '.1%')}, Diebold-Mariano {p_value(p)}"
+    span = f"95% interval {number(gap.lower, '.1%')} to {number(gap.upper, '.1%')}, Diebold-Mariano {p_value(p)}"
     return f"{pair[0]} has the lowest mean {loss_name(line.config.target)} {rows}, {number(gap.value, '.1%')} below {pair[1]} ({span})"
 
 # %% ../../nbs/evaluation/03_comparison.ipynb #5bebf8f1
@@ -415,7 +415,7 @@ def regime_table(
     horizon: int,  # bars that an outcome spans
     window_bars: int = 168,  # bars of the volatility that defines the terciles
     baseline: str | None = None,  # column of the loss reduction and the test; the reference of the target where None
-    # index regime, part: n, ic, ic_t, ic_p, ic_margin (half of the 95 % interval), saved (loss reduction, fraction), dm_p, coverage;
+    # index regime, part: n, ic, ic_t, ic_p, ic_margin (half of the 95% interval), saved (loss reduction, fraction), dm_p, coverage;
     # for events auc, log_loss
 ) -> pd.DataFrame:
     "Compute scores by volatility tercile, part of the day and year."

@@ -64,7 +64,7 @@ def scorecard(
     draws: int = 300,  # of the block bootstrap
     seed: int = 0,  # of the draws
     baseline: str | None = None,  # column that the skill is measured against; the reference of the target where None
-) -> pd.DataFrame:  # index measure, forecaster (model first): value, lower, upper (95 % interval), dm_p (of the model against it)
+) -> pd.DataFrame:  # index measure, forecaster (model first): value, lower, upper (95% interval), dm_p (of the model against it)
     "Compute every score of the model and of each baseline with its interval, on the rows that both have."
     out, have = {}, known_baselines(predictions)
     for name, m in measures(target, level, baseline).items():

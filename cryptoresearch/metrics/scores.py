@@ -177,7 +177,7 @@ class MeanTest(NamedTuple):
 
     @property
     def margin(self) -> float:  # in the unit of the mean
-        "Return half the width of the mean's 95 % interval."
+        "Return half the width of the mean's 95% interval."
         return float(stats.t.ppf(0.975, self.df) * self.se)
 
     @property

@@ -261,7 +261,7 @@ def _measures(result: StrategyCapital) -> pd.DataFrame:
         table.loc["days until ruin", "net"] = (np.argmax(result.returns.to_numpy() <= -1) + 1) * result.bar_s / 86400
     table.loc["turnover per day", ["net", "hold"]] = [result.turnover.sum() / days, 1 / days]
     table.loc["exposure", ["net", "hold"]] = [result.position.abs().mean(), 1.0]
-    table.loc["trades of the capital", ["net", "hold"]] = [result.turnover.sum(), 1.0]
+    table.loc["turnover over capital", ["net", "hold"]] = [result.turnover.sum(), 1.0]
     table.loc["break-even cost, bps", "net"] = result.break_even_bps
     table.loc["assumed cost, bps", "net"] = result.fee_bps
     for name, paid in {} if result.costs is None else result.costs.items():

@@ -91,7 +91,7 @@ def with_savings(
     horizon: int,  # rows that an outcome spans
     draws: int = 200,  # of the block bootstrap
     seed: int = 0,  # of the draws
-) -> pd.DataFrame:  # with saved, saved_lower, saved_upper: share of the forecaster's loss that the model saves, and its 95 % interval
+) -> pd.DataFrame:  # with saved, saved_lower, saved_upper: share of the forecaster's loss that the model saves, and its 95% interval
     "Add the model's loss reduction against each baseline, by the loss of the target."
     columns = {name: "prediction" if name == "model" else str(name) for name in scores.index}
     rows = predictions[["y", *columns.values()]].dropna()
@@ -202,7 +202,7 @@ def _evidence(row: Mapping[str, float], target: str) -> str:
     words = f"of its {loss_name(target)} saved"
     if share < 0:
         share, low, high, words = -share, -high, -low, f"more {loss_name(target)}"
-    return f"{number(share, '.1%')} {words}, 95 % interval {number(low, '.1%')} to {number(high, '.1%')}, {test}"
+    return f"{number(share, '.1%')} {words}, 95% interval {number(low, '.1%')} to {number(high, '.1%')}, {test}"
 
 # %% ../../nbs/metrics/05_verdict.ipynb #9e8b8ad0
 def _too_low(scores: pd.DataFrame, unbeaten: Sequence[str]) -> str:
@@ -295,8 +295,8 @@ def _money(
         return f"trading {by} lost money even before costs: not tradable"
     trades = strategy.trades
     if trades < FEWEST_TRADES:
-        return f"trading {by} made only {trades:.1f} trades of the capital, too few to judge its cost: not tradable"
-    cost = f"trading {by} breaks even at {number(even, '.1f')} bp per side over {trades:,.0f} trades of the capital,"
+        return f"trading {by} turned over only {trades:.1f} times the capital, too little to judge its cost: not tradable"
+    cost = f"trading {by} breaks even at {number(even, '.1f')} bp per side with a turnover of {trades:,.0f} times the capital,"
     if even <= fee:
         return f"{cost} not above the fee of {number(fee, '.1f')} bp: not tradable"
     return _chance(strategy, f"{cost} above the fee of {number(fee, '.1f')} bp", deflated, n_trials, level)

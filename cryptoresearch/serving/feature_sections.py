@@ -290,7 +290,7 @@ def ic_section(
     title = f"Rank IC of the {len(drawn)} strongest features; grey: interval includes zero"
     by_time = order[periods].head(top).set_axis(edges, axis=1)
     heat = research_figures.heat_figure(by_time, "Rank IC by period: one colour per row is stable", limits=(-limit, limit), signed=True)
-    text = "Rank IC with 95 % interval (HAC over overlapping outcomes). With many features, some intervals exclude zero by chance."
+    text = "Rank IC with 95% interval (HAC over overlapping outcomes). With many features, some intervals exclude zero by chance."
     above = f"Mutual information with the outcome, nats; above noise: {int(report.mi['above'].sum())} of {len(report.mi)}"
     bars = research_figures.bars_figure(report.mi["mi"], above, ".3f", top)
     return section(
@@ -318,7 +318,7 @@ def clusters_section(
     rise = importance_table(report.by_cluster)
     drawn = rise.head(top).rename(columns={"mean": "value", "low": "lower", "high": "upper"})
     spans = [f"{number(a, '.2%')}\u00a0to\u00a0{number(b, '.2%')}" for a, b in zip(rise["low"], rise["high"], strict=True)]
-    view = pd.DataFrame({"rise of the loss": rise["mean"].map(lambda v: number(v, ".3%")), "95 % interval": spans})
+    view = pd.DataFrame({"rise of the loss": rise["mean"].map(lambda v: number(v, ".3%")), "95% interval": spans})
     view["with it"] = _members(report.clusters).reindex(rise.index).fillna("")
     n = len(report.folds)
     agreement = float(rank_agreement(report.by_cluster).to_numpy()[np.triu_indices(n, 1)].mean())

@@ -332,7 +332,7 @@ def _stability_block(report: RunReport) -> Sequence[Part | None]:
     "Return the stability of the IC over months and hours of the day."
     hours = hourly_ic(report.predictions, report.config.horizon, bar_seconds(report.data.bars))
     drawn = hours.rename(columns={"ic": "value"}).dropna()
-    title = "IC by hour of the forecast (UTC) with 95 % interval; grey: interval includes zero"
+    title = "IC by hour of the forecast (UTC) with 95% interval; grey: interval includes zero"
     figure = research_figures.intervals_figure(drawn, title) if len(hours) > 1 else None
     text = "Stability of the IC over calendar months and over the hours of the day (UTC)."
     return (text, steadiness_view(steadiness(monthly_ic(report.predictions), hours)), figure)
@@ -344,7 +344,7 @@ def _regime_figure(table: pd.DataFrame) -> go.Figure:
     width = named["ic_margin"]
     drawn = pd.DataFrame({"value": named["ic"], "lower": named["ic"] - width, "upper": named["ic"] + width})
     drawn.index = pd.Index([regime_name(str(a), str(b)) for a, b in named.index])
-    return research_figures.intervals_figure(drawn.dropna(), "IC by regime with 95 % interval; grey: interval includes zero")
+    return research_figures.intervals_figure(drawn.dropna(), "IC by regime with 95% interval; grey: interval includes zero")
 
 # %% ../../nbs/serving/08a_run_sections.ipynb #55780aad
 def regime_section(

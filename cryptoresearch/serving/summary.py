@@ -44,7 +44,7 @@ def _saved_text(row: Mapping[str, float], target: str) -> str:
     sign = 1 if share >= 0 else -1
     said = f"the model saves {number(share, '.1%')} of its" if sign > 0 else f"the model has {number(-share, '.1%')} more"
     ends = sorted([sign * low, sign * high])
-    return f": {said} {loss_name(target)} (95 % interval {number(ends[0], '.1%')} to {number(ends[1], '.1%')})"
+    return f": {said} {loss_name(target)} (95% interval {number(ends[0], '.1%')} to {number(ends[1], '.1%')})"
 
 # %% ../../nbs/serving/08e_summary.ipynb #04ba298d
 _EDGES = {  # by loss: scores of the model, scores next to those of the baseline; column, name, format

@@ -201,7 +201,7 @@ def interval_view(
     "Show scores with their intervals."
     forms = _forms(list(table.index), target, level)
     values = [number(v, f) for v, f in zip(table["value"], forms, strict=True)]
-    view = pd.DataFrame({"score": values, "95 % interval": _spans(table, forms)}, index=table.index)
+    view = pd.DataFrame({"score": values, "95% interval": _spans(table, forms)}, index=table.index)
     return Table(view, note="Intervals by circular block bootstrap; the block length allows for overlapping outcomes.")
 
 # %% ../../nbs/serving/08_views.ipynb #ffa8380a
@@ -216,7 +216,7 @@ def difference_view(
     text = {k: [number(v, f) for v, f in zip(table[k], forms, strict=True)] for k in (a, b)}
     text["better"] = [k or "–" for k in table["better"]]
     text[f"{a} − {b}"] = [number(v, f) for v, f in zip(table["difference"], forms, strict=True)]
-    view = pd.DataFrame(text | {"95 % interval": _spans(table, forms), "DM p": _p_texts(table["dm_p"])}, index=table.index)
+    view = pd.DataFrame(text | {"95% interval": _spans(table, forms), "DM p": _p_texts(table["dm_p"])}, index=table.index)
     note = (
         "Better: the interval of the difference excludes zero and, where there is one, the Diebold-Mariano test has p below "
         f"{ALPHA}. The {len(table)} measures use the same forecasts: these scores are not independent."
@@ -249,7 +249,7 @@ def baseline_view(
     own = table.index == "model"
     saved = ["–" if o else number(v, ".1%") for o, v in zip(own, table["saved"], strict=True)]
     view = pd.DataFrame({f"mean {loss}": _texts(table["loss"], "#.4g"), "loss reduction": saved})
-    view["95 % interval"] = _spans(table, [".1%"] * len(table))
+    view["95% interval"] = _spans(table, [".1%"] * len(table))
     view["DM p"] = ["–" if o else text for o, text in zip(own, _p_texts(table["dm_p"]), strict=True)]
     view["in the model confidence set"] = table["in_set"].map(_IN_SET)
     note = (
@@ -371,7 +371,7 @@ def scorecard_view(
     "Show every score next to those of the benchmarks."
     forms = _forms(list(table.index.get_level_values(0)), target, level)
     values = [number(v, f) for v, f in zip(table["value"], forms, strict=True)]
-    view = pd.DataFrame({"score": values, "95 % interval": _spans(table, forms), "DM p": _p_texts(table["dm_p"])})
+    view = pd.DataFrame({"score": values, "95% interval": _spans(table, forms), "DM p": _p_texts(table["dm_p"])})
     view.index = pd.Index([str(name) if who == "model" else f"\u00a0\u00a0\u00a0{_forecaster(who)}" for name, who in table.index])
     return Table(view, note=_CARD_NOTE.format(n=len(table)))
 
@@ -391,7 +391,7 @@ def calibration_view(
     "Show the calibration scores of probabilities."
     forms = [_CALIBRATION[str(name)] for name in table.index]
     values = [number(v, f) for v, f in zip(table["value"], forms, strict=True)]
-    view = pd.DataFrame({"value": values, "95 % interval": _spans(table, forms)}, index=table.index)
+    view = pd.DataFrame({"value": values, "95% interval": _spans(table, forms)}, index=table.index)
     return Table(view, note=_CALIBRATION_NOTE)
 
 # %% ../../nbs/serving/08_views.ipynb #aa0b6409

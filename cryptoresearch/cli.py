@@ -31,7 +31,7 @@ from cryptoresearch.cli_shared import (
     show_frame, SymbolName,
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_bars, takes
-from .errors import ConfigError, CryptoResearchError, FeedError, problem, SchemaError
+from .errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, SchemaError
 from .runs.options import options, ReportOptions, RunOptions
 from .settings import get_settings, setup_logging
 
@@ -808,6 +808,32 @@ def _resolve(spec: str, features: list[str] | None, modules: list[str] | None) -
     import_modules(modules or [])
     resolve(features)
 
+# %% ../nbs/94_cli.ipynb #1daef81d
+_FITS = {"--run": ("predictions",), "--feature": ("features",), "--source": ("bars", "trades", "features")}  # flag -> rows it goes with
+
+
+def _check_fits(what: str, given: dict[str, object]) -> None:
+    "Refuse options that the rows do not have."
+    for flag, value in given.items():
+        if value is not None and what not in _FITS[flag]:
+            raise ConfigError(problem(f"{flag} with --what {' or '.join(_FITS[flag])}", f"--what {what}", "Change --what, or leave it out"))
+
+
+def _out_of_sample(name: str, symbol: str, start: str | None, end: str | None) -> "DataFrame":
+    "Read a run's forecasts out of sample, in a span; ConfigError for the symbol of another run."
+    from cryptoresearch.data.series import check_range, normal_symbol, to_utc
+    from cryptoresearch.runs.run import load_run
+
+    check_range(start, end)
+    run = load_run(name)
+    if normal_symbol(symbol) != run.config.symbol:
+        raise ConfigError(problem(f"{run.config.symbol}, the symbol of run {run.id}", symbol, "Change one of them"))
+    rows = run.predictions
+    kept = rows[(rows.index >= to_utc(start or rows.index[0])) & (rows.index < to_utc(end or "2200-01-01"))]
+    if kept.empty:
+        raise DataNotFound(problem(f"times from {rows.index[0]} to {rows.index[-1]}", f"{start} to {end}", "Change --start or --end"))
+    return kept.reset_index()
+
 # %% ../nbs/94_cli.ipynb #1daef81c
 @app.command()
 def export(
@@ -824,14 +850,14 @@ def export(
 ) -> None:
     "Write bars, trades, features or predictions to a file."
     from cryptoresearch.data.store import connect
-    from cryptoresearch.runs.run import load_run
     from cryptoresearch.serving.queries import check_ending, export_frame, write_table
 
     check_ending(to)
+    _check_fits(what, {"--run": run, "--feature": feature, "--source": source})
     _resolve(spec, feature, modules)
     with connect(read_only=True) as con:
-        stored = load_run(run).predictions.reset_index() if run else None
-        frame = export_frame(con, symbol, what, spec, names=feature, start=start, end=end, source=source) if stored is None else stored
+        more = {"names": feature, "start": start, "end": end, "source": source}
+        frame = export_frame(con, symbol, what, spec, **more) if run is None else _out_of_sample(run, symbol, start, end)
     write_table(frame, to)
     console.print(f"{len(frame):,} rows of {what} in {to}", soft_wrap=True, markup=False)
 
@@ -930,6 +956,8 @@ _add_pages()
 def _of_system(error: OSError) -> ConfigError:
     "Say what the machine refused: a folder that may not be written, a full disk, a path through a file."
     what = str(error.filename or "the file")
+    if isinstance(error, FileExistsError | NotADirectoryError) and not Path(what).is_dir():
+        return ConfigError(problem(f"a folder at {what}", "a file there, or on the way to it", "Choose another path"))
     remedy = "Correct the path, its permissions or the free space, and run the command again"
     return ConfigError(problem(f"to use {what}", error.strerror or str(error), remedy))
 

@@ -120,6 +120,14 @@ def test_a_wrong_option_of_a_training_is_told(run: Command, hour_store: Settings
     assert told in done.stderr and len(done.stderr) < 900, done.stderr
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for folder in ("taken", "taken/below"):
+        done = run(tmp_path, "lab", "--folder", str(tmp_path / folder))
+        assert done.returncode == 3 and f"a folder at {tmp_path / folder}; found a file there" in done.stderr, done.stderr
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_wrong_setting_is_named(run: Command, tmp_path: Path) -> None:
     done = run(tmp_path, "runs", DUCKDB_MEMORY_LIMIT="lots")
     assert done.returncode == 3

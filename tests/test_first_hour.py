@@ -319,13 +319,25 @@ def test_features_and_predictions_are_exported(candles_run, tmp_path, what, more
     assert columns <= set(pd.read_parquet(file))
 
 
+def test_the_times_of_a_runs_forecasts_are_chosen(candles_run, tmp_path):
+    settings, run = candles_run
+    at, file = run.predictions.index, tmp_path / "out.parquet"
+    words = ["WALKUSDT", "--what", "predictions", "--run", run.id, "--start", at[10].isoformat(), "--end", at[30].isoformat()]
+    assert command(settings, "export", *words, "--to", str(file))[0] == 0
+    assert list(pd.read_parquet(file)["ts"]) == list(at[10:30])
+
+
 def test_wrong_arguments_of_export_are_refused_before_anything_is_read(candles_run, tmp_path):
-    settings, _ = candles_run
+    settings, run = candles_run
     for words, told in (
         (["WALKUSDT", "--to", str(tmp_path / "x.xlsx")], ".feather"),
         (["WALKUSD", "--to", str(tmp_path / "x.csv")], "closest symbol is WALKUSDT"),
         (["WALKUSDT", "--what", "features", "--feature", "rsi_144", "--to", str(tmp_path / "x.csv")], "rsi_14"),
-        (["WALKUSDT", "--what", "predictions", "--to", str(tmp_path / "x.csv")], "cryptoresearch predict RUN"),
+        (["WALKUSDT", "--what", "predictions", "--to", str(tmp_path / "x.csv")], "--run RUN --to FILE.csv"),
+        (["WALKUSDT", "--run", run.id, "--to", str(tmp_path / "x.csv")], "--run with --what predictions"),
+        (["WALKUSDT", "--feature", "rsi_14", "--to", str(tmp_path / "x.csv")], "--feature with --what features"),
+        (["OTHERUSDT", "--what", "predictions", "--run", run.id, "--to", str(tmp_path / "x.csv")], "WALKUSDT, the symbol of run"),
+        (["WALKUSDT", "--what", "predictions", "--run", run.id, "--start", "2200-01-01", "--to", str(tmp_path / "x.csv")], "times from"),
     ):
         code, _, error = command(settings, "export", *words)
         assert code != 0 and told in str(error), (words, error)

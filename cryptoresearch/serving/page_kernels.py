@@ -130,10 +130,10 @@ class PageKernels(AsyncMappingKernelManager):
     "Manage the kernels of the pages: forks where that is safe, and no more than `most`."
 
     most = Int(100, help="kernels at the same time").tag(config=True)
-    starting = 0
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
+        self.starting: set[str] = set()  # ids
         if sys.platform == "linux":
             self.kernel_manager_class = f"{__name__}.ForkedKernel"
             forkserver.set_forkserver_preload(["cryptoresearch.serving.warm", __name__])
@@ -144,13 +144,14 @@ class PageKernels(AsyncMappingKernelManager):
         **kwargs: object,  # of Jupyter's method
     ) -> str:  # id of the kernel
         "Start a kernel, or raise an error with status 503 when there are too many."
-        if len(self) + self.starting >= self.most:
+        if len(self.starting.union(self.list_kernel_ids())) >= self.most:
             raise HTTPError(503, f"All {self.most} places are taken. This page tries again every 20 seconds.")
-        self.starting += 1
+        number = str(kwargs.pop("kernel_id", None) or self.new_kernel_id())
+        self.starting.add(number)
         try:
-            return await super().start_kernel(**kwargs)  # type: ignore[arg-type]
+            return await super().start_kernel(kernel_id=number, **kwargs)  # type: ignore[arg-type]
         finally:
-            self.starting -= 1
+            self.starting.discard(number)
 
 # %% ../../nbs/serving/11c_page_kernels.ipynb #5d0c2a08
 PROTOCOL = "v1.kernel.websocket.jupyter.org"

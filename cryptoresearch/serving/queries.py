@@ -408,7 +408,8 @@ def export_frame(
     if what == "predictions":
         found = read_predictions(con, symbol=symbol, start=start, end=end, limit=ALL_ROWS)[0]
         if found.empty:
-            raise DataNotFound(problem(f"live predictions of {symbol}", "none", "Make them: cryptoresearch predict RUN"))
+            other = f"Forecasts out of sample: cryptoresearch export {symbol} --what predictions --run RUN --to FILE.csv"
+            raise DataNotFound(problem(f"live predictions of {symbol}", "none", f"Make them: cryptoresearch predict RUN. {other}"))
         return found.reset_index()
     bars = read_bars(con, symbol, spec, start=start if what == "bars" else None, end=end, source=source)  # features need earlier bars
     rows = bars if what == "bars" else DataProcessing(names).process_data(bars).assign(known_ts=bars["close_ts"])

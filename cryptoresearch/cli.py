@@ -856,8 +856,10 @@ def export(
     _check_fits(what, {"--run": run, "--feature": feature, "--source": source})
     _resolve(spec, feature, modules)
     with connect(read_only=True) as con:
-        more = {"names": feature, "start": start, "end": end, "source": source}
-        frame = export_frame(con, symbol, what, spec, **more) if run is None else _out_of_sample(run, symbol, start, end)
+        if run is None:
+            frame = export_frame(con, symbol, what, spec, names=feature, start=start, end=end, source=source)
+        else:
+            frame = _out_of_sample(run, symbol, start, end)
     write_table(frame, to)
     console.print(f"{len(frame):,} rows of {what} in {to}", soft_wrap=True, markup=False)
 

@@ -855,11 +855,9 @@ def export(
     check_ending(to)
     _check_fits(what, {"--run": run, "--feature": feature, "--source": source})
     _resolve(spec, feature, modules)
+    read = partial(export_frame, start=start, end=end, source=source)
     with connect(read_only=True) as con:
-        if run is None:
-            frame = export_frame(con, symbol, what, spec, names=feature, start=start, end=end, source=source)
-        else:
-            frame = _out_of_sample(run, symbol, start, end)
+        frame = _out_of_sample(run, symbol, start, end) if run else read(con, symbol, what, spec, names=feature)
     write_table(frame, to)
     console.print(f"{len(frame):,} rows of {what} in {to}", soft_wrap=True, markup=False)
 

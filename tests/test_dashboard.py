@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from cryptoresearch.data.bars import bar_frame
@@ -281,3 +282,26 @@ def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkey
     voila = next(int(p.name) for p in Path("/proc").glob("[0-9]*") if f"--port={address.split(':')[2].strip('/')}".encode() in (p / "cmdline").read_bytes())
     os.kill(voila, signal.SIGKILL)
     wait_for_kernels(settings, 0, 10)
+
+
+def test_the_title_of_a_figure_folds_on_a_narrow_page(page):
+    from cryptoresearch.serving.figures import finish, Panel, stack_panels, static_text
+
+    title, trace = "Rising: the model is better than the baseline; falling: worse (thinned for display)", go.Scatter(x=[1, 2], y=[1, 2])
+    place = {"x": 0, "xanchor": "left", "xref": "paper", "y": 0.98, "yanchor": "top"}  # as in reports
+    report = go.Figure(trace, {"title": {"text": title, "font": {"size": 14}, **place}, "height": 340, "margin": {"l": 8, "r": 8, "t": 46, "b": 8}})
+    figures = [report, finish(stack_panels([Panel("", 1, [go.Scatter(x=[1, 2], y=[1, 2])], {})], title, title))]
+    script = "".join(map(static_text, ("library.js", "figure_theme.js", "plotly_view.js"))).replace("export default { render }", "window.render = render")
+    for width in (390, 1240):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.set_content("<body style='margin: 0'></body>")
+        page.add_script_tag(content=static_text("plotly-cartesian.js"))
+        page.add_script_tag(content=f"(() => {{ {script} }})()")
+        model = "{get: (name) => ({figure, config: '{}'})[name], on() {}, off() {}, send() {}}"
+        for figure in figures:
+            page.evaluate(f"(figure) => render({{model: {model}, el: document.body.appendChild(document.createElement('div'))}})", figure.to_json())
+        page.wait_for_function("document.querySelectorAll('.gtitle').length === 2", timeout=60_000)
+        boxes = "[...document.querySelectorAll('.gtitle, .gtitle-subtitle')].map((e) => [e.getBoundingClientRect(), e.closest('.js-plotly-plot').getBoundingClientRect()])"
+        found = page.evaluate(f"{boxes}.map(([a, b]) => [a.left - b.left, b.right - a.right, a.top - b.top])")
+        assert len(found) == 3 and min(min(f) for f in found) >= 0, (width, found)
+    assert page.errors == [] and page.outside == []

@@ -272,8 +272,4 @@ def test_two_runs_are_compared_on_a_page_of_the_dashboard(desk: Desk, page: Any,
     lists.nth(2).select_option(index=0)
     page.wait_for_function("/A is better/i.test(document.querySelector('.verdict')?.textContent)", timeout=60_000)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
-    page.wait_for_selector(".gtitle", state="attached", timeout=60_000)
-    whole = "[...document.querySelectorAll('.gtitle')].map((e) => [e.getBoundingClientRect(), e.closest('svg').getBoundingClientRect()])"
-    inside = page.evaluate(f"{whole}.map(([a, b]) => a.left >= b.left && a.right <= b.right && a.top >= b.top)")
-    assert inside and all(inside), inside
     assert page.errors == [] and page.outside == []

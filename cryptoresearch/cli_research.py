@@ -180,9 +180,10 @@ def take_bars(
     from cryptoresearch.data.store import connect
 
     take_symbol(given, symbol)
-    name, (_, spec) = normal_symbol(given["symbol"]), check_spec(given["spec"])
+    check_spec(given["spec"])
+    name = normal_symbol(given["symbol"])
     with connect(read_only=True) as con:
-        check_stored(con, name, spec)
+        check_stored(con, name, given["spec"])
 
 # %% ../nbs/93_cli_research.ipynb #7a0c1a01
 _LISTED = ("features", "modules", "symbol", "spec", "target", "label", "horizon", "start", "end", "test_start", "model", "seed")

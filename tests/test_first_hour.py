@@ -454,6 +454,16 @@ def test_train_takes_the_symbol_as_other_commands_do(month, monkeypatch):
     assert [(c.symbol, c.horizon) for c in asked] == [("ETHUSDT", 9), ("ETHUSDT", 24)]
 
 
+@pytest.mark.parametrize("spec", ["1h", "dollar:100000"])
+def test_train_looks_for_bars_of_every_kind(month, monkeypatch, spec):
+    def keep(config, **more):
+        raise ConfigError(f"asked for {config.spec}")
+
+    monkeypatch.setattr(batch, "train_report", keep)
+    code, _, error = command(month, "train", "BTCUSDT", "--bars", spec)
+    assert code == 1 and str(error) == f"asked for {spec}", (code, error)
+
+
 def test_runs_go_next_to_the_store(tmp_path, monkeypatch):
     monkeypatch.delenv("RUNS_DIR", raising=False)
     beside = Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"))

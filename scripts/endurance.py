@@ -49,6 +49,7 @@ def pass_days(settings: Settings, days: int, commits: int, upkeeps: int) -> pd.D
                 keep = pd.Timedelta(seconds=(time.monotonic() - began) / (day + (k + 1) / commits))
                 with connect(settings) as con:  # as the collector does
                     upkeep(con, settings, keep=keep, delete_after=keep / 24, merge_below=LARGE)
+                collector.reopen()
         size = sum(f.stat().st_size for f in catalog.parent.glob(catalog.name + "*")) / 1e6
         snapshots = collector._own.execute("SELECT count(*) FROM ducklake_snapshots('lake')").fetchall()[0][0]
         files = collector._own.execute("SELECT count(*) FROM ducklake_list_files('lake', 'trades')").fetchall()[0][0]

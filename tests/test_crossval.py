@@ -31,11 +31,11 @@ def allowed(intervals: pd.DataFrame, test: np.ndarray, embargo: pd.Timedelta) ->
     "The definition itself, pair by pair."
     keep = []
     stretches = np.split(test, np.flatnonzero(np.diff(test) > 1) + 1)
-    ends = [max(intervals["end_ts"].iloc[i] for i in s) for s in stretches]
+    begins, ends = intervals["start_ts"].tolist(), intervals["end_ts"].tolist()
+    last = [max(ends[i] for i in s) for s in stretches]
     for i in sorted(set(range(len(intervals))) - set(test.tolist())):
-        begin, end = intervals["start_ts"].iloc[i], intervals["end_ts"].iloc[i]
-        meets = any(begin <= intervals["end_ts"].iloc[j] and intervals["start_ts"].iloc[j] <= end for j in test)
-        if not meets and not any(e < begin <= e + embargo for e in ends):
+        meets = any(begins[i] <= ends[j] and begins[j] <= ends[i] for j in test.tolist())
+        if not meets and not any(e < begins[i] <= e + embargo for e in last):
             keep.append(i)
     return keep
 

@@ -1079,6 +1079,28 @@ def test_a_running_collector_maintains_its_store(settings: Settings, tmp_path: P
     assert list(tmp_path.glob("lake/main/trades/*.parquet"))
 
 
+def test_a_running_collector_opens_the_store_again_when_it_maintains_it(settings: Settings) -> None:
+    "Trades that arrive, and symbols that change, meanwhile are not lost."
+    collector = Collector([BTC], source="replay", settings=settings, interval_s=0.01).start()
+    opened, sent, collector._upkeep.every_s = [collector._own], 0, 0.0
+
+    def add() -> bool:
+        nonlocal sent
+        at = datetime.fromtimestamp(T0 / 1000 + sent, UTC)
+        collector.add([Trade(BTC, 100.0, 1.0, at)], at)
+        if sent % 20 == 10:
+            collector.follow([BTC] if sent == 30 else [BTC, "BINANCE:ETHUSDT"])
+        if collector._own is not opened[-1]:
+            opened.append(collector._own)
+        sent += 1
+        return len(opened) > 3 and sent > 40
+
+    wait_for(add, timeout_s=60)
+    collector.stop()
+    with connect(settings) as con:
+        assert con.execute("SELECT count(*), count(DISTINCT ts) FROM trades").fetchone() == (sent, sent)
+
+
 def test_a_store_that_cannot_be_maintained_still_collects(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = settings.model_copy(update={"runs_dir": str(tmp_path / "runs")})
     (tmp_path / "runs" / "a").mkdir(parents=True)

@@ -83,7 +83,7 @@ def test_two_processes_share_a_search_that_was_killed(home: Path) -> None:
 
 
 def test_a_search_repeats_bit_for_bit(home: Path) -> None:
-    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params={"n_estimators": 30}, features=("momentum",), test_start="2024-03-01")
+    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params={"n_estimators": 30, "n_threads": 1}, features=("momentum",), test_start="2024-03-01")
     tables = []
     for folder in ("one", "two"):
         settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / folder))

@@ -830,6 +830,13 @@ class _Committing(_Intake):
                     self._old.append(old)
             return _store_waiting(self) if self._waiting else 0
 
+    def reopen(self) -> None:
+        "Open the store again, which frees what DuckLake keeps in memory of each commit."
+        fresh = connect(self.settings)
+        with self._flushing:
+            self._own.close()
+            self._own = fresh
+
     def follow(
         self,
         symbols: Sequence[str],  # with or without exchange: all that are collected from now on
@@ -863,17 +870,20 @@ def _sync(collector: _CollectorState) -> None:
 _LARGE_BYTES = 16_000_000  # size from which a file is not merged again
 
 
-def _maintain(collector: _CollectorState, trades: int) -> None:
+def _maintain(collector: _Committing, trades: int) -> None:
     "Maintain the store if it is time, after a commit of so many trades; its memory goes with the connection that it opens."
     if not collector._upkeep.due(time.monotonic(), trades):
         return
+    given = collector.con is not None
     try:
-        with contextlib.nullcontext(collector._own) if collector.con is not None else connect(collector.settings) as con:
+        with contextlib.nullcontext(collector._own) if given else connect(collector.settings) as con:
             upkeep(con, collector.settings, delete_after="1h", merge_below=_LARGE_BYTES)
+        if not given:
+            collector.reopen()
     except (CryptoResearchError, duckdb.Error) as e:
         logger.warning("the store was not maintained, which is tried again later: %s", e)
 
-
+# %% ../../nbs/live/02_collector.ipynb #5e60f017
 def _commit_regularly(collector: _Committing) -> None:
     "Commit and maintain until the collector is stopped; while the store is busy, full or out of reach, rows wait in the journal."
     waits = False
@@ -929,7 +939,7 @@ def _take_locks(collector: _CollectorState, folder: Path, symbols: Sequence[str]
 def _follow(collector: _Intake, symbols: list[str]) -> None:
     "Change the symbols of a running session, in the journal and in its row."
     new, gone = ([s for s in a if s not in b] for a, b in ((symbols, collector.symbols), (collector.symbols, symbols)))
-    with contextlib.closing(cursor(collector._own)) as con:
+    with collector._flushing, contextlib.closing(cursor(collector._own)) as con:
         folder = journal_folder(con, collector.settings)
         _take_locks(collector, folder, new)
         for symbol in gone:

@@ -405,7 +405,7 @@ def fold_split(
 
 
 def _begin(submit: Callable[[int], FoldJob] | None, total: int, sigma: np.ndarray | None, refits: Refits[TailModel]) -> list[FoldJob]:
-    "Submit folds that need nothing of each other: no volatility forecast before, no sums carried from fit to fit."
+    "Submit independent folds: no volatility forecast before, no sums carried from fit to fit."
     if submit is None or sigma is not None or type(refits) is not Refits:
         return []
     return [submit(k) for k in range(1, total + 1)]

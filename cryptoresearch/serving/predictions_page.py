@@ -170,8 +170,8 @@ def live_sections(
     "Show scores, parity and drift of a run's live predictions."
     try:
         source = live_source(page.con, run)
-    except DataNotFound as e:
-        yield Section("Live predictions", (str(e),))
+    except DataNotFound:
+        yield Section("Live predictions", (f"None yet. Make them: cryptoresearch live {run.config.symbol} --run {run.id}",))
         return
     for build in (scores_section, parity_section, drift_section):
         yield build(page, run, source)

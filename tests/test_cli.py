@@ -47,6 +47,13 @@ def run(command: Command) -> Command:
     return call
 
 
+def test_a_process_that_asks_for_help_makes_no_files(run: Command, tmp_path: Path) -> None:
+    done = run(tmp_path, "train", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(tmp_path: Path, name: str) -> None:
     done = CliRunner().invoke(cli.app, [name, "--help"], env={"CRYPTORESEARCH_HOME": str(tmp_path), "COLUMNS": "200"})

@@ -643,7 +643,7 @@ def test_a_month_and_its_days_keep_their_order(tmp_path: Path) -> None:
     for day, first in days:
         write_zip(tmp_path / f"raw/BTCUSDT-trades-{day}.zip", trades(first, day))
     found = []
-    for n in (1, 2):
+    for n in (1, 4):
         con = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / str(n) / "catalog.sqlite"), duckdb_threads=2))
         process_files(con, tmp_path / "raw", workers=n, max_rejected=1.0)
         found.append(content(con) + con.execute("SELECT sum(price) FROM trades").fetchall())

@@ -8,6 +8,7 @@ __all__ = ['EXIT_CODES', 'PAGES', 'app', 'runs_app', 'Modules', 'FeedName', 'Url
            'predict', 'scores', 'export', 'api', 'dashboards', 'lab', 'mcp', 'demo', 'main']
 
 # %% ../nbs/94_cli.ipynb #bf365754
+import json
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ from . import __version__
 from .cli_data import data_app
 from cryptoresearch.cli_shared import (
     Cluster, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, run_option, RunName,
-    show_frame, SymbolName,
+    show_frame, SymbolName, tell_done, to_json,
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_bars, takes
 from .errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, SchemaError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # imported by the commands that need them: the command line s
     from threading import Event
 
     from pandas import DataFrame, Series
+    from rich.console import Console
     from typer.models import CommandInfo, TyperInfo
 
     from cryptoresearch.live.feed import Feed
@@ -205,6 +207,7 @@ def download(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be fetched, and how large it is.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Ask whether the archive has corrected what is there.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Read what is there and prove it again.")] = False,
+    as_json: Json = False,  # one object per file
 ) -> None:
     """Mirror a range of the public archive, each file verified.
 
@@ -214,19 +217,22 @@ def download(
     folder = Path.cwd() / to_folder.expanduser() if to_folder else None
     more = {"dry_run": dry_run, "refresh": refresh, "rehash": rehash, "interval": interval, "workers": workers}
     done = mirror_archive(symbol, start, end, kind, market=market, folder=folder, bucket=bucket, **more)  # type: ignore[arg-type]
-    _mirrored(done)
+    _mirrored(done, as_json)
 
 # %% ../nbs/94_cli.ipynb #67058c13
-def _mirrored(done: Any) -> None:
+def _mirrored(done: Any, as_json: bool) -> None:
     "Show a MirrorResult; exit code 5 where a published file could not be had."
     from rich.filesize import decimal
 
-    if done.dry_run:
+    if as_json:
+        print_json(done.frame())
+    elif done.dry_run:
         for f in done.files:
             console.print(f"{f.name}  {decimal(f.bytes) if f.bytes else ''}  {f.state}", soft_wrap=True, highlight=False)
-    console.print(repr(done).removeprefix("MirrorResult(").removesuffix(")"), soft_wrap=True, markup=False)
+    if not as_json:
+        console.print(repr(done).removeprefix("MirrorResult(").removesuffix(")"), soft_wrap=True, markup=False)
     if len(done.of("not published")) == len(done.files):
-        console.print("the archive has none of these files: check symbol, kind and market")
+        (progress_console if as_json else console).print("the archive has none of these files: check symbol, kind and market")
     for f in done.failed:
         progress_console.print(f"[red]failed[/] {f.name}: ", end="", soft_wrap=True)
         progress_console.print(f.reason, markup=False, soft_wrap=True)
@@ -294,13 +300,15 @@ def _ingest(uris: list[str], workers: int, as_json: bool, facts: dict[str, Any])
 # %% ../nbs/94_cli.ipynb #c0864cf7
 @app.command()
 def forget(
-    file: Annotated[str, typer.Argument(help="sha256 of a loaded file or id of a live session, or its first characters.")],
+    file: Annotated[str, typer.Argument(help="Name or sha256 of a loaded file, id of a live session, or its first characters.")],
+    as_json: Json = False,  # an object: rows
 ) -> None:
     "Remove a loaded file or a live session from the store."
     from cryptoresearch.ingest.files import forget_file
     from cryptoresearch.data.store import connect
 
-    console.print(f"{forget_file(connect(), file):,} rows removed; build the bars of its symbol again")
+    rows = forget_file(connect(), file)
+    tell_done(as_json, {"rows": rows}, f"{rows:,} rows removed; build the bars of its symbol again")
 
 # %% ../nbs/94_cli.ipynb #22ea27ac
 @app.command()
@@ -308,6 +316,7 @@ def bars(
     symbol: SymbolName,  # any case
     spec: Annotated[list[str] | None, typer.Argument(help="Such as 1m, 5m or 1d; tick:1000 or dollar:1e6. Default: 1h.")] = None,
     cluster: Cluster = None,  # that of the settings if None
+    as_json: Json = False,  # one object per length and source
 ) -> None:
     """Build and store bars of a symbol.
 
@@ -319,13 +328,16 @@ def bars(
     specs = spec or ["1h"]
     for one in specs:  # before anything is built
         check_spec(one)
-    settings = on_cluster(cluster)
+    settings, rows = on_cluster(cluster), list[dict[str, object]]()
     with connect(settings) as con, open_cluster(settings) as executor:
         for one in specs:
-            total = make_bars(con, symbol, one, executor=executor)
+            make_bars(con, symbol, one, executor=executor)
             built = stored_builds(con, symbol, one)
-            for source, count in built.items() if len(built) > 1 else [("", total)]:
-                console.print(f"{symbol} {one}{f' from {source}' if source else ''}: {count:,} bars")
+            for source, count in built.items():
+                rows.append({"symbol": symbol, "bars": one, "source": source, "rows": count})
+                if not as_json:
+                    console.print(f"{symbol} {one}{f' from {source}' if len(built) > 1 else ''}: {count:,} bars")
+    tell_done(as_json, rows)
 
 # %% ../nbs/94_cli.ipynb #340bc425
 @app.command()
@@ -343,6 +355,7 @@ def simulate(
     monthly: Annotated[bool, typer.Option("--monthly", help="One file per month instead of one per day.")] = False,
     form: Annotated[str, typer.Option(help="csv, or zip with its CHECKSUM.")] = "csv",
     tree: Annotated[bool, typer.Option("--tree", help="In the archive's folders.")] = False,
+    as_json: Json = False,  # an array: paths of the files
 ) -> None:
     """Write a simulated market in the archive's format.
 
@@ -352,8 +365,7 @@ def simulate(
     # simulate_archive checks the names that are options here
     names: dict[str, Any] = {"kinds": tuple(kind or ["trades"]), "intervals": tuple(interval or ["1m"]), "venue": market, "form": form}
     paths = simulate_archive(folder, symbol, start, days, trades_per_day, seed, signal, monthly=monthly, tree=tree, **names)
-    for path in paths:
-        console.print(str(path), soft_wrap=True)
+    tell_done(as_json, paths, *paths)
 
 # %% ../nbs/94_cli.ipynb #b037281e
 @app.command()
@@ -362,6 +374,7 @@ def train(
     given: Given,  # options of the run and its report
     symbol_given: Symbol = None,  # in place of --symbol
     cluster: Cluster = None,  # that of the settings if None
+    as_json: Json = False,  # an object: run, reused, report, sources, verdict
 ) -> None:
     """Train a walk-forward model and write its report.
 
@@ -372,12 +385,13 @@ def train(
 
     with progress("training") as tell:
         done = train_report(asked_config(given), settings=on_cluster(cluster), progress=tell, audit=given["audit"], split=given["split"])
-    console.print(f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}")
-    console.print(f"report  {done.report}", soft_wrap=True)
     info = load_run(done.run_id).info
+    facts = {"run": done.run_id, "reused": done.reused, "report": done.report}
+    facts |= {"sources": info["data"]["sources"], "verdict": info["verdict"]}
+    lines = [f"run     {done.run_id}{' (trained before: nothing to do)' if done.reused else ''}", f"report  {done.report}"]
     if len(sources := info["data"]["sources"]) > 1:
-        console.print(f"source  {' and '.join(sources)}, for each bar the more reliable one; --source takes one alone", soft_wrap=True)
-    console.print(f"verdict {info['verdict']}", soft_wrap=True)
+        lines.append(f"source  {' and '.join(sources)}, for each bar the more reliable one; --source takes one alone")
+    tell_done(as_json, facts, *lines, f"verdict {info['verdict']}")
 
 # %% ../nbs/94_cli.ipynb #c05b3f57
 def _short(value: object, least: bool) -> object:
@@ -418,13 +432,15 @@ def delete(
     run: RunName,  # stored
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the registry.")] = "",
+    as_json: Json = False,  # an object: deleted
 ) -> None:
     "Delete a run; its trials stay in the ledger, so that it still counts as tried."
     from cryptoresearch.evaluation.promotion import delete_run
 
     if not yes:
-        typer.confirm(f"Delete the folder of run {run}?", abort=True)
-    console.print(f"deleted {delete_run(run, reason)}; its trials stay in the ledger", soft_wrap=True)
+        typer.confirm(f"Delete the folder of run {run}?", abort=True, err=True)
+    name = delete_run(run, reason)
+    tell_done(as_json, {"deleted": name}, f"deleted {name}; its trials stay in the ledger")
 
 # %% ../nbs/94_cli.ipynb #10666ed3
 Modules = Annotated[
@@ -708,20 +724,21 @@ def predict(
     to: Annotated[Path | None, typer.Option(help="File for the forecasts of a file's bars: .parquet, .csv or .feather.")] = None,
     source: Annotated[str | None, typer.Option(help=_FOLLOWED)] = None,
     modules: Modules = None,  # of the run's user-defined features
+    as_json: Json = False,  # one object per forecast; with live trades one line each
 ) -> None:
     """Forecast the bars of a file, or follow the live trades.
 
     The column in_sample marks bars that the run was trained on. Without a file, it follows the live trades in the store until Ctrl-C."""
     if file is not None:
-        return _forecast_file(run, file, to, modules or [])
+        return _forecast_file(run, file, to, modules or [], as_json)
     if to is not None:
         remedy = "Give it: cryptoresearch predict RUN FILE --to OUT.csv"
         raise ConfigError(problem("--to only with a file of bars", "--to without one", remedy))
-    _predict_live(run, source, modules or [])
+    _predict_live(run, source, modules or [], as_json)
 
 # %% ../nbs/94_cli.ipynb #62302896
-def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -> None:
-    "Forecast the bars of a file and show the last ones."
+def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str], as_json: bool) -> None:
+    "Forecast the bars of a file and show the last ones, or all as JSON."
     import pandas as pd
 
     from cryptoresearch.runs.run import import_own, load_run
@@ -733,23 +750,25 @@ def _forecast_file(name: str, file: Path, to: Path | None, modules: list[str]) -
     import_own(run, modules)
     found = run.predict(read_bar_file(file, run.config.spec, run.config.symbol)).reset_index()
     found["in_sample"] = found["known_ts"] < pd.Timestamp(run.info["trained_until"])
-    _show(found.tail(10).dropna(axis=1, how="all"))
     if to is not None:
         write_table(found, to)
-    console.print(f"{len(found):,} forecasts{f' in {to}' if to else ', the last of them above; --to FILE.csv writes all'}", soft_wrap=True)
-    _tell_in_sample(run, found["in_sample"])
+    if not as_json:
+        _show(found.tail(10).dropna(axis=1, how="all"))
+    shown = f"{len(found):,} forecasts{f' in {to}' if to else ', the last of them above; --to FILE.csv writes all'}"
+    tell_done(as_json, found, shown)
+    _tell_in_sample(run, found["in_sample"], progress_console if as_json else console)
 
-
-def _tell_in_sample(run: "Run", inside: "Series[bool]") -> None:
+# %% ../nbs/94_cli.ipynb #34746d73
+def _tell_in_sample(run: "Run", inside: "Series[bool]", to: "Console") -> None:
     "Warn of forecasts for bars of the training, and name the command for those out of sample."
     if inside.any():
         count, until = f"{inside.sum():,} of {len(inside):,} bars", run.info["trained_until"][:16]
         other = f"cryptoresearch export {run.config.symbol} --what predictions --run {run.id} --to FILE.csv"
         text = f"{count} lie before {until}, the end of the run's training: in sample, no measure of skill. Out of sample: {other}"
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
+        to.print(text, soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #2194819a
-def _predict_live(run: str, source: str | None, modules: list[str]) -> None:
+def _predict_live(run: str, source: str | None, modules: list[str], as_json: bool) -> None:
     "Predict finished bars of live trades until Ctrl-C."
     import signal
     import threading
@@ -762,10 +781,13 @@ def _predict_live(run: str, source: str | None, modules: list[str]) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())  # the trades received so far are still predicted and stored
     def shown(rows: Any) -> None:
-        _show(rows[["ts", "close_ts", "prediction"]])
+        if not as_json:
+            return _show(rows[["ts", "close_ts", "prediction"]])
+        for row in rows.to_dict("records"):
+            typer.echo(json.dumps(to_json(row), allow_nan=False))
 
     made = predict_live(get_settings(), run, source=source or find_feed().protocol.source, stop=stop, on_prediction=shown)
-    console.print(f"{made:,} predictions")
+    (progress_console if as_json else console).print(f"{made:,} predictions")
 
 # %% ../nbs/94_cli.ipynb #4a9caba2
 @app.command()
@@ -847,6 +869,7 @@ def export(
     source: Annotated[str | None, typer.Option(help="Source of the rows. Default: the best one.")] = None,
     run: Annotated[str | None, run_option("Run whose forecasts out of sample are written.")] = None,  # stored
     modules: Modules = None,  # of user-defined features
+    as_json: Json = False,  # an object: what, rows, to
 ) -> None:
     "Write bars, trades, features or predictions to a file."
     from cryptoresearch.data.store import connect
@@ -859,7 +882,7 @@ def export(
     with connect(read_only=True) as con:
         frame = _out_of_sample(run, symbol, start, end) if run else read(con, symbol, what, spec, names=feature)
     write_table(frame, to)
-    console.print(f"{len(frame):,} rows of {what} in {to}", soft_wrap=True, markup=False)
+    tell_done(as_json, {"what": what, "rows": len(frame), "to": to}, f"{len(frame):,} rows of {what} in {to}")
 
 # %% ../nbs/94_cli.ipynb #b4d1b8f4
 @app.command()

@@ -7,14 +7,17 @@ __all__ = ['data_app', 'status', 'log', 'repairs', 'backfill', 'report', 'verify
 
 # %% ../nbs/92_cli_data.ipynb #8033a98f
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TYPE_CHECKING
 
 import typer
 from rich.table import Table
 
-from .cli_shared import console, Json, OneSymbol, print_json, show_frame, SymbolName
+from .cli_shared import console, Json, OneSymbol, print_json, show_frame, SymbolName, tell_done
 from .errors import RunMismatch
 from .settings import get_settings
+
+if TYPE_CHECKING:
+    from cryptoresearch.data.maintenance import Verified
 
 # %% ../nbs/92_cli_data.ipynb #c7825d1d
 data_app = typer.Typer(help="Inspect, verify and maintain the store.", no_args_is_help=True)
@@ -87,6 +90,7 @@ def repairs(
 @data_app.command()
 def backfill(
     symbol: SymbolName,  # collected with --feed binance
+    as_json: Json = False,  # an object: closed (one object per gap), open
 ) -> None:
     """Fetch what live sessions missed from Binance.
 
@@ -97,10 +101,9 @@ def backfill(
 
     with connect() as con:
         found, left = fill(con, symbol), open_gaps(con, symbol)
-    for repair in found:
-        console.print(str(repair), soft_wrap=True, markup=False)
     why = " (their missing ids are unknown, or more than 200,000)" if left else ""
-    console.print(f"gaps closed: {len(found)}; still open: {left}{why}")
+    facts = {"closed": [vars(repair) for repair in found], "open": left}
+    tell_done(as_json, facts, *found, f"gaps closed: {len(found)}; still open: {left}{why}")
 
 # %% ../nbs/92_cli_data.ipynb #07da7ec5
 @data_app.command()
@@ -109,9 +112,8 @@ def report(
     source: Annotated[str | None, typer.Option(help="Such as trades, klines or finnhub. Default: the best source in the store.")] = None,
     start: Annotated[str | None, typer.Option(help="First day of the day-by-day part.")] = None,
     end: Annotated[str | None, typer.Option(help="Days before this one.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the page and the executed notebook. Default: data_reports/SYMBOL next to the runs.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of page and notebook. Default: data_reports/SYMBOL next to the runs.")] = None,
+    as_json: Json = False,  # an object: report
 ) -> None:
     """Write a page about one series.
 
@@ -130,11 +132,19 @@ def report(
     folder = output or settings.path(settings.runs_dir).parent / "data_reports" / re.sub(r"[^A-Za-z0-9._-]", "-", symbol)
     parameters = {"symbol": symbol, "source": source, "start": start, "end": end}
     paths = run_notebook("research/data_report.ipynb", parameters, folder, settings=settings)
-    console.print(f"report  {paths['report']}", soft_wrap=True)
+    tell_done(as_json, {"report": paths["report"]}, f"report  {paths['report']}")
 
 # %% ../nbs/92_cli_data.ipynb #66c7e383
+def _tell_verified(found: "Verified", as_json: bool) -> NoReturn:
+    "Print the checks of a store; exit code 6 if one failed."
+    tell_done(as_json, {"ok": found.ok, "checks": found.table}, found)
+    raise typer.Exit(code=0 if found.ok else RunMismatch.exit_code)
+
+
 @data_app.command()
-def verify() -> None:
+def verify(
+    as_json: Json = False,  # an object: ok, checks
+) -> None:
     """Read all data again and compare them with the ledger.
 
     Exit code 6 and the differences if there are any."""
@@ -142,15 +152,14 @@ def verify() -> None:
     from cryptoresearch.data.store import connect
 
     with connect(read_only=True) as con:
-        found = check(con)
-    console.print(found)
-    raise typer.Exit(code=0 if found.ok else RunMismatch.exit_code)
+        _tell_verified(check(con), as_json)
 
 # %% ../nbs/92_cli_data.ipynb #4e4985f4
 @data_app.command()
 def maintain(
     keep: Annotated[str, typer.Option(help="Keep snapshots younger than this, such as 12h or 7d, and those that a run pins.")] = "1d",
     delete_after: Annotated[str, typer.Option(help="Remove files that have not been needed for this long.")] = "1d",
+    as_json: Json = False,  # an object: before, after, expired, pinned
 ) -> None:
     """Remove old snapshots, merge small files, free the space.
 
@@ -160,6 +169,8 @@ def maintain(
 
     with connect() as con:
         done = tidy(con, keep=keep, delete_after=delete_after)
+    if as_json:
+        return print_json(vars(done))
     table = Table(header_style="bold")
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if not name else "right")
@@ -172,18 +183,22 @@ def maintain(
 @data_app.command()
 def backup(
     target: Annotated[Path, typer.Argument(help="A new folder, or a new file ending in .tar.")],
+    as_json: Json = False,  # an object: path, snapshot, bytes, files
 ) -> None:
     "Copy the store and its runs as of one moment, while others write."
     from cryptoresearch.data.maintenance import backup as save
     from cryptoresearch.data.store import connect
 
     with connect() as con:
-        console.print(str(save(con, target)), soft_wrap=True)
+        made = save(con, target)
+    facts = {"path": made.path, "snapshot": made.snapshot, "bytes": made.bytes, "files": len(made.manifest["files"])}
+    tell_done(as_json, facts, made)
 
-
+# %% ../nbs/92_cli_data.ipynb #a847ef2a
 @data_app.command()
 def restore(
     source: Annotated[Path, typer.Argument(help="A folder or .tar that backup made.")],
+    as_json: Json = False,  # an object: ok, checks
 ) -> None:
     """Restore a store and its runs from a backup and compare checksums.
 
@@ -192,8 +207,8 @@ def restore(
     from cryptoresearch.data.maintenance import verify as check
     from cryptoresearch.data.store import connect
 
-    console.print(str(bring_back(source)), soft_wrap=True)
+    made = bring_back(source)
+    if not as_json:
+        console.print(str(made), soft_wrap=True, markup=False)
     with connect(read_only=True) as con:
-        found = check(con)
-    console.print(found)
-    raise typer.Exit(code=0 if found.ok else RunMismatch.exit_code)
+        _tell_verified(check(con), as_json)

@@ -21,7 +21,7 @@ import typer
 
 from cryptoresearch.cli_shared import (
     Cluster, complete_runs, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, RunName, show_frame,
-    stored_names, Tell,
+    stored_names, Tell, tell_done,
 )  # fmt: skip
 from .errors import ConfigError, problem, RunMismatch
 from .runs.options import CostOptions, full_help, Option, options, RunOptions, TEMPLATES
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cryptoresearch.evaluation.comparison import Lineup
     from cryptoresearch.runs.config import RunConfig
     from cryptoresearch.runs.run import Run
+    from cryptoresearch.runs.tuning import Tuned
     from cryptoresearch.serving.grid import Outcome
 
 # %% ../nbs/93_cli_research.ipynb #e09005a3
@@ -53,6 +54,7 @@ def make_report(
     parameters: dict[str, object],  # of the template
     output: Path | None,  # folder; reports/KIND/NAME next to the runs when None
     settings: Settings,  # store and runs
+    as_json: bool = False,  # print an object: report
 ) -> Path:  # the page
     "Execute a research template and print the path of its page."
     import re
@@ -63,7 +65,7 @@ def make_report(
     with progress("writing the report") as tell:
         template = f"research/{kind}.ipynb"
         page = run_notebook(template, parameters, folder, settings=settings, progress=tell)["report"]
-    console.print(f"report  {page}", soft_wrap=True, markup=False)
+    tell_done(as_json, {"report": page}, f"report  {page}")
     return page
 
 # %% ../nbs/93_cli_research.ipynb #d44e35a1
@@ -240,6 +242,17 @@ def list_features(
 _TUNED = tuple(o for o in TEMPLATES["tune"] if o.name not in ("duckdb_path", "runs_dir"))
 
 # %% ../nbs/93_cli_research.ipynb #c5413b73
+def _tell_tuned(found: "Tuned", as_json: bool) -> None:
+    "Print a finished search: its best trials, and the options with which the best one is trained."
+    from cryptoresearch.runs.tuning import found_options
+
+    name, best = found.study.study_name, found_options(found.config)
+    if not as_json:
+        show_frame(found.table.head(10).round(5))
+    words = f"study   {name}: {found.n_trials} trials, all of them in the trial ledger", f"best    {best}"
+    tell_done(as_json, {"study": name, "trials": found.n_trials, "best": best, "table": found.table}, *words)
+
+# %% ../nbs/93_cli_research.ipynb #5cd387e8
 @research_app.command()
 @takes(*(replace(o, default=None) if o.name == "start" else o for o in _TUNED))
 def tune(
@@ -248,22 +261,22 @@ def tune(
     report: Report = False,  # write a page
     output: Output = None,  # folder of the page
     cluster: Cluster = None,  # that of the settings if None
+    as_json: Json = False,  # an object: study, trials, best, table
 ) -> None:
     """Search parameters, weights and refit period before the test.
 
     Start it several times to use more cores, or with --cluster; again to continue."""
+    _either(as_json, report)
     take_bars(given, symbol_given)
     from cryptoresearch.data.store import connect
     from cryptoresearch.features.user_modules import whole_paths
-    from cryptoresearch.runs.tuning import asked_search, found_options, tune as search
+    from cryptoresearch.runs.tuning import asked_search, tune as search
 
     (asked, fixed), settings = asked_search(given | {"modules": whole_paths(given["modules"])}), on_cluster(cluster)
     with progress("searching") as tell, connect(settings) as con:
         more = {"n_folds": given["inner_folds"], "fixed": fixed, "storage": given["storage"]}
         found = search(con, asked, given["trials"], **more, settings=settings, progress=tell)
-    show_frame(found.table.head(10).round(5))
-    console.print(f"study   {found.study.study_name}: {found.n_trials} trials, all of them in the trial ledger")
-    console.print(f"best    {found_options(found.config)}", soft_wrap=True, markup=False)
+    _tell_tuned(found, as_json)
     if report:
         as_given = {o.name: getattr(asked, o.name, given[o.name]) for o in _TUNED} | {k: given[k] for k in ("weights", "refit_every")}
         make_report("tune", found.study.study_name, json.loads(json.dumps(as_given)), output, settings)
@@ -356,6 +369,7 @@ def evaluate(
     run: RunName,  # stored
     with_audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Audit too: nine to eleven times the work of training.")] = True,
     output: Output = None,  # folder of the page
+    as_json: Json = False,  # an object: report
 ) -> None:
     """Write a page about a stored run.
 
@@ -366,7 +380,7 @@ def evaluate(
     found = load_run(run, get_settings())
     given["modules"] = list(whole_paths(given["modules"]))
     import_own(found, given["modules"])  # refuses before the notebook starts
-    make_report("evaluate", found.id, given | {"run": found.id, "with_audit": with_audit}, output, get_settings())
+    make_report("evaluate", found.id, given | {"run": found.id, "with_audit": with_audit}, output, get_settings(), as_json)
 
 # %% ../nbs/93_cli_research.ipynb #73308072
 Compared = Annotated[
@@ -416,6 +430,7 @@ def compare(
 @research_app.command()
 def promote(
     run: RunName,  # stored
+    as_json: Json = False,  # an object: run, promoted, reason, p_value, tried, audit
 ) -> None:
     """Promote a run to champion if it passes all checks.
 
@@ -423,11 +438,11 @@ def promote(
     from cryptoresearch.evaluation.promotion import promote as gate
 
     done = gate(run, get_settings())
-    console.print(f"{done.run}: {'champion' if done.promoted else 'not promoted'}; {done.reason}", soft_wrap=True)
+    tell_done(as_json, vars(done), f"{done.run}: {'champion' if done.promoted else 'not promoted'}; {done.reason}")
     if not done.promoted and "already" not in done.reason:
         raise typer.Exit(code=RunMismatch.exit_code)
 
-
+# %% ../nbs/93_cli_research.ipynb #d6f36d57
 @research_app.command()
 def registry(
     as_json: Json = False,  # one object per run

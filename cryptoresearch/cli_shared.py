@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['console', 'progress_console', 'Json', 'RunName', 'SymbolName', 'Cluster', 'OneSymbol', 'show_frame', 'to_json',
-           'print_json', 'Tell', 'progress', 'complete_runs', 'complete_symbols', 'stored_names', 'run_option',
-           'on_cluster']
+           'print_json', 'tell_done', 'Tell', 'progress', 'complete_runs', 'complete_symbols', 'stored_names',
+           'run_option', 'on_cluster']
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1a04
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date, datetime, timedelta, UTC
+from pathlib import PurePath
 from typing import Annotated, cast, Protocol, TYPE_CHECKING
 
 import typer
@@ -46,6 +47,8 @@ def _scalar(value: object) -> object:
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC).isoformat()
     if isinstance(value, date):
         return value.isoformat()
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, float) and not math.isfinite(value):
@@ -73,13 +76,24 @@ def to_json(
         return [to_json(one) for one in value]
     return _scalar(value.item() if hasattr(value, "item") else value)
 
-
+# %% ../nbs/91a_cli_shared.ipynb #f6f808e4
 def print_json(
     value: object,  # as `to_json` takes it
 ) -> None:
     "Print a value as JSON on standard output."
-    text = json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False)
-    typer.echo(text)
+    typer.echo(json.dumps(to_json(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def tell_done(
+    as_json: bool,  # print `facts`, not `lines`
+    facts: object,  # what a script needs, as `to_json` takes it
+    *lines: object,  # the same in words
+) -> None:
+    "Print what a command has done."
+    if as_json:
+        return print_json(facts)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1b02
 class Tell(Protocol):

@@ -88,7 +88,7 @@ def import_ahead() -> dict[str, Any]:
     failed = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", *modules_ahead()):
+        for name in ("nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "skops.io", *modules_ahead()):
             try:
                 importlib.import_module(name)
             except Exception as e:  # the notebook will say so itself, if it matters

@@ -37,7 +37,7 @@ from ..data.archive import file_sha256, local_file, open_object
 from ..data.ledger import archive_title, clear_ledger, DIGEST_VERSION, file_digest, log_event, Older, stored_files
 from ..data.series import from_us, normal_symbol, quote, Series, to_us, utc_now, where_rows
 from ..data.maintenance import clean_dead
-from ..data.store import data_path, exclusive, is_collecting, work_folder, write
+from ..data.store import cursor, data_path, exclusive, is_collecting, one_snapshot, work_folder, write
 from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
 from cryptoresearch.ingest.corrections import (
     check_same_series, compare, insert_gaps, Met, refit, replace_older, SHORT_HOLE, take_out, taken_back,
@@ -675,23 +675,20 @@ def _repaired(con: DuckDBPyConnection, job: Job, known: IngestResult) -> IngestR
     return dataclasses.replace(known, repairs=found)
 
 # %% ../../nbs/ingest/06_files.ipynb #e443b87d
-def _load(
-    con: DuckDBPyConnection,  # from `init_duckdb`
-    job: Job,
-    wanted: _Wanted,
-) -> IngestResult:
+def _load(con: DuckDBPyConnection, job: Job, wanted: _Wanted) -> IngestResult:
     "Write the rows to Parquet, work out the plan, commit."
     clean_dead(con)
     files, kept, folder = set[str](), "", work_folder(data_path(con), work_mark(job))
     try:
-        with con.cursor() as cur, folder as name, _progress(job.name, wanted.progress) as report:
+        with cursor(con, current=False) as cur, folder as name, _progress(job.name, wanted.progress) as report:
             interruptible(cur).execute("SET enable_progress_bar = false")
             facts, file = write_rows(cur, job, report, name)
             close_refused(facts.refused)
             files.add(file)
             _check_share(job, facts, wanted.max_rejected)
             while True:
-                plan = _plan(cur, job, facts, file, name, wanted)
+                with one_snapshot(cur):
+                    plan = _plan(cur, job, facts, file, name, wanted)
                 files.add(plan.left.file)
                 with suppress(_Stale):
                     result = write(con, _commit, job, facts, plan, wanted.replace)
@@ -895,12 +892,13 @@ def ingest_frame(
 # %% ../../nbs/ingest/06_files.ipynb #660d11bd
 def _forget(con: DuckDBPyConnection, file_id: str) -> int:
     "Take a file or session out of all tables; runs inside `write`."
-    found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE starts_with(file_id, ?)", [file_id]).fetchall()
+    where = "starts_with(file_id, $1) OR uri = $1 OR ends_with(uri, '/' || $1)"
+    found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE {where}", [file_id]).fetchall()
     sessions = con.execute(_SESSION_OF, [file_id]).fetchall()
     if len(found) + len(sessions) != 1 or len(file_id) < 6:
-        expected = f"one loaded file or live session whose id begins with {file_id!r}"
-        remedy = "See the tables ingest_ledger and live_sessions"
-        raise DataNotFound(problem(expected, f"{len(found) + len(sessions)}", remedy))
+        expected = f"one loaded file with the name {file_id!r}, or one file or live session whose id begins so"
+        ids = ", ".join(str(row[0])[:12] for row in [*found, *sessions]) or "none"
+        raise DataNotFound(problem(expected, ids, "Name one of them by its id" if ids != "none" else "cryptoresearch data log lists them"))
     if sessions:
         session_id, source, url, is_open, recent = sessions[0]
         if is_open:
@@ -953,7 +951,7 @@ def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: 
 # %% ../../nbs/ingest/06_files.ipynb #4e3f6f86
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
-    file_id: str,  # sha256 of a loaded file or id of a live session, or its first six characters or more
+    file_id: str,  # name or sha256 of a loaded file, id of a live session, or its first six characters or more
 ) -> int:  # rows taken out of trades and candles
     "Remove a file or session: rows, record, gaps, coverage and quarantine. Errors: `DataNotFound`, `ConfigError` (it still collects)."
     return write(con, _forget, file_id)

@@ -22,7 +22,7 @@ import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from ..data.archive import list_objects, parse_s3, stored
-from ..data.store import cursor
+from ..data.store import cursor, data_path
 from ..errors import DataNotFound, problem, SchemaError
 from .files import IngestResult, process_file
 from .formats import Market, parse_period
@@ -122,9 +122,8 @@ def find_files(
 # %% ../../nbs/ingest/07_folders.ipynb #5c0d0080
 def _without_own(con: DuckDBPyConnection, uris: list[str]) -> list[str]:
     "Leave out the Parquet files of the store itself, which a folder above it contains."
-    row = con.execute("SELECT data_path FROM ducklake_settings('lake')").fetchone()
-    own = str(row[0]).rstrip("/") + "/" if row else ""
-    left = [uri for uri in uris if not own or not (uri if "://" in uri else str(Path(uri).resolve())).startswith(own)]
+    own = data_path(con)
+    left = [uri for uri in uris if not (uri if "://" in uri else str(Path(uri).resolve())).startswith(own)]
     if not left:
         raise DataNotFound(problem("files of trades or candles", f"only the store's own files, in {own}", "Load files from another folder"))
     return left

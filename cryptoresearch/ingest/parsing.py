@@ -207,8 +207,8 @@ def unquoted(
 
 def _header_again(parts: list[str]) -> bool:
     "Check whether a row is a header: files that were joined keep their headers."
-    # no name begins with a digit, as most fields do
-    return len(parts) > 2 and sum(not part[:1].isdigit() and meaning_of(part) is not None for part in parts) > len(parts) / 2
+    names = [part for part in parts if not part[:1].isdigit()]  # no name begins with a digit, as most fields do
+    return len(parts) > 2 and len(names) > len(parts) / 2 and sum(meaning_of(name) is not None for name in names) > len(parts) / 2
 
 # %% ../../nbs/ingest/01_parsing.ipynb #6a255893
 _FIELD = re.compile(r'(?:^|,)(?:"((?:[^"]|"")*)"(?=,|$)|([^,]*))', re.DOTALL)

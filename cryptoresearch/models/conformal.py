@@ -62,9 +62,9 @@ def _adapt(  # type: ignore[no-untyped-def]
         alphas[i] = alpha
         if n_past < least or np.isnan(lower[i]) or not scale[i] > 0:
             continue
-        recent = np.sort(past[max(0, n_past - window) : n_past])
-        k = min(int(np.ceil((len(recent) + 1) * (1.0 - alpha) - 1e-9)), len(recent))
-        margin = recent[max(k, 1) - 1] * scale[i]
+        recent = past[max(0, n_past - window) : n_past]
+        k = max(min(int(np.ceil((len(recent) + 1) * (1.0 - alpha) - 1e-9)), len(recent)), 1) - 1
+        margin = np.partition(recent, k)[k] * scale[i]
         out_lower[i], out_upper[i] = lower[i] - margin, upper[i] + margin
         if out_lower[i] > out_upper[i]:
             out_lower[i] = out_upper[i] = (lower[i] + upper[i]) / 2

@@ -31,7 +31,7 @@ import cryptoresearch.features.pipeline  # registers all features
 from ..data.bars import read_bars, source_market
 from ..data.event_bars import read_event_bars, UNNUMBERED, with_gap_rows
 from ..data.status import read_trades
-from ..data.store import harmless_ids, snapshot
+from ..data.store import harmless_ids, one_snapshot, snapshot
 from ..data.workers import Executor
 from ..errors import ConfigError, DataNotFound, problem
 from ..features.derived import Lagged, lagged
@@ -229,8 +229,7 @@ def read_data(
 ) -> RunData:  # bars and their origin, all as of one snapshot
     "Read the bars of a run, the columns that its features need in addition, and the checksums of the files they come from."
     read = _read_events if by_events(config.spec) else read_bars
-    con.execute("BEGIN")
-    try:
+    with one_snapshot(con):
         bars = read(con, config.symbol, config.spec, start=config.start, end=config.end, source=config.source)
         own = bars.attrs.get("sources") or ([bars.attrs["source"]] if bars.attrs.get("source") else [])
         bars, others = join_needed(con, bars, config.resolved.names, executor) if joined else (bars, {})
@@ -238,8 +237,6 @@ def read_data(
         span = [[config.symbol, *others], bars.index[0].tz_localize(None), bars["close_ts"].iloc[-1].tz_localize(None)]
         files = con.execute(_FILES, span).fetchall()
         pinned, trades = snapshot(con), read_doubtful(con, config, bars) if joined and config.label.get("trades") else None
-    finally:
-        con.execute("ROLLBACK")
     simulated = "simulated" in sources or ("replay" in sources and any(s == "simulated" for s, _ in files))
     return RunData(bars, sources, pinned, tuple(sha for s, sha in files if s in sources), simulated, trades)
 

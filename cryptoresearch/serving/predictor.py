@@ -27,7 +27,7 @@ from ..data.build_bars import make_bars
 from ..data.coverage import holes_on_grid
 from ..data.event_bars import event_spec, EventFolder, UNNUMBERED, with_gap_columns
 from ..data.series import to_us
-from ..data.store import connect, may_pass, write
+from ..data.store import connect, may_pass, one_snapshot, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.pipeline import compute, resolve
 from ..runs.config import by_events
@@ -363,15 +363,12 @@ class _Follower:
 def _read_new(follow: _Follower) -> tuple[pd.DataFrame, pd.DataFrame]:  # new trades in order of arrival, all gaps of the session
     "Read the trades and gaps since the last call."
     con, where = follow.con, "file_id = ? AND symbol = ?"
-    con.execute("BEGIN")
-    try:
+    with one_snapshot(con):
         columns = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades"
         new = f"{where} AND source = ? AND trade_id > ? ORDER BY trade_id LIMIT {_LIMIT}"
         values = [follow.session, follow.symbol, follow.source, follow.last_id]
         trades = con.execute(f"SELECT {columns} FROM trades WHERE {new}", values).df()
         gaps = con.execute(f"SELECT start_ts, end_ts FROM gaps WHERE {where}", values[:2]).df()
-    finally:
-        con.execute("ROLLBACK")
     if len(trades):
         follow.last_id = int(trades["trade_id"].iloc[-1])
     return _in_utc(trades, "ts"), _in_utc(gaps, "start_ts", "end_ts")

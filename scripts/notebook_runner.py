@@ -31,6 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CAN_FORK = sys.platform == "linux"
 # left to each notebook: duckdb and polars start a thread when they are imported, the others import polars; the package is what is tested
 NOT_AHEAD = ("cryptoresearch", "duckdb", "polars", "arch", "statsmodels", "lightgbm")
+# what notebooks need before their own imports, and libraries that are imported inside functions
+FIRST = (
+    "nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "skops.io",
+)  # fmt: skip
 # jemalloc, inside pyarrow, prepares its own thread for a fork
 SAFE_THREADS = ("jemalloc_bg_thd",)
 
@@ -88,7 +92,7 @@ def import_ahead() -> dict[str, Any]:
     failed = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "skops.io", *modules_ahead()):
+        for name in (*FIRST, *modules_ahead()):
             try:
                 importlib.import_module(name)
             except Exception as e:  # the notebook will say so itself, if it matters

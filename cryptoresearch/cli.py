@@ -422,7 +422,8 @@ def runs(
         console.print("no runs yet. Run: cryptoresearch train")
         return
     columns = ["run", "model", "ic", "baseline", "saved", "p"]
-    _show_rows(columns, [[_short(run.get("dm_p" if c == "p" else c), least=c == "p") for c in columns] for run in found])
+    heads = ["vs" if c == "baseline" else c for c in columns]  # narrow, so that the table fits 80 columns with a long name
+    _show_rows(heads, [[_short(run.get("dm_p" if c == "p" else c), least=c == "p") for c in columns] for run in found])
     for run in found:
         console.print(f"[bold]{run['run']}[/] {run['verdict']}", soft_wrap=True)
 
@@ -812,7 +813,7 @@ def scores(
         names = ("run", "source", "target", "since", "until", "states", "baseline", "saved", "level", "coverage", "coverage_p", "slope")
         facts = {name: getattr(found, name) for name in names} | {"bias": found.bias.size, "scores": found.table}
         return print_json(facts | {"parity": {"exact": same.exact} | asdict(same)})
-    show_frame(found.table.drop(columns=["dm_stat", "dm_p", "model_dm_stat"]).round(4))
+    show_frame(found.table.drop(columns=["dm_stat", "dm_p", "model_dm_stat"]))
     console.print(f"{found}\n{same}", soft_wrap=True, markup=False, highlight=False)
 
 # %% ../nbs/94_cli.ipynb #e9a7c3d1

@@ -248,7 +248,7 @@ def _tell_tuned(found: "Tuned", as_json: bool) -> None:
 
     name, best = found.study.study_name, found_options(found.config)
     if not as_json:
-        show_frame(found.table.head(10).round(5))
+        show_frame(found.table.head(10))
     words = f"study   {name}: {found.n_trials} trials, all of them in the trial ledger", f"best    {best}"
     tell_done(as_json, {"study": name, "trials": found.n_trials, "best": best, "table": found.table}, *words)
 
@@ -301,7 +301,7 @@ def show_audit(
     if as_json:
         print_json({"passed": found.passed, "verdict": found.verdict, "worlds": found.table})
     else:
-        show_frame(found.table.round(4))
+        show_frame(found.table)
         console.print(found.verdict, soft_wrap=True)
     if not found.passed:
         raise typer.Exit(code=RunMismatch.exit_code)
@@ -402,7 +402,7 @@ def _show_lineup(line: "Lineup", as_json: bool) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     show_frame(setting_table(line))
     for frame in found.values():
-        show_frame(frame.round(4))
+        show_frame(frame)
     console.print(verdict.sentence, soft_wrap=True, markup=False)
 
 # %% ../nbs/93_cli_research.ipynb #7a0c1a03

@@ -33,11 +33,16 @@ progress_console = Console(stderr=True, emoji=False)  # standard output holds th
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: times in UTC, durations in seconds, unknown values null.")]
 
 
+def _figure(value: float) -> str:
+    "Write a number with four significant digits, and with all those before the point."
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
 def show_frame(
     frame: "pd.DataFrame",  # with a named index
 ) -> None:
     "Print a DataFrame as a table."
-    text = frame.reset_index().to_string(index=False, na_rep="")
+    text = frame.reset_index().to_string(index=False, na_rep="", float_format=_figure)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/91a_cli_shared.ipynb #6b0c1a09

@@ -416,7 +416,7 @@ class Archive:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self.settings = Settings(_env_file=None, archive_url=f"http://127.0.0.1:{self.server.server_port}/")
 
     def publish(self, body: bytes, checksum: bytes | None = None, name: str = "") -> str:

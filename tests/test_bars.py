@@ -1,5 +1,7 @@
 """Compare bars with a simple loop, on random trades, random holes and the store."""
 
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
 from itertools import pairwise
@@ -281,24 +283,47 @@ def test_real_files_join_over_midnight(settings: Settings, shared: Path, order: 
         assert bar[["open", "high", "low", "close", "trades", "buy_volume"]].tolist() == [*prices, len(inside), float(bought)]
 
 
+CUTS = [0, 7, 11, 12, 4000, 4001, 4010, 9000, 10_166]  # of a real day
+FEW_CUTS = [0, 9, 13, 1500, 3000]
+
+
+def bars_of_parts(folder: Path, parts: list[list[str]]) -> tuple[int, pd.DataFrame, pd.DataFrame]:
+    "Load files one after the other, and build bars after each; return the trades without a side, and the bars."
+    con = init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite")))
+    for i, part in enumerate(parts):
+        (folder / f"part{i}.csv").write_text("".join(part))
+        process_file(con, folder / f"part{i}.csv", symbol="BTCUSDT", kind="trades")
+        with suppress(DataNotFound):  # no whole second yet
+            make_bars(con, "BTCUSDT", "1s")
+        make_event_bars(con, "BTCUSDT", "tick_imbalance:50")
+    (unsigned,) = con.execute("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchall()[0]
+    return unsigned, read_bars(con, "BTCUSDT", "1s"), read_event_bars(con, "BTCUSDT", "tick_imbalance:50")
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Callable[[list[str]], tuple[int, pd.DataFrame, pd.DataFrame]]:
+    "What one file with these lines gives."
+    known: dict[int, tuple[int, pd.DataFrame, pd.DataFrame]] = {}
+
+    def whole(lines: list[str]) -> tuple[int, pd.DataFrame, pd.DataFrame]:
+        if len(lines) not in known:
+            known[len(lines)] = bars_of_parts(shutil.copytree(empty_store, tmp_path_factory.mktemp("whole") / "store"), [lines])
+        return known[len(lines)]
+
+    return whole
+
+
 @pytest.mark.parametrize("order", [1, -1])
-def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, order: int) -> None:
-    lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)
-    cuts = [0, 7, 11, 12, 4000, 4001, 4010, 9000, len(lines)]  # the files that end at 11 and 4001 have one price only
-    stores = {}
-    for name, parts in (("whole", [lines]), ("cut", [lines[a:b] for a, b in pairwise(cuts)][::order])):
-        con = stores[name] = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / name / "catalog.sqlite")))
-        for i, part in enumerate(parts):
-            file = tmp_path / name / f"part{i}.csv"
-            file.write_text("".join(part))
-            process_file(con, file, symbol="BTCUSDT", kind="trades")
-            with suppress(DataNotFound):  # no whole second yet
-                make_bars(con, "BTCUSDT", "1s")
-            make_event_bars(con, "BTCUSDT", "tick_imbalance:50")
-    unsigned = stores["cut"].sql("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchone()[0]
-    assert unsigned > stores["whole"].sql("SELECT count(*) FROM trades WHERE side_tick IS NULL").fetchone()[0]
-    for read, spec in ((read_bars, "1s"), (read_event_bars, "tick_imbalance:50")):
-        equal(read(stores["cut"], "BTCUSDT", spec), read(stores["whole"], "BTCUSDT", spec))
+@pytest.mark.parametrize("cuts", [FEW_CUTS, pytest.param(CUTS, marks=pytest.mark.heavy)], ids=["few", "many"])
+def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, empty_store: Path, uncut: Callable, cuts: list[int], order: int) -> None:
+    lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)[: cuts[-1]]
+    parts = [lines[a:b] for a, b in pairwise(cuts)][::order]
+    assert len(lines) == cuts[-1] and 1 in [len({line.split(",")[1] for line in part}) for part in parts], "a file with one price only"
+    found = bars_of_parts(shutil.copytree(empty_store, tmp_path / "cut"), parts)
+    whole = uncut(lines)
+    assert found[0] > whole[0] and len(whole[1]) > 20 and len(whole[2]) > 20
+    equal(found[1], whole[1])
+    equal(found[2], whole[2])
 
 
 def test_an_unknown_symbol_is_told_with_the_closest(tmp_path):

@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import typer
-from conftest import Command
+from conftest import Command, examples
 from pyarrow import csv
 from typer.testing import CliRunner
 
@@ -153,14 +153,15 @@ def test_doctor_fails_only_on_what_is_broken(run: Command, tmp_path: Path) -> No
     assert not any(word in broken.stdout + broken.stderr for word in ("k3y-a", "k3y-b", "t0k3n"))
 
 
-def test_from_files_to_bars(run: Command, tmp_path: Path, shared: Path) -> None:
+@pytest.mark.parametrize("short", ["5s", pytest.param("1s", marks=pytest.mark.heavy)])
+def test_from_files_to_bars(run: Command, tmp_path: Path, shared: Path, short: str) -> None:
     files = [str(shared / f"BTCUSDT-trades-2024-08-0{d}.csv") for d in (8, 9)]
     first, again = run(tmp_path, "ingest", *files), run(tmp_path, "ingest", *files)
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert "9,738" in first.stdout
     assert "10,166" in first.stdout
     assert "already" in again.stdout
-    assert run(tmp_path, "bars", "BTCUSDT", "1m", "1s").returncode == 0
+    assert run(tmp_path, "bars", "BTCUSDT", "1m", short).returncode == 0
     assert "19,904 trades" in " ".join(run(tmp_path, "doctor").stdout.split())
 
 
@@ -235,7 +236,7 @@ def read_json(done: subprocess.CompletedProcess[str], code: int = 0) -> Any:
     return json.loads(done.stdout, parse_constant=refuse)
 
 
-def trades(seed: int, n: int = 12_000) -> pd.DataFrame:
+def trades(seed: int, n: int = 4_000) -> pd.DataFrame:
     "Ten hours of trades as the archive has them."
     rng = np.random.default_rng(seed)
     ms = np.sort(rng.integers(0, 600 * 60_000, n)) + 1_704_067_200_000
@@ -261,7 +262,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_json_of_the_store(run: Command, home: Path, tmp_path: Path) -> None:
     found = read_json(run(home, "data", "status", "--json"))
-    assert [row["symbol"] for row in found] == ["AAAUSDT", "BBBUSDT"] and found[0]["rows"] == 12_000
+    assert [row["symbol"] for row in found] == ["AAAUSDT", "BBBUSDT"] and found[0]["rows"] == 4_000
     assert found[0]["start"].startswith("2024-01-01T00:") and found[0]["start"].endswith("+00:00") and found[0]["interval"] is None
     events = read_json(run(home, "data", "log", "BBBUSDT", "--last", "1", "--json"))
     assert [(e["event"], e["symbol"]) for e in events] == [("loaded", "BBBUSDT")]
@@ -307,9 +308,10 @@ def completed(run: Command, home: Path, *words: str) -> list[str]:
 def test_a_shell_completes_commands_runs_and_symbols(run: Command, home: Path, tmp_path: Path) -> None:
     names = sorted(path.parent.name for path in (home / "runs").glob("*/run.json"))
     assert completed(run, home, "re") == ["registry", "replay", "reproduce"]
-    for words in (["evaluate"], ["reproduce"], ["runs", "delete"], ["compare", names[0]], ["live", "AAAUSDT", "--run"], ["audit"]):
+    of_runs = (["evaluate"], ["runs", "delete"], ["compare", names[0]], ["live", "AAAUSDT", "--run"], ["reproduce"], ["audit"])
+    for words in of_runs[: examples(4, 6)]:
         assert completed(run, home, *words, "aaa") == names, words
-    for words in (["bars"], ["data", "status"], ["train"], ["train", "--symbol"], ["export"]):
+    for words in (["bars"], ["data", "status"], ["train", "--symbol"], ["train"], ["export"])[: examples(3, 5)]:
         assert completed(run, home, *words, "A") == ["AAAUSDT"], words
     assert completed(run, tmp_path, "bars", "A") == completed(run, tmp_path, "evaluate", "a") == []
     assert not list(tmp_path.iterdir()), "completion made files"

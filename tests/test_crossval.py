@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
@@ -14,7 +15,7 @@ from cryptoresearch.models.crossval import assemble_paths, CombinatorialPurged, 
 from cryptoresearch.models.splits import overlaps, WalkForward
 
 HOUR = pd.Timedelta("1h")
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=examples(20, 60), deadline=None, derandomize=True)
 
 
 @st.composite
@@ -31,11 +32,11 @@ def allowed(intervals: pd.DataFrame, test: np.ndarray, embargo: pd.Timedelta) ->
     "The definition itself, pair by pair."
     keep = []
     stretches = np.split(test, np.flatnonzero(np.diff(test) > 1) + 1)
-    begins, ends = intervals["start_ts"].tolist(), intervals["end_ts"].tolist()
+    begins, ends = ((intervals[name] - pd.Timestamp(0, tz="UTC")).to_numpy(dtype="timedelta64[ns]").astype(int).tolist() for name in ("start_ts", "end_ts"))
     last = [max(ends[i] for i in s) for s in stretches]
     for i in sorted(set(range(len(intervals))) - set(test.tolist())):
         meets = any(begins[i] <= ends[j] and begins[j] <= ends[i] for j in test.tolist())
-        if not meets and not any(e < begins[i] <= e + embargo for e in last):
+        if not meets and not any(e < begins[i] <= e + embargo.value for e in last):
             keep.append(i)
     return keep
 

@@ -5,8 +5,11 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import init_duckdb, write
 from cryptoresearch.labels.horizon import fixed_horizon
+from cryptoresearch.settings import Settings
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-SERVE = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]))"
+# with other limits than a user's: seconds until a closed page's kernel ends, and pages at the same time
+SERVE = "import sys, cryptoresearch.serving.dashboards as d; d.write_template.__defaults__ = (*d.write_template.__defaults__[:1], {idle_s}, {visitors}); d.dashboards(port=int(sys.argv[1]))"
+AS_A_USER = "import sys; from cryptoresearch.serving.dashboards import dashboards; dashboards(port=int(sys.argv[1]))"
 
 
 def fill(settings: Any, shared: Path) -> None:
@@ -51,22 +57,65 @@ def fill(settings: Any, shared: Path) -> None:
     fixed_horizon(hours, 24, "return").assign(prediction=rng.normal(0, 0.005, len(hours))).to_parquet(folder / "predictions.parquet")
 
 
-def start(process: Any, settings: Any) -> str:
-    "Voila on a port of its own; its address once it answers."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir}
-    server = process([sys.executable, "-c", SERVE, port], env=env)
-    for _ in range(240):
-        assert server.poll() is None, "Voila ended"
+@dataclass(frozen=True)
+class Served:
+    "A store and the address of its pages."
+
+    settings: Settings
+    address: str
+
+
+Serve = Callable[[Settings, str], Served]
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Serve]:
+    "Starts Voila with a store and a program, on a port of its own, and waits until it answers; it ends with the tests of this file."
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(settings: Settings, program: str) -> Served:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": str(settings.runs_dir)}
+        started.append(subprocess.Popen([sys.executable, "-c", program, str(port)], env=env, stdin=subprocess.DEVNULL))
+        for _ in range(600):
+            assert started[-1].poll() is None, "Voila ended"
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/voila/static/voila.js", timeout=5)
+            except httpx.HTTPError:
+                time.sleep(0.1)
+            else:
+                return Served(settings, f"http://127.0.0.1:{port}/")
+        raise AssertionError("Voila does not answer")
+
+    yield start
+    for server in started:
+        server.terminate()
+    for server in started:
         try:
-            httpx.get(f"http://127.0.0.1:{port}/voila/static/voila.js", timeout=5)
-        except httpx.HTTPError:
-            time.sleep(0.25)
-        else:
-            return f"http://127.0.0.1:{port}/"
-    raise AssertionError("Voila does not answer")
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def store_in(folder: Path) -> Settings:
+    "Settings of a store in a folder."
+    return Settings(_env_file=None, duckdb_path=str(folder / "store" / "catalog.sqlite"), duckdb_memory_limit="1GB", runs_dir=str(folder / "runs"))
+
+
+@pytest.fixture(scope="module")
+def filled(serve: Serve, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    "The pages of a store with data, as a user serves them."
+    settings = store_in(tmp_path_factory.mktemp("filled"))
+    fill(settings, shared)
+    return serve(settings, AS_A_USER)
+
+
+@pytest.fixture(scope="module")
+def empty(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    "The pages of an empty store, open to two visitors; a kernel without a page ends after 4 s."
+    return serve(store_in(tmp_path_factory.mktemp("nothing")), SERVE.format(idle_s=4, visitors=2))
 
 
 def choose(page: Any, label: str, option: str) -> None:
@@ -79,10 +128,8 @@ def wait_for_length(page: Any, seconds: float) -> None:
     page.wait_for_function("s => document.querySelector('.cr-chart')?.dataset.length == s", arg=seconds, timeout=120_000)
 
 
-def test_market_page_draws_and_changes_without_internet(page, process, settings, shared):
-    fill(settings, shared)
-    address = start(process, settings)
-    page.goto(address, timeout=120_000)  # leads to the home page, which links to the market
+def test_market_page_draws_and_changes_without_internet(page, filled):
+    page.goto(filled.address, timeout=120_000)  # leads to the home page, which links to the market
     page.wait_for_selector("text=BTCUSDT (klines)", timeout=120_000)
     page.get_by_role("link", name="1h", exact=True).click()
     wait_for_length(page, 3600)
@@ -140,9 +187,8 @@ def test_market_page_draws_and_changes_without_internet(page, process, settings,
     assert page.errors == []
 
 
-def test_every_page_opens_and_says_what_is_missing(page, process, settings, shared):
-    fill(settings, shared)
-    address = start(process, settings)
+def test_every_page_opens_and_says_what_is_missing(page, filled):
+    address = filled.address
     sent: list[int] = []
     page.on("requestfinished", lambda request: sent.append(request.sizes()["responseBodySize"]))
     for name, text in (("predictions", "run"), ("runs", "btcusdt-1h-return24-0123456789"), ("compare", "cryptoresearch train"), ("data", "usable")):
@@ -163,8 +209,8 @@ def test_every_page_opens_and_says_what_is_missing(page, process, settings, shar
     assert page.errors == []
 
 
-def test_without_a_store_the_page_says_what_to_run(page, process, settings):
-    address = start(process, settings)
+def test_without_a_store_the_page_says_what_to_run(page, empty):
+    address = empty.address
     for host, status in (("evil.example", 403), ("10.0.0.7", 403), ("localhost", 200)):  # a page elsewhere that takes this machine's address
         assert httpx.get(f"{address}voila/render/home.ipynb", headers={"Host": host}, timeout=120).status_code == status
         upgrade = {"Host": host, "Origin": f"http://{host}", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
@@ -177,14 +223,14 @@ def test_without_a_store_the_page_says_what_to_run(page, process, settings):
     assert page.errors == []
 
 
-def test_a_visitor_cannot_run_code(process, settings, tmp_path):
+def test_a_visitor_cannot_run_code(filled, tmp_path):
     from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
     from websockets.exceptions import InvalidStatus
     from websockets.sync.client import connect
 
     from cryptoresearch.serving.page_kernels import PROTOCOL
 
-    address = start(process, settings)
+    address = filled.address
     shown = httpx.get(f"{address}voila/render/data.ipynb", timeout=120).text
     kernel = re.search(r'"kernelId": ?"([0-9a-f-]{36})"', shown)[1]
     channels = f"{address.replace('http', 'ws')}api/kernels/{kernel}/channels"
@@ -211,11 +257,6 @@ def test_a_visitor_cannot_run_code(process, settings, tmp_path):
     for path in ("api/contents", "api/sessions", "api/terminals", "api/kernels", "voila/files/home.ipynb", "voila/files/../settings.py"):
         assert httpx.get(f"{address}{path}", timeout=60).status_code in (403, 404, 405), path
     assert httpx.post(f"{address}api/kernels", json={}, timeout=60).status_code in (403, 404, 405)
-
-
-def served_with(idle_s: int, visitors: int) -> str:
-    "Serve with other limits than a user's."
-    return f"import sys, cryptoresearch.serving.dashboards as d; d.write_template.__defaults__ = (*d.write_template.__defaults__[:1], {idle_s}, {visitors}); d.dashboards(port=int(sys.argv[1]))"
 
 
 def kernels(settings: Any) -> list[int]:
@@ -245,13 +286,13 @@ def wait_for_kernels(settings: Any, count: int, seconds: float = 30) -> None:
     assert len(kernels(settings)) == count
 
 
-def test_the_kernel_of_a_page_that_vanished_ends(page, process, settings, monkeypatch):
-    monkeypatch.setitem(globals(), "SERVE", served_with(6, 2))
-    address = start(process, settings)
+def test_the_kernel_of_a_page_that_vanished_ends(page, empty):  # the last test that has these pages: it kills their server
+    address, settings = empty.address, empty.settings
+    wait_for_kernels(settings, 0)  # those of other tests
     data = f"{address}voila/render/data.ipynb"
     page.goto(data, timeout=120_000)
     page.wait_for_selector(".cr-provenance", timeout=120_000)
-    time.sleep(12)
+    time.sleep(8)  # the idle time, and twice the pause between two looks at it
     assert len(kernels(settings)) == 1, "an open page keeps its kernel"
     httpx.get(data, timeout=120)  # a visitor who never connects
     assert len(kernels(settings)) == 2

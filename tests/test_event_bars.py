@@ -1,5 +1,6 @@
 "Event bars against loops that follow their definitions word by word, in any pieces, and in a store where files come in any order."
 import itertools
+import shutil
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -141,50 +142,64 @@ def write_day(folder: Path, t: pd.DataFrame, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in (2, 3))])
-def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    order, cuts = rng.permutation(4).tolist(), np.cumsum(rng.integers(150, 600, 3)).tolist()
-    t = random_trades(2000, seed).assign(n_trades=1)
-    files = [write_day(tmp_path / "files", t.iloc[a:b], f"part{k}") for k, (a, b) in enumerate(pairwise([0, *cuts, 2000]))]
-    corrected = t.iloc[cuts[0] : cuts[1]].copy()
+THREE = ("dollar:5000", "volume_imbalance:40", "dollar_run:40")
+CASES = [(0, 3, THREE[:1], "correct"), (2, 3, THREE[1:2], "forget"), (1, 2, THREE[2:], "correct"), *(pytest.param(n, 4, THREE, "correct, forget", marks=pytest.mark.heavy) for n in range(4))]
+
+
+@pytest.mark.parametrize(("seed", "parts", "specs", "then"), CASES)
+def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, empty_store: Path, seed: int, parts: int, specs: tuple[str, ...], then: str) -> None:
+    rng, n = np.random.default_rng(seed), 500 * parts
+    order, cuts = rng.permutation(parts).tolist(), np.cumsum(rng.integers(150, 600, parts - 1)).tolist()
+    t = random_trades(n, seed).assign(n_trades=1)
+    edges = [0, *cuts, n]
+    files = [write_day(tmp_path / "files", t.iloc[a:b], f"part{k}") for k, (a, b) in enumerate(pairwise(edges))]
+    first, end = edges[1:3] if parts > 2 else edges[:2]  # of a file with one behind it
+    corrected = t.iloc[first:end].copy()
     corrected.loc[corrected.index[-1], "qty"] += 5
     options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}
-    specs = ("dollar:5000", "volume_imbalance:40", "dollar_run:40")
 
     def bars(con: Any) -> dict[str, pd.DataFrame]:
         return {spec: read_event_bars(con, "SIMUSDT", spec) for spec in specs}
 
+    def store(name: str) -> Settings:
+        shutil.copytree(empty_store, tmp_path / name)
+        return Settings(_env_file=None, duckdb_path=str(tmp_path / name / "catalog.sqlite"))
+
     def anew(*paths: Path) -> dict[str, pd.DataFrame]:
-        with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / f"anew-{len(list(tmp_path.iterdir()))}" / "catalog.sqlite"))) as con:
+        with init_duckdb(store(f"anew-{len(list(tmp_path.iterdir()))}")) as con:
             for path in paths:
                 process_file(con, path, **options)
             for spec in specs:
                 make_event_bars(con, "SIMUSDT", spec)
             return bars(con)
 
-    with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / "grown" / "catalog.sqlite"))) as con:
+    with init_duckdb(store("grown")) as con:
         for k in order:
             process_file(con, files[k], **options)
             for spec in specs:
                 make_event_bars(con, "SIMUSDT", spec)
         grown, whole = bars(con), anew(*(files[k] for k in order))
+        assert all(len(table) > 10 for table in grown.values())
         for spec in specs:
             pd.testing.assert_frame_equal(grown[spec], whole[spec], check_exact=True)
         assert make_event_bars(con, "SIMUSDT", specs[0]) == len(grown[specs[0]])
-        late = write_day(tmp_path / "late", corrected, "corrected")
-        process_file(con, late, **options)
-        for spec in specs:
-            make_event_bars(con, "SIMUSDT", spec)
-        after, again = bars(con), anew(*(files[k] for k in order), late)
-        for spec in specs:
-            pd.testing.assert_frame_equal(after[spec], again[spec], check_exact=True)
-        assert con.execute("SELECT count(*) FROM data_log WHERE event = 'bars_rebuilt' AND detail LIKE 'dollar:5000%'").fetchall()[0][0] >= 1
-        sha = con.execute("SELECT file_id FROM ingest_ledger WHERE uri = ?", [str(files[3])]).fetchall()[0][0]
+        late = [write_day(tmp_path / "late", corrected, "corrected")] if "correct" in then else []
+        for path in late:
+            process_file(con, path, **options)
+            for spec in specs:
+                make_event_bars(con, "SIMUSDT", spec)
+            after, again = bars(con), anew(*(files[k] for k in order), path)
+            for spec in specs:
+                pd.testing.assert_frame_equal(after[spec], again[spec], check_exact=True)
+                assert not after[spec].equals(grown[spec])
+            assert con.execute("SELECT count(*) FROM data_log WHERE event = 'bars_rebuilt' AND detail LIKE ?", [f"{specs[0]}%"]).fetchall()[0][0] >= 1
+        if "forget" not in then:
+            return
+        sha = con.execute("SELECT file_id FROM ingest_ledger WHERE uri = ?", [str(files[-1])]).fetchall()[0][0]
         forget_file(con, sha)
         for spec in specs:
             make_event_bars(con, "SIMUSDT", spec)
-        gone, fewer = bars(con), anew(*(files[k] for k in order if k != 3), late)
+        gone, fewer = bars(con), anew(*(files[k] for k in order if k != parts - 1), *late)
         for spec in specs:
             pd.testing.assert_frame_equal(gone[spec], fewer[spec], check_exact=True)
 
@@ -212,7 +227,7 @@ def test_ids_out_of_order_in_time_are_no_hole(tmp_path: Path) -> None:
 def test_a_correction_rewrites_only_what_differs(tmp_path: Path) -> None:
     "Bars before the corrected trade stay as they lie in the store."
     t = random_trades(2000, 4).assign(n_trades=1)
-    files = [write_day(tmp_path / "files", t.iloc[500 * k : 500 * k + 500], f"part{k}") for k in range(4)]
+    files = [write_day(tmp_path / "files", t.iloc[a:b], f"part{a}") for a, b in ((0, 1500), (1500, 2000))]
     corrected = t.iloc[1500:].copy()
     corrected.loc[corrected.index[7], "qty"] += 5
     options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,29 @@ from cryptoresearch.settings import shared_data
 GROUPS = ("ranges", "realised", "har", "jumps", "alpha158", "microstructure", "frames", "trends", "bands", "money_flow", "oscillators", "averages", "statistics", "decay", "breakout", "reversal")
 NEW = resolve([*GROUPS, "cycles"])
 SHORT = [f for f in NEW if f.warmup <= 400]
+
+
+def kind_of(f: Feature) -> tuple[object, ...]:
+    "What a feature has in common with those that differ from it in numbers, such as the length of a window, or in their columns."
+    call, choices = f.fn, [(k, "" if isinstance(v, float | int) and not isinstance(v, bool) else v) for k, v in getattr(f.fn, "params", ())]
+    return type(call), getattr(call, "fn", None), tuple(choices)
+
+
+def one_of_each(features: list[Feature]) -> list[Feature]:
+    "The feature with the shortest warm-up of each kind."
+    return list({kind_of(f): f for f in sorted(features, key=lambda f: -f.warmup)}.values())
+
+
+def some_of_each(features: list[Feature]) -> list[Feature]:
+    "Of each group the features with the shortest, a medium and the longest warm-up."
+    groups: dict[str, list[Feature]] = {}
+    for f in sorted(features, key=lambda f: f.warmup):
+        groups.setdefault(f.group, []).append(f)
+    return [g[i] for g in groups.values() for i in sorted({0, len(g) // 2, len(g) - 1})]
+
+
+every_feature = pytest.param(list, marks=pytest.mark.heavy)
+Choose = Callable[[list[Feature]], list[Feature]]
 
 
 def make_bars(n: int = 1000, seed: int = 0, price: float = 1e4, gaps: tuple[int, ...] = (), dead: tuple[int, int] | None = None) -> pd.DataFrame:
@@ -53,10 +77,20 @@ def test_catalogue_is_large_and_documented() -> None:
         assert f.name.isidentifier(), f.name
 
 
-def test_every_feature_is_causal_on_real_hours(hourly: pd.DataFrame) -> None:
+def test_what_is_chosen_leaves_out_no_function_and_no_group() -> None:
+    chosen, functions = one_of_each(NEW), lambda features: {getattr(f.fn, "fn", type(f.fn)) for f in features}
+    assert functions(chosen) == functions(NEW) and len(chosen) >= 200
+    alpha = [f.name for f in chosen if f.group == "alpha158"]
+    assert {"alpha_cntp_5", "alpha_cntn_5", "alpha_cntd_5"} <= {*alpha} and "alpha_cntp_60" not in alpha
+    some = some_of_each(resolve(["all", "trades"]))
+    assert {f.group for f in some} == {f.group for f in resolve(["all", "trades"])} and max(f.warmup for f in some) > 900
+
+
+@pytest.mark.parametrize("choose", [some_of_each, every_feature])
+def test_every_feature_is_causal_on_real_hours(hourly: pd.DataFrame, choose: Choose) -> None:
     bars = hourly["2018-08-20":].iloc[:1560]  # gaps, and 1,000 whole hours
     assert bars["gap"].any()
-    table = prove_causal([f for f in NEW if f.candles_suffice], bars, cuts=(700, 1540), search=0)
+    table = prove_causal(choose([f for f in NEW if f.candles_suffice]), bars, cuts=(700, 1540), search=0)
     bad = table[~table["causal"].fillna(False)]
     assert bad.empty, bad
     assert table["worst_error"].max() <= 1e-9
@@ -70,9 +104,10 @@ def test_no_feature_of_decay_or_breakout_leaks_in_rare_rows(hourly: pd.DataFrame
     assert table["causal"].all(), table[~table["causal"].fillna(False)]
 
 
-def test_every_feature_is_causal_on_nasty_bars() -> None:
+@pytest.mark.parametrize("choose", [one_of_each, every_feature])
+def test_every_feature_is_causal_on_nasty_bars(choose: Choose) -> None:
     bars = make_bars(1000, gaps=(870, 871), dead=(930, 950))
-    table = prove_causal(SHORT, bars, cuts=(869, 940), search=0)
+    table = prove_causal(choose(SHORT), bars, cuts=(869, 940), search=0)
     bad = table[~table["causal"].fillna(False)]
     assert bad.empty, bad
 
@@ -124,16 +159,19 @@ def test_no_two_features_are_the_same() -> None:
     assert pairs - known == set(), pairs - known
 
 
-def test_live_equals_batch_across_a_gap() -> None:
-    "Every registered feature, from its last bars and from a growing window, before, in and after a gap."
+@pytest.mark.parametrize("choose, bars_read", [(some_of_each, 100), pytest.param(list, 1_000, marks=pytest.mark.heavy)])
+def test_live_equals_batch_across_a_gap(choose: Choose, bars_read: int) -> None:
+    "Registered features, from its last bars and from a growing window, before, in and after a gap."
     bars = make_bars(2150, gaps=(1070, 1071), dead=(1100, 1106))
     drawn = np.random.default_rng(2).random((len(bars), len(microstructure.TRADE_COLUMNS)))
     bars = bars.assign(**{c: np.where(bars["gap"], np.nan, drawn[:, i]) for i, c in enumerate(microstructure.TRADE_COLUMNS)})
-    table = live_across_gap(["all", "trades"], bars)
-    assert set(table.index) >= {n for n, f in REGISTRY.items() if f.group not in ("own", "test")} and len(table) >= 476 + 36
+    features = choose(resolve(["all", "trades"]))
+    table = live_across_gap(features, bars, bars_read)
+    every = {n: f for n, f in REGISTRY.items() if f.group not in ("own", "test")}
+    assert set(table.index) >= {f.name for f in choose([*every.values()])} and len(every) >= 476 + 36
     assert table["equal"].all() and table["worst_error"].max() <= 1e-9, table[~table["equal"]]
     assert table["compared"].min() >= 8 and table["behind"].min() >= 4, table.nsmallest(5, "compared")  # values, not NaN compared with NaN
-    assert (table.loc[table["warmup"] <= 50, "compared"] >= 40).all()
+    assert (table.loc[table["warmup"] <= bars_read // 20, "compared"] >= 40).all()
 
 
 def test_live_across_a_gap_finds_what_differs() -> None:

@@ -3,22 +3,25 @@
 import contextlib
 import gzip
 import os
+import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import forks
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from notebook_runner import Runner
 
 from cryptoresearch.ingest import files as ingest
 from cryptoresearch.data.archive import minio_client
@@ -31,15 +34,23 @@ from cryptoresearch.settings import Settings
 
 TABLES = ("trades", "candles", "gaps", "coverage", "quarantine", "ingest_ledger")
 SPOT = LAYOUTS["trades"][7]
+NewStore = Callable[[Path], duckdb.DuckDBPyConnection]
 
 
-def new_store(folder: Path) -> duckdb.DuckDBPyConnection:
-    folder.mkdir(parents=True, exist_ok=True)
-    return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite")))
+@pytest.fixture(scope="session")
+def new_store(empty_store: Path) -> NewStore:
+    "Opens the store in a folder, with the newest schema and no rows at first."
+
+    def open_store(folder: Path) -> duckdb.DuckDBPyConnection:
+        if not folder.exists():
+            shutil.copytree(empty_store, folder)
+        return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite")))
+
+    return open_store
 
 
 @pytest.fixture
-def con(tmp_path: Path) -> Any:
+def con(tmp_path: Path, new_store: NewStore) -> Any:
     with new_store(tmp_path / "store") as con:
         yield con
 
@@ -123,7 +134,7 @@ def test_the_same_bytes_again_are_a_no_op(con: duckdb.DuckDBPyConnection, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["csv.gz", "zip", "parquet"])
-def test_forms_are_equal(tmp_path: Path, form: str) -> None:
+def test_forms_are_equal(tmp_path: Path, form: str, new_store: NewStore) -> None:
     plain = put(tmp_path / "BTCUSDT-trades-2024-01-01.csv", trades_text(3000))
     packed = tmp_path / f"BTCUSDT-trades-2024-01-01.{form}"
     if form == "csv.gz":
@@ -234,7 +245,7 @@ def test_several_members_are_refused(con: duckdb.DuckDBPyConnection, tmp_path: P
 
 @pytest.mark.minio
 @pytest.mark.parametrize("on_s3", [False, True])
-def test_objects_in_and_out(s3: Any, tmp_path: Path, on_s3: bool) -> None:
+def test_objects_in_and_out(s3: Any, tmp_path: Path, on_s3: bool, new_store: NewStore) -> None:
     file = put(tmp_path / "BTCUSDT-trades-2024-01-01.csv", trades_text(3000))
     late = put(tmp_path / "BTCUSDT-trades-2024-01-02.csv", trades_text(3000, 1_704_153_600_000, first_id=4001)[::-1])  # the careful way writes there too
     where = {"duckdb_data_path": f"s3://{s3.bucket_lake}/{tmp_path.name}/"} if on_s3 else {}
@@ -283,7 +294,7 @@ def test_fast_loop_and_plain_reader_agree(lines: list[str]) -> None:
 
 
 @given(st.lists(st.one_of(junk_lines, good_lines), max_size=15), st.sampled_from([0.0, 1.0]))
-@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=examples(8, 25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_junk_never_changes_the_store_without_a_ledger_row(con: duckdb.DuckDBPyConnection, tmp_path: Path, lines: list[str], limit: float) -> None:
     file = tmp_path / "BTCUSDT-trades-2024-01-01.csv"
     file.write_bytes("".join(line + "\n" for line in lines).encode())
@@ -315,35 +326,43 @@ LOAD = """
 """
 
 
-def load(store: Path, *files: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(LOAD), str(store / "catalog.sqlite"), *map(str, files)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def load(runner: Runner, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    "Starts a process that loads files: `load(store, *files)`."
+
+    def start(store: Path, *files: Path) -> subprocess.Popen[str]:
+        return forks.start(runner, tmp_path / "programs", LOAD, store / "catalog.sqlite", *files, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
 
 
-def test_two_processes_load_at_once(tmp_path: Path) -> None:
+def test_two_processes_load_at_once(tmp_path: Path, load: Callable[..., subprocess.Popen[str]], new_store: NewStore) -> None:
     new_store(tmp_path / "store").close()
-    files = simulate_trades(tmp_path / "files", days=6, trades_per_day=3000)
-    loaders = [load(tmp_path / "store", *files[0::2], files[4]), load(tmp_path / "store", *files[1::2], files[4])]  # and one file in both
+    files = simulate_trades(tmp_path / "files", days=4, trades_per_day=3000)
+    loaders = [load(tmp_path / "store", *files[0::2], files[3]), load(tmp_path / "store", *files[1::2], files[2])]  # and two files in both
     for loader in loaders:
         out, err = loader.communicate(timeout=120)
         assert loader.returncode == 0, err
         assert not err.strip(), "a batch stays quiet"
-        assert len(out.split()) == 4
+        assert len(out.split()) == 3
     with new_store(tmp_path / "store") as con:
-        assert one(con, "SELECT count(*), count(DISTINCT file_id) FROM ingest_ledger") == (6, 6)
+        assert one(con, "SELECT count(*), count(DISTINCT file_id) FROM ingest_ledger") == (4, 4)
         count, distinct, last = one(con, "SELECT count(*), count(DISTINCT trade_id), max(trade_id) FROM trades")
         assert count == distinct == last == one(con, "SELECT sum(rows) FROM ingest_ledger")[0]
 
 
 @pytest.mark.slow
-def test_a_killed_loader_leaves_whole_files_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("days", "trades_per_day"), [(6, 20_000), pytest.param(12, 60_000, marks=pytest.mark.heavy)])
+def test_a_killed_loader_leaves_whole_files_only(tmp_path: Path, load: Callable[..., subprocess.Popen[str]], days: int, trades_per_day: int, new_store: NewStore) -> None:
     new_store(tmp_path / "store").close()
-    files = simulate_trades(tmp_path / "files", days=12, trades_per_day=60_000)
+    files = simulate_trades(tmp_path / "files", days=days, trades_per_day=trades_per_day)
     expected = {file.name: sum(1 for _ in file.open()) for file in files}
-    for wait in (0.3, 0.05, 0.6):
+    for wait in (0.3, 0.05, 0.6) if days == 12 else (0.05, 0.2):
         loader = load(tmp_path / "store", *files)
         assert loader.stdout is not None
         loader.stdout.readline()  # one file is done, the next is on its way
         time.sleep(wait)
+        assert loader.poll() is None, "killed at work"
         os.kill(loader.pid, signal.SIGKILL)
         loader.communicate()
         with new_store(tmp_path / "store") as con:

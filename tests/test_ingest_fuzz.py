@@ -114,7 +114,7 @@ def count_lines(text: bytes, kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["trades", "klines"])
-@settings(max_examples=examples(40, 120), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(20, 120), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), form=st.sampled_from(["csv", "csv", "zip"]), limit=st.sampled_from([0.01, 0.5, 1.0]))
 def test_every_line_of_a_dirty_file_is_accounted_for(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject, form: str, limit: float) -> None:
     text = data.draw(dirty_text(kind))
@@ -125,7 +125,7 @@ def test_every_line_of_a_dirty_file_is_accounted_for(con: duckdb.DuckDBPyConnect
     path.unlink()
 
 
-@settings(max_examples=examples(25, 80), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(12, 80), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), form=st.sampled_from(["csv", "zip", "random"]), kind=st.sampled_from(["trades", "klines"]))
 def test_no_bytes_do_harm(con: duckdb.DuckDBPyConnection, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, form: str, kind: str) -> None:
     symbol = f"B{next(numbers)}USDT"

@@ -1,5 +1,6 @@
 "A killed load leaves nothing behind and can be continued; its memory does not grow with the file."
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import start
+from notebook_runner import Runner
 
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.simulate import simulate_trades
@@ -141,12 +144,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 LEAVE = """
-import os, signal, sys, time
-from pathlib import Path
+import os, signal, sys, tempfile, time
 from cryptoresearch.ingest import files
-from cryptoresearch.data.store import dead_folders, init_duckdb, work_folder
+from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.settings import Settings
 
+tempfile.tempdir = None  # TMPDIR says where
 con = init_duckdb(Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1))
 if sys.argv[3] == "committed":
     real = files.write
@@ -164,16 +167,19 @@ def parquet(store: Path) -> int:
 
 
 @pytest.mark.parametrize("by", ["ingest", "doctor"])
-def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, empty_store: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     "Killed before and after the commit; a load that is still running, and one of another store, keep their files."
+    runner.start()  # with its own temporary folder elsewhere
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     store, other = tmp_path / "store" / "catalog.sqlite", tmp_path / "other" / "catalog.sqlite"
+    for catalog in (store, other):
+        shutil.copytree(empty_store, catalog.parent)
     one, two, three, four = simulate_trades(tmp_path / "files", days=4, trades_per_day=2000, seed=3)
 
     def load(catalog: Path, file: Path, how: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", LEAVE, str(catalog), str(file), how], stdout=subprocess.PIPE, text=True)
+        return start(runner, tmp_path / "programs", LEAVE, catalog, file, how, stdout=subprocess.PIPE)
 
     assert load(store, one, "committed").wait(120) == load(other, two, "written").wait(120) == -9
     held = load(store, two, "held")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def check_trades(con: duckdb.DuckDBPyConnection, series: str, sides: bool, ids: 
     ]
 
 
-@pytest.mark.parametrize("layout", TRADES)
-@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+PACKED = ("Tardis", "Kraken without ids", "tabs")  # with a header, without one, with other separators; the others with --heavy
+FORMS = [pytest.param(name, end, marks=[] if not end or name in PACKED else pytest.mark.heavy) for end in ("", ".gz", ".zst") for name in TRADES]
+
+
+@pytest.mark.parametrize(("layout", "packed"), FORMS)
 def test_trades_of_every_source(con: duckdb.DuckDBPyConnection, tmp_path: Path, layout: str, packed: str) -> None:
     name, text, arguments, source, sides, ids = TRADES[layout]
     file, data = tmp_path / (name + packed), text.encode()
@@ -114,7 +118,7 @@ def test_candles_of_every_source(con: duckdb.DuckDBPyConnection, tmp_path: Path,
         assert con.execute("SELECT DISTINCT quote_volume FROM candles").fetchall() == [(402.0,)]
 
 
-def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path) -> None:
+def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path, empty_store: Path) -> None:
     frame = pd.DataFrame(VALUES, columns=["date", "open", "high", "low", "close", "volume"]).assign(date=lambda d: pd.to_datetime(d["date"], unit="ms", utc=True))
     trades = [[T * 1000 + 250 + 1000 * i, str(7 + i), None, side, float(p), float(q), float(p) * float(q)] for i, (side, p, q) in enumerate(zip(SIDES, PRICES, SIZES, strict=True))]
     names = ["timestamp", "id", "type", "side", "price", "amount", "cost"]
@@ -131,7 +135,8 @@ def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path) -> None:
     }  # fmt: skip
     for name, write in files.items():
         write(tmp_path / name)
-        with init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / name.replace(".", "-") / "catalog.sqlite"))) as con:
+        store = shutil.copytree(empty_store, tmp_path / name.replace(".", "-"))
+        with init_duckdb(Settings(_env_file=None, duckdb_path=str(store / "catalog.sqlite"))) as con:
             result = process_file(con, tmp_path / name)
             assert (name, result.rows, result.rejected) == (name, 24 if "1h" in name else 3, 0)
             check_candles(con) if "1h" in name else check_trades(con, "trades", True, True)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pandas_ta as ta
 import pytest
+from conftest import examples
 from scipy.signal import filtfilt, hilbert, lfilter, oaconvolve, savgol_filter
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.decomposition import PCA
@@ -259,7 +260,7 @@ def test_supervised_steps_that_learn_from_everything_are_caught(name: str) -> No
     assert table["through"].str.contains("close|prices").any()
 
 
-@pytest.mark.parametrize("name", SUPERVISED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.heavy) if n == "tree" else n for n in SUPERVISED])
 def test_supervised_steps_that_learn_from_the_past_pass(name: str) -> None:
     labels = prove_causal(SUPERVISED[name][0](), BARS, y=lambda b: fixed_horizon(b, 5, "return"), train_bars=600, cuts=3, search=8)
     assert labels["causal"].all() and not labels["unseen"].any(), labels  # purged by the labels' ends
@@ -552,9 +553,12 @@ EVERYDAY: dict[str, Any] = {  # pandas and SciPy as everybody uses them; some ro
 INNOCENTS |= EVERYDAY
 
 
-@pytest.mark.parametrize("name", INNOCENTS)
+SLOW = ("pandas-ta supertrend", "pandas-ta kama")  # a loop of pandas over the bars; "trailing stop" is a state machine too
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.heavy) if n in SLOW else n for n in INNOCENTS])
 def test_innocents_are_not_accused(name: str) -> None:
-    table = prove_causal(INNOCENTS[name], BARS)
+    table = prove_causal(INNOCENTS[name], BARS, search=examples(16, 64))
     told = table[~table["causal"].fillna(True)]
     assert told.empty, told.to_string()
     assert table["causal"].any() and not table["through"].any()

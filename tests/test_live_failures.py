@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any
 import pandas as pd
 import pytest
 from conftest import wait_for
+from forks import start
+from notebook_runner import Runner
 from s3_server import _client, _free_port, _stop, _wait, NoServer, program, S3
 from websockets.sync.server import serve, ServerConnection
 
@@ -37,6 +40,13 @@ from cryptoresearch.live.replay import CHAOS, Disturbed, ReplayServer
 from cryptoresearch.settings import Settings, shared_data
 
 BTC, T0 = "BINANCE:BTCUSDT", 1_721_555_886_208
+
+
+@pytest.fixture
+def settings(settings: Settings, empty_store: Path) -> Settings:
+    "Settings of an empty store that is there."
+    shutil.copytree(empty_store, Path(settings.duckdb_path).parent)
+    return settings
 
 
 def trades(first: int, n: int = 1) -> list[Trade]:
@@ -242,6 +252,7 @@ def test_trades_are_kept_when_the_clock_jumps(settings: Settings, monkeypatch: p
 COLLECT = textwrap.dedent(
     """
     import os, sys, time
+    os.write(1, f"{os.getpid()}\\n".encode())
     from cryptoresearch.live.feed import FinnhubWebSocket
     from cryptoresearch.settings import Settings
     feed = FinnhubWebSocket(url=sys.argv[1], settings=Settings(_env_file=None, duckdb_path=sys.argv[2]), silence_s=1.0, retry_base_s=0.05).start()
@@ -254,7 +265,7 @@ COLLECT = textwrap.dedent(
 
 
 @pytest.mark.slow
-def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings: Settings, tmp_path: Path) -> None:
+def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings: Settings, runner: Runner, tmp_path: Path) -> None:
     "Longer than the silence that ends a connection: after it wakes, the frames that waited in the socket are taken."
     count = [0]
 
@@ -266,13 +277,14 @@ def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings:
 
     with stub(script) as url:
         path, end = str(settings.path(settings.duckdb_path)), tmp_path / "end"
-        child = subprocess.Popen([sys.executable, "-c", COLLECT, url, path, str(end)], stdout=subprocess.PIPE)
+        child = start(runner, tmp_path / "programs", COLLECT, url, path, end, stdout=subprocess.PIPE)
         assert child.stdout is not None
+        pid = int(child.stdout.readline())
         while int(child.stdout.readline()) < 20:
             pass
-        child.send_signal(signal.SIGSTOP)
+        os.kill(pid, signal.SIGSTOP)
         time.sleep(2.0)
-        child.send_signal(signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
         seen = count[0]
         while int(child.stdout.readline()) < seen:
             pass

@@ -5,10 +5,10 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import wait_for
+from forks import start
+from notebook_runner import Runner
 from websockets.sync.server import serve, ServerConnection
 
 from cryptoresearch.data.build_bars import make_bars
@@ -62,7 +64,8 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, runs_dir: Path) -> Settings:
+def settings(tmp_path: Path, runs_dir: Path, empty_store: Path) -> Settings:
+    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
     return Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(runs_dir), duckdb_threads=1)
 
 
@@ -154,7 +157,7 @@ def test_a_missing_id_makes_a_gap_in_bars_and_store(settings: Settings, run: Run
 def test_the_clock_ends_bars_of_a_quiet_market_and_gaps_found_later_count(settings: Settings, run: Run, frames: list[str]) -> None:
     a, b, c, d = (at(frames, t) for t in ("23:58:20", "23:59:10.2", "23:59:20", "23:59:59"))
     seen: list[tuple[int, pd.Timestamp]] = []
-    with binance([*frames[a:b], 7.0], frames[c:d]) as (url, _):
+    with binance([*frames[a:b], 4.0], frames[c:d]) as (url, _):
         feed = BinanceWebSocket("BTCUSDT", url=url, source="binance", settings=settings, retry_base_s=0.01)
         live = LivePredictions(feed, [run])
         live.subscribe(lambda rows: seen.extend((feed.stats.trades, t) for t in rows["close_ts"]))
@@ -196,19 +199,17 @@ def page_of(port: int) -> str:
         return answer.read().decode()
 
 
-def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, frames: list[str], tmp_path: Path) -> None:
+def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, frames: list[str], runner: Runner, tmp_path: Path) -> None:
     a, d = at(frames, "23:58:00"), at(frames, "23:59:50")
     with binance(frames[a:d]) as (url, _):
         env = {k: v for k, v in os.environ.items() if k != "FINNHUB_TOKEN"}
         env |= {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": settings.runs_dir}
-        command = [sys.executable, "-m", "cryptoresearch.cli", "live", "BTCUSDT", "--run", run.id, "--feed", "binance", "--url", url]
+        words = ["live", "BTCUSDT", "--run", run.id, "--feed", "binance", "--url", url]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command += ["--metrics", str(port)]
         code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
-        command[1:3] = ["-c", code]
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        with start(runner, tmp_path, code, *words, "--metrics", port, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             said = list[str]()
             while not said or (said[-1] and not re.match(PREDICTION, said[-1])):  # status lines come before it on a slow machine

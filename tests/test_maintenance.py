@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
-import sys
 import threading
 import time
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import Command, ROOT
-from hypothesis import given
+from conftest import Command, examples, ROOT
+from forks import start
+from hypothesis import example, given, Phase
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
+from notebook_runner import Runner
 
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data import maintenance
@@ -61,11 +64,17 @@ def commits(con, n: int, first: int = 0) -> None:
 
 
 @pytest.fixture
-def collector(settings: Settings):
+def settings(settings: Settings, empty_store: Path) -> Settings:
+    "Settings of an empty store that is there."
+    shutil.copytree(empty_store, Path(settings.duckdb_path).parent)
+    return settings
+
+
+@pytest.fixture
+def collector(settings: Settings, runner: Runner, tmp_path: Path):
     "A process that commits all the time; ends when its input gets a line, and tells what it did."
-    init_duckdb(settings).close()
     options = {"duckdb_path": settings.duckdb_path, "duckdb_threads": 1, "duckdb_memory_limit": "500MB"}
-    worker = subprocess.Popen([sys.executable, "-c", COLLECTOR, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = start(runner, tmp_path / "programs", COLLECTOR, json.dumps(options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert worker.stdout.readline().strip() == "ready", worker.communicate()[1]
 
     def stop() -> dict:
@@ -101,7 +110,7 @@ def test_tidy_beside_a_collector_and_a_reader(settings: Settings, collector, rec
     thread = threading.Thread(target=read)
     thread.start()
     try:
-        done = [tidy(con, settings, keep="0s", delete_after="1d") for _ in range(3)]
+        done = [tidy(con, settings, keep="0s", delete_after="1d") for _ in range(examples(2, 3))]
     finally:
         ended.set()
         thread.join()
@@ -117,12 +126,12 @@ def test_tidy_beside_a_collector_and_a_reader(settings: Settings, collector, rec
 
 
 def test_tidy_makes_a_collectors_store_small(settings: Settings) -> None:
-    con = init_duckdb(settings)
-    commits(con, 150)
+    con, n = init_duckdb(settings), examples(60, 150)
+    commits(con, n)
     now, before = con.execute(ROWS).fetchone(), measure_store(settings)
     done = tidy(con, settings, keep="0s", delete_after="0s")
     print(done)
-    assert done.expired >= 150
+    assert done.expired >= n
     assert done.after["catalog_bytes"] < before["catalog_bytes"] * 0.6
     assert done.after["snapshots"] < 20
     assert con.execute(ROWS).fetchone() == now
@@ -142,15 +151,17 @@ def test_files_that_were_needed_a_moment_ago_stay(settings: Settings, delete_aft
 
 
 @pytest.mark.slow
-@given_settings(max_examples=3, deadline=None)
-@given(data=st.data())
-def test_expiry_spares_what_is_pinned(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given_settings(max_examples=3, deadline=None, phases=[Phase.explicit, *[Phase.reuse, Phase.generate, Phase.shrink][: examples(0, 3)]])
+@example(actions=["insert", "pin", "many", "tidy", "delete", "pin", "insert"])
+@given(actions=st.lists(st.sampled_from(["insert", "many", "delete", "pin", "tidy"]), min_size=5, max_size=9))
+def test_expiry_spares_what_is_pinned(actions: list[str], tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> None:
     "Random commits, deletions, upkeep and pins: every pinned snapshot reads the same as before, however often the store is tidied."
     home = tmp_path_factory.mktemp("pins")
-    s = Settings(_env_file=None, duckdb_path=str(home / "c.sqlite"), runs_dir=str(home / "runs"), duckdb_threads=1, duckdb_memory_limit="500MB")
+    shutil.copytree(empty_store, home / "store")
+    s = Settings(_env_file=None, duckdb_path=str(home / "store" / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_threads=1, duckdb_memory_limit="500MB")
     con = init_duckdb(s)
     expected: dict[int, tuple] = {}
-    for step, action in enumerate(data.draw(st.lists(st.sampled_from(["insert", "many", "delete", "pin", "tidy"]), min_size=5, max_size=9))):
+    for step, action in enumerate(actions):
         if action == "insert":
             commits(con, 3, step * 10_000)
         elif action == "many":
@@ -171,17 +182,18 @@ def test_expiry_spares_what_is_pinned(data: st.DataObject, tmp_path_factory: pyt
 
 
 @pytest.mark.slow
-def test_a_trained_run_reproduces_after_expiry(settings: Settings, shared: Path) -> None:
+def test_a_trained_run_reproduces_after_expiry(settings: Settings, shared: Path, tmp_path: Path) -> None:
     from cryptoresearch.runs.config import RunConfig
 
     from cryptoresearch.data.build_bars import make_bars
     from cryptoresearch.runs.reproduce import reproduce
     from cryptoresearch.runs.run import train_run
 
-    con = init_duckdb(settings)
-    process_file(con, shared / "BTCUSDT-1h-2017-08_2024-04.parquet", symbol="BTCUSDT", kind="klines", interval="1h")
+    con, hours = init_duckdb(settings), pd.read_parquet(shared / "BTCUSDT-1h-2017-08_2024-04.parquet")
+    hours[pd.to_datetime(hours["open_time"], utc=True) >= "2021-12-01"].to_parquet(tmp_path / "BTCUSDT-1h.parquet")
+    process_file(con, tmp_path / "BTCUSDT-1h.parquet", symbol="BTCUSDT", kind="klines", interval="1h")
     make_bars(con, "BTCUSDT", "1d")
-    run = train_run(con, RunConfig(spec="1d", horizon=1, start="2018-01-01", test_start="2023-01-01", refit_every="730D", features=("returns",), params={"n_estimators": 5, "n_threads": 1}), settings)
+    run = train_run(con, RunConfig(spec="1d", horizon=1, start="2022-01-01", test_start="2023-01-01", refit_every="730D", features=("returns",), params={"n_estimators": 5, "n_threads": 1}), settings)
     write(con, lambda c: c.execute("DELETE FROM bars WHERE ts >= TIMESTAMP '2023-06-01'"))  # only the pinned snapshot has them now
     commits(con, 5)
     tidy(con, settings, keep="0s", delete_after="0s")
@@ -408,7 +420,7 @@ def test_intervals_without_others_are_what_sets_say(pieces: list, holes: list) -
     assert all(a < b for a, b in found) and found == sorted(found)
 
 
-@given_settings(max_examples=8, deadline=None)
+@given_settings(max_examples=examples(4, 8), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["trades", "aggTrades", "finnhub"]), st.integers(0, 40), st.integers(2, 20)), min_size=1, max_size=6))
 def test_one_source_for_each_moment(spans: list) -> None:
     "Random overlapping claims: each second is given by the first source that covers it, and by one only."

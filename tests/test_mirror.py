@@ -4,9 +4,9 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import COMMAND_LINE
+from forks import start
 from hypothesis import given
 from hypothesis import strategies as st
+from notebook_runner import Runner
 from rich.console import Console
 
 from cryptoresearch.data.archive import archive_name, download, ensure_buckets, list_objects, minio_client, remove, stored, verify
@@ -108,7 +111,7 @@ class Archive:
                 pass  # clients that are killed
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.settings = Settings(_env_file=None, archive_url=self.url, minio_endpoint=None)
 
@@ -430,52 +433,71 @@ def test_a_part_that_cannot_be_trusted(archive: Archive, tmp_path: Path, damage:
     assert final(tmp_path) == {name: archive.files[name]} and not list(tmp_path.rglob("*.part"))
 
 
-COMMAND = [sys.executable, "-c", "from cryptoresearch.cli import main; main()", "download", "BTCUSDT"]
+DOWNLOAD = ("download", "BTCUSDT")
+Begin = Callable[..., subprocess.Popen[str]]
 
 
-def environment(archive: Archive, home: Path, **more: str) -> dict[str, str]:
-    return {"CRYPTORESEARCH_HOME": str(home), "ARCHIVE_URL": archive.url, "COLUMNS": "200", "NO_COLOR": "1"} | more
+@pytest.fixture
+def begin(archive: Archive, runner: Runner, tmp_path: Path) -> Iterator[Begin]:
+    "Starts the command line in a process of its own, in the folder of the test: `begin(*words, **more_environment)`."
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*words: str, **more: str) -> subprocess.Popen[str]:
+        own = {"CRYPTORESEARCH_HOME": str(tmp_path), "ARCHIVE_URL": archive.url, "COLUMNS": "200", "NO_COLOR": "1"}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(start(runner, tmp_path, COMMAND_LINE, *words, env=os.environ | own | more, **pipes))
+        return started[-1]
+
+    yield call
+    for p in started:
+        p.kill()
+        p.communicate()
 
 
-def test_killed_and_repeated(archive: Archive, tmp_path: Path, process: Callable[..., subprocess.Popen]) -> None:
+def ended(running: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    "Wait for the end of a command."
+    out, err = running.communicate(timeout=60)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+
+
+def test_killed_and_repeated(archive: Archive, tmp_path: Path, begin: Begin) -> None:
     names = [archive.publish(f"2024-01-{day:02}", size=600_000) for day in (1, 2, 3, 4)]
-    archive.pause_s, command = 0.02, [*COMMAND, "--from", "2024-01-01", "--to", "2024-01-04", "--to-folder", str(tmp_path / "mirror"), "--workers", "2"]
+    archive.pause_s, words = 0.02, (*DOWNLOAD, "--from", "2024-01-01", "--to", "2024-01-04", "--to-folder", str(tmp_path / "mirror"), "--workers", "2")
     rng, kills = random.Random(0), 0
     for _ in range(3):
         before = sum(archive.sent.values())
-        running = process(command, env=environment(archive, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = begin(*words)
         goal = before + rng.randint(200_000, 700_000)
         while running.poll() is None and sum(archive.sent.values()) < goal:
             time.sleep(0.01)
         running.send_signal(signal.SIGKILL)
-        kills += running.wait() == -signal.SIGKILL
+        kills += ended(running).returncode == -signal.SIGKILL
         for name, body in final(tmp_path / "mirror").items():
             assert body == archive.files[name]
     assert kills >= 2
     archive.pause_s = 0.0
-    done = subprocess.run(command, env=os.environ | environment(archive, tmp_path), capture_output=True, text=True, timeout=60)
+    done = ended(begin(*words))
     assert done.returncode == 0, done.stderr
     assert final(tmp_path / "mirror") == {name: archive.files[name] for name in names}
     assert not list(tmp_path.rglob("*.part"))
     assert sum(archive.sent[name] for name in names) < 4 * 600_000 + kills * 1_500_000  # what was there was not fetched again
 
 
-def test_two_processes_take_turns(archive: Archive, tmp_path: Path, process: Callable[..., subprocess.Popen]) -> None:
+def test_two_processes_take_turns(archive: Archive, tmp_path: Path, begin: Begin) -> None:
     name = archive.publish("2024-01-05", size=400_000)
     archive.pause_s = 0.02
-    command = [*COMMAND, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path)]
-    both = [process(command, env=environment(archive, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [p.wait(60) for p in both] == [0, 0]
+    both = [begin(*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path)) for _ in range(2)]
+    assert [ended(p).returncode for p in both] == [0, 0]
     assert final(tmp_path) == {name: archive.files[name]} and archive.sent[name] == 400_000
 
 
-def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, process: Callable[..., subprocess.Popen]) -> None:
+def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, begin: Begin) -> None:
     archive.publish("2024-01-05", size=4_000_000)
     archive.pause_s = 0.05
-    running = process([*COMMAND, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path)], env=environment(archive, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = begin(*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path))
     while not archive.sent:
         time.sleep(0.05)
-        assert running.poll() is None, running.stderr.read()
+        assert running.poll() is None, ended(running).stderr
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
     assert running.wait(10) != 0 and final(tmp_path) == {} and list(tmp_path.rglob("*.part"))
@@ -484,20 +506,16 @@ def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, 
 # --- on the command line ---
 
 
-def run(archive: Archive, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *args], env=os.environ | environment(archive, home), cwd=home, capture_output=True, text=True, timeout=60)
-
-
-def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path, begin: Begin) -> None:
     archive.publish("2024-01-05")
-    asked = ["--from", "2024-01-05", "--to", "2024-01-06", "--to-folder", "there"]
-    dry, good = run(archive, tmp_path, *asked, "--dry-run"), run(archive, tmp_path, *asked)
+    asked = [*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-06", "--to-folder", "there"]
+    dry, good = ended(begin(*asked, "--dry-run")), ended(begin(*asked))
     assert dry.returncode == good.returncode == 0, dry.stderr + good.stderr
     assert "BTCUSDT-trades-2024-01-05.zip  60.0 kB  to fetch" in dry.stdout and "1 not published" in dry.stdout
     assert "1 fetched (60.0 kB in" in good.stdout and "1 not published" in good.stdout and good.stderr == ""
     assert (tmp_path / "there/data/spot/daily/trades/BTCUSDT/BTCUSDT-trades-2024-01-05.zip").stat().st_size == 60_000
     archive.files[archive.publish("2024-01-06")] = b"damaged"
-    bad = run(archive, tmp_path, *asked)
+    bad = ended(begin(*asked))
     assert bad.returncode == 5 and "expected sha256" in bad.stderr and "1 there already" in bad.stdout and "Traceback" not in bad.stderr
 
 
@@ -524,8 +542,8 @@ def test_wrong_words_are_told(archive: Archive, tmp_path: Path, words: dict[str,
     assert archive.asked == [] and not list(tmp_path.iterdir())
 
 
-def test_wrong_words_are_told_in_a_sentence(archive: Archive, tmp_path: Path) -> None:
-    done = run(archive, tmp_path, "--from", "2022-03", "--to", "2022-01")
+def test_wrong_words_are_told_in_a_sentence(archive: Archive, begin: Begin) -> None:
+    done = ended(begin(*DOWNLOAD, "--from", "2022-03", "--to", "2022-01"))
     assert done.returncode == 3 and "the other way round" in done.stderr and "Traceback" not in done.stderr and archive.asked == []
 
 
@@ -575,21 +593,21 @@ def test_a_bucket_gets_whole_files_only(archive: Archive, tmp_path: Path, s3: An
 
 
 @pytest.mark.minio
-def test_killed_while_it_goes_into_a_bucket(archive: Archive, tmp_path: Path, s3: Any, process: Callable[..., subprocess.Popen]) -> None:
+def test_killed_while_it_goes_into_a_bucket(archive: Archive, s3: Any, begin: Begin) -> None:
     settings = Settings(_env_file=None, archive_url=archive.url, **s3.settings)
     ensure_buckets(settings)
     names = [archive.publish(f"2024-01-{day:02}", size=3_000_000) for day in (7, 8)]
-    archive.pause_s, command = 0.005, [*COMMAND, "--from", "2024-01-07", "--to", "2024-01-08", "--bucket", s3.bucket_raw, "--workers", "1"]
-    running = process(command, env=environment(archive, tmp_path, **s3.env), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    archive.pause_s, words = 0.005, (*DOWNLOAD, "--from", "2024-01-07", "--to", "2024-01-08", "--bucket", s3.bucket_raw, "--workers", "1")
+    running = begin(*words, **s3.env)
     while archive.sent[names[1]] < 1_000_000:
         time.sleep(0.01)
-        assert running.poll() is None, running.stderr.read()
+        assert running.poll() is None, ended(running).stderr
     running.kill()
-    running.wait()
+    assert ended(running).returncode == -signal.SIGKILL
     there = list_objects(settings, names[0].rsplit("/", 1)[0][1:])
     assert there["bytes"].tolist() == [3_000_000]
     archive.pause_s = 0.0
-    done = subprocess.run(command, env=os.environ | environment(archive, tmp_path, **s3.env), capture_output=True, text=True, timeout=60)
+    done = ended(begin(*words, **s3.env))
     assert done.returncode == 0, done.stderr
     assert "1 there already" in done.stdout and archive.sent[names[0]] == 3_000_000
     assert all(verify(settings, f"s3://{s3.bucket_raw}{name}") == "sha256" for name in names)
@@ -617,37 +635,40 @@ def content(con: Any) -> list[Any]:
     return rows + con.execute("SELECT file_id, rows FROM ingest_ledger ORDER BY ALL").fetchall()
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("days", [2, pytest.param(6, marks=pytest.mark.heavy)])
+def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, empty_store: Path, days: int) -> None:
     for symbol in ("BTCUSDT", "ETHUSDT"):
-        for day in range(1, 7):
+        for day in range(1, days + 1):
             write_zip(tmp_path / "raw" / f"{symbol}-trades-2024-01-{day:02}.zip", trades(10_000 * day, f"2024-01-{day:02}"))
     (tmp_path / "raw/BTCUSDT-trades-2024-01-07.zip").write_bytes(b"PK not a zip")
     (tmp_path / "raw/BTCUSDT-trades-2024-01-08.zip").write_bytes(b"")
     found, order = [], []
-    for n in (1, workers):
+    for n in (1, 4) if days == 2 else (1, 2, 4):
+        shutil.copytree(empty_store, tmp_path / str(n))
         con = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / str(n) / "catalog.sqlite"), duckdb_threads=2))
         summary = process_files(con, tmp_path / "raw", workers=n, told=lambda uri, result: order.append(uri))
-        assert [Path(f).name[:7] for f in summary.file] == ["BTCUSDT"] * 8 + ["ETHUSDT"] * 6
-        assert summary.outcome.tolist() == ["loaded"] * 6 + ["refused"] * 2 + ["loaded"] * 6
-        assert summary.error[6].startswith("SchemaError") and summary.rows.sum() == 6000
+        assert [Path(f).name[:7] for f in summary.file] == ["BTCUSDT"] * (days + 2) + ["ETHUSDT"] * days
+        assert summary.outcome.tolist() == ["loaded"] * days + ["refused"] * 2 + ["loaded"] * days
+        assert summary.error[days].startswith("SchemaError") and summary.rows.sum() == 1000 * days
         found.append(content(con))
         con.close()
-    assert found[0] == found[1] and len(order) == 28
+    assert all(content == found[0] for content in found) and len(order) == len(found) * (2 * days + 2)
 
 
-def test_a_month_and_its_days_keep_their_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [2, pytest.param(3, marks=pytest.mark.heavy)])
+def test_a_month_and_its_days_keep_their_order(tmp_path: Path, empty_store: Path, last: int) -> None:
     "Whichever is loaded later wins, however many workers there are."
-    days = [(f"2024-01-{d:02}", 10_000 * d) for d in (1, 2, 3)]
+    days = [(f"2024-01-{d:02}", 10_000 * d) for d in range(1, last + 1)]
     write_zip(tmp_path / "raw/BTCUSDT-trades-2024-01.zip", "".join(trades(first, day, price=200.0) for day, first in days))
     for day, first in days:
         write_zip(tmp_path / f"raw/BTCUSDT-trades-{day}.zip", trades(first, day))
     found = []
     for n in (1, 4):
+        shutil.copytree(empty_store, tmp_path / str(n))
         con = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / str(n) / "catalog.sqlite"), duckdb_threads=2))
         process_files(con, tmp_path / "raw", workers=n, max_rejected=1.0)
         found.append(content(con) + con.execute("SELECT sum(price) FROM trades").fetchall())
-        assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (1500, 1500)
+        assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (500 * last,) * 2
         con.close()
     assert found[0] == found[1]
 
@@ -684,12 +705,11 @@ def test_from_the_archive_through_a_bucket_into_the_store(archive: Archive, tmp_
     remove(settings, *got.uris)
 
 
-def test_ingest_takes_folders_on_the_command_line(archive: Archive, tmp_path: Path) -> None:
+def test_ingest_takes_folders_on_the_command_line(tmp_path: Path, begin: Begin) -> None:
     for day in (1, 2):
         write_zip(tmp_path / f"raw/BTCUSDT-trades-2024-01-{day:02}.zip", trades(10_000 * day, f"2024-01-{day:02}"))
     (tmp_path / "raw/BTCUSDT-trades-2024-01-03.zip").write_text("<html></html>")
-    command = [*COMMAND[:3], "ingest"]
-    first = subprocess.run([*command, "raw"], env=os.environ | environment(archive, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    first = ended(begin("ingest", "raw"))
     assert first.returncode == 5 and "3 files: 2 loaded, 1 refused" in first.stdout and "SchemaError: raw/BTCUSDT-trades-2024-01-03.zip" in first.stderr, first
-    again = subprocess.run([*command, "raw/*-0[12].zip"], env=os.environ | environment(archive, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    again = ended(begin("ingest", "raw/*-0[12].zip"))
     assert again.returncode == 0 and "2 files: 2 already loaded" in again.stdout, again

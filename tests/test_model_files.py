@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import examples
+from notebook_runner import Runner
 
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.models.catalogue import MODELS
@@ -31,11 +31,12 @@ TREES = ("xgboost", "lightgbm", "histgb", "gb")
 
 # load each case in a child of its own and print the outcome: a model, a typed error, another error, or the end of the process
 LOADER = """
-import hashlib, json, os, signal, sys
+import hashlib, json, os, signal, sys, warnings
 from pathlib import Path
-import pandas as pd, skops.io
+import lightgbm, pandas as pd, sklearn.ensemble, skops.io, xgboost  # once, not in each child
 from cryptoresearch.errors import CryptoResearchError
 from cryptoresearch.models.catalogue import MODELS
+warnings.simplefilter("ignore")
 home = Path(sys.argv[1])
 X = pd.read_parquet(home / "X.parquet")
 for case in sorted((home / "cases").iterdir()):
@@ -107,7 +108,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return flipped(data, rng)
 
 
-def outcomes(stored: Path, cases: list[tuple[str, bytes]]) -> Counter:
+def outcomes(runner: Runner, stored: Path, cases: list[tuple[str, bytes]]) -> Counter:
     "Load each case, of a kind of model, in a child of its own, and count the outcomes by kind."
     folder = stored / "cases"
     shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +116,7 @@ def outcomes(stored: Path, cases: list[tuple[str, bytes]]) -> Counter:
     for number, (kind, data) in enumerate(cases):
         (folder / f"{kind}-{number:04}").write_bytes(data)
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # a forked child cannot start OpenMP's threads again
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", LOADER, stored], capture_output=True, text=True, timeout=280, env=env)
+    run = runner.call(LOADER, [stored], env, stored, timeout_s=280)
     assert run.returncode == 0, run.stderr[-2000:]
     found = Counter(tuple(line.split(" ", 2)[1:]) for line in run.stdout.splitlines() if line.startswith("outcome "))
     assert sum(found.values()) == len(cases)
@@ -123,13 +124,14 @@ def outcomes(stored: Path, cases: list[tuple[str, bytes]]) -> Counter:
     return found
 
 
-def test_damaged_files_are_refused_or_loaded(stored):
+def test_damaged_files_are_refused_or_loaded(runner, stored):
     rng, kinds = np.random.default_rng(5), [*TREES, "ensemble"]
     whole = {kind: (stored / kind / MODELS[kind].file).read_bytes() for kind in kinds}
-    cases = [(kind, case) for kind, data in whole.items() for case in (data, b"", data[:-1], *(damaged(data, rng) for _ in range(40)))]
-    found = outcomes(stored, cases)
+    n = examples(12, 40)
+    cases = [(kind, case) for kind, data in whole.items() for case in (data, b"", data[:-1], *(damaged(data, rng) for _ in range(n)))]
+    found = outcomes(runner, stored, cases)
     for kind in kinds:
-        assert found[kind, "model"] >= 1 and found[kind, "typed"] >= 15, found  # a flipped bit of a threshold is a valid model
+        assert found[kind, "model"] >= 1 and found[kind, "typed"] >= examples(5, 15), found  # a flipped bit of a threshold is a valid model
 
 
 def with_field(text: str, field: str, value: str) -> bytes:
@@ -160,14 +162,14 @@ def with_child(data: bytes, field: str, child: int) -> bytes:
     return out.getvalue()
 
 
-def test_trees_with_cycles_or_children_out_of_range_are_refused(stored):
+def test_trees_with_cycles_or_children_out_of_range_are_refused(runner, stored):
     text = (stored / "lightgbm" / "model.txt").read_text()
     fields = (("left_child", "0"), ("left_child", "900000"), ("split_feature", "77"), ("num_leaves", "9"), ("decision_type", "1"))
     cases = [("lightgbm", with_field(text, field, value)) for field, value in fields]
     for kind, fields in (("histgb", ("left", "right")), ("gb", ("left_child", "right_child"))):
         data = (stored / kind / "model.skops").read_bytes()
         cases += [(kind, with_child(data, field, child)) for field in fields for child in (0, 10**7)]
-    assert outcomes(stored, cases) == {("lightgbm", "typed"): 5, ("histgb", "typed"): 4, ("gb", "typed"): 4}
+    assert outcomes(runner, stored, cases) == {("lightgbm", "typed"): 5, ("histgb", "typed"): 4, ("gb", "typed"): 4}
 
 
 DESCRIPTIONS = [
@@ -266,17 +268,22 @@ REFIT = """
 import hashlib, sys
 import pandas as pd
 from cryptoresearch.models.catalogue import MODELS
+from sklearn.utils._openmp_helpers import _openmp_effective_n_threads
+from threadpoolctl import threadpool_limits
 X = pd.read_parquet(sys.argv[1])
 y = X["a"].fillna(0.0) + 0.1 * X["b"].fillna(0.0) ** 2
-for loss, outcome in (("mean", y), ("quantile", y), ("probability", (y > 0).astype(float))):
-    print(hashlib.sha256(MODELS["histgb"](n_estimators=8, loss=loss, min_samples_leaf=20).fit(X, outcome)._dump()).hexdigest())
+for n in (1, 2, 3):
+    with threadpool_limits(n, user_api="openmp"):
+        models = [MODELS["histgb"](n_estimators=8, loss=loss, min_samples_leaf=20) for loss in ("mean", "quantile", "probability")]
+        made = [m.fit(X, (y > 0).astype(float) if m.loss == "probability" else y)._dump() for m in models]
+        print(_openmp_effective_n_threads(), *(hashlib.sha256(data).hexdigest() for data in made))
 """
 
 
-def test_the_bytes_of_histgb_do_not_depend_on_the_number_of_threads(stored, tmp_path):
+def test_the_bytes_of_histgb_do_not_depend_on_the_number_of_threads(runner, stored, tmp_path):
     rng = np.random.default_rng(2)
     pd.DataFrame(rng.normal(size=(3000, 5)), columns=list("abcde")).to_parquet(tmp_path / "X.parquet")
-    command = [sys.executable, "-c", REFIT, tmp_path / "X.parquet"]
-    runs = [subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": n}, check=True) for n in "123"]
-    assert runs[0].stdout.count("\n") == 3
-    assert {run.stdout for run in runs} == {runs[0].stdout}
+    done = runner.call(REFIT, [tmp_path / "X.parquet"], dict(os.environ), tmp_path)
+    threads, *digests = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    assert threads == ("1", "2", "3") and len(digests) == 3, done.stderr
+    assert [len(set(of_one_loss)) for of_one_loss in digests] == [1, 1, 1]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -260,19 +261,29 @@ def in_child(work: Callable[[], object]) -> int:
 
 STEPS = [("_lay_out", "before"), *((step, "after") for step in ("_lay_out", "_replace", "_mark_predictions", "_close_gaps", "_record")),
          ("rebuild_live_bars", "before"), ("rebuild_live_bars", "after")]  # fmt: skip
-OFTEN = (("_record", "after"), ("rebuild_live_bars", "before"))  # the others are slow tests
+OFTEN = (("_record", "after"), ("rebuild_live_bars", "before"))  # the others are slow tests, or heavy ones
+SLOW = (("_lay_out", "before"), ("_replace", "after"))
+
+
+@pytest.fixture(scope="module")
+def with_a_gap(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    "Folder of a store with a session that lost a hundred trades, and its bars; to be copied."
+    folder = shutil.copytree(empty_store, tmp_path_factory.mktemp("gap") / "store")
+
+    def first() -> None:
+        with init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"))) as con:
+            collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
+            make_bars(con, "BTCUSDT", "1m", source="binance")
+
+    assert in_child(first) == 0
+    return folder
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-@pytest.mark.parametrize(("step", "when"), [pytest.param(*s, marks=[] if s in OFTEN else [pytest.mark.slow]) for s in STEPS])
-def test_a_kill_between_the_steps_leaves_all_or_nothing(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str) -> None:
+@pytest.mark.parametrize(("step", "when"), [pytest.param(*s, marks=[] if s in OFTEN else pytest.mark.slow if s in SLOW else pytest.mark.heavy) for s in STEPS])
+def test_a_kill_between_the_steps_leaves_all_or_nothing(settings: Settings, with_a_gap: Path, tmp_path: Path, step: str, when: str) -> None:
     import cryptoresearch.ingest.files as files
     import cryptoresearch.ingest.repair as module
-
-    def first() -> None:
-        with init_duckdb(settings) as con:
-            collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
-            make_bars(con, "BTCUSDT", "1m", source="binance")
 
     def killed() -> None:
         owner: Any = files if step == "rebuild_live_bars" else module
@@ -287,7 +298,8 @@ def test_a_kill_between_the_steps_leaves_all_or_nothing(settings: Settings, tmp_
         process_file(init_duckdb(settings), file)
 
     file = archive(tmp_path, made())
-    assert in_child(first) == 0 and in_child(killed) == signal.SIGKILL
+    shutil.copytree(with_a_gap, Path(settings.duckdb_path).parent)
+    assert in_child(killed) == signal.SIGKILL
     with init_duckdb(settings) as con:
         done = con.execute("SELECT count(*) FROM trades WHERE source = 'binance'").fetchone() == (600,)
         assert done == (step == "rebuild_live_bars")
@@ -413,7 +425,7 @@ class Exchange:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "Exchange":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(self, *args: object) -> None:

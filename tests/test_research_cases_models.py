@@ -80,7 +80,7 @@ def numbers(model: TailModel, X: pd.DataFrame) -> np.ndarray:
 # the unit of the label
 
 
-@pytest.mark.parametrize("unit", [1e-6, 7e-5, 1e6, 1e-150])
+@pytest.mark.parametrize("unit", [1e-6, pytest.param(7e-5, marks=pytest.mark.heavy), 1e6, 1e-150])
 @pytest.mark.parametrize(("name", "log_target"), [(n, log) for n in MODELS for log in (False, True) if (n, log) != ("reversal", True)])
 def test_a_forecast_scales_with_its_label(name, log_target, unit):
     X = features(name)

@@ -34,6 +34,7 @@ from cryptoresearch.settings import Settings
 
 QUESTION = RunConfig(start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))
 OPTIONS = ["--start", "2021-01-01", "--end", "2021-06-01", "--test-start", "2021-04-01", "--horizon", "4", "--feature", "momentum", "--feature", "returns"]
+TRIALS = 5  # of the search
 TEMPLATES = ("compare", "tune", "feature_report", "evaluate")
 
 
@@ -70,7 +71,7 @@ def pages(desk: Desk) -> dict[str, tuple[Path, str, str]]:
     "Each template executed once by its command: the page, its text, what the command printed."
     asked = {
         "compare": ["compare", desk.runs[0].id, desk.runs[1].id, "--report"],
-        "tune": ["tune", *OPTIONS, "--model", "ridge", "--param", "clip=6.5", "--embargo", "2h", "--weights", "recency:365D", "--refit", "30D", "--trials", "9", "--folds", "3", "--report"],
+        "tune": ["tune", *OPTIONS, "--model", "ridge", "--param", "clip=6.5", "--embargo", "2h", "--weights", "recency:365D", "--refit", "30D", "--trials", str(TRIALS), "--folds", "3", "--report"],
         "feature_report": ["features", *OPTIONS, "--model", "lightgbm", "--report"],
         "evaluate": ["evaluate", desk.runs[2].id],
     }
@@ -127,12 +128,12 @@ def test_the_search_tells_its_trials_and_what_it_did_not_see(desk: Desk, pages: 
     page, html_text, told = pages["tune"]
     text = words(html_text)
     assert "everything from 2021-04-01 00:00 to 2021-06-01 00:00" in text and "which no trial has seen" in text
-    study = re.search(r"study\s+(\S+): 9 trials", told)
+    study = re.search(rf"study\s+(\S+): {TRIALS} trials", told)
     assert study and study[1] in text and page.parent.name == study[1]
     with connect(desk.settings, read_only=True) as con:
         counted = con.execute("SELECT count(*) FROM trials WHERE run_id = ?", [study[1]]).fetchone()
-    assert counted == (9,), "the report tried again"
-    assert "9 , each with its returns" in text or "9, each with its returns" in text
+    assert counted == (TRIALS,), "the report tried again"
+    assert f"{TRIALS} , each with its returns" in text or f"{TRIALS}, each with its returns" in text
     assert "fixed: clip = 6.5" in text and "--param clip=6.5" in text and "--param penalty=" in text
     with connect(desk.settings, read_only=True) as con:
         model = json.loads(con.execute("SELECT model FROM trials WHERE run_id = ? LIMIT 1", [study[1]]).fetchone()[0])
@@ -158,8 +159,8 @@ def test_the_evaluation_has_every_part(desk: Desk, pages: dict[str, tuple[Path, 
     with connect(desk.settings, read_only=True) as con:
         asked, n = question_of(QUESTION), len(read_trials(con, question_of(QUESTION)))
         counted = len(trial_sharpes(con, asked.spec))
-    assert n == 10 and f"trials of the same target {n}" in text  # those of the search too
-    assert f"number of trials {counted}" in text and "left out: 9 of other times" in text  # the search lies before the test
+    assert n == TRIALS + 1 and f"trials of the same target {n}" in text  # those of the search too
+    assert f"number of trials {counted}" in text and f"left out: {TRIALS} of other times" in text  # the search lies before the test
     assert "models tested on these rows 1" in text and "corrected for these models p" in text
     for part in ("quantiles of 90 days", "base rate", "IC by month", "IC by hour of the day", "above zero"):
         assert part in text, part
@@ -181,7 +182,7 @@ def test_no_sharpe_ratio_stands_alone(desk: Desk, pages: dict[str, tuple[Path, s
         rows = read_trials(con, question_of(QUESTION))
         study = rows.loc[rows["trial"].str.startswith("trial "), ["run_id", "origin"]].drop_duplicates()
         found = search_overfitting(con, *study.iloc[0])
-    assert len(study) == 1 and found.n_trials == 9 and 2 <= found.aligned.compared <= 9 and 0 <= found.aligned.pbo <= 1
+    assert len(study) == 1 and found.n_trials == TRIALS and 2 <= found.aligned.compared <= TRIALS and 0 <= found.aligned.pbo <= 1
     assert f"PBO of the search {number(found.aligned.pbo, '.0%')}" in said["tune"]
     assert said["feature_report"].count("there is no Sharpe ratio to deflate") == 1
 

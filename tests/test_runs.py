@@ -38,7 +38,7 @@ from cryptoresearch.runs.walk_forward import first_test, fit_rows, known_by
 from cryptoresearch.serving.batch import notebook_path, outside, run_notebook, train_report
 from cryptoresearch.serving.report_figures import plotly_js
 from cryptoresearch.serving.predictor import Predictor
-from cryptoresearch.settings import Settings, shared_data
+from cryptoresearch.settings import Settings
 
 SMALL = {"n_estimators": 40, "learning_rate": 0.1, "early_stopping_rounds": 8, "n_threads": 1}
 WALK = RunConfig("WALKUSDT", source="simulated", horizon=6, refit_every="20D", features=("returns", "calendar"), params=SMALL)
@@ -264,8 +264,8 @@ def test_other_libraries_are_named_with_the_difference(copied):
         reproduce(name, settings)
 
 
-@pytest.mark.parametrize("moment", ["fold 1 of", "fitting the final model", "rename"])
-def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, moment):
+@pytest.mark.parametrize("moment", ["fold 1 of", pytest.param("fitting the final model", marks=pytest.mark.heavy), "rename"])
+def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, runner, moment):
     script = textwrap.dedent(f"""
         import os, pathlib, signal, sys
         from cryptoresearch.data.store import connect
@@ -279,7 +279,7 @@ def test_a_killed_run_leaves_nothing_that_looks_like_one(store, tmp_path, moment
         config = RunConfig(**{asdict(WALK)!r})
         train_run(connect(s), config, s, progress=lambda f, text: die() if {moment!r} in text else None)
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = runner.call(script, [], os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert list_runs(store).empty
     with connect(store) as con:
@@ -387,16 +387,11 @@ def look_at(report: Path) -> None:
         browser.close()
 
 
-def test_volatility_of_real_hours(tmp_path):
-    try:
-        candles = shared_data() / "BTCUSDT-1h-2017-08_2024-04.parquet"
-    except DataNotFound as e:
-        pytest.skip(str(e))
-    settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(tmp_path / "runs"), duckdb_threads=1)
+@pytest.mark.parametrize(("begin", "start"), [("2023-08-15", "2023-09-01"), pytest.param("2017-08-17", "2023-06-01", marks=pytest.mark.heavy)])
+def test_volatility_of_real_hours(hours_in, tmp_path, begin, start):
+    settings = hours_in(tmp_path, begin, "2024-05-01" if begin < "2018" else "2024-03-10")  # more than the run reads, on both sides
     with init_duckdb(settings) as con:
-        process_file(con, candles, symbol="BTCUSDT", interval="1h")
-        make_bars(con, "BTCUSDT", "1h")
-        config = RunConfig(target="volatility", start="2023-06-01", end="2024-03-01", test_start="2023-12-01", refit_every="45D", features=("volatility", "calendar"), params=SMALL)
+        config = RunConfig(target="volatility", start=start, end="2024-03-01", test_start="2023-12-01", refit_every="45D", features=("volatility", "calendar"), params=SMALL)
         run = train_run(con, config, settings)
         kept = con.execute("SELECT kind, n, sharpe, horizon, simulated, step_s, list_avg(list_filter(returns, v -> NOT isnan(v))) FROM trials").fetchall()
     scores = run.info["scores"]  # nothing was traded; what it saved of the baseline's loss is written down

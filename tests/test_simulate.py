@@ -4,11 +4,12 @@ import csv
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
@@ -23,22 +24,31 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from notebook_runner import Runner
 
 from cryptoresearch.data.archive import fetch_day
 from cryptoresearch.data.corruption import KINDS as DIRT
 from cryptoresearch.data.corruption import Corruption, soil
 from cryptoresearch.ingest.files import process_file
-from cryptoresearch.data.simulate import CAPITAL, csv_text, LOWER, Market, simulate_archive, simulate_trades
+from cryptoresearch.data.simulate import _PIECE, CAPITAL, csv_text, LOWER, Market, simulate_archive, simulate_trades
 from cryptoresearch.data.status import gap_table
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.settings import Settings
 
 DAY = "2024-01-02"
+NewStore = Callable[[Path], duckdb.DuckDBPyConnection]
 
 
-def new_store(folder: Path) -> duckdb.DuckDBPyConnection:
-    return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), duckdb_threads=2))
+@pytest.fixture(scope="session")
+def new_store(empty_store: Path) -> NewStore:
+    "Opens an empty store in a folder."
+
+    def open_store(folder: Path) -> duckdb.DuckDBPyConnection:
+        shutil.copytree(empty_store, folder, dirs_exist_ok=True)
+        return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), duckdb_threads=2))
+
+    return open_store
 
 
 def text_of(path: Path) -> str:
@@ -77,7 +87,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, new_store: NewStore) -> dict[str, list[Any]]:
     out = {}
     for kind in ("trades", "aggTrades", "um", "klines"):
         with new_store(tmp_path_factory.mktemp("store")) as con:
@@ -120,21 +130,21 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Corruption, rows: list[Any]) -> 
 
 @pytest.mark.parametrize("layout", ["trades", pytest.param("aggTrades", marks=pytest.mark.heavy), "klines"])
 @pytest.mark.parametrize("kind", [k for k in DIRT if k not in ("corrected", "renamed", "other_prices", "ends_early")])
-def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean[layout], kind, tmp_path / "dirty", seed=3, other=clean[f"other {layout}"])
     with new_store(tmp_path / "store") as con:
         check(con, dirt, clean_rows[layout])
 
 
 @pytest.mark.parametrize("kind", ["garbage_lines", "missing_ids", "bad_prices", "repeated_ids", "out_of_order"])
-def test_dirt_below_a_header_has_its_outcome(kind: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_dirt_below_a_header_has_its_outcome(kind: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean["um"], kind, tmp_path / "dirty", seed=3)
     with new_store(tmp_path / "store") as con:
         check(con, dirt, clean_rows["um"])
 
 
 @pytest.mark.parametrize("kind", ["garbage_lines", "wrong_columns", "bad_prices", "bad_quantities", "outside_period"])
-def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_path: Path) -> None:
+def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean["trades"], kind, tmp_path / "dirty", share=0.05)
     with new_store(tmp_path / "store") as con:
         with pytest.raises(SchemaError):
@@ -145,7 +155,7 @@ def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
     dirt, end = soil(clean[layout], "ends_early", tmp_path / "dirty"), "ts" if layout == "trades" else "close_ts"
     with new_store(tmp_path / "store") as con:
         result = process_file(con, dirt.path)
@@ -157,7 +167,7 @@ def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean[layout], "renamed", tmp_path / "dirty")
     with new_store(tmp_path / "store") as con:
         process_file(con, clean[layout])
@@ -167,7 +177,7 @@ def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: di
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
 @pytest.mark.parametrize("first", ["clean", "corrected"])
-def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean[layout], "corrected", tmp_path / "dirty")
     both = [clean[layout], dirt.path]
     with new_store(tmp_path / "store") as con:
@@ -181,7 +191,7 @@ def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[s
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, clean: dict[str, Path], tmp_path: Path) -> None:
+def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, clean: dict[str, Path], tmp_path: Path, new_store: NewStore) -> None:
     dirt = soil(clean[layout], "other_prices", tmp_path / "dirty")
     with new_store(tmp_path / "store") as con:
         process_file(con, clean["before" if layout == "trades" else "candles before"])
@@ -280,13 +290,13 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
-def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path) -> None:
+def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path, new_store: NewStore) -> None:
     paths = simulate_archive(tmp_path / "mirror", "SIMUSDT", DAY, 1, 2_000, kinds=("trades", "klines"), tree=True)
     for path in paths:
         digest, name = (path.parent / f"{path.name}.CHECKSUM").read_text().split()
@@ -300,13 +310,16 @@ def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_text_is_the_same_in_another_process_and_on_one_thread(tmp_path: Path) -> None:
-    code = "import sys\nfrom cryptoresearch.data.simulate import simulate_archive\nsimulate_archive(sys.argv[1], days=2, trades_per_day=450_000, kinds=('trades', 'aggTrades', 'klines'))"
+@pytest.mark.parametrize(("days", "trades_per_day"), [(1, 210_000), pytest.param(2, 450_000, marks=pytest.mark.heavy)])  # two pieces a day, and three
+def test_the_text_is_the_same_in_another_process_and_on_one_thread(tmp_path: Path, runner: Runner, days: int, trades_per_day: int) -> None:
+    assert trades_per_day > _PIECE, "threads have several pieces to draw"
+    code = f"import sys\nfrom cryptoresearch.data.simulate import simulate_archive\nsimulate_archive(sys.argv[1], days={days}, trades_per_day={trades_per_day}, kinds=('trades', 'aggTrades', 'klines'))"
     one = "import os\nos.cpu_count = lambda: 1\n" + code
     for name, program in (("a", code), ("b", one)):
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True, env=os.environ)
+        done = runner.call(program, [str(tmp_path / name)], dict(os.environ), tmp_path)
+        assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / "a").glob("*.zip"))
-    assert len(files) == 6 and [text_of(tmp_path / "a" / n) for n in files] == [text_of(tmp_path / "b" / n) for n in files]
+    assert len(files) == 3 * days and [text_of(tmp_path / "a" / n) for n in files] == [text_of(tmp_path / "b" / n) for n in files]
 
 
 def test_nothing_is_left_of_an_interrupted_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

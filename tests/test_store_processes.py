@@ -7,13 +7,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
+import forks
 import pytest
+from conftest import examples
+from notebook_runner import Runner
 
 from cryptoresearch.data.store import connect, in_turn, init_duckdb, snapshot, write
 from cryptoresearch.errors import DataNotFound, StoreBusy
@@ -49,14 +52,21 @@ print(json.dumps({"role": role, "n": k, "p50": laps[len(laps) // 2], "p99": laps
 '''
 
 
-def start(role: str, number: int, seconds: float, options: dict) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, role, str(number), str(seconds), json.dumps(options)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
+Start = Callable[..., subprocess.Popen[str]]
 
 
-def run_all(jobs: list[tuple[str, int, float]], options: dict) -> list[dict]:
+@pytest.fixture
+def start(runner: Runner, tmp_path: Path) -> Start:
+    "Starts a worker: its role, its number, how long it works (s), and the settings of its store."
+
+    def call(role: str, number: int, seconds: float, options: dict) -> subprocess.Popen[str]:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return forks.start(runner, tmp_path / "programs", WORKER, role, number, seconds, json.dumps(options), **pipes)
+
+    return call
+
+
+def run_all(start: Start, jobs: list[tuple[str, int, float]], options: dict) -> list[dict]:
     "Start the workers, let them go together, and return what each measured."
     workers = [start(*job, options) for job in jobs]
     for w in workers:
@@ -82,11 +92,11 @@ def count(opts: dict) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [10.0, pytest.param(30.0, marks=pytest.mark.heavy)])
-def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, record_property) -> None:
+@pytest.mark.parametrize("seconds", [6.0, pytest.param(30.0, marks=pytest.mark.heavy)])
+def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, start: Start, record_property) -> None:
     opts = options(tmp_path)
     init_duckdb(Settings(_env_file=None, **opts)).close()
-    done = run_all([("writer", 0, seconds)] + [("reader", i, seconds) for i in range(3)], opts)
+    done = run_all(start, [("writer", 0, seconds)] + [("reader", i, seconds) for i in range(3)], opts)
     record_property("laps", done)
     print(*done, sep="\n")
     assert count(opts) == {"0": done[0]["n"] * 50}
@@ -95,23 +105,24 @@ def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, record_pro
 
 
 @pytest.mark.parametrize("catalog", ["sqlite", "postgres"])
-def test_two_writers_that_collide_both_succeed(tmp_path: Path, catalog: str, request: pytest.FixtureRequest) -> None:
+def test_two_writers_that_collide_both_succeed(tmp_path: Path, start: Start, catalog: str, request: pytest.FixtureRequest) -> None:
     opts = options(tmp_path, request.getfixturevalue("postgres") if catalog == "postgres" else None)
     init_duckdb(Settings(_env_file=None, **opts)).close()
-    done = run_all([("flatout", 0, 5.0), ("flatout", 1, 5.0)], opts)
+    seconds = examples(2, 5)
+    done = run_all(start, [("flatout", 0, seconds), ("flatout", 1, seconds)], opts)
     print(*done, sep="\n")
     assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}
     assert min(d["n"] for d in done) > 3, done  # neither starves
 
 
-def test_two_processes_create_the_same_store(tmp_path: Path) -> None:
+def test_two_processes_create_the_same_store(tmp_path: Path, start: Start) -> None:
     opts = options(tmp_path)
-    done = run_all([("writer", i, 0.5) for i in range(3)], opts)
+    done = run_all(start, [("writer", i, 0.5) for i in range(3)], opts)
     assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}
 
 
 @pytest.mark.parametrize("after", [1, 3, 8])
-def test_a_killed_writer_leaves_whole_commits_only(tmp_path: Path, after: int) -> None:
+def test_a_killed_writer_leaves_whole_commits_only(tmp_path: Path, start: Start, after: int) -> None:
     opts = options(tmp_path)
     worker = start("killed", 7, 60.0, opts)
     assert worker.stdout.readline().strip() == "ready", worker.communicate()[1]
@@ -149,7 +160,7 @@ def test_a_moved_store_still_reads(tmp_path: Path) -> None:
     assert moved.execute("SELECT count(*), sum(first_missing_id) FROM gaps").fetchone() == (5000, 5000 * 4999 // 2)
 
 
-def test_a_duckdb_catalog_serves_one_process(tmp_path: Path) -> None:
+def test_a_duckdb_catalog_serves_one_process(tmp_path: Path, start: Start) -> None:
     opts = options(tmp_path, str(tmp_path / "one.duckdb"))
     con = init_duckdb(Settings(_env_file=None, **opts))
     write(con, lambda c: c.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))
@@ -201,7 +212,7 @@ def test_rows_on_their_way_into_parquet_are_seen_once(tmp_path: Path) -> None:
     readers = [threading.Thread(target=read) for _ in range(2)]
     for r in readers:
         r.start()
-    for _ in range(60):
+    for _ in range(examples(20, 60)):
         write(con, replace)
         in_turn(con, "CALL ducklake_flush_inlined_data('lake', table_name => 'coverage')")
     ended.set()
@@ -233,7 +244,7 @@ def https_file(tmp_path: Path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield f"https://127.0.0.1:{server.server_port}/x.parquet", tmp_path / "ca.pem"
     server.shutdown()

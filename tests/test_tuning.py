@@ -1,5 +1,6 @@
 "A search shared by processes, resumed after a kill, with every trial in the ledger."
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data.store import connect, init_duckdb
 from cryptoresearch.runs.identity import read_data
-from cryptoresearch.runs.tuning import forecast_walk, found_options, inner_search, open_study, trial_table, tune
+from cryptoresearch.runs.tuning import Choice, forecast_walk, found_options, inner_search, open_study, trial_table, tune
 from cryptoresearch.runs.walk_forward import first_test, prepare, walk_forward
 from cryptoresearch.settings import Settings
 
@@ -45,11 +46,18 @@ def store(folder: Path, close: np.ndarray) -> Settings:
     return settings
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A store with hourly candles of a random walk, to be copied."
+    folder = tmp_path_factory.mktemp("prepared")
+    store(folder, 100 * np.exp(np.random.default_rng(0).normal(0, 0.01, 2500).cumsum()))
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    "A store with hourly candles of a random walk."
-    store(tmp_path, 100 * np.exp(np.random.default_rng(0).normal(0, 0.01, 2500).cumsum()))
-    return tmp_path
+def home(prepared: Path, tmp_path: Path) -> Path:
+    "A copy of that store."
+    return Path(shutil.copytree(prepared, tmp_path / "home", ignore=shutil.ignore_patterns("*-shm", "*.lock")))
 
 
 def start(home: Path, n: int) -> subprocess.Popen:
@@ -82,13 +90,14 @@ def test_two_processes_share_a_search_that_was_killed(home: Path) -> None:
     assert {f"trial {n}" for n in done.index} <= ledger
 
 
-def test_a_search_repeats_bit_for_bit(home: Path) -> None:
-    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params={"n_estimators": 30, "n_threads": 1}, features=("momentum",), test_start="2024-03-01")
+@pytest.mark.parametrize("n, trees, test_start", [(7, 6, "2024-02-01"), pytest.param(9, 30, "2024-03-01", marks=pytest.mark.heavy)])
+def test_a_search_repeats_bit_for_bit(home: Path, n: int, trees: int, test_start: str) -> None:
+    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params={"n_estimators": trees, "n_threads": 1}, features=("momentum",), test_start=test_start)
     tables = []
     for folder in ("one", "two"):
         settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / folder))
         with init_duckdb(settings) as con:
-            tables.append(tune(con, config, 9, n_folds=2, settings=settings).table)
+            tables.append(tune(con, config, n, n_folds=2, settings=settings).table)
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
@@ -99,8 +108,8 @@ def test_weights_and_refit_period_are_searched_unless_they_are_given(home: Path)
     settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"))
     with init_duckdb(settings) as con:
         free = tune(con, SEARCHED, 10, n_folds=3, settings=settings)
-        by_name = tune(con, SEARCHED, 3, n_folds=3, settings=settings, fixed=("weights", "refit_every"))
-        by_value = tune(con, replace(SEARCHED, weights="uniqueness", refit_every="5D"), 3, n_folds=3, settings=settings)
+        by_name = tune(con, SEARCHED, 1, n_folds=3, settings=settings, fixed=("weights", "refit_every"))
+        by_value = tune(con, replace(SEARCHED, weights="uniqueness", refit_every="5D"), 1, n_folds=3, settings=settings)
         models = con.execute("SELECT trial, model FROM trials WHERE run_id = ?", [free.study.study_name]).fetchall()
     assert free.study.best_params.keys() == {"penalty", "clip", "weights", "refit_every"}
     assert set(free.table["weights"]) == {"none", "recency:30D", "recency:10D", "recency:3D"} and set(free.table["refit_every"]) == {"7D", "90D"}
@@ -127,7 +136,8 @@ def test_a_study_is_not_continued_with_other_choices(home: Path, monkeypatch: py
     assert after.study.study_name != before.study.study_name and after.n_trials == 1
 
 
-def test_recent_outcomes_count_more_where_the_law_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n, kept", [(10, ("refit_every",)), pytest.param(16, (), marks=pytest.mark.heavy)])
+def test_recent_outcomes_count_more_where_the_law_changes(tmp_path: Path, n: int, kept: tuple[Choice, ...]) -> None:
     "Momentum for 32 days, then reversal: what is old misleads."
     rng, returns = np.random.default_rng(0), np.zeros(2500)
     for t in range(1, len(returns)):
@@ -135,8 +145,8 @@ def test_recent_outcomes_count_more_where_the_law_changes(tmp_path: Path) -> Non
     settings = store(tmp_path, 100 * np.exp(returns.cumsum()))
     asked = replace(SEARCHED, horizon=1, features=("ret_1",))
     with init_duckdb(settings) as con:
-        found = tune(con, asked, 16, n_folds=3, settings=settings)
-        equal = tune(con, asked, 8, n_folds=3, settings=settings, fixed=("weights",))
+        found = tune(con, asked, n, n_folds=3, settings=settings, fixed=kept)
+        equal = tune(con, asked, n // 2, n_folds=3, settings=settings, fixed=("weights", *kept))
     assert found.config.weights in ("recency:10D", "recency:3D")
     assert found.study.best_value < equal.study.best_value - 0.02  # IC
 

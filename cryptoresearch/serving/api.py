@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, UTC
@@ -102,18 +103,21 @@ def _plain(value: Any) -> Any:
 class Reader:
     "Hold the read-only connection of the API to the store."
 
+    every_s = 3600.0  # after which it is opened again: DuckLake keeps some kilobytes of each snapshot that a connection has seen
+
     def __init__(
         self,
         settings: Settings,  # names the store
     ) -> None:
-        self.settings, self._lock = settings, threading.Lock()
+        self.settings, self._lock, self._opened = settings, threading.Lock(), 0.0
         self._con: duckdb.DuckDBPyConnection | None = None
 
     def cursor(self) -> duckdb.DuckDBPyConnection:  # to be closed by the caller
         "Create a cursor, and open the store if necessary."
         with self._lock:
-            if self._con is None:
-                self._con = connect(self.settings, read_only=True)
+            if self._con is None or time.monotonic() - self._opened > self.every_s:
+                # not closed here, which would close the cursors of requests that run: the old one ends with them
+                self._con, self._opened = connect(self.settings, read_only=True), time.monotonic()
             return cursor(self._con)
 
     def close(self) -> None:

@@ -281,8 +281,14 @@ def _raise_alerts(m: _Watching) -> None:
         report(m, alert)
 
 
+_REOPEN_EVERY = 60  # looks: DuckLake keeps some kilobytes of each snapshot that a connection has seen
+
+
 def _look(m: _Watching) -> None:
     "Look at every run, then raise alerts."
+    if m._con is not None and m.looks % _REOPEN_EVERY == 0:
+        m._con.close()
+        m._con = None
     for name in m.runs:
         try:
             _look_at(m, name)

@@ -173,7 +173,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: runner.sendall(bytes([number])))
 code = int.from_bytes(runner.recv(4) or bytes([1]), signed=True)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if code != -signal.SIGKILL:  # how that one is handled cannot be set
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """

@@ -896,9 +896,7 @@ def _forget(con: DuckDBPyConnection, file_id: str) -> int:
     found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE {where}", [file_id]).fetchall()
     sessions = con.execute(_SESSION_OF, [file_id]).fetchall()
     if len(found) + len(sessions) != 1 or len(file_id) < 6:
-        expected = f"one loaded file with the name {file_id!r}, or one file or live session whose id begins so"
-        ids = ", ".join(str(row[0])[:12] for row in [*found, *sessions]) or "none"
-        raise DataNotFound(problem(expected, ids, "Name one of them by its id" if ids != "none" else "cryptoresearch data log lists them"))
+        raise _not_one(file_id, [str(row[0]) for row in [*found, *sessions]])
     if sessions:
         session_id, source, url, is_open, recent = sessions[0]
         if is_open:
@@ -921,6 +919,13 @@ _SESSION_OF = """SELECT s.session_id, s.source, s.url, s.ended_at IS NULL,
     coalesce(max(t.received_at), s.started_at) > now()::TIMESTAMP - INTERVAL 1 DAY
   FROM lake.main.live_sessions s LEFT JOIN lake.main.trades t ON t.file_id = s.session_id
   WHERE starts_with(s.session_id, ?) GROUP BY s.session_id, s.source, s.url, s.started_at, s.ended_at"""
+
+
+def _not_one(name: str, ids: list[str]) -> DataNotFound:
+    "Return the error for a name that fits no file or session, or several."
+    expected = f"one loaded file with the name {name!r}, or one file or live session whose id begins so"
+    remedy = "Name one of them by its id" if ids else "Find its name: cryptoresearch data log"
+    return DataNotFound(problem(expected, ", ".join(i[:12] for i in ids) or "none", remedy))
 
 
 def _check_ended(con: DuckDBPyConnection, session_id: str, recent: bool) -> None:

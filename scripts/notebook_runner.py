@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -105,21 +106,27 @@ def import_ahead() -> dict[str, Any]:
     return {"failed": failed, "threads": [name for name in threads() if name not in SAFE_THREADS]}
 
 
-def run_here(request: dict[str, Any]) -> int:
-    "Run one notebook or command in this process, which is a fork made for it."
+def settle(request: dict[str, Any]) -> None:
+    "Give this fork what an interpreter of its own would have: environment, working folder, time zone, random numbers, place of temporary files."
     from numpy import random
 
-    for number, name in ((1, "out"), (2, "err")):
-        with Path(request[name]).open("a") as file:
-            os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
     os.chdir(request["home"])
     random.seed()  # otherwise all forks would draw the same numbers
+    tempfile.tempdir = None
     sys.executable = request["python"]
+
+
+def run_here(request: dict[str, Any]) -> int:
+    "Run one notebook or command in this process, which is a fork made for it."
+    for number, name in ((1, "out"), (2, "err")):
+        with Path(request[name]).open("a") as file:
+            os.dup2(file.fileno(), number)
+    settle(request)
     if "code" in request:
-        return run_code(request["code"], request["args"])
+        return run_code(request["code"], request["args"], module=False)
     from nbdev.test import test_nb
 
     flags = request["flags"].split()
@@ -131,7 +138,7 @@ def run_here(request: dict[str, Any]) -> int:
     return 0
 
 
-def run_code(code: str, args: list[str], module: bool = False) -> int:
+def run_code(code: str, args: list[str], module: bool) -> int:
     "Run a piece of Python as `python -c` does, or a module as `python -m`; return its exit code."
     import runpy
     import traceback
@@ -158,15 +165,15 @@ def run_code(code: str, args: list[str], module: bool = False) -> int:
     return 0
 
 
-# --- kernels: processes that a command starts by `sys.executable -m MODULE`
+# --- processes that others start by the script below: `python -m MODULE`, such as kernels, and `python --program CODE` of the tests
 
 PYTHON = """#!{python} -ISs
 import json, os, signal, socket, sys
-if sys.argv[1:2] != ["-m"]:
+if sys.argv[1:2] not in (["-m"], ["--program"]):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 runner = socket.socket(socket.AF_UNIX)
 runner.connect({address!r})
-request = json.dumps({{"python": sys.argv[0], "args": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
+request = json.dumps({{"python": sys.argv[0], "module": sys.argv[1] == "-m", "args": sys.argv[2:], "env": dict(os.environ), "home": os.getcwd()}}).encode()
 socket.send_fds(runner, [len(request).to_bytes(4)], [0, 1, 2])
 runner.sendall(request)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -194,11 +201,8 @@ def fork_kernel(asked: socket.socket) -> int | None:
             os.dup2(stream, number)
             os.close(stream)
         asked.close()
-        os.environ.clear()
-        os.environ.update(request["env"])
-        os.chdir(request["cwd"])
-        sys.executable = request["python"]
-        end(run_code(request["args"][0], request["args"][1:], module=True))
+        settle(request)
+        end(run_code(request["args"][0], request["args"][1:], request["module"]))
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(pid)
@@ -335,6 +339,14 @@ class Runner:
         "Path of a script that does `python -m MODULE` in a fork, and all else with the interpreter."
         self.start()
         return str(self.private / "python") if CAN_FORK else sys.executable
+
+    def program(
+        self,
+        code: str,  # Python
+        *args: object,  # sys.argv[1:]
+    ) -> list[str]:  # for Popen
+        "Return the command that does `python -c code args` in a fork. SIGINT, SIGTERM, SIGHUP and its own death by SIGKILL reach the fork, others do not."
+        return [self.python, "--program" if CAN_FORK else "-c", textwrap.dedent(code), *map(str, args)]
 
     def start(self) -> None:
         "Start the process that imports ahead, unless it runs."

@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,7 @@ def warm_kernels(runner: Runner) -> Iterator[None]:
         yield
 
 
+Program = Callable[..., subprocess.Popen[str]]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 COMMAND_LINE = "from cryptoresearch.cli import main; main()"
 
@@ -260,22 +262,35 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+NewStore = Callable[..., Settings]
+
+
+def copy_store(
+    source: Path,  # folder of a store that no process has open
+    target: Path,  # folder of its copy; may exist
+    **more: Any,  # further settings of the copy
+) -> Settings:  # of the copy
+    "Copy a store, which takes a part of the time of making one."
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*-shm", "*.lock"), dirs_exist_ok=True)
+    return Settings(_env_file=None, duckdb_path=str(target / "catalog.sqlite"), **more)
+
+
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Folder of a store with the newest schema and no rows, to be copied: making one takes several times as long."
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> NewStore:
+    "Makes a store without rows in a folder and returns its settings: `new_store(folder, duckdb_threads=2)`."
     from cryptoresearch.data.store import init_duckdb  # not above: the number of threads is set before numpy loads
 
-    folder = tmp_path_factory.mktemp("empty") / "store"
-    init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"))).close()
-    return folder
+    prepared = tmp_path_factory.mktemp("empty") / "store"
+    init_duckdb(Settings(_env_file=None, duckdb_path=str(prepared / "catalog.sqlite"))).close()
+    return partial(copy_store, prepared)
 
 
 @pytest.fixture
-def con(settings: Settings, empty_store: Path) -> Iterator[Any]:
-    "A connection to the empty store of `settings`."
+def con(settings: Settings, new_store: NewStore) -> Iterator[Any]:
+    "A connection to the store without rows of `settings`."
     from cryptoresearch.data.store import init_duckdb
 
-    shutil.copytree(empty_store, Path(settings.duckdb_path).parent, ignore=shutil.ignore_patterns("*-shm", "*.lock"))
+    new_store(Path(settings.duckdb_path).parent)
     with init_duckdb(settings) as opened:
         yield opened
 
@@ -402,3 +417,14 @@ def process() -> Iterator[Callable[..., subprocess.Popen]]:
         for stream in (p.stdin, p.stdout, p.stderr):
             if stream:
                 stream.close()
+
+
+@pytest.fixture
+def program(runner: Runner, process: Program) -> Program:
+    "Starts Python code in a process that has the large libraries loaded: `program(CODE, *args, stdout=subprocess.PIPE)`; it does not outlive the test."
+    runner.start()  # before a test changes where temporary files go
+
+    def start(code: str, *args: object, **options: Any) -> subprocess.Popen[str]:
+        return process(runner.program(code, *args), **options)
+
+    return start

@@ -92,13 +92,13 @@ def test_health_tells_versions_and_snapshot(client):
 
 
 def test_the_store_is_opened_again_while_requests_run(settings, monkeypatch):
-    reader, con = Reader(settings), []
+    reader, requests = Reader(settings), []
     for every_s in (60.0, 60.0, 0.0, 60.0):
         monkeypatch.setattr(Reader, "every_s", every_s)
-        con.append((reader.cursor(), reader._con))
-    opened = [own for _, own in con]
+        requests.append((reader.cursor(), reader._con))
+    opened = [own for _, own in requests]
     assert opened[0] is opened[1] and opened[1] is not opened[2] and opened[2] is opened[3]
-    assert len({running.execute("SELECT count(*) FROM bars").fetchall()[0][0] for running, _ in con}) == 1, "requests that run read on"
+    assert len({running.execute("SELECT count(*) FROM bars").fetchall()[0][0] for running, _ in requests}) == 1, "requests that run read on"
     reader.close()
 
 

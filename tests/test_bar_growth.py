@@ -115,12 +115,9 @@ def history(draw: st.DrawFn) -> list[list[tuple]]:
     return files
 
 
-LENGTHS = ("1s", "5s")
-
-
-def lengths_of(step: int, last: bool) -> tuple[str, ...]:
+def lengths_of(all_of_them: tuple[str, ...], step: int, last: bool) -> tuple[str, ...]:
     "Lengths of bars to build after a step: all of them after the last one and with --heavy, else one in turn."
-    return LENGTHS if last or examples(0, 1) else (LENGTHS[step % 2],)
+    return all_of_them if last or examples(0, 1) else (all_of_them[step % len(all_of_them)],)
 
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -130,7 +127,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.
 @settings(max_examples=examples(1, 5), deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=QUIET)
 @given(history(), st.data())
 def test_files_in_any_order_with_corrections_and_late_gaps(con: duckdb.DuckDBPyConnection, files: list[list[tuple]], data: st.DataObject) -> None:
-    assume(len(files) > 2)
+    assume(len(files) > 2 or examples(0, 1))  # with --heavy, simple histories too
     market = Market(con, "trades")
     waiting = data.draw(st.permutations(range(len(files))))
     loaded: list[int] = []
@@ -153,7 +150,7 @@ def test_files_in_any_order_with_corrections_and_late_gaps(con: duckdb.DuckDBPyC
         elif what == "gap goes":
             con.execute("DELETE FROM gaps WHERE symbol = ?", [market.symbol])
         if data.draw(st.booleans()) or step == len(waiting) - 1:
-            for spec in lengths_of(step, step == len(waiting) - 1):
+            for spec in lengths_of(("1s", "5s"), step, step == len(waiting) - 1):
                 grown(market, spec)
 
 
@@ -161,7 +158,7 @@ def test_files_in_any_order_with_corrections_and_late_gaps(con: duckdb.DuckDBPyC
 @settings(max_examples=examples(1, 3), deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=QUIET)
 @given(history(), st.data())
 def test_live_sessions_with_late_trades_and_broken_connections(con: duckdb.DuckDBPyConnection, files: list[list[tuple]], data: st.DataObject) -> None:
-    assume(len(files) > 2)
+    assume(len(files) > 2 or examples(0, 1))  # with --heavy, simple histories too
     market = Market(con, "finnhub")
     session, start, end, late = f"{market.symbol}-live", None, 0, []
     for i, rows in enumerate(files):
@@ -174,7 +171,7 @@ def test_live_sessions_with_late_trades_and_broken_connections(con: duckdb.DuckD
                 market.gap("live", before, start, session)
         end = max(rows[-1][1], start)
         market.live(session, start, end, now)
-        for spec in lengths_of(i, i == len(files) - 1):
+        for spec in lengths_of(("1s", "5s"), i, i == len(files) - 1):
             grown(market, spec)
             bars = con.execute("SELECT max(close_ts) <= make_timestamp(?) FROM bars WHERE symbol = ? AND spec = ?", [end, market.symbol, spec]).fetchone()
             assert bars is not None and bars[0] in (True, None)  # no bar that continues after the last known trade
@@ -187,7 +184,7 @@ def test_candles_of_several_intervals_in_any_order(con: duckdb.DuckDBPyConnectio
     symbol, key = f"CANDLE{next(number)}", []
     files = [("1m", 0, 7), ("1m", 7, 20), ("5m", 0, 15), ("5m", 15, 35), ("10m", 30, 60), ("3m", 0, 60)]
     order = data.draw(st.permutations(files))
-    assume(order != files)
+    assume(order != files or examples(0, 1))
     for file, (interval, a, b) in enumerate(order):
         minutes = int(interval[:-1])
         opens = [m for m in range(a, b, minutes) if data.draw(st.integers(0, 9))]
@@ -199,7 +196,7 @@ def test_candles_of_several_intervals_in_any_order(con: duckdb.DuckDBPyConnectio
         facts = [symbol, f"{symbol}-{file}", interval, T0 + a * 60 * SECOND, T0 + b * 60 * SECOND]
         con.execute("INSERT INTO coverage (symbol, source, file_id, interval, start_ts, end_ts) VALUES (?, 'klines', ?, ?, make_timestamp(?), make_timestamp(?))", facts)
         con.execute("INSERT INTO ingest_ledger (symbol, source, file_id, interval, rows, first_ts, last_ts) VALUES (?, 'klines', ?, ?, 5, make_timestamp(?), make_timestamp(?))", facts)
-        for spec in ("10m", "5m") if file == len(order) - 1 or examples(0, 1) else ("10m", "5m")[file % 2 :][:1]:
+        for spec in lengths_of(("10m", "5m"), file, file == len(order) - 1):
             key = Series(symbol, "klines", "time", spec)
             length = bar_length(spec) // pd.Timedelta("1us")
             lengths = _candle_lengths(con, symbol, "klines", length)

@@ -1,9 +1,9 @@
 """Compare bars with a simple loop, on random trades, random holes and the store."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import NewStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,13 +284,13 @@ def test_real_files_join_over_midnight(settings: Settings, shared: Path, order: 
         assert bar[["open", "high", "low", "close", "trades", "buy_volume"]].tolist() == [*prices, len(inside), float(bought)]
 
 
-CUTS = [0, 7, 11, 12, 4000, 4001, 4010, 9000, 10_166]  # of a real day
+CUTS = [0, 7, 9, 11, 12, 4000, 4001, 4010, 9000, 10_166]  # of a real day
 FEW_CUTS = [0, 9, 13, 1500, 3000]
 
 
-def bars_of_parts(folder: Path, parts: list[list[str]]) -> tuple[int, pd.DataFrame, pd.DataFrame]:
+def bars_of_parts(settings: Settings, parts: list[list[str]]) -> tuple[int, pd.DataFrame, pd.DataFrame]:
     "Load files one after the other, and build bars after each; return the trades without a side, and the bars."
-    con = init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite")))
+    con, folder = init_duckdb(settings), Path(settings.duckdb_path).parent
     for i, part in enumerate(parts):
         (folder / f"part{i}.csv").write_text("".join(part))
         process_file(con, folder / f"part{i}.csv", symbol="BTCUSDT", kind="trades")
@@ -300,27 +301,32 @@ def bars_of_parts(folder: Path, parts: list[list[str]]) -> tuple[int, pd.DataFra
     return unsigned, read_bars(con, "BTCUSDT", "1s"), read_event_bars(con, "BTCUSDT", "tick_imbalance:50")
 
 
-@pytest.fixture(scope="module")
-def uncut(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Callable[[list[str]], tuple[int, pd.DataFrame, pd.DataFrame]]:
-    "What one file with these lines gives."
-    known: dict[int, tuple[int, pd.DataFrame, pd.DataFrame]] = {}
+def first_lines(shared: Path, n: int) -> list[str]:
+    "The first n trades of a real day."
+    lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)[:n]
+    assert len(lines) == n
+    return lines
 
-    def whole(lines: list[str]) -> tuple[int, pd.DataFrame, pd.DataFrame]:
-        if len(lines) not in known:
-            known[len(lines)] = bars_of_parts(shutil.copytree(empty_store, tmp_path_factory.mktemp("whole") / "store"), [lines])
-        return known[len(lines)]
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, shared: Path, new_store: NewStore) -> Callable[[int], tuple[int, pd.DataFrame, pd.DataFrame]]:
+    "What one file with the first lines of the day gives."
+
+    @cache
+    def whole(n: int) -> tuple[int, pd.DataFrame, pd.DataFrame]:
+        return bars_of_parts(new_store(tmp_path_factory.mktemp("whole") / "store"), [first_lines(shared, n)])
 
     return whole
 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("cuts", [FEW_CUTS, pytest.param(CUTS, marks=pytest.mark.heavy)], ids=["few", "many"])
-def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, empty_store: Path, uncut: Callable, cuts: list[int], order: int) -> None:
-    lines = (shared / "BTCUSDT-trades-2024-08-09.csv").read_text().splitlines(keepends=True)[: cuts[-1]]
+def test_bars_do_not_depend_on_where_the_files_are_cut(tmp_path: Path, shared: Path, new_store: NewStore, uncut: Callable, cuts: list[int], order: int) -> None:
+    lines = first_lines(shared, cuts[-1])
     parts = [lines[a:b] for a, b in pairwise(cuts)][::order]
-    assert len(lines) == cuts[-1] and 1 in [len({line.split(",")[1] for line in part}) for part in parts], "a file with one price only"
-    found = bars_of_parts(shutil.copytree(empty_store, tmp_path / "cut"), parts)
-    whole = uncut(lines)
+    assert any(len(part) > 1 and len({line.split(",")[1] for line in part}) == 1 for part in parts), "no file has one price only"
+    found = bars_of_parts(new_store(tmp_path / "cut"), parts)
+    whole = uncut(len(lines))
     assert found[0] > whole[0] and len(whole[1]) > 20 and len(whole[2]) > 20
     equal(found[1], whole[1])
     equal(found[2], whole[2])

@@ -48,15 +48,17 @@ def run(command: Command) -> Command:
     return call
 
 
-def test_a_process_that_asks_for_help_makes_no_files(run: Command, tmp_path: Path) -> None:
-    done = run(tmp_path, "train", "--help")
+@pytest.mark.parametrize("name", [name if name == "train" else pytest.param(name, marks=pytest.mark.heavy) for name in COMMANDS])
+def test_a_process_that_asks_for_help_makes_no_files(run: Command, tmp_path: Path, name: str) -> None:
+    done = run(tmp_path, name, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(tmp_path: Path, name: str) -> None:
+def test_every_command_explains_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, [name, "--help"], env={"CRYPTORESEARCH_HOME": str(tmp_path), "COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert "Usage:" in done.output
@@ -308,10 +310,14 @@ def completed(run: Command, home: Path, *words: str) -> list[str]:
 def test_a_shell_completes_commands_runs_and_symbols(run: Command, home: Path, tmp_path: Path) -> None:
     names = sorted(path.parent.name for path in (home / "runs").glob("*/run.json"))
     assert completed(run, home, "re") == ["registry", "replay", "reproduce"]
-    of_runs = (["evaluate"], ["runs", "delete"], ["compare", names[0]], ["live", "AAAUSDT", "--run"], ["reproduce"], ["audit"])
-    for words in of_runs[: examples(4, 6)]:
+    of_runs = [["evaluate"], ["runs", "delete"], ["compare", names[0]], ["live", "AAAUSDT", "--run"]]
+    of_symbols = [["bars"], ["data", "status"], ["train", "--symbol"]]
+    if examples(0, 1):  # with --heavy
+        of_runs += [["reproduce"], ["audit"]]
+        of_symbols += [["train"], ["export"]]
+    for words in of_runs:
         assert completed(run, home, *words, "aaa") == names, words
-    for words in (["bars"], ["data", "status"], ["train", "--symbol"], ["train"], ["export"])[: examples(3, 5)]:
+    for words in of_symbols:
         assert completed(run, home, *words, "A") == ["AAAUSDT"], words
     assert completed(run, tmp_path, "bars", "A") == completed(run, tmp_path, "evaluate", "a") == []
     assert not list(tmp_path.iterdir()), "completion made files"
@@ -346,11 +352,15 @@ def processor_s(pid: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.0, 0.3])
-def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_path: Path, after_s: float) -> None:
+def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_path: Path, run: Command, after_s: float) -> None:
     times = 1_704_067_200_000 + np.arange(2_000_000) // 2
     table = pa.table({"id": np.arange(len(times)), "price": np.full(len(times), 40_000.5), "qty": np.full(len(times), 0.01), "quote": np.full(len(times), 400.005), "time": times, "maker": np.arange(len(times)) % 2 == 0, "best": np.full(len(times), True)})
     file = tmp_path / "BTCUSDT-trades-2024-01-01.csv"
     csv.write_csv(table, file, csv.WriteOptions(include_header=False))
+    small = tmp_path / "first" / file.name
+    small.parent.mkdir()
+    csv.write_csv(table[:1000], small, csv.WriteOptions(include_header=False))
+    assert run(small.parent, "ingest", str(small)).returncode == 0  # the first load after an installation compiles for seconds, which nothing interrupts
     work = tmp_path / "work"
     work.mkdir()
     env = os.environ | {"CRYPTORESEARCH_HOME": str(tmp_path), "TMPDIR": str(work)}
@@ -361,13 +371,13 @@ def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_pat
         time.sleep(0.02)
     time.sleep(after_s)
     assert load.poll() is None, "loaded before the interruption"
-    sent, before = pd.Timestamp.now("UTC"), processor_s(load.pid)
+    sent, began, before = pd.Timestamp.now("UTC"), time.monotonic(), processor_s(load.pid)
     load.send_signal(signal.SIGINT)
     assert load.stderr is not None
     told = load.stderr.readline()
-    took = processor_s(load.pid) - before  # not time on the clock, which other tests on the same cores stretch
+    took, waited = processor_s(load.pid) - before, time.monotonic() - began  # the clock's limit is wide: other tests on the same cores stretch it
     rest = load.communicate(timeout=60)[1]
-    assert took < 2 and load.returncode == 130, (took, load.returncode, told, rest)
+    assert took < 2 and waited < 20 and load.returncode == 130, (took, waited, load.returncode, told, rest)
     assert told.startswith("interrupted") and not rest.strip()
     with connect(Settings(_env_file=None, duckdb_path=str(tmp_path / "data" / "catalog.sqlite")), read_only=True) as con:
         stored = con.execute("SELECT count(*) FROM trades").fetchone()

@@ -228,15 +228,19 @@ def test_one_candle_that_lasts_too_long_is_not_stored(con: duckdb.DuckDBPyConnec
 
 # --- one spelling on every path ------------------------------------------------------------------------------------------------------------
 
-SPELLINGS = ["btcusdt", " BTCUSDT ", "BTCUSDT\n", "BTC/USDT", "BTC-USDT", "btc_usdt"]
+SPELLINGS = ["btcusdt", "BTC/USDT\n", " BTCUSDT ", "BTCUSDT\n", "BTC/USDT", "BTC-USDT", "btc_usdt"]
 
 
 def test_every_path_reads_a_symbol_in_the_same_way(con: duckdb.DuckDBPyConnection, tmp_path: Path) -> None:
-    spellings = SPELLINGS if examples(0, 1) else ["btcusdt", "BTC/USDT\n"]
-    each = 180 // len(spellings)
+    for spelling in SPELLINGS:
+        assert RunConfig(spelling).symbol == plain_symbol(f"BINANCE:{spelling.strip()}") == "BTCUSDT"
+        assert archive_name(spelling, date(2024, 1, 1)).endswith("/BTCUSDT-trades-2024-01-01.zip")
+        assert symbol_prefix(spelling) == "btcusdt"
+    spellings = SPELLINGS[: examples(2, len(SPELLINGS))]
+    edges = [180 * i // len(spellings) for i in range(len(spellings) + 1)]
     rows = [f"{i},100,1,{FIRST_MS + 60_000 * i}" for i in range(181)]
     for i, spelling in enumerate(spellings):
-        part = rows[i * each : i * each + each + 1]
+        part = rows[edges[i] : edges[i + 1] + 1]
         assert process_file(con, written(tmp_path, f"{i}.csv", "trade_id,price,qty,time", *part), symbol=spelling).symbol == "BTCUSDT"
     assert con.execute("SELECT symbol, count(*) FROM trades GROUP BY 1").fetchall() == [("BTCUSDT", 181)]
     for spelling in spellings:
@@ -245,9 +249,6 @@ def test_every_path_reads_a_symbol_in_the_same_way(con: duckdb.DuckDBPyConnectio
         assert len(bars_page(con, spelling, "1h")[0]) == len(features_page(con, spelling, "1h", names=["ret_1"])[0]) == 3
         assert len(read_predictions(con, symbol=spelling)[0]) == 0
         assert list(status(con, spelling)["symbol"]) == ["BTCUSDT"] and len(happened(con, spelling)) == len(spellings)
-        assert RunConfig(spelling).symbol == plain_symbol(f"BINANCE:{spelling.strip()}") == "BTCUSDT"
-        assert archive_name(spelling, date(2024, 1, 1)).endswith("/BTCUSDT-trades-2024-01-01.zip")
-        assert symbol_prefix(spelling) == "btcusdt"
         ReplayServer(con, spelling)
         FinnhubWebSocket(spelling, token="none", con=con)
     with pytest.raises(SchemaError, match="Did you mean BTCUSDT"):
@@ -361,14 +362,14 @@ def test_candles_off_their_grid_after_a_maintenance_are_gaps(con: duckdb.DuckDBP
         process_file(con, written(tmp_path, "ETHUSDT-1h-2018-02.csv", *shifted))
 
 
-@pytest.mark.parametrize("has", [28, pytest.param(7, marks=pytest.mark.heavy)])
-def test_a_month_that_is_cut_short_says_so_and_its_days_are_taken(con: duckdb.DuckDBPyConnection, tmp_path: Path, has: int) -> None:
+@pytest.mark.parametrize("days", [28, pytest.param(7, marks=pytest.mark.heavy)])
+def test_a_month_that_is_cut_short_says_so_and_its_days_are_taken(con: duckdb.DuckDBPyConnection, tmp_path: Path, days: int) -> None:
     rows = [f"{i},100.0,1.0,100.0,{FIRST_MS + HOUR_MS * i},true,true" for i in range(31 * 24)]
-    month = written(tmp_path, "BTCUSDT-trades-2024-01.csv", *rows[: has * 24])
-    assert f"only {has} of the 31 days of its month: if there was trading, load its daily files too" in repr(process_file(con, month))
-    for day in range(max(0, has - 7), 31):
+    month = written(tmp_path, "BTCUSDT-trades-2024-01.csv", *rows[: days * 24])
+    assert f"only {days} of the 31 days of its month: if there was trading, load its daily files too" in repr(process_file(con, month))
+    for day in range(max(0, days - 7), 31):
         result = process_file(con, written(tmp_path, f"BTCUSDT-trades-2024-01-{day + 1:02}.csv", *rows[24 * day : 24 * day + 24]))
-        assert result.rows == (0 if day < has else 24) and "only" not in repr(result)
+        assert result.rows == (0 if day < days else 24) and "only" not in repr(result)
     assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (744, 744)
     make_bars(con, "BTCUSDT", "1h")
     assert not read_bars(con, "BTCUSDT", "1h")["gap"].any()

@@ -70,7 +70,7 @@ Serve = Callable[[Settings, str], Served]
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Serve]:
-    "Starts Voila with a store and a program, on a port of its own, and waits until it answers; it ends with the tests of this file."
+    "Starts Voila with a store and a program, on a port of its own, and waits until it answers; the server ends after the last test of this file."
     started: list[subprocess.Popen[bytes]] = []
 
     def start(settings: Settings, program: str) -> Served:

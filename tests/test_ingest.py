@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import forks
 import numpy as np
 import pytest
-from conftest import examples
+from conftest import examples, NewStore, Program
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from notebook_runner import Runner
 
 from cryptoresearch.ingest import files as ingest
 from cryptoresearch.data.archive import minio_client
@@ -34,24 +31,11 @@ from cryptoresearch.settings import Settings
 
 TABLES = ("trades", "candles", "gaps", "coverage", "quarantine", "ingest_ledger")
 SPOT = LAYOUTS["trades"][7]
-NewStore = Callable[[Path], duckdb.DuckDBPyConnection]
-
-
-@pytest.fixture(scope="session")
-def new_store(empty_store: Path) -> NewStore:
-    "Opens the store in a folder, with the newest schema and no rows at first."
-
-    def open_store(folder: Path) -> duckdb.DuckDBPyConnection:
-        if not folder.exists():
-            shutil.copytree(empty_store, folder)
-        return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite")))
-
-    return open_store
 
 
 @pytest.fixture
 def con(tmp_path: Path, new_store: NewStore) -> Any:
-    with new_store(tmp_path / "store") as con:
+    with init_duckdb(new_store(tmp_path / "store")) as con:
         yield con
 
 
@@ -145,7 +129,7 @@ def test_forms_are_equal(tmp_path: Path, form: str, new_store: NewStore) -> None
     else:
         names = "{'id': 'BIGINT', 'price': 'DOUBLE', 'qty': 'DOUBLE', 'quote_qty': 'DOUBLE', 'time': 'BIGINT', 'is_buyer_maker': 'BOOLEAN', 'best': 'BOOLEAN'}"
         duckdb.sql(f"COPY (FROM read_csv('{plain}', header=false, columns={names})) TO '{packed}' (FORMAT parquet)")
-    with new_store(tmp_path / "a") as a, new_store(tmp_path / "b") as b:
+    with init_duckdb(new_store(tmp_path / "a")) as a, init_duckdb(new_store(tmp_path / "b")) as b:
         process_file(a, plain)
         process_file(b, packed)
         assert rows(a) == rows(b)
@@ -251,7 +235,7 @@ def test_objects_in_and_out(s3: Any, tmp_path: Path, on_s3: bool, new_store: New
     where = {"duckdb_data_path": f"s3://{s3.bucket_lake}/{tmp_path.name}/"} if on_s3 else {}
     settings = Settings(_env_file=None, duckdb_path=str(tmp_path / "store" / "catalog.sqlite"), **s3.settings, **where)
     client = minio_client(settings)
-    with init_duckdb(settings) as con, new_store(tmp_path / "plain") as plain:
+    with init_duckdb(settings) as con, init_duckdb(new_store(tmp_path / "plain")) as plain:
         for path in (file, late):
             client.fput_object(s3.bucket_raw, path.name, str(path))
             process_file(plain, path)
@@ -327,53 +311,56 @@ LOAD = """
 
 
 @pytest.fixture
-def load(runner: Runner, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    "Starts a process that loads files: `load(store, *files)`."
-
-    def start(store: Path, *files: Path) -> subprocess.Popen[str]:
-        return forks.start(runner, tmp_path / "programs", LOAD, store / "catalog.sqlite", *files, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    return start
+def load(program: Program) -> Callable[..., subprocess.Popen[str]]:
+    "Starts a process that loads files: `load(settings, *files)`."
+    return lambda settings, *files: program(LOAD, settings.duckdb_path, *files, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_two_processes_load_at_once(tmp_path: Path, load: Callable[..., subprocess.Popen[str]], new_store: NewStore) -> None:
-    new_store(tmp_path / "store").close()
+    settings = new_store(tmp_path / "store")
     files = simulate_trades(tmp_path / "files", days=4, trades_per_day=3000)
-    loaders = [load(tmp_path / "store", *files[0::2], files[3]), load(tmp_path / "store", *files[1::2], files[2])]  # and two files in both
+    loaders = [load(settings, *files[0::2], files[3], files[0]), load(settings, *files[1::2], files[2], files[1])]  # two files in both, and one twice in each
     for loader in loaders:
         out, err = loader.communicate(timeout=120)
         assert loader.returncode == 0, err
         assert not err.strip(), "a batch stays quiet"
-        assert len(out.split()) == 3
-    with new_store(tmp_path / "store") as con:
+        assert len(out.split()) == 4
+    with init_duckdb(settings) as con:
         assert one(con, "SELECT count(*), count(DISTINCT file_id) FROM ingest_ledger") == (4, 4)
         count, distinct, last = one(con, "SELECT count(*), count(DISTINCT trade_id), max(trade_id) FROM trades")
         assert count == distinct == last == one(con, "SELECT sum(rows) FROM ingest_ledger")[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("days", "trades_per_day"), [(6, 20_000), pytest.param(12, 60_000, marks=pytest.mark.heavy)])
-def test_a_killed_loader_leaves_whole_files_only(tmp_path: Path, load: Callable[..., subprocess.Popen[str]], days: int, trades_per_day: int, new_store: NewStore) -> None:
-    new_store(tmp_path / "store").close()
+@pytest.mark.parametrize(
+    ("days", "trades_per_day", "kills"),  # after how many files, and after what part of the time that the last of them took
+    [(6, 20_000, ((2, 0.2), (4, 0.7))), pytest.param(12, 60_000, ((2, 0.4), (5, 0.1), (8, 0.8)), marks=pytest.mark.heavy)],
+)
+def test_a_killed_loader_leaves_whole_files_only(
+    tmp_path: Path, load: Callable[..., subprocess.Popen[str]], days: int, trades_per_day: int, kills: tuple[tuple[int, float], ...], new_store: NewStore
+) -> None:
+    settings = new_store(tmp_path / "store")
     files = simulate_trades(tmp_path / "files", days=days, trades_per_day=trades_per_day)
     expected = {file.name: sum(1 for _ in file.open()) for file in files}
-    for wait in (0.3, 0.05, 0.6) if days == 12 else (0.05, 0.2):
-        loader = load(tmp_path / "store", *files)
+    for done, share in kills:
+        loader = load(settings, *files)
         assert loader.stdout is not None
-        loader.stdout.readline()  # one file is done, the next is on its way
-        time.sleep(wait)
-        assert loader.poll() is None, "killed at work"
+        for _ in range(done):
+            began = time.monotonic()
+            assert loader.stdout.readline()
+        time.sleep(share * (time.monotonic() - began))  # within the next file
+        assert loader.poll() is None, "ended before it was killed"
         os.kill(loader.pid, signal.SIGKILL)
         loader.communicate()
-        with new_store(tmp_path / "store") as con:
+        with init_duckdb(settings) as con:
             ledger = con.execute("SELECT parse_filename(uri), file_id, rows FROM ingest_ledger").fetchall()
             stored = dict(con.execute("SELECT file_id, count(*) FROM trades GROUP BY ALL").fetchall())
         assert {file_id: n for _, file_id, n in ledger} == stored
         assert all(expected[name] == n for name, _, n in ledger)
-    loader = load(tmp_path / "store", *files)
+    loader = load(settings, *files)
     _, err = loader.communicate(timeout=200)
     assert loader.returncode == 0, err
-    with new_store(tmp_path / "store") as con:
+    with init_duckdb(settings) as con:
         assert one(con, "SELECT count(*), count(DISTINCT trade_id) FROM trades") == (sum(expected.values()),) * 2
 
 

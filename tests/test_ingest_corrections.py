@@ -1,5 +1,4 @@
 "Corrected, repeated and impossible rows: what a later file changes, what never gets in, and what verification sees."
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import NewStore
 
 from cryptoresearch.data.bars import read_bars, trades_to_bars
 from cryptoresearch.data.build_bars import make_bars
@@ -470,11 +470,10 @@ def test_single_missing_ids_are_reported_and_void_no_bar(con: Con, tmp_path: Pat
 @pytest.mark.parametrize(("kind", "limit", "bad"), [
     ("trades", 0, 6), ("trades", 1, 1), ("trades", 2, 0), ("aggTrades", 1, 1), *(pytest.param("aggTrades", *numbers, marks=pytest.mark.heavy) for numbers in ((0, 6), (2, 0))),
 ])  # fmt: skip
-def test_the_setting_decides_for_every_kind_of_data(tmp_path: Path, empty_store: Path, kind: str, limit: int, bad: int) -> None:
+def test_the_setting_decides_for_every_kind_of_data(tmp_path: Path, new_store: NewStore, kind: str, limit: int, bad: int) -> None:
     "Five single ids and two ids in a row are missing."
     file = put(tmp_path / f"ABCUSDT-{kind}-2024-01-01.csv", unpublished(kind, (*NEVER, 32)))
-    store = shutil.copytree(empty_store, tmp_path / "store")
-    where: dict[str, Any] = {"_env_file": None, "duckdb_path": str(store / "catalog.sqlite"), "duckdb_threads": 2}
+    where: dict[str, Any] = {"_env_file": None, "duckdb_path": new_store(tmp_path / "store").duckdb_path, "duckdb_threads": 2}
     with init_duckdb(Settings(**where, harmless_missing_ids=limit)) as con:
         process_file(con, file, market="um", progress=False)
         make_bars(con, "ABCUSDT", "1m")

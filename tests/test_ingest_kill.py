@@ -1,6 +1,5 @@
 "A killed load leaves nothing behind and can be continued; its memory does not grow with the file."
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -9,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import start
-from notebook_runner import Runner
+from conftest import NewStore, Program
 
 from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.simulate import simulate_trades
@@ -144,12 +142,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 LEAVE = """
-import os, signal, sys, tempfile, time
+import os, signal, sys, time
 from cryptoresearch.ingest import files
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.settings import Settings
 
-tempfile.tempdir = None  # TMPDIR says where
 con = init_duckdb(Settings(_env_file=None, duckdb_path=sys.argv[1], duckdb_threads=1))
 if sys.argv[3] == "committed":
     real = files.write
@@ -167,19 +164,18 @@ def parquet(store: Path) -> int:
 
 
 @pytest.mark.parametrize("by", ["ingest", "doctor"])
-def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, empty_store: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_killed_loads_leave_is_removed(by: str, tmp_path: Path, new_store: NewStore, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     "Killed before and after the commit; a load that is still running, and one of another store, keep their files."
-    runner.start()  # with its own temporary folder elsewhere
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     store, other = tmp_path / "store" / "catalog.sqlite", tmp_path / "other" / "catalog.sqlite"
     for catalog in (store, other):
-        shutil.copytree(empty_store, catalog.parent)
+        new_store(catalog.parent)
     one, two, three, four = simulate_trades(tmp_path / "files", days=4, trades_per_day=2000, seed=3)
 
     def load(catalog: Path, file: Path, how: str) -> subprocess.Popen[str]:
-        return start(runner, tmp_path / "programs", LEAVE, catalog, file, how, stdout=subprocess.PIPE)
+        return program(LEAVE, catalog, file, how, stdout=subprocess.PIPE)
 
     assert load(store, one, "committed").wait(120) == load(other, two, "written").wait(120) == -9
     held = load(store, two, "held")

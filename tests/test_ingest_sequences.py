@@ -1,10 +1,10 @@
 "Random orders of loading, correcting and forgetting overlapping files against a plain model of what must be there."
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import NewStore
 
 from cryptoresearch.data.build_bars import make_bars
 from cryptoresearch.ingest.files import forget_file, process_file
@@ -12,7 +12,6 @@ from cryptoresearch.data.maintenance import verify
 from cryptoresearch.data.status import gap_table
 from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import CryptoResearchError
-from cryptoresearch.settings import Settings
 
 DAY_MS, BEGIN_MS, DAYS, A_DAY = 86_400_000, 1_704_067_200_000, 4, 40  # from 2024-01-01
 Row = tuple[int, float, float, int, bool]  # id, price, qty, ts (ms), buyer was the maker
@@ -57,7 +56,7 @@ def stored(con: Any) -> dict[int, tuple[float, float, int]]:
 
 
 def check(con: Any, model: dict[int, tuple[float, float, int]], digests: bool) -> None:
-    "The store is the model, its ledger true, and its gaps are the ids that lack; `digests` reads all files again for it."
+    "The store is the model, its ledger true, and its gaps are the ids that lack; with `digests`, all files are read again."
     assert stored(con) == model
     ledger = dict(con.sql("SELECT file_id, rows FROM ingest_ledger WHERE rows > 0").fetchall())
     assert ledger == dict(con.sql("SELECT file_id, count(*) FROM trades GROUP BY 1").fetchall())
@@ -76,15 +75,12 @@ def all_bars(con: Any) -> list[Any]:
     return con.sql("SELECT * EXCLUDE (buy_volume_tick, threshold) FROM bars ORDER BY kind, spec, ts, first_id").fetchall()  # type: ignore[no-any-return]
 
 
-def open_store(path: Path) -> Any:
-    return init_duckdb(Settings(_env_file=None, duckdb_path=str(path / "catalog.sqlite"), duckdb_threads=2))
-
-
 @pytest.mark.slow
+# just far enough for a month, holes, a forgotten and a corrected file
 @pytest.mark.parametrize(("seed", "steps"), [(15, 3), (18, 4), (23, 7), *(pytest.param(seed, 10, marks=pytest.mark.heavy) for seed in (15, 18, 23))])
-def test_any_order_leaves_what_a_plain_model_says(tmp_path: Path, empty_store: Path, seed: int, steps: int) -> None:
+def test_any_order_leaves_what_a_plain_model_says(tmp_path: Path, new_store: NewStore, seed: int, steps: int) -> None:
     rng = random.Random(seed)
-    rows, con = market(rng), open_store(shutil.copytree(empty_store, tmp_path / "store"))
+    rows, con = market(rng), init_duckdb(new_store(tmp_path / "store", duckdb_threads=2))
     model: dict[int, tuple[float, float, int]] = {}
     for step in range(steps):
         chance = rng.random()
@@ -106,7 +102,7 @@ def test_any_order_leaves_what_a_plain_model_says(tmp_path: Path, empty_store: P
                 pass  # then nothing may have changed
         check(con, model, digests=step == steps - 1 or steps == 10)
     if model:
-        whole = open_store(shutil.copytree(empty_store, tmp_path / "whole"))
+        whole = init_duckdb(new_store(tmp_path / "whole", duckdb_threads=2))
         found = con.sql("SELECT trade_id, price, qty, epoch_ms(ts), side_reported < 0 FROM trades ORDER BY trade_id").fetchall()
         process_file(whole, write_rows(tmp_path / "whole.d" / "all.csv", found), symbol="BTCUSDT", kind="trades", check_symbol=False)
         assert all_bars(con) == all_bars(whole)

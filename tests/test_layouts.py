@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from conftest import NewStore
 
 import cryptoresearch
 from cryptoresearch import ingest_frame
@@ -22,7 +22,6 @@ from cryptoresearch.data.store import init_duckdb
 from cryptoresearch.errors import SchemaError
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.ingest.folders import process_files
-from cryptoresearch.settings import Settings
 
 T = 1_704_067_200  # 2024-01-01, s
 STAMP = "2024-01-01T00:00:0{}.250000Z"
@@ -118,7 +117,7 @@ def test_candles_of_every_source(con: duckdb.DuckDBPyConnection, tmp_path: Path,
         assert con.execute("SELECT DISTINCT quote_volume FROM candles").fetchall() == [(402.0,)]
 
 
-def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path, empty_store: Path) -> None:
+def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path, new_store: NewStore) -> None:
     frame = pd.DataFrame(VALUES, columns=["date", "open", "high", "low", "close", "volume"]).assign(date=lambda d: pd.to_datetime(d["date"], unit="ms", utc=True))
     trades = [[T * 1000 + 250 + 1000 * i, str(7 + i), None, side, float(p), float(q), float(p) * float(q)] for i, (side, p, q) in enumerate(zip(SIDES, PRICES, SIZES, strict=True))]
     names = ["timestamp", "id", "type", "side", "price", "amount", "cost"]
@@ -135,8 +134,7 @@ def test_lists_and_feather_of_ccxt_and_freqtrade(tmp_path: Path, empty_store: Pa
     }  # fmt: skip
     for name, write in files.items():
         write(tmp_path / name)
-        store = shutil.copytree(empty_store, tmp_path / name.replace(".", "-"))
-        with init_duckdb(Settings(_env_file=None, duckdb_path=str(store / "catalog.sqlite"))) as con:
+        with init_duckdb(new_store(tmp_path / name.replace(".", "-"))) as con:
             result = process_file(con, tmp_path / name)
             assert (name, result.rows, result.rejected) == (name, 24 if "1h" in name else 3, 0)
             check_candles(con) if "1h" in name else check_trades(con, "trades", True, True)

@@ -553,10 +553,10 @@ EVERYDAY: dict[str, Any] = {  # pandas and SciPy as everybody uses them; some ro
 INNOCENTS |= EVERYDAY
 
 
-SLOW = ("pandas-ta supertrend", "pandas-ta kama")  # a loop of pandas over the bars; "trailing stop" is a state machine too
+HEAVY = ("pandas-ta supertrend", "pandas-ta kama")  # a loop of pandas over the bars; "trailing stop" is a state machine too
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.heavy) if n in SLOW else n for n in INNOCENTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.heavy) if n in HEAVY else n for n in INNOCENTS])
 def test_innocents_are_not_accused(name: str) -> None:
     table = prove_causal(INNOCENTS[name], BARS, search=examples(16, 64))
     told = table[~table["causal"].fillna(True)]

@@ -11,7 +11,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,9 +30,7 @@ import fastapi.testclient
 import pandas as pd
 import pytest
 import websocket
-from conftest import examples, wait_for
-from forks import start
-from notebook_runner import Runner
+from conftest import examples, NewStore, Program, wait_for
 from typer.testing import CliRunner
 from websockets.sync.server import ServerConnection, serve
 
@@ -71,9 +68,8 @@ def frame(*items: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, empty_store: Path) -> Settings:
-    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
-    return Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), finnhub_token=TOKEN, duckdb_threads=1)
+def settings(tmp_path: Path, new_store: NewStore) -> Settings:
+    return new_store(tmp_path, finnhub_token=TOKEN, duckdb_threads=1)
 
 
 @contextlib.contextmanager
@@ -950,9 +946,9 @@ CHILD = textwrap.dedent(
 )
 
 
-def run_and_kill(runner: Runner, folder: Path, path: str, after: int) -> int:
+def run_and_kill(program: Program, path: str, after: int) -> int:
     """Trades that a collector had received when it was killed with signal 9."""
-    child = start(runner, folder, CHILD, path, stdout=subprocess.PIPE)
+    child = program(CHILD, path, stdout=subprocess.PIPE)
     assert child.stdout is not None
     received = 0
     for line in child.stdout:
@@ -965,9 +961,10 @@ def run_and_kill(runner: Runner, folder: Path, path: str, after: int) -> int:
     return max([received, *rest])
 
 
-def test_kill_9_loses_nothing_and_doubles_nothing(settings: Settings, runner: Runner, tmp_path: Path) -> None:
+def test_kill_9_loses_nothing_and_doubles_nothing(settings: Settings, tmp_path: Path, program: Program) -> None:
+    settings = settings.model_copy(update={"duckdb_path": str(tmp_path / "none yet" / "catalog.sqlite")})  # the first collector makes the store
     path = str(settings.path(settings.duckdb_path))
-    received = [run_and_kill(runner, tmp_path / "programs", path, after) for after in (500, 2500)]
+    received = [run_and_kill(program, path, after) for after in (500, 2500)]
     Collector(["BTCUSDT"], source="replay", settings=settings).start().stop()
     con = init_duckdb(settings)
     counts = "count(*), count(DISTINCT trade_id), count(DISTINCT ts)"
@@ -1012,11 +1009,11 @@ MARKET = textwrap.dedent(
 
 
 @pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(200, marks=[pytest.mark.heavy, pytest.mark.timeout(2400)])])
-def test_kills_at_random_moments_at_5000_trades_per_second(settings: Settings, runner: Runner, tmp_path: Path, kills: int) -> None:
+def test_kills_at_random_moments_at_5000_trades_per_second(settings: Settings, program: Program, kills: int) -> None:
     "Every trade that was announced is stored once, and what was not received lies in a gap."
     rng, path, received = random.Random(kills), str(settings.path(settings.duckdb_path)), list[int]()
     init_duckdb(settings).close()
-    market = start(runner, tmp_path / "programs", MARKET, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    market = program(MARKET, path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert market.stdin is not None and market.stdout is not None
     for _ in range(kills):
         print("go", file=market.stdin, flush=True)

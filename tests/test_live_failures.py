@@ -7,7 +7,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,9 +22,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from conftest import wait_for
-from forks import start
-from notebook_runner import Runner
+from conftest import NewStore, Program, wait_for
 from s3_server import _client, _free_port, _stop, _wait, NoServer, program, S3
 from websockets.sync.server import serve, ServerConnection
 
@@ -43,9 +40,9 @@ BTC, T0 = "BINANCE:BTCUSDT", 1_721_555_886_208
 
 
 @pytest.fixture
-def settings(settings: Settings, empty_store: Path) -> Settings:
-    "Settings of an empty store that is there."
-    shutil.copytree(empty_store, Path(settings.duckdb_path).parent)
+def settings(settings: Settings, new_store: NewStore) -> Settings:
+    "Settings of a store without rows that exists already."
+    new_store(Path(settings.duckdb_path).parent)
     return settings
 
 
@@ -265,7 +262,7 @@ COLLECT = textwrap.dedent(
 
 
 @pytest.mark.slow
-def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings: Settings, runner: Runner, tmp_path: Path) -> None:
+def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings: Settings, program: Program, tmp_path: Path) -> None:
     "Longer than the silence that ends a connection: after it wakes, the frames that waited in the socket are taken."
     count = [0]
 
@@ -277,7 +274,7 @@ def test_a_suspended_process_keeps_what_arrived_and_knows_what_did_not(settings:
 
     with stub(script) as url:
         path, end = str(settings.path(settings.duckdb_path)), tmp_path / "end"
-        child = start(runner, tmp_path / "programs", COLLECT, url, path, end, stdout=subprocess.PIPE)
+        child = program(COLLECT, url, path, end, stdout=subprocess.PIPE)
         assert child.stdout is not None
         pid = int(child.stdout.readline())
         while int(child.stdout.readline()) < 20:

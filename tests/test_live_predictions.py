@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,9 +18,7 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import wait_for
-from forks import start
-from notebook_runner import Runner
+from conftest import NewStore, Program, wait_for
 from websockets.sync.server import serve, ServerConnection
 
 from cryptoresearch.data.build_bars import make_bars
@@ -64,9 +61,8 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, runs_dir: Path, empty_store: Path) -> Settings:
-    shutil.copytree(empty_store, tmp_path, dirs_exist_ok=True)
-    return Settings(_env_file=None, duckdb_path=str(tmp_path / "catalog.sqlite"), runs_dir=str(runs_dir), duckdb_threads=1)
+def settings(tmp_path: Path, runs_dir: Path, new_store: NewStore) -> Settings:
+    return new_store(tmp_path, runs_dir=str(runs_dir), duckdb_threads=1)
 
 
 @pytest.fixture
@@ -199,7 +195,7 @@ def page_of(port: int) -> str:
         return answer.read().decode()
 
 
-def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, frames: list[str], runner: Runner, tmp_path: Path) -> None:
+def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, frames: list[str], program: Program, tmp_path: Path) -> None:
     a, d = at(frames, "23:58:00"), at(frames, "23:59:50")
     with binance(frames[a:d]) as (url, _):
         env = {k: v for k, v in os.environ.items() if k != "FINNHUB_TOKEN"}
@@ -209,7 +205,7 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
-        with start(runner, tmp_path, code, *words, "--metrics", port, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with program(code, *words, "--metrics", port, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             said = list[str]()
             while not said or (said[-1] and not re.match(PREDICTION, said[-1])):  # status lines come before it on a slow machine

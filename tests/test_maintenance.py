@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -14,12 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Command, examples, ROOT
-from forks import start
-from hypothesis import example, given, Phase
+from conftest import Command, examples, NewStore, Program, ROOT
+from hypothesis import given
 from hypothesis import settings as given_settings
 from hypothesis import strategies as st
-from notebook_runner import Runner
 
 from cryptoresearch.ingest.files import process_file
 from cryptoresearch.data import maintenance
@@ -64,17 +61,17 @@ def commits(con, n: int, first: int = 0) -> None:
 
 
 @pytest.fixture
-def settings(settings: Settings, empty_store: Path) -> Settings:
-    "Settings of an empty store that is there."
-    shutil.copytree(empty_store, Path(settings.duckdb_path).parent)
+def settings(settings: Settings, new_store: NewStore) -> Settings:
+    "Settings of a store without rows that exists already."
+    new_store(Path(settings.duckdb_path).parent)
     return settings
 
 
 @pytest.fixture
-def collector(settings: Settings, runner: Runner, tmp_path: Path):
+def collector(settings: Settings, program: Program):
     "A process that commits all the time; ends when its input gets a line, and tells what it did."
     options = {"duckdb_path": settings.duckdb_path, "duckdb_threads": 1, "duckdb_memory_limit": "500MB"}
-    worker = start(runner, tmp_path / "programs", COLLECTOR, json.dumps(options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker = program(COLLECTOR, json.dumps(options), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert worker.stdout.readline().strip() == "ready", worker.communicate()[1]
 
     def stop() -> dict:
@@ -82,10 +79,7 @@ def collector(settings: Settings, runner: Runner, tmp_path: Path):
         assert worker.returncode == 0, err
         return json.loads(out.splitlines()[-1])
 
-    yield stop
-    if worker.poll() is None:
-        worker.kill()
-        worker.communicate()
+    return stop
 
 
 @pytest.mark.slow
@@ -150,15 +144,9 @@ def test_files_that_were_needed_a_moment_ago_stay(settings: Settings, delete_aft
     assert len(list(Path(settings.duckdb_path).parent.glob("lake/main/trades/*.parquet"))) == left
 
 
-@pytest.mark.slow
-@given_settings(max_examples=3, deadline=None, phases=[Phase.explicit, *[Phase.reuse, Phase.generate, Phase.shrink][: examples(0, 3)]])
-@example(actions=["insert", "pin", "many", "tidy", "delete", "pin", "insert"])
-@given(actions=st.lists(st.sampled_from(["insert", "many", "delete", "pin", "tidy"]), min_size=5, max_size=9))
-def test_expiry_spares_what_is_pinned(actions: list[str], tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> None:
-    "Random commits, deletions, upkeep and pins: every pinned snapshot reads the same as before, however often the store is tidied."
-    home = tmp_path_factory.mktemp("pins")
-    shutil.copytree(empty_store, home / "store")
-    s = Settings(_env_file=None, duckdb_path=str(home / "store" / "catalog.sqlite"), runs_dir=str(home / "runs"), duckdb_threads=1, duckdb_memory_limit="500MB")
+def act_and_compare(actions: list[str], home: Path, new_store: NewStore) -> None:
+    "Commits, deletions, upkeep and pins: every pinned snapshot reads the same as before, however often the store is tidied."
+    s = new_store(home / "store", runs_dir=str(home / "runs"), duckdb_threads=1, duckdb_memory_limit="500MB")
     con = init_duckdb(s)
     expected: dict[int, tuple] = {}
     for step, action in enumerate(actions):
@@ -179,6 +167,20 @@ def test_expiry_spares_what_is_pinned(actions: list[str], tmp_path_factory: pyte
             assert then.execute(ROWS).fetchone() == rows
     assert verify(con).table.state[verify(con).table.check == "file"].isin(["ok"]).all()
     con.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actions", ["insert pin many tidy delete pin insert"])
+def test_expiry_spares_what_is_pinned(actions: str, tmp_path: Path, new_store: NewStore) -> None:
+    act_and_compare(actions.split(), tmp_path, new_store)
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+@given_settings(max_examples=3, deadline=None)
+@given(actions=st.lists(st.sampled_from(["insert", "many", "delete", "pin", "tidy"]), min_size=5, max_size=9))
+def test_expiry_spares_what_is_pinned_in_any_order(actions: list[str], tmp_path_factory: pytest.TempPathFactory, new_store: NewStore) -> None:
+    act_and_compare(actions, tmp_path_factory.mktemp("pins"), new_store)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COMMAND_LINE
-from forks import start
+from conftest import COMMAND_LINE, NewStore, Program
 from hypothesis import given
 from hypothesis import strategies as st
-from notebook_runner import Runner
 from rich.console import Console
 
 from cryptoresearch.data.archive import archive_name, download, ensure_buckets, list_objects, minio_client, remove, stored, verify
@@ -434,24 +431,17 @@ def test_a_part_that_cannot_be_trusted(archive: Archive, tmp_path: Path, damage:
 
 
 DOWNLOAD = ("download", "BTCUSDT")
-Begin = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def begin(archive: Archive, runner: Runner, tmp_path: Path) -> Iterator[Begin]:
+def begin(archive: Archive, program: Program, tmp_path: Path) -> Program:
     "Starts the command line in a process of its own, in the folder of the test: `begin(*words, **more_environment)`."
-    started: list[subprocess.Popen[str]] = []
 
     def call(*words: str, **more: str) -> subprocess.Popen[str]:
         own = {"CRYPTORESEARCH_HOME": str(tmp_path), "ARCHIVE_URL": archive.url, "COLUMNS": "200", "NO_COLOR": "1"}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(start(runner, tmp_path, COMMAND_LINE, *words, env=os.environ | own | more, **pipes))
-        return started[-1]
+        return program(COMMAND_LINE, *words, env=own | more, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-    yield call
-    for p in started:
-        p.kill()
-        p.communicate()
+    return call
 
 
 def ended(running: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
@@ -460,7 +450,7 @@ def ended(running: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
-def test_killed_and_repeated(archive: Archive, tmp_path: Path, begin: Begin) -> None:
+def test_killed_and_repeated(archive: Archive, tmp_path: Path, begin: Program) -> None:
     names = [archive.publish(f"2024-01-{day:02}", size=600_000) for day in (1, 2, 3, 4)]
     archive.pause_s, words = 0.02, (*DOWNLOAD, "--from", "2024-01-01", "--to", "2024-01-04", "--to-folder", str(tmp_path / "mirror"), "--workers", "2")
     rng, kills = random.Random(0), 0
@@ -483,7 +473,7 @@ def test_killed_and_repeated(archive: Archive, tmp_path: Path, begin: Begin) -> 
     assert sum(archive.sent[name] for name in names) < 4 * 600_000 + kills * 1_500_000  # what was there was not fetched again
 
 
-def test_two_processes_take_turns(archive: Archive, tmp_path: Path, begin: Begin) -> None:
+def test_two_processes_take_turns(archive: Archive, tmp_path: Path, begin: Program) -> None:
     name = archive.publish("2024-01-05", size=400_000)
     archive.pause_s = 0.02
     both = [begin(*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path)) for _ in range(2)]
@@ -491,7 +481,7 @@ def test_two_processes_take_turns(archive: Archive, tmp_path: Path, begin: Begin
     assert final(tmp_path) == {name: archive.files[name]} and archive.sent[name] == 400_000
 
 
-def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, begin: Begin) -> None:
+def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, begin: Program) -> None:
     archive.publish("2024-01-05", size=4_000_000)
     archive.pause_s = 0.05
     running = begin(*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-05", "--to-folder", str(tmp_path))
@@ -506,7 +496,7 @@ def test_ctrl_c_ends_soon_and_leaves_the_part(archive: Archive, tmp_path: Path, 
 # --- on the command line ---
 
 
-def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path, begin: Begin) -> None:
+def test_the_exit_code_is_that_of_failures_only(archive: Archive, tmp_path: Path, begin: Program) -> None:
     archive.publish("2024-01-05")
     asked = [*DOWNLOAD, "--from", "2024-01-05", "--to", "2024-01-06", "--to-folder", "there"]
     dry, good = ended(begin(*asked, "--dry-run")), ended(begin(*asked))
@@ -542,7 +532,7 @@ def test_wrong_words_are_told(archive: Archive, tmp_path: Path, words: dict[str,
     assert archive.asked == [] and not list(tmp_path.iterdir())
 
 
-def test_wrong_words_are_told_in_a_sentence(archive: Archive, begin: Begin) -> None:
+def test_wrong_words_are_told_in_a_sentence(archive: Archive, begin: Program) -> None:
     done = ended(begin(*DOWNLOAD, "--from", "2022-03", "--to", "2022-01"))
     assert done.returncode == 3 and "the other way round" in done.stderr and "Traceback" not in done.stderr and archive.asked == []
 
@@ -593,7 +583,7 @@ def test_a_bucket_gets_whole_files_only(archive: Archive, tmp_path: Path, s3: An
 
 
 @pytest.mark.minio
-def test_killed_while_it_goes_into_a_bucket(archive: Archive, s3: Any, begin: Begin) -> None:
+def test_killed_while_it_goes_into_a_bucket(archive: Archive, s3: Any, begin: Program) -> None:
     settings = Settings(_env_file=None, archive_url=archive.url, **s3.settings)
     ensure_buckets(settings)
     names = [archive.publish(f"2024-01-{day:02}", size=3_000_000) for day in (7, 8)]
@@ -636,7 +626,7 @@ def content(con: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("days", [2, pytest.param(6, marks=pytest.mark.heavy)])
-def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, empty_store: Path, days: int) -> None:
+def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, new_store: NewStore, days: int) -> None:
     for symbol in ("BTCUSDT", "ETHUSDT"):
         for day in range(1, days + 1):
             write_zip(tmp_path / "raw" / f"{symbol}-trades-2024-01-{day:02}.zip", trades(10_000 * day, f"2024-01-{day:02}"))
@@ -644,8 +634,7 @@ def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, empty_store: 
     (tmp_path / "raw/BTCUSDT-trades-2024-01-08.zip").write_bytes(b"")
     found, order = [], []
     for n in (1, 4) if days == 2 else (1, 2, 4):
-        shutil.copytree(empty_store, tmp_path / str(n))
-        con = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / str(n) / "catalog.sqlite"), duckdb_threads=2))
+        con = init_duckdb(new_store(tmp_path / str(n), duckdb_threads=2))
         summary = process_files(con, tmp_path / "raw", workers=n, told=lambda uri, result: order.append(uri))
         assert [Path(f).name[:7] for f in summary.file] == ["BTCUSDT"] * (days + 2) + ["ETHUSDT"] * days
         assert summary.outcome.tolist() == ["loaded"] * days + ["refused"] * 2 + ["loaded"] * days
@@ -655,20 +644,19 @@ def test_several_at_once_is_the_same_as_one_by_one(tmp_path: Path, empty_store: 
     assert all(content == found[0] for content in found) and len(order) == len(found) * (2 * days + 2)
 
 
-@pytest.mark.parametrize("last", [2, pytest.param(3, marks=pytest.mark.heavy)])
-def test_a_month_and_its_days_keep_their_order(tmp_path: Path, empty_store: Path, last: int) -> None:
+@pytest.mark.parametrize("days", [2, pytest.param(3, marks=pytest.mark.heavy)])
+def test_a_month_and_its_days_keep_their_order(tmp_path: Path, new_store: NewStore, days: int) -> None:
     "Whichever is loaded later wins, however many workers there are."
-    days = [(f"2024-01-{d:02}", 10_000 * d) for d in range(1, last + 1)]
-    write_zip(tmp_path / "raw/BTCUSDT-trades-2024-01.zip", "".join(trades(first, day, price=200.0) for day, first in days))
-    for day, first in days:
+    parts = [(f"2024-01-{d:02}", 10_000 * d) for d in range(1, days + 1)]
+    write_zip(tmp_path / "raw/BTCUSDT-trades-2024-01.zip", "".join(trades(first, day, price=200.0) for day, first in parts))
+    for day, first in parts:
         write_zip(tmp_path / f"raw/BTCUSDT-trades-{day}.zip", trades(first, day))
     found = []
     for n in (1, 4):
-        shutil.copytree(empty_store, tmp_path / str(n))
-        con = init_duckdb(Settings(_env_file=None, duckdb_path=str(tmp_path / str(n) / "catalog.sqlite"), duckdb_threads=2))
+        con = init_duckdb(new_store(tmp_path / str(n), duckdb_threads=2))
         process_files(con, tmp_path / "raw", workers=n, max_rejected=1.0)
         found.append(content(con) + con.execute("SELECT sum(price) FROM trades").fetchall())
-        assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (500 * last,) * 2
+        assert con.execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (500 * days,) * 2
         con.close()
     assert found[0] == found[1]
 
@@ -705,7 +693,7 @@ def test_from_the_archive_through_a_bucket_into_the_store(archive: Archive, tmp_
     remove(settings, *got.uris)
 
 
-def test_ingest_takes_folders_on_the_command_line(tmp_path: Path, begin: Begin) -> None:
+def test_ingest_takes_folders_on_the_command_line(tmp_path: Path, begin: Program) -> None:
     for day in (1, 2):
         write_zip(tmp_path / f"raw/BTCUSDT-trades-2024-01-{day:02}.zip", trades(10_000 * day, f"2024-01-{day:02}"))
     (tmp_path / "raw/BTCUSDT-trades-2024-01-03.zip").write_text("<html></html>")

@@ -284,6 +284,7 @@ def test_the_bytes_of_histgb_do_not_depend_on_the_number_of_threads(runner, stor
     rng = np.random.default_rng(2)
     pd.DataFrame(rng.normal(size=(3000, 5)), columns=list("abcde")).to_parquet(tmp_path / "X.parquet")
     done = runner.call(REFIT, [tmp_path / "X.parquet"], dict(os.environ), tmp_path)
+    assert done.returncode == 0, done.stderr
     threads, *digests = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
     assert threads == ("1", "2", "3") and len(digests) == 3, done.stderr
     assert [len(set(of_one_loss)) for of_one_loss in digests] == [1, 1, 1]

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import duckdb
 import pandas as pd
 import pytest
+from conftest import copy_store, NewStore
 
 from cryptoresearch.cli import app
 from cryptoresearch.data.bars import read_bars
@@ -261,17 +261,18 @@ def in_child(work: Callable[[], object]) -> int:
 
 STEPS = [("_lay_out", "before"), *((step, "after") for step in ("_lay_out", "_replace", "_mark_predictions", "_close_gaps", "_record")),
          ("rebuild_live_bars", "before"), ("rebuild_live_bars", "after")]  # fmt: skip
-OFTEN = (("_record", "after"), ("rebuild_live_bars", "before"))  # the others are slow tests, or heavy ones
+ALWAYS = (("_record", "after"), ("rebuild_live_bars", "before"))  # the others are slow tests, or heavy ones
 SLOW = (("_lay_out", "before"), ("_replace", "after"))
 
 
 @pytest.fixture(scope="module")
-def with_a_gap(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+def with_a_gap(tmp_path_factory: pytest.TempPathFactory, new_store: NewStore) -> Path:
     "Folder of a store with a session that lost a hundred trades, and its bars; to be copied."
-    folder = shutil.copytree(empty_store, tmp_path_factory.mktemp("gap") / "store")
+    folder = tmp_path_factory.mktemp("gap") / "store"
+    settings = new_store(folder)
 
     def first() -> None:
-        with init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"))) as con:
+        with init_duckdb(settings) as con:
             collect(con, [t for t in made() if not 200 < t.trade_id <= 300], lost_before=[301])
             make_bars(con, "BTCUSDT", "1m", source="binance")
 
@@ -280,7 +281,7 @@ def with_a_gap(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> P
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-@pytest.mark.parametrize(("step", "when"), [pytest.param(*s, marks=[] if s in OFTEN else pytest.mark.slow if s in SLOW else pytest.mark.heavy) for s in STEPS])
+@pytest.mark.parametrize(("step", "when"), [pytest.param(*s, marks=[] if s in ALWAYS else pytest.mark.slow if s in SLOW else pytest.mark.heavy) for s in STEPS])
 def test_a_kill_between_the_steps_leaves_all_or_nothing(settings: Settings, with_a_gap: Path, tmp_path: Path, step: str, when: str) -> None:
     import cryptoresearch.ingest.files as files
     import cryptoresearch.ingest.repair as module
@@ -298,7 +299,7 @@ def test_a_kill_between_the_steps_leaves_all_or_nothing(settings: Settings, with
         process_file(init_duckdb(settings), file)
 
     file = archive(tmp_path, made())
-    shutil.copytree(with_a_gap, Path(settings.duckdb_path).parent)
+    copy_store(with_a_gap, Path(settings.duckdb_path).parent)
     assert in_child(killed) == signal.SIGKILL
     with init_duckdb(settings) as con:
         done = con.execute("SELECT count(*) FROM trades WHERE source = 'binance'").fetchone() == (600,)

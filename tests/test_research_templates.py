@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import nbformat
 import pytest
-from conftest import Command
+from conftest import Command, examples
 from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.store import connect, init_duckdb
@@ -34,7 +34,7 @@ from cryptoresearch.settings import Settings
 
 QUESTION = RunConfig(start="2021-01-01", end="2021-06-01", test_start="2021-04-01", refit_every="30D", horizon=4, model="ridge", features=("momentum", "returns"))
 OPTIONS = ["--start", "2021-01-01", "--end", "2021-06-01", "--test-start", "2021-04-01", "--horizon", "4", "--feature", "momentum", "--feature", "returns"]
-TRIALS = 5  # of the search
+TRIALS = examples(5, 9)  # of the search
 TEMPLATES = ("compare", "tune", "feature_report", "evaluate")
 
 

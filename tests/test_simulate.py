@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import NewStore
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -37,18 +37,13 @@ from cryptoresearch.errors import SchemaError
 from cryptoresearch.settings import Settings
 
 DAY = "2024-01-02"
-NewStore = Callable[[Path], duckdb.DuckDBPyConnection]
+OpenStore = Callable[[Path], duckdb.DuckDBPyConnection]
 
 
 @pytest.fixture(scope="session")
-def new_store(empty_store: Path) -> NewStore:
-    "Opens an empty store in a folder."
-
-    def open_store(folder: Path) -> duckdb.DuckDBPyConnection:
-        shutil.copytree(empty_store, folder, dirs_exist_ok=True)
-        return init_duckdb(Settings(_env_file=None, duckdb_path=str(folder / "catalog.sqlite"), duckdb_threads=2))
-
-    return open_store
+def open_store(new_store: NewStore) -> OpenStore:
+    "Makes a store without rows in a folder and opens it."
+    return lambda folder: init_duckdb(new_store(folder, duckdb_threads=2))
 
 
 def text_of(path: Path) -> str:
@@ -87,10 +82,10 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, new_store: NewStore) -> dict[str, list[Any]]:
+def clean_rows(clean: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, open_store: OpenStore) -> dict[str, list[Any]]:
     out = {}
     for kind in ("trades", "aggTrades", "um", "klines"):
-        with new_store(tmp_path_factory.mktemp("store")) as con:
+        with open_store(tmp_path_factory.mktemp("store")) as con:
             process_file(con, clean[kind])
             out[kind] = stored(con)
     return out
@@ -130,23 +125,23 @@ def check(con: duckdb.DuckDBPyConnection, dirt: Corruption, rows: list[Any]) -> 
 
 @pytest.mark.parametrize("layout", ["trades", pytest.param("aggTrades", marks=pytest.mark.heavy), "klines"])
 @pytest.mark.parametrize("kind", [k for k in DIRT if k not in ("corrected", "renamed", "other_prices", "ends_early")])
-def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
+def test_dirt_has_its_outcome(kind: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean[layout], kind, tmp_path / "dirty", seed=3, other=clean[f"other {layout}"])
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         check(con, dirt, clean_rows[layout])
 
 
 @pytest.mark.parametrize("kind", ["garbage_lines", "missing_ids", "bad_prices", "repeated_ids", "out_of_order"])
-def test_dirt_below_a_header_has_its_outcome(kind: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
+def test_dirt_below_a_header_has_its_outcome(kind: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean["um"], kind, tmp_path / "dirty", seed=3)
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         check(con, dirt, clean_rows["um"])
 
 
 @pytest.mark.parametrize("kind", ["garbage_lines", "wrong_columns", "bad_prices", "bad_quantities", "outside_period"])
-def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_path: Path, new_store: NewStore) -> None:
+def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean["trades"], kind, tmp_path / "dirty", share=0.05)
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         with pytest.raises(SchemaError):
             process_file(con, dirt.path)
         assert con.execute("SELECT count(*) FROM trades").fetchone() == (0,)
@@ -155,9 +150,9 @@ def test_too_much_dirt_refuses_the_file(kind: str, clean: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
+def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, open_store: OpenStore) -> None:
     dirt, end = soil(clean[layout], "ends_early", tmp_path / "dirty"), "ts" if layout == "trades" else "close_ts"
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         result = process_file(con, dirt.path)
         assert result.rows == dirt.rows < len(clean_rows[layout])
         (last,) = con.execute(f"SELECT max({end}) FROM {'trades' if layout == 'trades' else 'candles'}").fetchone() or (None,)
@@ -167,9 +162,9 @@ def test_a_file_that_ends_early_leaves_a_gap_to_its_end(layout: str, clean: dict
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
+def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean[layout], "renamed", tmp_path / "dirty")
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         process_file(con, clean[layout])
         result = process_file(con, dirt.path)
         assert result.already_loaded and stored(con) == clean_rows[layout]
@@ -177,10 +172,10 @@ def test_the_same_content_under_another_name_adds_nothing(layout: str, clean: di
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
 @pytest.mark.parametrize("first", ["clean", "corrected"])
-def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, new_store: NewStore) -> None:
+def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[str, Path], clean_rows: dict[str, list[Any]], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean[layout], "corrected", tmp_path / "dirty")
     both = [clean[layout], dirt.path]
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         for path in both if first == "clean" else both[::-1]:
             process_file(con, path)
         have = stored(con)
@@ -191,9 +186,9 @@ def test_the_later_version_of_a_file_wins(first: str, layout: str, clean: dict[s
 
 
 @pytest.mark.parametrize("layout", ["trades", "klines"])
-def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, clean: dict[str, Path], tmp_path: Path, new_store: NewStore) -> None:
+def test_prices_of_another_symbol_are_refused_beside_known_ones(layout: str, clean: dict[str, Path], tmp_path: Path, open_store: OpenStore) -> None:
     dirt = soil(clean[layout], "other_prices", tmp_path / "dirty")
-    with new_store(tmp_path / "store") as con:
+    with open_store(tmp_path / "store") as con:
         process_file(con, clean["before" if layout == "trades" else "candles before"])
         before = stored(con)
         with pytest.raises(SchemaError):
@@ -296,12 +291,12 @@ def served(folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path, new_store: NewStore) -> None:
+def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path, open_store: OpenStore) -> None:
     paths = simulate_archive(tmp_path / "mirror", "SIMUSDT", DAY, 1, 2_000, kinds=("trades", "klines"), tree=True)
     for path in paths:
         digest, name = (path.parent / f"{path.name}.CHECKSUM").read_text().split()
         assert (digest, name) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.name)
-    with served(tmp_path / "mirror") as url, new_store(tmp_path / "store") as con:
+    with served(tmp_path / "mirror") as url, open_store(tmp_path / "store") as con:
         got = [fetch_day("SIMUSDT", date.fromisoformat(DAY), kind, folder=tmp_path / "got", settings=settings.model_copy(update={"archive_url": url})) for kind in ("trades", "klines")]
         assert [p.read_bytes() for p in got] == [p.read_bytes() for p in paths]
         # a downloaded zip has no SIMULATED.txt next to it, and is still marked as simulated
@@ -312,11 +307,14 @@ def test_a_tree_is_a_mirror(settings: Settings, tmp_path: Path, new_store: NewSt
 @pytest.mark.slow
 @pytest.mark.parametrize(("days", "trades_per_day"), [(1, 210_000), pytest.param(2, 450_000, marks=pytest.mark.heavy)])  # two pieces a day, and three
 def test_the_text_is_the_same_in_another_process_and_on_one_thread(tmp_path: Path, runner: Runner, days: int, trades_per_day: int) -> None:
-    assert trades_per_day > _PIECE, "threads have several pieces to draw"
+    assert trades_per_day > _PIECE, "one piece a day: threads have nothing to share"
     code = f"import sys\nfrom cryptoresearch.data.simulate import simulate_archive\nsimulate_archive(sys.argv[1], days={days}, trades_per_day={trades_per_day}, kinds=('trades', 'aggTrades', 'klines'))"
     one = "import os\nos.cpu_count = lambda: 1\n" + code
-    for name, program in (("a", code), ("b", one)):
-        done = runner.call(program, [str(tmp_path / name)], dict(os.environ), tmp_path)
+    other = os.environ | {"PYTHONHASHSEED": "1"}  # another order of sets; forks of the runner share theirs
+    for done in (
+        runner.call(code, [str(tmp_path / "a")], dict(os.environ), tmp_path),
+        subprocess.run([sys.executable, "-c", one, str(tmp_path / "b")], env=other, capture_output=True, text=True, check=False),
+    ):
         assert done.returncode == 0, done.stderr
     files = sorted(p.name for p in (tmp_path / "a").glob("*.zip"))
     assert len(files) == 3 * days and [text_of(tmp_path / "a" / n) for n in files] == [text_of(tmp_path / "b" / n) for n in files]

@@ -9,14 +9,11 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
-import forks
 import pytest
-from conftest import examples
-from notebook_runner import Runner
+from conftest import examples, Program
 
 from cryptoresearch.data.store import connect, in_turn, init_duckdb, snapshot, write
 from cryptoresearch.errors import DataNotFound, StoreBusy
@@ -52,21 +49,18 @@ print(json.dumps({"role": role, "n": k, "p50": laps[len(laps) // 2], "p99": laps
 '''
 
 
-Start = Callable[..., subprocess.Popen[str]]
-
-
 @pytest.fixture
-def start(runner: Runner, tmp_path: Path) -> Start:
+def start(program: Program) -> Program:
     "Starts a worker: its role, its number, how long it works (s), and the settings of its store."
 
     def call(role: str, number: int, seconds: float, options: dict) -> subprocess.Popen[str]:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        return forks.start(runner, tmp_path / "programs", WORKER, role, number, seconds, json.dumps(options), **pipes)
+        return program(WORKER, role, number, seconds, json.dumps(options), **pipes)
 
     return call
 
 
-def run_all(start: Start, jobs: list[tuple[str, int, float]], options: dict) -> list[dict]:
+def run_all(start: Program, jobs: list[tuple[str, int, float]], options: dict) -> list[dict]:
     "Start the workers, let them go together, and return what each measured."
     workers = [start(*job, options) for job in jobs]
     for w in workers:
@@ -93,7 +87,7 @@ def count(opts: dict) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [6.0, pytest.param(30.0, marks=pytest.mark.heavy)])
-def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, start: Start, record_property) -> None:
+def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, start: Program, record_property) -> None:
     opts = options(tmp_path)
     init_duckdb(Settings(_env_file=None, **opts)).close()
     done = run_all(start, [("writer", 0, seconds)] + [("reader", i, seconds) for i in range(3)], opts)
@@ -105,7 +99,7 @@ def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, start: Sta
 
 
 @pytest.mark.parametrize("catalog", ["sqlite", "postgres"])
-def test_two_writers_that_collide_both_succeed(tmp_path: Path, start: Start, catalog: str, request: pytest.FixtureRequest) -> None:
+def test_two_writers_that_collide_both_succeed(tmp_path: Path, start: Program, catalog: str, request: pytest.FixtureRequest) -> None:
     opts = options(tmp_path, request.getfixturevalue("postgres") if catalog == "postgres" else None)
     init_duckdb(Settings(_env_file=None, **opts)).close()
     seconds = examples(2, 5)
@@ -115,14 +109,14 @@ def test_two_writers_that_collide_both_succeed(tmp_path: Path, start: Start, cat
     assert min(d["n"] for d in done) > 3, done  # neither starves
 
 
-def test_two_processes_create_the_same_store(tmp_path: Path, start: Start) -> None:
+def test_two_processes_create_the_same_store(tmp_path: Path, start: Program) -> None:
     opts = options(tmp_path)
     done = run_all(start, [("writer", i, 0.5) for i in range(3)], opts)
     assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}
 
 
 @pytest.mark.parametrize("after", [1, 3, 8])
-def test_a_killed_writer_leaves_whole_commits_only(tmp_path: Path, start: Start, after: int) -> None:
+def test_a_killed_writer_leaves_whole_commits_only(tmp_path: Path, start: Program, after: int) -> None:
     opts = options(tmp_path)
     worker = start("killed", 7, 60.0, opts)
     assert worker.stdout.readline().strip() == "ready", worker.communicate()[1]
@@ -160,7 +154,7 @@ def test_a_moved_store_still_reads(tmp_path: Path) -> None:
     assert moved.execute("SELECT count(*), sum(first_missing_id) FROM gaps").fetchone() == (5000, 5000 * 4999 // 2)
 
 
-def test_a_duckdb_catalog_serves_one_process(tmp_path: Path, start: Start) -> None:
+def test_a_duckdb_catalog_serves_one_process(tmp_path: Path, start: Program) -> None:
     opts = options(tmp_path, str(tmp_path / "one.duckdb"))
     con = init_duckdb(Settings(_env_file=None, **opts))
     write(con, lambda c: c.execute("INSERT INTO gaps (symbol, source, kind, start_ts, end_ts, first_missing_id, last_missing_id, file_id, detected_at, interval) SELECT 'X', 's', 'id', NULL, NULL, 1, NULL, NULL, NULL, NULL"))

@@ -84,9 +84,17 @@ def test_a_probability_is_audited(floor: Floor, kind: str) -> None:
     assert ("walk of constant volatility" in done.stdout) == (kind == "money") and " auc " in done.stdout
 
 
-@pytest.mark.parametrize("question", [["--target", "triple_barrier", "--label", "window=100", "--horizon", "4", "--start", "2021-02-01", "--end", "2021-05-01", "--test-start", "2021-04-01"], pytest.param(["--symbol", "SIMUSDT", "--bars", "dollar:100000", "--target", "direction", "--horizon", "4"], marks=HEAVY)])
-def test_every_target_is_searched_and_its_features_reported(floor: Floor, question: list[str]) -> None:
-    refit = "12h" if "SIMUSDT" in question else "14D"
+BARRIERS = ["--target", "triple_barrier", "--label", "window=100", "--horizon", "4", "--test-start", "2021-04-01"]
+DIRECTION = ["--symbol", "SIMUSDT", "--bars", "dollar:100000", "--target", "direction", "--horizon", "4"]
+QUESTIONS = [
+    ([*BARRIERS, "--start", "2021-02-01", "--end", "2021-05-01"], "14D"),
+    pytest.param([*BARRIERS, "--start", "2021-01-01"], "12h", marks=HEAVY),
+    pytest.param(DIRECTION, "12h", marks=HEAVY),
+]
+
+
+@pytest.mark.parametrize(("question", "refit"), QUESTIONS)
+def test_every_target_is_searched_and_its_features_reported(floor: Floor, question: list[str], refit: str) -> None:
     few = ["--feature", "ret_1", "--feature", "ret_6", "--feature", "ret_24"]  # short warm-ups
     done = floor.call("tune", *question, *few, "--model", "ridge", "--refit", refit, "--trials", "3", "--folds", "2", "--report")
     text = page_of(done)

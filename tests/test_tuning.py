@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import examples
 from cryptoresearch.runs.config import RunConfig
 
 from cryptoresearch.data.build_bars import make_bars
@@ -56,7 +57,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(prepared: Path, tmp_path: Path) -> Path:
-    "A copy of that store."
+    "A copy of `prepared`."
     return Path(shutil.copytree(prepared, tmp_path / "home", ignore=shutil.ignore_patterns("*-shm", "*.lock")))
 
 
@@ -90,9 +91,9 @@ def test_two_processes_share_a_search_that_was_killed(home: Path) -> None:
     assert {f"trial {n}" for n in done.index} <= ledger
 
 
-@pytest.mark.parametrize("n, trees, test_start", [(7, 6, "2024-02-01"), pytest.param(9, 30, "2024-03-01", marks=pytest.mark.heavy)])
-def test_a_search_repeats_bit_for_bit(home: Path, n: int, trees: int, test_start: str) -> None:
-    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params={"n_estimators": trees, "n_threads": 1}, features=("momentum",), test_start=test_start)
+@pytest.mark.parametrize("n, params, test_start", [(7, {"n_estimators": 6, "n_threads": 1}, "2024-02-01"), pytest.param(9, {"n_estimators": 30}, "2024-03-01", marks=pytest.mark.heavy)])
+def test_a_search_repeats_bit_for_bit(home: Path, n: int, params: dict[str, int], test_start: str) -> None:
+    config = RunConfig(symbol="TESTUSDT", horizon=4, model="xgboost", params=params, features=("momentum",), test_start=test_start)
     tables = []
     for folder in ("one", "two"):
         settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / folder))
@@ -108,8 +109,8 @@ def test_weights_and_refit_period_are_searched_unless_they_are_given(home: Path)
     settings = Settings(_env_file=None, duckdb_path=str(home / "catalog.sqlite"), runs_dir=str(home / "runs"))
     with init_duckdb(settings) as con:
         free = tune(con, SEARCHED, 10, n_folds=3, settings=settings)
-        by_name = tune(con, SEARCHED, 1, n_folds=3, settings=settings, fixed=("weights", "refit_every"))
-        by_value = tune(con, replace(SEARCHED, weights="uniqueness", refit_every="5D"), 1, n_folds=3, settings=settings)
+        by_name = tune(con, SEARCHED, examples(1, 3), n_folds=3, settings=settings, fixed=("weights", "refit_every"))
+        by_value = tune(con, replace(SEARCHED, weights="uniqueness", refit_every="5D"), examples(1, 3), n_folds=3, settings=settings)
         models = con.execute("SELECT trial, model FROM trials WHERE run_id = ?", [free.study.study_name]).fetchall()
     assert free.study.best_params.keys() == {"penalty", "clip", "weights", "refit_every"}
     assert set(free.table["weights"]) == {"none", "recency:30D", "recency:10D", "recency:3D"} and set(free.table["refit_every"]) == {"7D", "90D"}

@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TYPE_CHECKING
+from typing import Annotated, Any, cast, Literal, TYPE_CHECKING
 
 import typer
 import typer.core
@@ -29,7 +29,7 @@ from . import __version__
 from .cli_data import data_app
 from cryptoresearch.cli_shared import (
     Cluster, complete_symbols, console, Json, on_cluster, print_json, progress, progress_console, run_option, RunName,
-    show_frame, SymbolName, tell_done, to_json,
+    four_digits, show_frame, SymbolName, tell_done, to_json,
 )  # fmt: skip
 from .cli_research import asked_config, Given, read_pairs, research_app, Symbol, take_bars, takes
 from .errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, SchemaError
@@ -41,10 +41,12 @@ if TYPE_CHECKING:  # imported by the commands that need them: the command line s
     from contextlib import AbstractContextManager
     from threading import Event
 
+    from duckdb import DuckDBPyConnection
     from pandas import DataFrame, Series
     from rich.console import Console
     from typer.models import CommandInfo, TyperInfo
 
+    from cryptoresearch.data.workers import Executor
     from cryptoresearch.live.feed import Feed
     from cryptoresearch.live.replay import ReplayServer
     from cryptoresearch.runs.run import Run
@@ -73,7 +75,7 @@ ingest my.csv --symbol BTCUSDT --columns Last=price,Size=qty""",
     "data": "data status\ndata report BTCUSDT",
     "export": """export BTCUSDT --to bars.parquet
 export BTCUSDT --what features --feature ret_1 --to ret.csv""",
-    "forget": "forget 3f2a9c",
+    "forget": "forget BTCUSDT-trades-2024-01.zip\nforget 3f2a9c",
 }
 
 # %% ../nbs/94_cli.ipynb #5e0c1a03
@@ -160,7 +162,7 @@ def _text(value: object) -> str:
     "Write a cell: floats with four digits, nothing for a missing value."
     if value is None or value != value:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return four_digits(value) if isinstance(value, float) else str(value)
 
 # %% ../nbs/94_cli.ipynb #d1fb5302
 def _version(value: bool) -> None:
@@ -310,6 +312,18 @@ def forget(
     rows = forget_file(connect(), file)
     tell_done(as_json, {"rows": rows}, f"{rows:,} rows removed; build the bars of its symbol again")
 
+# %% ../nbs/94_cli.ipynb #22ea27ab
+def _build(con: "DuckDBPyConnection", symbol: str, spec: str, executor: "Executor | None", told: bool) -> list[dict[str, object]]:
+    "Build bars of one length; return their number for each source, and print it if asked."
+    from cryptoresearch.data.build_bars import make_bars, stored_builds
+
+    make_bars(con, symbol, spec, executor=executor)
+    built = stored_builds(con, symbol, spec) or {"": 0}  # fewer trades than one bar needs
+    for source, count in built.items():
+        if told:
+            console.print(f"{symbol} {spec}{f' from {source}' if len(built) > 1 else ''}: {count:,} bars")
+    return [{"symbol": symbol, "bars": spec, "source": source or None, "rows": count} for source, count in built.items()]
+
 # %% ../nbs/94_cli.ipynb #22ea27ac
 @app.command()
 def bars(
@@ -321,23 +335,20 @@ def bars(
     """Build and store bars of a symbol.
 
     They are made from its trades or candles. Run again, it builds only what changed."""
-    from cryptoresearch.data.build_bars import check_spec, make_bars, stored_builds
+    from cryptoresearch.data.build_bars import check_spec
+    from cryptoresearch.data.series import normal_symbol
     from cryptoresearch.data.store import connect
     from cryptoresearch.data.workers import open_cluster
 
-    specs = spec or ["1h"]
+    specs, symbol = spec or ["1h"], normal_symbol(symbol)
     for one in specs:  # before anything is built
         check_spec(one)
     settings, rows = on_cluster(cluster), list[dict[str, object]]()
     with connect(settings) as con, open_cluster(settings) as executor:
         for one in specs:
-            make_bars(con, symbol, one, executor=executor)
-            built = stored_builds(con, symbol, one)
-            for source, count in built.items():
-                rows.append({"symbol": symbol, "bars": one, "source": source, "rows": count})
-                if not as_json:
-                    console.print(f"{symbol} {one}{f' from {source}' if len(built) > 1 else ''}: {count:,} bars")
-    tell_done(as_json, rows)
+            rows += _build(con, symbol, one, executor, not as_json)
+    if as_json:
+        print_json(rows)
 
 # %% ../nbs/94_cli.ipynb #340bc425
 @app.command()
@@ -784,8 +795,8 @@ def _predict_live(run: str, source: str | None, modules: list[str], as_json: boo
     def shown(rows: Any) -> None:
         if not as_json:
             return _show(rows[["ts", "close_ts", "prediction"]])
-        for row in rows.to_dict("records"):
-            typer.echo(json.dumps(to_json(row), allow_nan=False))
+        for row in cast(list[object], to_json(rows)):
+            typer.echo(json.dumps(row, ensure_ascii=False, allow_nan=False))
 
     made = predict_live(get_settings(), run, source=source or find_feed().protocol.source, stop=stop, on_prediction=shown)
     (progress_console if as_json else console).print(f"{made:,} predictions")

@@ -383,11 +383,14 @@ def _migrate(con: DuckDBPyConnection, steps: dict[int, list[str]]) -> int:
 _places: WeakKeyDictionary[DuckDBPyConnection, dict[str, str]] = WeakKeyDictionary()
 
 
-def _place(con: DuckDBPyConnection, name: Literal["path", "data_path"], of: str) -> str:
-    "Return where the catalog or the data of the lake that `con` has attached are."
+_TOLD_BY = {"path": "duckdb_databases() WHERE database_name = 'lake'", "data_path": "ducklake_settings('lake')"}
+
+
+def _place(con: DuckDBPyConnection, name: Literal["path", "data_path"]) -> str:
+    "Return the path of the lake's catalog or of its data; DuckDB is asked once per connection."
     known = _places.setdefault(con, {})
     if name not in known:
-        rows = con.execute(f"SELECT {name} FROM {of}").fetchall()  # all rows: a partly read result keeps a transaction open
+        rows = con.execute(f"SELECT {name} FROM {_TOLD_BY[name]}").fetchall()  # all rows: a partly read result keeps a transaction open
         if not rows:
             raise ConfigError(problem("a connection with the lake attached", "none named lake", "Use init_duckdb()"))
         known[name] = str(rows[0][0])
@@ -396,7 +399,7 @@ def _place(con: DuckDBPyConnection, name: Literal["path", "data_path"], of: str)
 
 def _catalog_of(con: DuckDBPyConnection) -> str:
     "Return the path of the catalog of the lake that `con` has attached."
-    return _place(con, "path", "duckdb_databases() WHERE database_name = 'lake'")
+    return _place(con, "path")
 
 
 def _lock_path(con: DuckDBPyConnection) -> Path | None:
@@ -649,7 +652,7 @@ def _current_schema(con: DuckDBPyConnection) -> None:
 # %% ../../nbs/data/01_store.ipynb #9b9dcb9a
 def cursor(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
-    current: bool = True,  # False: queries name `lake.main`, which spares one to make it current
+    current: bool = True,  # False: leave the current database as it is; queries then name `lake.main`
 ) -> DuckDBPyConnection:  # for another thread
     "Open a further connection to the same DuckDB instance."
     own = con.cursor()
@@ -670,7 +673,7 @@ def snapshot(
 def one_snapshot(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> Iterator[None]:  # for a block that only reads the lake
-    "Let all queries of a block see the same snapshot, for which DuckLake then looks once: a small query takes a tenth of the time."
+    "Let all queries of a block see the same snapshot, for which DuckLake then looks once. Not nested, and without `write` on `con`."
     if getattr(_turn, "con", None) is con:
         yield  # inside a function that `write` runs
         return
@@ -790,7 +793,7 @@ def data_path(
     con: DuckDBPyConnection,  # from `init_duckdb` or `connect`
 ) -> str:  # a folder or s3:// address, ends with a slash
     "Return where the lake keeps its Parquet files."
-    return _place(con, "data_path", "ducklake_settings('lake')").rstrip("/") + "/"
+    return _place(con, "data_path").rstrip("/") + "/"
 
 
 def journal_folder(

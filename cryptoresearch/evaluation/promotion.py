@@ -261,7 +261,7 @@ def _decide(run: Run, better: bool, reason: str, p: float, n: int | None, tried:
     state = ("passed" if audited["passed"] else "failed") if audited else "none"
     stored = None if np.isnan(corrected) else corrected
     fit = better and corrected < GATE_P and not audited.get("leaks")
-    told = f"{reason}; " + (
+    told = f"{reason.rstrip('.')}; " + (
         f"{p_value(corrected)} corrected for {tried} model{'s' if tried > 1 else ''} tried (Bonferroni)"
         if np.isfinite(corrected)
         else "no test could be made"

@@ -890,13 +890,14 @@ def ingest_frame(
         return _load_local(con, file, None, wanted, file.stem)
 
 # %% ../../nbs/ingest/06_files.ipynb #660d11bd
-def _forget(con: DuckDBPyConnection, file_id: str) -> int:
+def _forget(con: DuckDBPyConnection, name: str) -> int:
     "Take a file or session out of all tables; runs inside `write`."
-    where = "starts_with(file_id, $1) OR uri = $1 OR ends_with(uri, '/' || $1)"
-    found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE {where}", [file_id]).fetchall()
-    sessions = con.execute(_SESSION_OF, [file_id]).fetchall()
-    if len(found) + len(sessions) != 1 or len(file_id) < 6:
-        raise _not_one(file_id, [str(row[0]) for row in [*found, *sessions]])
+    of_name = "replaced_by IS NULL AND (uri = $1 OR ends_with(uri, '/' || $1))"
+    where = f"{of_name} OR starts_with(file_id, $1)" if len(name) >= _ID_CHARS else of_name
+    found = con.execute(f"SELECT {_LEDGER} FROM lake.main.ingest_ledger WHERE {where}", [name]).fetchall()
+    sessions = con.execute(_SESSION_OF, [name]).fetchall() if len(name) >= _ID_CHARS else []
+    if len(found) + len(sessions) != 1:
+        raise _not_one(name, [str(row[0]) for row in [*found, *sessions]])
     if sessions:
         session_id, source, url, is_open, recent = sessions[0]
         if is_open:
@@ -921,11 +922,15 @@ _SESSION_OF = """SELECT s.session_id, s.source, s.url, s.ended_at IS NULL,
   WHERE starts_with(s.session_id, ?) GROUP BY s.session_id, s.source, s.url, s.started_at, s.ended_at"""
 
 
+_ID_CHARS = 6  # of an id, the fewest that name a file or session
+
+
 def _not_one(name: str, ids: list[str]) -> DataNotFound:
     "Return the error for a name that fits no file or session, or several."
-    expected = f"one loaded file with the name {name!r}, or one file or live session whose id begins so"
+    expected = f"one loaded file with the name {name!r}, or one file or session whose id begins with it ({_ID_CHARS} characters or more)"
+    shown = ", ".join(i[:12] if len(i) == 64 else i for i in ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
     remedy = "Name one of them by its id" if ids else "Find its name: cryptoresearch data log"
-    return DataNotFound(problem(expected, ", ".join(i[:12] for i in ids) or "none", remedy))
+    return DataNotFound(problem(expected, shown or "none", remedy))
 
 
 def _check_ended(con: DuckDBPyConnection, session_id: str, recent: bool) -> None:
@@ -956,7 +961,7 @@ def _forget_session(con: DuckDBPyConnection, session_id: str, source: str, url: 
 # %% ../../nbs/ingest/06_files.ipynb #4e3f6f86
 def forget_file(
     con: DuckDBPyConnection,  # from `init_duckdb`
-    file_id: str,  # name or sha256 of a loaded file, id of a live session, or its first six characters or more
+    name: str,  # of a loaded file, its sha256, the id of a live session, or the first six characters of an id or more
 ) -> int:  # rows taken out of trades and candles
     "Remove a file or session: rows, record, gaps, coverage and quarantine. Errors: `DataNotFound`, `ConfigError` (it still collects)."
-    return write(con, _forget, file_id)
+    return write(con, _forget, name)

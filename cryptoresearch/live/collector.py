@@ -881,7 +881,7 @@ def _maintain(collector: _Committing, trades: int) -> None:
         if not given:
             collector.reopen()
     except (CryptoResearchError, duckdb.Error) as e:
-        logger.warning("the store was not maintained, which is tried again later: %s", e)
+        logger.warning("the store was not maintained, or not opened again after it, which is tried again later: %s", e)
 
 # %% ../../nbs/live/02_collector.ipynb #5e60f017
 def _commit_regularly(collector: _Committing) -> None:

@@ -17,7 +17,7 @@ import uvicorn
 
 from cryptoresearch.data.bars import bar_frame
 from cryptoresearch.data.store import init_duckdb, write
-from cryptoresearch.serving.api import create_app, Reader
+from cryptoresearch.serving.api import create_app
 from cryptoresearch.settings import Settings
 
 COLUMNS = "symbol, source, kind, spec, ts, close_ts, open, high, low, close, volume, quote_volume, trades, buy_volume, buy_volume_tick, vwap, gap"
@@ -89,17 +89,6 @@ def test_health_tells_versions_and_snapshot(client):
     assert answer.json()["status"] == "ok"
     assert answer.json()["snapshot"] > 0
     assert answer.json()["versions"]["duckdb"]
-
-
-def test_the_store_is_opened_again_while_requests_run(settings, monkeypatch):
-    reader, requests = Reader(settings), []
-    for every_s in (60.0, 60.0, 0.0, 60.0):
-        monkeypatch.setattr(Reader, "every_s", every_s)
-        requests.append((reader.cursor(), reader._con))
-    opened = [own for _, own in requests]
-    assert opened[0] is opened[1] and opened[1] is not opened[2] and opened[2] is opened[3]
-    assert len({running.execute("SELECT count(*) FROM bars").fetchall()[0][0] for running, _ in requests}) == 1, "requests that run read on"
-    reader.close()
 
 
 def test_pages_of_bars_are_the_whole(client):

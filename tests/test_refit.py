@@ -71,9 +71,9 @@ class Session:
         for run in self.line.runs:
             old, new = read_bars(self.con, "BTCUSDT", "1h", start="2023-11-01", end=start), read_bars(self.con, "BTCUSDT", "1h", start=start, end=end)
             rows = Predictor(run, old, source="klines").update(new)
-            saving = Saving(self.con)
+            saving = Saving()
             saving.add(rows)
-            saving.save(last=True)
+            saving.save(self.con, last=True)
             self.callback(rows)
         module._look(self.refits)
         module._look(self.refits)

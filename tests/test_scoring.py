@@ -54,9 +54,9 @@ def predicted(con: duckdb.DuckDBPyConnection, settings: Settings, config: RunCon
     "A trained run with stored predictions from March 2024 on."
     run = train_run(con, config, settings)
     bars = read_bars(con, "BTCUSDT", "1h")
-    saving = Saving(con)
+    saving = Saving()
     saving.add(Predictor(run, bars[bars.index < START], source=source).update(bars[bars.index >= START]))
-    saving.save(last=True)
+    saving.save(con, last=True)
     return run
 
 
@@ -140,9 +140,9 @@ def test_refusals_name_the_remedy(con: duckdb.DuckDBPyConnection, settings: Sett
 def test_before_any_outcome_is_known_nothing_is_scored(con: duckdb.DuckDBPyConnection, settings: Settings) -> None:
     for target in ("return", "direction", "volatility"):
         run = train_run(con, replace(CONFIG, horizon=6, target=target), settings)
-        bars, saving = read_bars(con, "BTCUSDT", "1h"), Saving(con)
+        bars, saving = read_bars(con, "BTCUSDT", "1h"), Saving()
         saving.add(Predictor(run, bars.iloc[:-3], source="klines").update(bars.iloc[-3:]))
-        saving.save(last=True)
+        saving.save(con, last=True)
         found = live_scores(con, run)
         assert (found.scored, found.states["waiting"], str(found)) == (0, 3, "none scored yet")
         assert rolling_scores(live_outcomes(con, run), run).empty

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from conftest import examples, Program
+from conftest import examples, NewStore, Program
 
-from cryptoresearch.data.store import connect, in_turn, init_duckdb, snapshot, write
+from cryptoresearch.data.store import connect, in_turn, init_duckdb, RecycledConnection, snapshot, write
 from cryptoresearch.errors import DataNotFound, StoreBusy
 from cryptoresearch.settings import Settings
 
@@ -253,3 +253,36 @@ def test_a_certificate_is_believed_with_its_authority_only(tmp_path: Path, https
     doubting = init_duckdb(Settings(_env_file=None, **options(tmp_path), **keys))
     with pytest.raises(duckdb.Error, match=r"(?i)ssl|certificate|connection"):
         doubting.execute(f"SELECT answer FROM '{uri}'").fetchall()
+
+
+def test_a_connection_is_opened_again_while_cursors_are_in_use(tmp_path: Path, new_store: NewStore) -> None:
+    store, cursors, opened = RecycledConnection(new_store(tmp_path / "store")), [], []
+    for every_s in (60.0, 60.0, 0.0, 60.0):
+        store.every_s = every_s
+        cursors.append(store.cursor())
+        opened.append(store._own)
+    assert opened[0] is opened[1] and opened[1] is not opened[2] and opened[2] is opened[3]
+    del opened
+    assert [con.execute("SELECT count(*) FROM gaps").fetchall() for con in cursors] == [[(0,)]] * 4
+    store.close()
+    assert store.cursor().execute("SELECT count(*) FROM gaps").fetchall() == [(0,)]
+
+
+def test_a_connection_that_cannot_be_opened_again_is_kept(tmp_path: Path, new_store: NewStore) -> None:
+    store = RecycledConnection(new_store(tmp_path / "store"), every_s=0.0)
+    store.cursor().close()
+    store.settings = store.settings.model_copy(update={"duckdb_path": str(tmp_path / "nowhere" / "catalog.sqlite")})
+    assert store.cursor().execute("SELECT count(*) FROM gaps").fetchall() == [(0,)]
+    store.close()
+    with pytest.raises(DataNotFound):
+        store.cursor()
+
+
+def test_cursors_of_a_given_connection_leave_it_open(tmp_path: Path, new_store: NewStore) -> None:
+    settings = new_store(tmp_path / "store")
+    with init_duckdb(settings) as con:
+        store = RecycledConnection(settings, con)
+        with store.cursor() as own:
+            write(own, lambda c: c.execute("CREATE TABLE t (i BIGINT)"))
+        store.close()
+        assert con.execute("SELECT count(*) FROM t").fetchall() == [(0,)]

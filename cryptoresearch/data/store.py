@@ -6,8 +6,8 @@
 __all__ = ['log', 'EXTENSIONS', 'META', 'TABLES', 'NEW_COLUMNS', 'NEW_TABLES', 'REPAIRS', 'INLINE_ROWS', 'MIGRATIONS',
            'extension_file', 'catalog_kind', 'catalog_file', 'harmless_ids', 'schema_version', 'not_writable',
            'may_pass', 'write', 'exclusive', 'init_duckdb', 'use_lake', 'cursor', 'snapshot', 'one_snapshot', 'connect',
-           'store_size', 'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders', 'data_path', 'journal_folder',
-           'is_collecting']
+           'RecycledConnection', 'store_size', 'turn', 'in_turn', 'maintain', 'work_folder', 'dead_folders',
+           'data_path', 'journal_folder', 'is_collecting']
 
 # %% ../../nbs/data/01_store.ipynb #46b0bf69
 import contextlib
@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -37,7 +38,7 @@ from tenacity import retry_if_exception, RetryCallState, Retrying, stop_after_de
 
 from .. import __version__
 from .series import quote
-from ..errors import ConfigError, DataNotFound, problem, SchemaError, StoreBusy
+from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, SchemaError, StoreBusy
 from ..settings import get_settings, Settings
 
 # %% ../../nbs/data/01_store.ipynb #bb1e86fb
@@ -707,6 +708,46 @@ def connect(
     use_lake(con)
     _not_newer(con)
     return con
+
+# %% ../../nbs/data/01_store.ipynb #7d1c0a03
+def _reopened(old: DuckDBPyConnection | None, settings: Settings, read_only: bool) -> DuckDBPyConnection:
+    "Open the store; keep the old connection, if any, where that fails."
+    try:
+        return connect(settings, read_only=read_only)  # the old one ends with its last cursor: closing it would close those in use
+    except (CryptoResearchError, duckdb.Error) as e:
+        if old is None:
+            raise
+        log.warning("the store was not opened again, which is tried again in an hour: %s", e)
+        return old
+
+# %% ../../nbs/data/01_store.ipynb #7d1c0a02
+@dataclass
+class RecycledConnection:
+    "Hold a connection to the store for days: opened when a cursor is first asked for, and again each hour."
+
+    settings: Settings  # names the store
+    con: DuckDBPyConnection | None = None  # give cursors of this connection instead, and never open one
+    read_only: bool = False  # as in `connect`
+    every_s: float = 3600.0  # after which the store is opened again
+    _own: DuckDBPyConnection | None = field(default=None, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _opened: float = field(default=0.0, init=False, repr=False)
+
+    def cursor(self) -> DuckDBPyConnection:  # for one thread, to be closed by the caller
+        "Open a cursor. `DataNotFound` if there is no store yet."
+        with self._lock:
+            if self.con is not None:
+                return cursor(self.con)
+            if self._own is None or time.monotonic() - self._opened > self.every_s:
+                self._own, self._opened = _reopened(self._own, self.settings, self.read_only), time.monotonic()
+            return cursor(self._own)
+
+    def close(self) -> None:
+        "Close the connection, but not one that was given; a later cursor opens the store again."
+        with self._lock:
+            if self._own is not None:
+                self._own.close()
+            self._own = None
 
 # %% ../../nbs/data/01_store.ipynb #220a125e
 def store_size(

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, UTC
 from typing import Self
@@ -28,7 +27,7 @@ from ..data.coverage import CLAIMS, covered_spans, holes_between, without_holes
 from ..data.event_bars import UNNUMBERED
 from ..data.ledger import log_event
 from ..data.series import from_us, impossible, normal_symbol, quote, Series, to_us, utc_now, where_rows
-from ..data.store import connect, cursor, harmless_ids, schema_version, write
+from ..data.store import harmless_ids, RecycledConnection, schema_version, write
 from ..errors import CryptoResearchError, DataNotFound, FeedError, problem
 from ..settings import Settings
 
@@ -555,13 +554,13 @@ def _look(b: Backfills, con: DuckDBPyConnection) -> None:
 def _work(b: Backfills) -> None:
     "Run the thread that looks; what goes wrong is logged, and tried again later."
     pause = b.every_s
-    with ExitStack() as open_until_the_end:
-        con: DuckDBPyConnection | None = None
-        while not b.stopping.wait(pause):
-            try:
-                con = con or open_until_the_end.enter_context(cursor(b.con) if b.con is not None else connect(b.settings))
+    store = RecycledConnection(b.settings, b.con)
+    while not b.stopping.wait(pause):
+        try:
+            with store.cursor() as con:
                 _look(b, con)
-                pause = b.every_s
-            except (CryptoResearchError, Error) as e:
-                pause = min(2 * pause, _LONGEST_S)
-                logger.warning("gaps could not be closed, which is tried again in %.0f s: %s", pause, e)
+            pause = b.every_s
+        except (CryptoResearchError, Error) as e:
+            pause = min(2 * pause, _LONGEST_S)
+            logger.warning("gaps could not be closed, which is tried again in %.0f s: %s", pause, e)
+    store.close()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Con', 'log', 'STATUS', 'Symbol', 'Spec', 'Start', 'End', 'Limit', 'Source', 'RunId', 'Names', 'Form', 'MEDIA',
            'Chosen', 'Kind', 'Horizon', 'Last', 'Every', 'Wanted', 'WantedRun', 'LastId', 'What', 'Cursor', 'MAX_GIVEN',
-           'EXAMPLES', 'records', 'Reader', 'table_response', 'get_health', 'get_metrics', 'get_symbols',
-           'get_coverage', 'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run', 'get_models',
+           'EXAMPLES', 'records', 'table_response', 'get_health', 'get_metrics', 'get_symbols', 'get_coverage',
+           'get_bars', 'get_features', 'get_labels', 'get_runs', 'get_scores', 'get_run', 'get_models',
            'get_live_scores', 'get_parity', 'get_predictions', 'get_stream', 'get_export', 'post_predict', 'create_app',
            'make_server', 'serve']
 
@@ -21,8 +21,6 @@ import logging
 import math
 import os
 import platform
-import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, UTC
@@ -56,7 +54,7 @@ from .. import __version__
 from ..data.bars import bar_frame, bar_length
 from ..data.series import normal_symbol, to_utc
 from ..data.status import coverage
-from ..data.store import catalog_kind, connect, cursor, snapshot
+from ..data.store import catalog_kind, RecycledConnection, snapshot
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem, RunMismatch, SchemaError, StoreBusy
 from ..features.pipeline import DataProcessing
 from ..features.registry import resolve
@@ -98,34 +96,6 @@ def _plain(value: Any) -> Any:
     if value is None or value is pd.NaT or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value.to_pydatetime(warn=False) if isinstance(value, pd.Timestamp) else value
-
-# %% ../../nbs/serving/03c_api.ipynb #00000010
-class Reader:
-    "Hold the read-only connection of the API to the store."
-
-    every_s = 3600.0  # after which it is opened again: DuckLake keeps some kilobytes of each snapshot that a connection has seen
-
-    def __init__(
-        self,
-        settings: Settings,  # names the store
-    ) -> None:
-        self.settings, self._lock, self._opened = settings, threading.Lock(), 0.0
-        self._con: duckdb.DuckDBPyConnection | None = None
-
-    def cursor(self) -> duckdb.DuckDBPyConnection:  # to be closed by the caller
-        "Create a cursor, and open the store if necessary."
-        with self._lock:
-            if self._con is None or time.monotonic() - self._opened > self.every_s:
-                # not closed here, which would close the cursors of requests that run: the old one ends with them
-                self._con, self._opened = connect(self.settings, read_only=True), time.monotonic()
-            return cursor(self._con)
-
-    def close(self) -> None:
-        "Close the connection; the next cursor opens it again."
-        with self._lock:
-            if self._con is not None:
-                self._con.close()
-            self._con = None
 
 # %% ../../nbs/serving/03c_api.ipynb #ec4f68b3
 def _cursor(request: Request) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -286,7 +256,7 @@ def get_health(
     )  # fmt: skip
 
 # %% ../../nbs/serving/03c_api.ipynb #5c0b0005
-def _snapshot(reader: Reader) -> int | None:
+def _snapshot(reader: RecycledConnection) -> int | None:
     "Return the current snapshot, None before the first ingestion."
     try:
         with contextlib.closing(reader.cursor()) as con:
@@ -774,7 +744,7 @@ def create_app(
         title="cryptoresearch", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None,
         dependencies=[Depends(_known_parameters)],
     )  # fmt: skip
-    app.state.reader = reader = Reader(settings or get_settings())
+    app.state.reader = reader = RecycledConnection(settings or get_settings(), read_only=True)
     app.state.streams = Streams(catalog_stamps(reader.settings), reader.cursor)
     _guard(app, reader.settings)
     for kind, handler in _HANDLERS.items():

@@ -25,7 +25,7 @@ from ..data.aggregation import Trades
 from ..data.bars import BarArrays, source_market
 from ..data.event_bars import UNNUMBERED
 from ..data.series import to_us, to_utc
-from ..data.store import connect, cursor
+from ..data.store import RecycledConnection
 from ..errors import ConfigError, CryptoResearchError, FeedError, problem
 from ..live.collector import plain_symbol, TickRule
 from ..live.feed import Arrived, Feed
@@ -218,8 +218,7 @@ class _State:
         self._changes = SimpleQueue[tuple[Run, bool]]()  # runs to add (True) or to drop
         self._queue, self._stop, self._callbacks = SimpleQueue[Arrived](), threading.Event(), list[Callable[[pd.DataFrame], object]]()
         self._threads: list[threading.Thread] = []
-        self._con: duckdb.DuckDBPyConnection
-        self._saving: Saving
+        self._store, self._saving = RecycledConnection(feed.settings, feed.con), Saving()
         for run in runs:
             _add_run(self.flows, run, feed.source)
 
@@ -330,7 +329,9 @@ def _advance(live: _State, last: bool) -> None:
         if flow.rows and not flow.predictors:
             _hold(flow)  # the first trade shows where the history ends
             for run in flow.runs.values():
-                _publish(live, _begin(live._con, flow, run, collector.session.session_id))
+                with live._store.cursor() as con:
+                    rows = _begin(con, flow, run, collector.session.session_id)
+                _publish(live, rows)
         until = _until(flow, live._clock.now(live._idle_at), order_s, None if last else live.lateness_s)
         done = _finished(flow, until, collector.gaps)
         if done is not None:
@@ -363,8 +364,11 @@ def _work(live: _State) -> None:
 def _save(live: _State) -> None:
     "Run the thread that stores predictions."
     while not live._stop.wait(_SAVE_S):
+        if not live._saving:
+            continue
         try:
-            live._saving.save()
+            with live._store.cursor() as con:
+                live._saving.save(con)
         except CryptoResearchError as e:
             live.error = live.error or e
             return
@@ -377,24 +381,18 @@ def _end(live: _State) -> None:
     live._stop.set()
     for thread in live._threads:
         thread.join()
-    live._saving.save(last=True)
-    live._saving.con.close()
-    live._con.close()
+    if live._saving:
+        with live._store.cursor() as con:
+            live._saving.save(con, last=True)
+    live._store.close()
 
 # %% ../../nbs/serving/02a_live.ipynb #e81612e5
-def _open(live: _State) -> None:
-    "Open the store twice: for the thread that predicts and for the one that writes."
-    own = live.feed.con
-    live._con = cursor(own) if own is not None else connect(live.feed.settings)
-    live._saving = Saving(cursor(live._con))
-
-
 def _start(live: _State) -> None:
     "Start the feed, which creates a store where there is none, and the threads; stop the feed again if the store does not open."
     live.feed.subscribe(live._queue.put)
     live.feed.start()
     try:
-        _open(live)
+        live._store.cursor().close()
     except BaseException:
         with suppress(CryptoResearchError):  # of the feed; the first error is more important
             live.feed.stop()

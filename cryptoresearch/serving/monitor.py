@@ -31,7 +31,7 @@ from tenacity import retry_if_exception_type, Retrying, stop_after_attempt, wait
 
 # %% ../../nbs/serving/02d_monitor.ipynb #3c343b0b
 from ..data.build_bars import make_bars
-from ..data.store import connect, cursor
+from ..data.store import RecycledConnection
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, FeedError, problem
 from ..live.feed import FeedStats
 from ..runs.config import by_events
@@ -234,7 +234,7 @@ class _Watching:
         self.alerts, self.looks = 0, 0  # raised and done so far
         self._train = dict[str, pd.DataFrame]()
         self._stop, self._looking = threading.Event(), threading.Lock()
-        self._con: duckdb.DuckDBPyConnection | None = None
+        self._store = RecycledConnection(live.feed.settings, live.feed.con)
 
 # %% ../../nbs/serving/02d_monitor.ipynb #e224f608
 def _training(m: _Watching, con: duckdb.DuckDBPyConnection, name: str) -> pd.DataFrame:  # empty where they are not in the store
@@ -249,12 +249,10 @@ def _training(m: _Watching, con: duckdb.DuckDBPyConnection, name: str) -> pd.Dat
 
 def _look_at(m: _Watching, name: str) -> None:
     "Look at one run."
-    if m._con is None:
-        own = m.live.feed.con
-        m._con = cursor(own) if own is not None else connect(m.live.feed.settings)
     slow = m.looks % SLOW_EVERY == 0 or m.watched[name].parity is None
-    train = _training(m, m._con, name) if slow else None
-    m.watched[name] = watch_run(m._con, m.runs[name], m.live.feed.source, m.watched[name], train=train, slow=slow)
+    with m._store.cursor() as con:
+        train = _training(m, con, name) if slow else None
+        m.watched[name] = watch_run(con, m.runs[name], m.live.feed.source, m.watched[name], train=train, slow=slow)
 
 # %% ../../nbs/serving/02d_monitor.ipynb #71dbb407
 def report(
@@ -281,14 +279,8 @@ def _raise_alerts(m: _Watching) -> None:
         report(m, alert)
 
 
-_REOPEN_EVERY = 60  # looks: DuckLake keeps some kilobytes of each snapshot that a connection has seen
-
-
 def _look(m: _Watching) -> None:
     "Look at every run, then raise alerts."
-    if m._con is not None and m.looks % _REOPEN_EVERY == 0:
-        m._con.close()
-        m._con = None
     for name in m.runs:
         try:
             _look_at(m, name)
@@ -320,8 +312,7 @@ class LiveMonitor(_Watching):
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._con is not None:
-            self._con.close()
+        self._store.close()
 
     def __str__(self) -> str:  # for a status line; empty before anything is scored
         scored = {name: w.scores for name, w in self.watched.items() if w.scores is not None and w.scores.scored}

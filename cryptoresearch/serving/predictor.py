@@ -27,7 +27,7 @@ from ..data.build_bars import make_bars
 from ..data.coverage import holes_on_grid
 from ..data.event_bars import event_spec, EventFolder, UNNUMBERED, with_gap_columns
 from ..data.series import to_us
-from ..data.store import connect, may_pass, one_snapshot, write
+from ..data.store import may_pass, one_snapshot, RecycledConnection, write
 from ..errors import ConfigError, DataNotFound, problem, StoreBusy
 from ..features.pipeline import compute, resolve
 from ..runs.config import by_events
@@ -345,24 +345,27 @@ _LIMIT = 200_000  # trades per read
 class _Follower:
     "Read the trades of the live sessions of one symbol and source."
 
-    def __init__(self, con: duckdb.DuckDBPyConnection, symbol: str, source: str) -> None:
-        self.con, self.symbol, self.source = con, symbol, source
+    def __init__(self, symbol: str, source: str) -> None:
+        self.symbol, self.source = symbol, source
         self.session: str | None = None
         self.last_id = -1
 
-    def next_session(self) -> bool:  # True when there is one after the current
+    def next_session(self, con: duckdb.DuckDBPyConnection) -> bool:  # True when there is one after the current
         "Switch to the next session; at the start, to the newest."
         sql = "SELECT session_id FROM live_sessions WHERE source = ? AND list_contains(symbols, ?) ORDER BY started_at"
-        ids = [row[0] for row in self.con.execute(sql, [self.source, self.symbol]).fetchall()]
+        ids = [row[0] for row in con.execute(sql, [self.source, self.symbol]).fetchall()]
         later = ids[ids.index(self.session) + 1 :] if self.session in ids else ids[-1:]
         if later:
             self.session, self.last_id = later[0], -1
         return bool(later)
 
 # %% ../../nbs/serving/02_predictor.ipynb #f41c0a03
-def _read_new(follow: _Follower) -> tuple[pd.DataFrame, pd.DataFrame]:  # new trades in order of arrival, all gaps of the session
+def _read_new(
+    con: duckdb.DuckDBPyConnection,
+    follow: _Follower,  # changed
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # new trades in order of arrival, all gaps of the session
     "Read the trades and gaps since the last call."
-    con, where = follow.con, "file_id = ? AND symbol = ?"
+    where = "file_id = ? AND symbol = ?"
     with one_snapshot(con):
         columns = "trade_id, ts, price, qty, quote_qty, side_reported, side_tick, n_trades"
         new = f"{where} AND source = ? AND trade_id > ? ORDER BY trade_id LIMIT {_LIMIT}"
@@ -442,11 +445,8 @@ def _store(
 class _Waiting:
     "Hold predictions that are not stored yet."
 
-    def __init__(
-        self,
-        con: duckdb.DuckDBPyConnection,  # the store; used by one thread at a time
-    ) -> None:
-        self.con, self.written, self._rows = con, 0, list[pd.DataFrame]()
+    def __init__(self) -> None:
+        self.written, self._rows = 0, list[pd.DataFrame]()
 
     def add(
         self,
@@ -456,19 +456,23 @@ class _Waiting:
         if len(rows):
             self._rows.append(rows)
 
+    def __bool__(self) -> bool:  # whether predictions wait
+        return bool(self._rows)
+
 # %% ../../nbs/serving/02_predictor.ipynb #d60849a7
 class Saving(_Waiting):
     "Write predictions behind: keep them until the store takes them."
 
     def save(
         self,
+        con: duckdb.DuckDBPyConnection,  # the store
         last: bool = False,  # wait longer for the store, and raise `StoreBusy`
     ) -> int:  # predictions that were new
         "Write the predictions; while the store is busy, keep them for the next call."
         if not (waiting := self._rows[:]):
             return 0
         try:
-            count = write(self.con, _store, pd.concat(waiting), timeout_s=30.0 if last else 5.0)
+            count = write(con, _store, pd.concat(waiting), timeout_s=30.0 if last else 5.0)
         except (StoreBusy, duckdb.Error) as e:
             if last or not may_pass(e):
                 raise
@@ -482,13 +486,13 @@ class Saving(_Waiting):
 class _Live:
     "Hold the state of one call of `predict_live`."
 
-    def __init__(self, con: duckdb.DuckDBPyConnection, run: Run, source: str) -> None:
+    def __init__(self, run: Run, source: str) -> None:
         Predictor(run, pd.DataFrame())  # raises for unsupported runs before waiting for trades
-        self.con, self.run, self.source = con, run, source
-        self.follow = _Follower(con, run.config.symbol, source)
+        self.run, self.source = run, source
+        self.follow = _Follower(run.config.symbol, source)
         self.bars: LiveBars | LiveEventBars | None = None
         self.predictor: Predictor | None = None
-        self.saving = Saving(con)
+        self.saving = Saving()
 
     def account(self) -> str:
         "Summarise bars without a prediction by reason, and late trades."
@@ -505,34 +509,38 @@ def _begin(live: _Live) -> LiveBars | LiveEventBars:
     return LiveEventBars(c.symbol, c.spec, live.source not in UNNUMBERED)
 
 
-def _predict(live: _Live, done: pd.DataFrame) -> pd.DataFrame:
+def _predict(con: duckdb.DuckDBPyConnection, live: _Live, done: pd.DataFrame) -> pd.DataFrame:
     "Predict finished bars, with new history at the start of a session."
     if live.predictor is not None and live.predictor.events:
         return live.predictor.update(done)
     seen = live.predictor.seen_until if live.predictor else None
     if live.predictor is None or (seen is not None and done.index[0] <= seen):  # the start, or a replay that goes back in time
-        history = read_history(live.con, live.run, done.index[0], int(live.run.info["warmup"]), live.source)
+        history = read_history(con, live.run, done.index[0], int(live.run.info["warmup"]), live.source)
         live.predictor = Predictor(live.run, history, source=live.source)
     return live.predictor.update(done)
 
 # %% ../../nbs/serving/02_predictor.ipynb #2f58f358
-def _look(live: _Live) -> tuple[pd.DataFrame, bool]:  # predictions of newly finished bars, whether there were new trades
+def _look(
+    con: duckdb.DuckDBPyConnection,
+    live: _Live,  # changed
+) -> tuple[pd.DataFrame, bool]:  # predictions of newly finished bars, whether there were new trades
     "Read once and predict the finished bars."
     if live.bars is None:
-        if not live.follow.next_session():
+        if not live.follow.next_session(con):
             return pd.DataFrame(), False
         live.bars = _begin(live)
-    trades, gaps = _read_new(live.follow)
+    trades, gaps = _read_new(con, live.follow)
     if trades.empty:
-        if live.follow.next_session():
+        if live.follow.next_session(con):
             live.bars = _begin(live)
             return pd.DataFrame(), True
         return pd.DataFrame(), False
     done = live.bars.add(trades, gaps)
-    return _predict(live, done) if len(done) else pd.DataFrame(), True
+    return _predict(con, live, done) if len(done) else pd.DataFrame(), True
 
 # %% ../../nbs/serving/02_predictor.ipynb #00000015
 def _follow_until(
+    store: RecycledConnection,
     live: _Live,  # the session
     stop: threading.Event,  # set from outside
     poll_s: float,  # pause between two reads of the store, seconds
@@ -543,14 +551,15 @@ def _follow_until(
     saving = live.saving
     while True:
         last = stop.is_set()  # read first, so that the last read sees everything stored before it
-        rows, came = _look(live)
-        saving.add(rows)
-        saving.save(last=last and not came)
+        with store.cursor() as con:
+            rows, came = _look(con, live)
+            saving.add(rows)
+            mark = live.bars.newest if live.bars is not None else None
+            done = (end is not None and mark is not None and mark >= end) or (last and not came)
+            saving.save(con, last=done)
         if len(rows) and on_prediction is not None:
             on_prediction(rows)
-        mark = live.bars.newest if live.bars is not None else None
-        if (end is not None and mark is not None and mark >= end) or (last and not came):
-            saving.save(last=True)
+        if done:
             logger.info("%d new predictions; %s", saving.written, live.account())
             return saving.written
         if not came:
@@ -570,8 +579,8 @@ def predict_live(
     "Predict bars as they finish, from the trades that a collector stores."
     s = settings or get_settings()
     end, stop = None if until is None else to_us(until), stop or threading.Event()
-    run, con = load_run(run_id, s), connect(s)
+    store = RecycledConnection(s)
     try:
-        return _follow_until(_Live(con, run, source), stop, poll_s, end, on_prediction)
+        return _follow_until(store, _Live(load_run(run_id, s), source), stop, poll_s, end, on_prediction)
     finally:
-        con.close()
+        store.close()

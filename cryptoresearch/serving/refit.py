@@ -24,7 +24,7 @@ import pandas as pd
 
 from ..data.build_bars import make_bars
 from ..data.series import length_of, to_utc
-from ..data.store import connect, cursor, init_duckdb
+from ..data.store import init_duckdb, RecycledConnection
 from ..errors import ConfigError, CryptoResearchError, DataNotFound, problem, RunMismatch
 from ..evaluation.promotion import champion, promote, registry, registry_log, set_state
 from ..runs.config import by_events, RunConfig
@@ -153,7 +153,7 @@ class Refits:
         self.monitor, self.lines, self.every_s, self.modules = monitor, list(lines), every_s, list(modules)
         self.every = length_of(every, "--refit-every", pd.Timedelta("1us"))
         self.newest = dict[str, pd.Timestamp]()  # close of the last bar predicted, by run
-        self.stopping, self.con = threading.Event(), list[duckdb.DuckDBPyConnection]()  # that of the gate, once it is open
+        self.stopping, self.store = threading.Event(), RecycledConnection(monitor.live.feed.settings, monitor.live.feed.con)
         self.thread = threading.Thread(target=_work, args=[self], name="refits", daemon=True)
         _check_targets(self.lines)
         monitor.live.subscribe(lambda rows: self.newest.update(rows.groupby("run_id")["close_ts"].max()))
@@ -210,11 +210,10 @@ def _finish(s: Refits, line: Line, training: Training) -> None:
 def _matured(s: Refits, run: Run, since: pd.Timestamp) -> pd.DataFrame:
     "Read the live predictions of a run with known outcomes."
     feed, c = s.monitor.live.feed, run.config
-    if not s.con:
-        s.con.append(cursor(feed.con) if feed.con is not None else connect(feed.settings))
-    if not by_events(c.spec):
-        make_bars(s.con[0], c.symbol, c.spec, source=feed.source)
-    rows = live_outcomes(s.con[0], run, source=feed.source, last=str(s.newest[run.id] - since + s.every))
+    with s.store.cursor() as con:
+        if not by_events(c.spec):
+            make_bars(con, c.symbol, c.spec, source=feed.source)
+        rows = live_outcomes(con, run, source=feed.source, last=str(s.newest[run.id] - since + s.every))
     return rows[rows["state"] == "matured"]
 
 
@@ -273,5 +272,4 @@ def _end(s: Refits) -> None:
     for line in s.lines:
         if line.training is not None:
             _stop(line.training)
-    for con in s.con:
-        con.close()
+    s.store.close()

@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import typer
-from conftest import Command, examples
+from conftest import Command, COMMAND_LINE, examples
 from pyarrow import csv
 from typer.testing import CliRunner
 
@@ -352,7 +352,7 @@ def processor_s(pid: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.0, 0.3])
-def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_path: Path, run: Command, after_s: float) -> None:
+def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_path: Path, after_s: float) -> None:
     times = 1_704_067_200_000 + np.arange(2_000_000) // 2
     table = pa.table({"id": np.arange(len(times)), "price": np.full(len(times), 40_000.5), "qty": np.full(len(times), 0.01), "quote": np.full(len(times), 400.005), "time": times, "maker": np.arange(len(times)) % 2 == 0, "best": np.full(len(times), True)})
     file = tmp_path / "BTCUSDT-trades-2024-01-01.csv"
@@ -360,11 +360,12 @@ def test_an_interrupted_load_ends_at_once_and_stores_nothing_of_the_file(tmp_pat
     small = tmp_path / "first" / file.name
     small.parent.mkdir()
     csv.write_csv(table[:1000], small, csv.WriteOptions(include_header=False))
-    assert run(small.parent, "ingest", str(small)).returncode == 0  # the first load after an installation compiles for seconds, which nothing interrupts
     work = tmp_path / "work"
     work.mkdir()
     env = os.environ | {"CRYPTORESEARCH_HOME": str(tmp_path), "TMPDIR": str(work)}
-    line = [sys.executable, "-c", "from cryptoresearch.cli import main; main()"]
+    line = [sys.executable, "-c", COMMAND_LINE]
+    first = subprocess.run([*line, "ingest", str(small)], env=env | {"CRYPTORESEARCH_HOME": str(small.parent)}, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr  # the first load after an installation compiles for seconds, which nothing interrupts
     load = subprocess.Popen([*line, "ingest", str(file)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(work.rglob("*.parquet")) and not list(tmp_path.glob("data/lake/**/*.parquet")):
         assert load.poll() is None, load.communicate()

@@ -224,7 +224,7 @@ def test_a_start_that_fails_stops_the_feed(settings: Settings, run: Run, frames:
     def broken(*_: object) -> None:
         raise StoreBusy("another writer")
 
-    monkeypatch.setattr("cryptoresearch.serving.live.connect", broken)
+    monkeypatch.setattr("cryptoresearch.serving.live.RecycledConnection.cursor", broken)
     with binance(frames[:10]) as (url, _):
         feed = BinanceWebSocket("BTCUSDT", url=url, source="binance", settings=settings)
         live = LivePredictions(feed, [run])

@@ -228,10 +228,9 @@ def _mirrored(done: Any, as_json: bool) -> None:
 
     if as_json:
         print_json(done.frame())
-    elif done.dry_run:
-        for f in done.files:
+    else:
+        for f in done.files if done.dry_run else ():
             console.print(f"{f.name}  {decimal(f.bytes) if f.bytes else ''}  {f.state}", soft_wrap=True, highlight=False)
-    if not as_json:
         console.print(repr(done).removeprefix("MirrorResult(").removesuffix(")"), soft_wrap=True, markup=False)
     if len(done.of("not published")) == len(done.files):
         (progress_console if as_json else console).print("the archive has none of these files: check symbol, kind and market")

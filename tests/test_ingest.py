@@ -385,3 +385,12 @@ def test_two_hosts_load_the_same_file_at_the_same_moment(tmp_path: Path, postgre
         thread.join(60)
     assert sorted(r.already_loaded for r in results) == [False, True]
     assert init_duckdb(settings).execute("SELECT count(*), count(DISTINCT trade_id) FROM trades").fetchone() == (9738, 9738)
+
+
+def test_a_progress_bar_leaves_standard_output_to_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ingest, "_PATIENCE_S", 0.0)
+    with ingest._progress("file.csv", True) as report:
+        report(1, 2)
+        report(2, 2)
+    told = capsys.readouterr()
+    assert told.out == "" and told.err  # a line end where it is no terminal

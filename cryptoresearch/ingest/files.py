@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 from duckdb import DuckDBPyConnection
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 # %% ../../nbs/ingest/06_files.ipynb #5c0be3f1
@@ -412,9 +413,9 @@ def _is_interactive() -> bool:
 
 # %% ../../nbs/ingest/06_files.ipynb #2c497ebc
 def _new_bar() -> Progress:
-    "Create a progress bar that disappears at its end."
+    "Create a progress bar that disappears at its end; standard output holds results only."
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True)
+    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 # %% ../../nbs/ingest/06_files.ipynb #2547e1fb
 @contextmanager

@@ -415,7 +415,7 @@ def _is_interactive() -> bool:
 def _new_bar() -> Progress:
     "Create a progress bar that disappears at its end; standard output holds results only."
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, transient=True, console=Console(stderr=True))
+    return Progress(*columns, transient=True, console=Console(stderr=True, emoji=False))
 
 # %% ../../nbs/ingest/06_files.ipynb #2547e1fb
 @contextmanager

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "serving": ("evaluation", "runs", "models", "metrics", "labels", "features", "live", "ingest", "data", "errors", "settings"),
 }
 # Thin modules at the top: they may import everything, and each other, and may import inside functions, because each command has to start fast.
-THIN = ("__main__", "cli", "cli_data", "cli_research", "cli_shared", "doctor", "accessor", "demo", "__init__", "_modidx")
+THIN = ("cli", "cli_data", "cli_research", "cli_shared", "doctor", "accessor", "demo", "__init__", "_modidx")
 
 
 @dataclass(frozen=True)

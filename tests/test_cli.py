@@ -56,11 +56,6 @@ def test_a_process_that_asks_for_help_makes_no_files(run: Command, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "cryptoresearch", "--version"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.startswith("cryptoresearch "), done.stderr
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)

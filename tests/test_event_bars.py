@@ -163,48 +163,40 @@ def test_stored_bars_equal_a_build_from_nothing(tmp_path: Path, new_store: NewSt
     corrected.loc[corrected.index[-1], "qty"] += 5
     options = {"symbol": "SIMUSDT", "kind": "trades", "source": "simulated"}
 
-    def bars(con: Any) -> dict[str, pd.DataFrame]:
+    def built(con: Any) -> dict[str, pd.DataFrame]:
+        for spec in specs:
+            make_event_bars(con, "SIMUSDT", spec)
         return {spec: read_event_bars(con, "SIMUSDT", spec) for spec in specs}
 
-    def anew(*paths: Path) -> dict[str, pd.DataFrame]:
-        with init_duckdb(new_store(tmp_path / f"anew-{len(list(tmp_path.iterdir()))}")) as con:
-            for path in paths:
-                process_file(con, path, **options)
-            for spec in specs:
-                make_event_bars(con, "SIMUSDT", spec)
-            return bars(con)
+    def built_anew(con: Any, before: dict[str, pd.DataFrame] | None = None) -> dict[str, pd.DataFrame]:
+        "Build, and compare with a store that gets the same files before its first build, and with the bars before a change."
+        now = built(con)
+        with init_duckdb(new_store(tmp_path / f"anew-{len(list(tmp_path.iterdir()))}")) as other:
+            for path in loaded:
+                process_file(other, path, **options)
+            whole = built(other)
+        for spec in specs:
+            pd.testing.assert_frame_equal(now[spec], whole[spec], check_exact=True)
+            assert before is None or not now[spec].equals(before[spec])
+        return now
 
     with init_duckdb(new_store(tmp_path / "grown")) as con:
-        for k in order:
-            process_file(con, files[k], **options)
-            for spec in specs:
-                make_event_bars(con, "SIMUSDT", spec)
         loaded = [files[k] for k in order]
-        grown, whole = bars(con), anew(*loaded)
+        for path in loaded:
+            process_file(con, path, **options)
+            built(con)
+        grown = built_anew(con)
         assert all(len(table) > 10 for table in grown.values())
-        for spec in specs:
-            pd.testing.assert_frame_equal(grown[spec], whole[spec], check_exact=True)
         assert make_event_bars(con, "SIMUSDT", specs[0]) == len(grown[specs[0]])
         if correct:
             loaded.append(write_day(tmp_path / "late", corrected, "corrected"))
             process_file(con, loaded[-1], **options)
-            for spec in specs:
-                make_event_bars(con, "SIMUSDT", spec)
-            after, again = bars(con), anew(*loaded)
-            for spec in specs:
-                pd.testing.assert_frame_equal(after[spec], again[spec], check_exact=True)
-                assert not after[spec].equals(grown[spec])
+            grown = built_anew(con, grown)
             assert con.execute("SELECT count(*) FROM data_log WHERE event = 'bars_rebuilt' AND detail LIKE ?", [f"{specs[0]}%"]).fetchall()[0][0] >= 1
         if forget:
-            before = bars(con)
             loaded.remove(files[-1])
             forget_file(con, con.execute("SELECT file_id FROM ingest_ledger WHERE uri = ?", [str(files[-1])]).fetchall()[0][0])
-            for spec in specs:
-                make_event_bars(con, "SIMUSDT", spec)
-            gone, fewer = bars(con), anew(*loaded)
-            for spec in specs:
-                pd.testing.assert_frame_equal(gone[spec], fewer[spec], check_exact=True)
-                assert not gone[spec].equals(before[spec])
+            built_anew(con, grown)
 
 
 def test_ids_out_of_order_in_time_are_no_hole(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ PAGES["Research"] = {
     "registry": "registry\nregistry --json",
 }
 PAGES["Live"] = {
-    "stream": "stream --symbol BINANCE:BTCUSDT --seconds 60\nstream --url ws://127.0.0.1:8765",
+    "stream": "stream --symbol BTCUSDT --seconds 60\nstream --url ws://127.0.0.1:8765",
     "live": "live BTCUSDT --run btcusdt-1m-return5 --refit-every 7D\nlive BTCUSDT --run btcusdt-1m-return5 --metrics 9464",
     "predict": "predict btcusdt-1h-return24 bars.csv --to forecasts.csv\npredict btcusdt-1h-return24 --source binance",
     "scores": "scores btcusdt-1h-return24\nscores btcusdt-1h-return24 --last 30D --json",
@@ -494,6 +494,11 @@ def _closing_gaps(feed: "Feed") -> "AbstractContextManager[object]":
     return Backfills(feed.symbols, feed.settings, con=feed.con) if feed.source == "binance" else nullcontext()
 
 
+def _feed_symbol(symbol: str) -> str:
+    "Write a symbol as feeds do: with the exchange, which is Binance where none is named."
+    return symbol if ":" in symbol else f"BINANCE:{symbol}"
+
+
 def _check_symbols(feed: "Feed") -> None:
     "Raise `ConfigError` for a symbol that Binance does not trade, where it can be asked."
     from cryptoresearch.ingest.repair import BINANCE_API
@@ -530,7 +535,7 @@ def _tell_waiting(feed: "Feed", began: float) -> bool:  # whether it is time
 # %% ../nbs/94_cli.ipynb #51ee8fea
 @app.command()
 def stream(
-    symbol: Annotated[list[str] | None, typer.Option(help="Such as BINANCE:BTCUSDT; may be given several times.")] = None,
+    symbol: Annotated[list[str] | None, typer.Option(help="Such as BTCUSDT; may be given several times.")] = None,
     url: Url = None,  # of a server that speaks the feed's protocol
     seconds: Seconds = None,  # without end if None
     feed_name: FeedName = None,  # chosen by the settings if None
@@ -538,7 +543,7 @@ def stream(
     "Collect live trades into the store until Ctrl-C."
     from cryptoresearch.live.binance import find_feed
 
-    feed = find_feed(feed_name, url=url)(tuple(symbol or ["BINANCE:BTCUSDT"]), url=url)
+    feed = find_feed(feed_name, url=url)(tuple(map(_feed_symbol, symbol or ["BTCUSDT"])), url=url)
     _check_symbols(feed)
     feed.start()
     began, told = time.monotonic(), False
@@ -577,7 +582,7 @@ def live(
     from cryptoresearch.serving.refit import Refits
 
     runs, lines = _live_runs(run, modules or [], refit_every is not None)
-    predictions = LivePredictions(find_feed(feed_name, url=url)(tuple(s if ":" in s else f"BINANCE:{s}" for s in symbol), url=url), runs)
+    predictions = LivePredictions(find_feed(feed_name, url=url)(tuple(map(_feed_symbol, symbol)), url=url), runs)
     _check_symbols(predictions.feed)
     monitor = LiveMonitor(predictions, alert_url=alert_url)
     _run_watched(monitor, seconds, metrics, Refits(monitor, lines, refit_every, modules=modules or []) if refit_every else None)
@@ -715,9 +720,8 @@ def replay(
     from cryptoresearch.data.store import connect
     from cryptoresearch.live.replay import ReplayServer
 
-    feed_symbol = symbol if ":" in symbol else f"BINANCE:{symbol}"
     with ReplayServer(connect(read_only=True), symbol, start, end, source=source, speed=speed, port=port, chaos=chaos) as server:
-        told = f"live {symbol} --run RUN --url {server.url}, or: cryptoresearch stream --symbol {feed_symbol} --url {server.url}"
+        told = f"live {symbol} --run RUN --url {server.url}, or: cryptoresearch stream --symbol {symbol} --url {server.url}"
         console.print(f"{server.url}   now run: cryptoresearch {told}", soft_wrap=True)
         _until_sent(server)
     if server.error:

@@ -1365,7 +1365,8 @@ def test_a_connection_delivers_from_its_opening_to_its_last_frame(settings: Sett
     assert first >= 0.3 and feed._delivered_s == 0
 
 
-def test_the_command_names_a_symbol_without_trades_after_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchange", ["BINANCE:", ""])
+def test_the_command_names_a_symbol_without_trades_after_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch, exchange: str) -> None:
     def script(c: ServerConnection, n: int) -> None:
         c.send(frame({}))
         hold(c)
@@ -1373,8 +1374,9 @@ def test_the_command_names_a_symbol_without_trades_after_seconds(settings: Setti
     monkeypatch.setattr("cryptoresearch.cli._WAIT_S", 0.6)
     monkeypatch.setenv("DUCKDB_PATH", settings.duckdb_path)
     with stub(script) as (url, _):
-        said = CliRunner().invoke(app, ["stream", "--symbol", BTC, "--symbol", "BINANCE:BTCUSTD", "--url", url, "--seconds", "1.2"])
+        said = CliRunner().invoke(app, ["stream", "--symbol", f"{exchange}BTCUSDT", "--symbol", f"{exchange}BTCUSTD", "--url", url, "--seconds", "1.2"])
     assert said.exit_code == 0 and said.output.count("no trade of BINANCE:BTCUSTD yet") == 1, said.output
+    assert "1 trades received" in said.output
 
 
 @pytest.mark.parametrize("command", [["stream", "--symbol", "BTCUSTD"], ["live", "BTCUSTD", "--run", "x"]])

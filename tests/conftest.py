@@ -86,7 +86,7 @@ def examples(always: int, in_all: int) -> int:
     return in_all if any(heavy) else always
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 20.0) -> None:
+def wait_for(what: Callable[[], Any], timeout_s: float = 60.0) -> None:
     "Wait for a condition; fail after a time that only a broken program needs."
     end = time.monotonic() + timeout_s
     while not what():

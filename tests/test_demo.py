@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -35,9 +34,7 @@ def test_the_whole_way_twice(tmp_path: Path, command: Command, monkeypatch: pyte
     )  # fmt: skip
     first, second = Console(record=True, width=200), Console(record=True, width=200)
     reports = run_demo(settings, first, trades_per_day=trades_per_day)
-    began = time.monotonic()
     again = run_demo(settings, second, trades_per_day=trades_per_day)
-    took = time.monotonic() - began
 
     told = first.export_text()
     assert "SIMULATED" in told
@@ -49,7 +46,6 @@ def test_the_whole_way_twice(tmp_path: Path, command: Command, monkeypatch: pyte
     assert [r.run_id for r in again] == [r.run_id for r in reports]
     assert all(r.reused for r in again)
     assert "made before" in second.export_text()
-    assert took < 60, f"the second demo took {took:.0f} s"
 
     con = init_duckdb(settings)
     rows = con.execute("SELECT count(*), count(DISTINCT ts), min(ts), max(close_ts), any_value(source) FROM predictions").fetchone()

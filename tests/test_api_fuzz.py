@@ -168,7 +168,7 @@ def test_schemathesis_finds_nothing(client: httpx.Client, mode: schemathesis.Gen
         @options(max_examples=examples(4, 60), derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
         @given(operation.as_strategy(generation_mode=mode))
         def fuzz(case: schemathesis.Case) -> None:
-            case.call_and_validate(base_url=str(client.base_url), checks=CHECKS, timeout=30)
+            case.call_and_validate(base_url=str(client.base_url), checks=CHECKS, timeout=90)
 
         try:
             fuzz()

@@ -35,7 +35,7 @@ def running(settings: Settings) -> Iterator[tuple[httpx.Client, stream.StreamSer
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             while not server.started:
                 time.sleep(0.01)
             yield http, server, thread
@@ -156,7 +156,7 @@ def test_many_streams_share_their_queries_and_a_still_store_costs_none(settings,
     calls: list[int] = []
     plain = stream.read_events
     monkeypatch.setattr(stream, "read_events", lambda *a: calls.append(1) or plain(*a))
-    with running(settings) as (client, _, _), httpx.Client(base_url=client.base_url, timeout=20, limits=httpx.Limits(max_connections=50)) as many:
+    with running(settings) as (client, _, _), httpx.Client(base_url=client.base_url, timeout=60, limits=httpx.Limits(max_connections=50)) as many:
         opened = [many.send(many.build_request("GET", "/stream", params=ASKED), stream=True) for _ in range(8)]
         lines = [answer.iter_lines() for answer in opened]
         time.sleep(0.5)

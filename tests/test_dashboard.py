@@ -310,7 +310,7 @@ def test_the_kernel_of_a_page_that_vanished_ends(page, empty):  # the last test 
     mine = json.loads(page.locator("#jupyter-config-data").text_content())["kernelId"]
     for end in (lambda: httpx.post(f"{address}voila/api/shutdown/{mine}", timeout=60).raise_for_status(), lambda: os.kill(kernels(settings)[0], signal.SIGKILL)):
         end()
-        page.wait_for_selector(".cr-lost", timeout=30_000)
+        page.wait_for_selector(".cr-lost", timeout=90_000)
         page.get_by_role("link", name="Load it again").click()
         page.wait_for_selector(".cr-lost", state="detached", timeout=120_000)
         page.wait_for_selector(".cr-provenance", timeout=120_000)
@@ -318,11 +318,11 @@ def test_the_kernel_of_a_page_that_vanished_ends(page, empty):  # the last test 
 
     # a page that is closed: its kernel ends at once; a server that is killed: all end
     page.goto("about:blank")
-    wait_for_kernels(settings, 0, 5)
+    wait_for_kernels(settings, 0, 20)
     page.goto(data, timeout=120_000)
     voila = next(int(p.name) for p in Path("/proc").glob("[0-9]*") if f"--port={address.split(':')[2].strip('/')}".encode() in (p / "cmdline").read_bytes())
     os.kill(voila, signal.SIGKILL)
-    wait_for_kernels(settings, 0, 10)
+    wait_for_kernels(settings, 0)
 
 
 def test_the_title_of_a_figure_folds_on_a_narrow_page(page):

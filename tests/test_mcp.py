@@ -48,7 +48,7 @@ class Session:
         return found["content"][0]["text"]
 
     def end(self) -> str:
-        _, said = self.process.communicate(timeout=30)
+        _, said = self.process.communicate(timeout=120)
         assert self.process.returncode == 0, said
         return said
 

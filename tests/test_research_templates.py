@@ -232,12 +232,12 @@ def test_the_pages_in_a_browser(pages: dict[str, tuple[Path, str, str]], page: A
         page.goto(path.as_uri())
         assert page.locator("details[open]").count() == 0, name  # everything below the verdict is folded
         page.click("#open-all")
-        page.wait_for_selector(".js-plotly-plot .main-svg", timeout=30_000)
+        page.wait_for_selector(".js-plotly-plot .main-svg", timeout=90_000)
         assert page.locator(".js-plotly-plot").count() == text.count('id="figure-'), name
         for width in (1200, 390):
             page.set_viewport_size({"width": width, "height": 900})
             fits = f"document.documentElement.scrollWidth <= {width} && [...document.querySelectorAll('.js-plotly-plot .main-svg')].every(e => e.getBoundingClientRect().right <= {width} + 1)"
-            page.wait_for_function(fits, timeout=20_000)
+            page.wait_for_function(fits, timeout=60_000)
         assert text.count('"showSendToCloud":false') == 1  # of all figures: no button that uploads a figure
         assert page.locator("[data-title*='hare chart']").count() == 0
     assert not page.errors and not page.outside

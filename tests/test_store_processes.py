@@ -117,7 +117,7 @@ def test_sqlites_index_is_kept_between_transactions(tmp_path: Path, monkeypatch:
 def test_two_writers_that_collide_both_succeed(tmp_path: Path, start: Program, catalog: str, request: pytest.FixtureRequest) -> None:
     opts = options(tmp_path, request.getfixturevalue("postgres") if catalog == "postgres" else None)
     init_duckdb(Settings(_env_file=None, **opts)).close()
-    seconds = examples(2, 5)
+    seconds = examples(3, 5)
     done = run_all(start, [("flatout", 0, seconds), ("flatout", 1, seconds)], opts)
     print(*done, sep="\n")
     assert count(opts) == {str(i): d["n"] * 50 for i, d in enumerate(done)}

@@ -98,7 +98,7 @@ def agreement_figure(
     days: pd.DataFrame,  # of `daily`
 ) -> go.Figure:  # agreement rate per day, with a line at 50 %
     "Draw the daily rate at which the reported side equals the tick-rule side."
-    shown, note = thin(days, 1500)
+    shown, note = thin(days[["agreement"]])
     mode = "lines+markers" if len(shown) < 60 else "lines"
     fig = go.Figure(
         go.Scatter(
@@ -122,7 +122,7 @@ def candles_figure(
     compared: pd.DataFrame,  # of `against_candles`
 ) -> go.Figure:  # both closes over time; differing candles as red crosses
     "Draw the closes of candles and of bars from trades, and mark the differences."
-    shown, note = thin(compared, 1500)
+    shown, note = thin(compared[["candle_close", "close"]])
     fig = go.Figure()
     fig.add_scatter(
         x=_plain(shown.index.to_series()), y=shown["candle_close"].tolist(), name="candles", line={"color": BASELINE, "width": 3}

@@ -21,6 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
+from tsdownsample import MinMaxDownsampler
 
 from ..metrics.scores import loss_name, qlike_loss, squared_loss
 from ..metrics.strategy import StrategyResult
@@ -54,13 +55,19 @@ def _dress(
 # %% ../../nbs/serving/05_report_figures.ipynb #00000007
 def thin(
     frame: pd.DataFrame,  # n rows, time index
-    max_points: int = 1500,  # rows to keep at most
-) -> tuple[pd.DataFrame, str]:  # the rows kept (the last one always), and a note for the title, empty when all were kept
-    "Keep every k-th row, so that a long series stays drawable."
-    step = -(-len(frame) // max_points)
-    if step <= 1:
+    max_points: int = 1500,  # rows to keep, about
+) -> tuple[pd.DataFrame, str]:  # the rows kept, among them the first and the last, and a note for the title, empty when all were kept
+    "Keep the rows with the highest and the lowest value of each column in equal parts of the frame, and those with which gaps begin."
+    if len(frame) <= max_points:
         return frame, ""
-    return frame.iloc[(len(frame) - 1) % step :: step], " (thinned for display)"
+    per_column, rows = max(max_points // frame.shape[1] // 2, 1) * 2, [np.array([0, len(frame) - 1])]
+    for values in frame.to_numpy(float, na_value=np.nan).T:
+        missing = np.isnan(values)
+        begins = np.flatnonzero(missing & ~np.r_[False, missing[:-1]])
+        rows.append(begins[:: -(-len(begins) // per_column) or 1])
+        if not missing.all():
+            rows.append(MinMaxDownsampler().downsample(np.ascontiguousarray(values), n_out=per_column).astype(np.int64))
+    return frame.iloc[np.unique(np.concatenate(rows))], " (thinned for display)"
 
 # %% ../../nbs/serving/05_report_figures.ipynb #0000000b
 BUNDLED = frozenset({  # types of traces that the cartesian part of plotly.js draws
@@ -185,7 +192,8 @@ def prediction_figure(
     max_points: int = 1200,  # points per line at most
 ) -> go.Figure:  # outcome, forecast and interval over time
     "Draw forecasts, their interval and the outcomes."
-    rows, note = thin(predictions.dropna(subset=["prediction"]), max_points)
+    drawn = [c for c in ("y", "prediction", "lower", "upper") if c in predictions]
+    rows, note = thin(predictions.loc[predictions["prediction"].notna(), drawn], max_points)
     fig = go.Figure()
     if {"lower", "upper"} <= set(rows) and rows["lower"].notna().any():
         fig.add_scatter(x=rows.index, y=rows["upper"], line={"width": 0}, showlegend=False, hoverinfo="skip")

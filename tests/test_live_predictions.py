@@ -86,7 +86,7 @@ def binance(*connections: list[str | float]) -> Iterator[tuple[str, threading.Ev
                 time.sleep(0.1)  # the client reads what is on its way
                 c.socket.close()
             else:
-                over.wait(30)
+                over.wait(90)
 
     server = serve(play, "127.0.0.1", 0, compression=None, close_timeout=0.2)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -213,11 +213,31 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
             wait_for(lambda: re.search(r"^cryptoresearch_predictions_total [1-9]", page_of(port), re.MULTILINE))
             page = page_of(port)
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=90)
     assert re.match(PREDICTION, said[-1]), "".join(said) + err
     assert process.returncode == 0, err
     assert "cryptoresearch_silence_seconds{symbol=" in page
     assert re.search(rf"{d - a:,} trades received, [1-9]\d* predictions stored", out), out[-300:]
+
+
+def test_the_predict_command_writes_one_line_of_json_per_forecast(settings: Settings, run: Run, frames: list[str], program: Program) -> None:
+    a, d = at(frames, "23:58:00"), at(frames, "23:59:20")
+    with binance(frames[a:d]) as (url, _):
+        collect(settings, run, url, d - a)
+    with init_duckdb(settings) as con:
+        write(con, lambda c: c.execute("DELETE FROM predictions"))
+    env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": str(settings.runs_dir)}
+    code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
+    with program(code, "predict", run.id, "--source", "binance", "--json", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    told, made = [json.loads(line) for line in lines + rest.splitlines()], stored(settings)
+    assert len(told) == len(made) > 20 and f"{len(made):,} predictions" in err
+    assert [row["prediction"] for row in told] == made["prediction"].tolist()
+    assert pd.to_datetime([row["ts"] for row in told]).tolist() == made["ts"].dt.tz_localize("UTC").tolist()
 
 
 def test_a_start_that_fails_stops_the_feed(settings: Settings, run: Run, frames: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

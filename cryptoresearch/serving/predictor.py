@@ -476,7 +476,7 @@ class Saving(_Waiting):
         except (StoreBusy, duckdb.Error) as e:
             if last or not may_pass(e):
                 raise
-            logger.warning("%d prediction(s) wait until the store takes them: %s", sum(map(len, waiting)), e)
+            logger.warning("predictions wait until the store takes them (%d): %s", sum(map(len, waiting)), e)
             return 0
         del self._rows[: len(waiting)]
         self.written += count

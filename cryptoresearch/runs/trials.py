@@ -9,7 +9,7 @@ __all__ = ['Kind', 'LEAST_SHARE', 'LEAST_BARS', 'Question', 'target_text', 'ques
 
 # %% ../../nbs/runs/03_trials.ipynb #ab24e4fa
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isclose
@@ -242,8 +242,7 @@ def align_trials(
     taken, start, end = _common(dated, first, last, share)
     columns = {(r.run_id, r.trial, r.origin): _values(con, r).loc[start:end] for r in taken.itertuples()}
     table = pd.DataFrame(columns).dropna() if columns else pd.DataFrame()
-    table = table.loc[:, [bool(np.isfinite(table[c]).all() and varies(table[c].to_numpy(float))) for c in table]].T.drop_duplicates().T
-    return Aligned(table, len(rows) - len(dated), len(dated) - len(taken))
+    return Aligned(table[_distinct(table)], len(rows) - len(dated), len(dated) - len(taken))
 
 
 def _values(con: duckdb.DuckDBPyConnection, row: Any) -> pd.Series:
@@ -251,6 +250,16 @@ def _values(con: duckdb.DuckDBPyConnection, row: Any) -> pd.Series:
     [(values,)] = con.execute(f"SELECT returns FROM trials WHERE {_SAME}", [row.run_id, row.trial, row.origin]).fetchall()
     times = pd.date_range(row.first_ts, periods=len(values), freq=pd.Timedelta(seconds=row.step_s))
     return pd.Series(values, times, dtype=float)
+
+
+def _distinct(table: pd.DataFrame) -> list[Hashable]:
+    "Name the first of equal columns, without those that are not finite or do not vary."
+    kept: dict[bytes, Hashable] = {}
+    for name in table:
+        values = table[name].to_numpy(float) + 0.0  # -0.0 and 0.0 are equal
+        if np.isfinite(values).all() and varies(values):
+            kept.setdefault(values.tobytes(), name)
+    return list(kept.values())
 
 # %% ../../nbs/runs/03_trials.ipynb #64685c63
 def models_tried(

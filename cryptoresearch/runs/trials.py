@@ -251,7 +251,7 @@ def _values(con: duckdb.DuckDBPyConnection, row: Any) -> pd.Series:
     times = pd.date_range(row.first_ts, periods=len(values), freq=pd.Timedelta(seconds=row.step_s))
     return pd.Series(values, times, dtype=float)
 
-
+# %% ../../nbs/runs/03_trials.ipynb #0276e0d4
 def _distinct(table: pd.DataFrame) -> list[Hashable]:
     "Name the first of equal columns, without those that are not finite or do not vary."
     kept: dict[bytes, Hashable] = {}

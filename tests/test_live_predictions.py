@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NewStore, Program, wait_for
+from conftest import COMMAND_LINE, NewStore, Program, wait_for
 from websockets.sync.server import serve, ServerConnection
 
 from cryptoresearch.data.build_bars import make_bars
@@ -204,8 +204,7 @@ def test_the_command_predicts_and_ends_at_ctrl_c(settings: Settings, run: Run, f
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
-        with program(code, *words, "--metrics", port, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with program(COMMAND_LINE, *words, "--metrics", port, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None
             said = list[str]()
             while not said or (said[-1] and not re.match(PREDICTION, said[-1])):  # status lines come before it on a slow machine
@@ -227,14 +226,14 @@ def test_the_predict_command_writes_one_line_of_json_per_forecast(settings: Sett
     with init_duckdb(settings) as con:
         write(con, lambda c: c.execute("DELETE FROM predictions"))
     env = os.environ | {"DUCKDB_PATH": settings.duckdb_path, "RUNS_DIR": str(settings.runs_dir)}
-    code = "import sys; from cryptoresearch.cli import main; sys.argv[0] = 'cryptoresearch'; main()"
-    with program(code, "predict", run.id, "--source", "binance", "--json", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with program(COMMAND_LINE, "predict", run.id, "--source", "binance", "--json", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         lines = [process.stdout.readline()]
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=90)
+        lines += process.stdout.readlines()  # communicate() would lose what readline() has read ahead
+        _, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
-    told, made = [json.loads(line) for line in lines + rest.splitlines()], stored(settings)
+    told, made = [json.loads(line) for line in lines], stored(settings)
     assert len(told) == len(made) > 20 and f"{len(made):,} predictions" in err
     assert [row["prediction"] for row in told] == made["prediction"].tolist()
     assert pd.to_datetime([row["ts"] for row in told]).tolist() == made["ts"].dt.tz_localize("UTC").tolist()

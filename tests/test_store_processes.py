@@ -96,7 +96,8 @@ def test_one_writer_and_three_readers(seconds: float, tmp_path: Path, start: Pro
     record_property("laps", done)
     print(*done, sep="\n")
     assert count(opts) == {"0": done[0]["n"] * 50}
-    assert min(d["n"] for d in done) > 3, done
+    assert done[0]["n"] > 2 * seconds, done  # twice as many when nothing else runs
+    assert min(d["n"] for d in done[1:]) > 8 * seconds, done  # of at most 20 per second
 
 
 @pytest.mark.parametrize("locks", [True, False])

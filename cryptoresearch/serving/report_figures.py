@@ -60,7 +60,7 @@ def thin(
     "Keep the rows with the highest and the lowest value of each column in equal parts of the frame, and those with which gaps begin."
     if len(frame) <= max_points:
         return frame, ""
-    per_column, rows = max(max_points // frame.shape[1] // 2, 1) * 2, [np.array([0, len(frame) - 1])]
+    per_column, rows = max(max_points // max(frame.shape[1], 1) // 2, 1) * 2, [np.array([0, len(frame) - 1])]
     for values in frame.to_numpy(float, na_value=np.nan).T:
         missing = np.isnan(values)
         begins = np.flatnonzero(missing & ~np.r_[False, missing[:-1]])

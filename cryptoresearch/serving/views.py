@@ -137,19 +137,26 @@ def _count(n: int, noun: str) -> str:
     "Return a count with its noun, such as '1 bar' or '3 bars'."
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
+
+def _longest(
+    stretches: pd.DataFrame,  # of gap_stretches
+) -> str:  # empty where there are none
+    "Describe the longest stretch."
+    worst = stretches.nlargest(1, "bars").to_dict("records")
+    return f"; longest {_count(worst[0]['bars'], 'bar')}, to {worst[0]['end']:%Y-%m-%d %H:%M}" if worst else ""
+
 # %% ../../nbs/serving/08_views.ipynb #45ffccaf
 def data_view(
     bars: pd.DataFrame,  # bar frame
     facts: Mapping[str, str],  # further facts, such as the source
 ) -> Table:  # one fact per row
     "Show which data were used."
-    gaps = gap_stretches(bars)
-    worst = gaps.nlargest(1, "bars").to_dict("records")
-    longest = f"; longest {_count(worst[0]['bars'], 'bar')}, to {worst[0]['end']:%Y-%m-%d %H:%M}" if worst else ""
+    gaps, quiet = gap_stretches(bars), bars["volume"] == 0
+    look = "; quiet market or outage? See cryptoresearch data status" if quiet.sum() > 1 else ""
     rows = dict(facts) | {
         "bars": f"{len(bars):,}, {bars.index[0]:%Y-%m-%d %H:%M} to {bars['close_ts'].iloc[-1]:%Y-%m-%d %H:%M} UTC",
-        "missing": f"{_count(int(bars['gap'].sum()), 'bar')} in {_count(len(gaps), 'gap')}{longest}; left out, never filled",
-        "zero-volume bars": f"{int((bars['volume'] == 0).sum()):,}",
+        "missing": f"{_count(int(bars['gap'].sum()), 'bar')} in {_count(len(gaps), 'gap')}{_longest(gaps)}; left out, never filled",
+        "zero-volume bars": f"{int(quiet.sum()):,}{_longest(gap_stretches(bars.assign(gap=quiet)))}{look}",
     }
     return Table(pd.DataFrame({"": rows}), words=True)
 
